@@ -1,0 +1,83 @@
+"""Every error this package raises, in one tree. Nothing else defines exceptions.
+
+::
+
+    InvalidatorError                exit 1
+    ├── WrongSettings               exit 2   settings or rule files are wrong
+    │   └── WrongRules              exit 2   every mistake of the rule files at once
+    ├── ServerRefuses               exit 3   a server says no for good: privilege, wal_level, replica identity
+    ├── MalformedMessage            exit 1   the bytes are not pgoutput (they are wrong)
+    └── Retryable                            lost for now: throw the session away and build it anew
+        ├── PostgresUnavailable
+        ├── SlotInUse                        another daemon leads
+        └── RedisUnavailable
+
+A message is one sentence that names the place, and ends with what the operator should do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class InvalidatorError(Exception):
+    """Something that cdc-invalidator cannot work around went wrong; look at the log lines before this one."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message or type(self).__doc__)
+
+
+class WrongSettings(InvalidatorError):
+    """A setting is missing or wrong; set it in the environment, as a flag, or in .env."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Problem:
+    """One mistake in a rule file: where it stands (line and column count from 1) and a sentence with the remedy."""
+
+    file: str
+    line: int
+    column: int
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: {self.sentence}"
+
+
+class WrongRules(WrongSettings):
+    """The rule files have mistakes; each is listed with its file, line and column."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = sorted(problems)
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+class ServerRefuses(InvalidatorError):
+    """The server refuses for good; give the privilege or the setting that the message names."""
+
+    exit_code = 3
+
+
+class MalformedMessage(InvalidatorError):
+    """The replication stream holds a message that is not pgoutput; report it with the server's version."""
+
+
+class Retryable(InvalidatorError):
+    """Lost for now; the session is thrown away and built anew after a pause."""
+
+
+class PostgresUnavailable(Retryable):
+    """PostgreSQL cannot be reached; check CDC_POSTGRES_DSN and the server."""
+
+
+class SlotInUse(Retryable):
+    """Another daemon streams from the slot; this one stands by and takes over when that ends."""
+
+
+class RedisUnavailable(Retryable):
+    """Redis cannot be reached or cannot take writes; check CDC_REDIS_URL and the server."""

@@ -1,0 +1,78 @@
+"""Real servers for the tests: one PostgreSQL and one Valkey a session, a database of its own for each test.
+
+A missing server skips the test on a developer's machine, and fails it where CI is set.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+from typing import TYPE_CHECKING, TypeVar
+
+import pytest
+import redis
+
+from cdc_invalidator import embedded, errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+Server = TypeVar("Server", embedded.Postgres, embedded.Valkey)
+
+_DATABASES = 63  # Valkey's databases 1 to 63 go round; 0 stays for tests that start a server of their own
+_numbers = itertools.count()
+
+
+def _available(make: Callable[[], Server]) -> Server:
+    """Make a server, or skip; in CI nothing is skipped."""
+    try:
+        return make()
+    except errors.InvalidatorError as missing:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[embedded.Postgres]:
+    """PostgreSQL 18 with wal_level logical; shared, so leave its settings alone (start another one for that)."""
+    with _available(embedded.Postgres) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[embedded.Valkey]:
+    """Valkey 9 in memory; shared, so leave its settings alone (start another one for that)."""
+    with _available(embedded.Valkey) as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres: embedded.Postgres) -> Iterator[str]:
+    """The DSN of a fresh database; it goes away with its slots, whoever still uses them."""
+    name = f"test_{next(_numbers)}_{secrets.token_hex(3)}"
+    yield postgres.create_database(name)
+    postgres.drop_database(name)
+
+
+@pytest.fixture
+def redis_url(valkey: embedded.Valkey) -> str:
+    """The URL of an empty numbered database on the shared Valkey."""
+    url = valkey.url_for(1 + next(_numbers) % _DATABASES)
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+@pytest.fixture
+def redis_client(redis_url: str) -> Iterator[redis.Redis]:
+    """A client of the same database as redis_url; replies are bytes."""
+    with redis.Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def slot_name() -> str:
+    """A name for a slot and its publication that no other test uses (slots are the whole server's)."""
+    return f"cdc_test_{next(_numbers)}_{secrets.token_hex(3)}"

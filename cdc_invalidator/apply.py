@@ -1,0 +1,399 @@
+"""The apply task: takes what has piled up, busts it in Redis, records the watermark. Only this task talks to Redis.
+
+A turn is: take, flush, one step of the sweeps that run, watermark. Whatever fails on Redis's side, the connection is
+thrown away and the same turn is tried again on a new one; a bust may be applied twice, which does no harm. Retries for
+Redis live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from cdc_invalidator import errors, lsn
+from cdc_invalidator.backlog import Backlog
+from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.cache import BUMP_MISSING, CacheServer, Outcome
+from cdc_invalidator.checkpoint import Checkpoint, Ticket
+from cdc_invalidator.invalidation import Batch, Busts, Target
+from cdc_invalidator.log import KEYS_A_LINE, KeyDisplay
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.sweep import Request, Sweep, Sweeps
+from cdc_invalidator.watermark import Position, Watermark, gaps
+
+_log = structlog.get_logger()
+
+# Keys a flush: many enough to pay for the round trip, few enough that the watermark keeps moving.
+FLUSH_WEIGHT = 10_000
+# The watermark moves at least once a second; the rest is for the round trip.
+HEARTBEAT_SECONDS = 0.8
+INFO_SECONDS = 10.0
+
+
+class Apply:
+    """Applies batches to one Redis, in order.
+
+    Args:
+        open_server: makes a `CacheServer` that is not connected yet.
+        backlog: where batches come from.
+        checkpoint: is told what is resolved and recorded.
+        rules: the rule set, for the digests in the watermark and the sweeps of gaps.
+        position: where the stream goes on.
+        unproven: caches that some rule can't bust yet, because its table is not published; the watermark leaves their
+            digest out, so that they are swept before anybody trusts it.
+        sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
+        metrics: what to count.
+        display: how events show keys.
+    """
+
+    def __init__(
+        self,
+        open_server: Callable[[], CacheServer],
+        *,
+        backlog: Backlog,
+        checkpoint: Checkpoint,
+        rules: RuleSet,
+        position: Position,
+        unproven: Iterable[str] = (),
+        sweep_gaps: bool,
+        metrics: Metrics,
+        display: KeyDisplay,
+    ) -> None:
+        self._open_server = open_server
+        self._backlog = backlog
+        self._checkpoint = checkpoint
+        self._rules = rules
+        self._digests = {name: cache.digest for name, cache in rules.caches.items()}
+        self._unproven = set(unproven)
+        self._position = position
+        self._sweep_gaps = sweep_gaps
+        self._metrics = metrics
+        self._display = display
+        self._backoff = Backoff()
+        self._server: CacheServer | None = None
+        self._sweeps = Sweeps()
+        self._taken: list[tuple[Batch, Ticket]] = []
+        self._open_gaps = 0
+        self._replay_until = 0
+        self._recorded: int | None = None
+        self._recorded_at = float("-inf")
+        self.recorded_at: float | None = None
+        self._watermark_refused = False
+        self._info_at = float("-inf")
+        self._children: dict[tuple[str, ...], tuple[Any, ...]] = {}
+        self._finishing = False
+        self.last_error: str | None = None
+
+    @property
+    def drained(self) -> bool:
+        """True when all that was put is in Redis, and the watermark says so."""
+        return self._checkpoint.idle and not self._open_gaps and self._checkpoint.position == self._recorded
+
+    def finish(self) -> None:
+        """Let `run` end as soon as all that was put is in Redis."""
+        self._finishing = True
+        self._backlog.wake()
+
+    async def run(self) -> None:
+        """Apply until cancelled, or until finished and drained."""
+        try:
+            while not (self._finishing and self.drained):
+                await self._turn()
+        finally:
+            await self._close()
+
+    async def _turn(self) -> None:
+        try:
+            server = self._server or await self._connect()
+            if not self._taken:
+                self._taken = self._backlog.take(FLUSH_WEIGHT)
+            if self._taken:
+                await self._flush(server, self._taken)
+                self._taken = []
+            if self._sweeps:
+                self._finish(await self._sweeps.step(server))
+            await self._record(server)
+            await self._inform(server)
+        except errors.RedisUnavailable as error:
+            await self._lost(error)
+            return
+        self._backoff.reset()
+        await self._backlog.wait(0 if self._sweeps or self._taken else self._until_heartbeat())
+
+    async def _connect(self) -> CacheServer:
+        server = self._open_server()
+        try:
+            await server.connect()
+            found = await server.read_watermark()
+        except errors.RedisUnavailable:
+            await server.close()
+            raise
+        self._server = server
+        self._metrics.redis_connects.inc()
+        self._metrics.redis_up.set(1)
+        _log.info("redis_connected")
+        self._prove(found)
+        self._sweeps.restart()
+        self.last_error = None
+        return server
+
+    async def _lost(self, error: errors.RedisUnavailable) -> None:
+        await self._close()
+        cause = type(error.__cause__ or error).__name__
+        self._metrics.redis_errors.labels(cause).inc()
+        self.last_error = str(error)
+        delay = self._backoff.next()
+        _log.warning("redis_unavailable", error=str(error), retry_in_s=round(delay, 2))
+        await asyncio.sleep(delay)
+
+    async def _close(self) -> None:
+        self._metrics.redis_up.set(0)
+        if self._server is not None:
+            server, self._server = self._server, None
+            await server.close()
+
+    # Gaps: is this Redis the one that has had all busts?
+
+    def _prove(self, found: Watermark | None) -> None:
+        if self._recorded is None:
+            position = self._position
+            if found is not None:
+                self._replay_until = found.lsn
+        else:
+            # The stream has been going: this Redis must have had what was recorded, and can't have had more than
+            # what was received.
+            flushed = max(self._position.flushed, self._checkpoint.received_lsn)
+            position = replace(self._position, start=self._recorded, flushed=flushed, new_slot=False)
+        broken = gaps(found, position, self._proven())
+        if broken:
+            self.gap(broken)
+
+    def _proven(self) -> dict[str, str]:
+        return {name: digest for name, digest in self._digests.items() if name not in self._unproven}
+
+    def gap(self, broken: dict[str, str]) -> None:
+        """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""
+        for reason in sorted(set(broken.values())):
+            caches = sorted(name for name, why in broken.items() if why == reason)
+            self._metrics.gaps.labels(reason).inc()
+            _log.warning(
+                "gap", reason=reason, caches=caches, swept=self._sweep_gaps, lsn=lsn.text(self._position.start)
+            )
+            for name in caches:
+                if self._sweep_gaps:
+                    self._sweep_gap(name, reason)
+                else:
+                    self._unproven.discard(name)
+
+    def _sweep_gap(self, name: str, why: str) -> None:
+        ticket = self._checkpoint.track()
+        # Until the sweep is over, the watermark must not say that this Redis has had anything.
+        self._open_gaps += 1
+
+        def done() -> None:
+            self._open_gaps -= 1
+            if why == "table_added":
+                # Its rules are published, and nothing from before is left in it.
+                self._unproven.discard(name)
+            self._checkpoint.resolve(ticket)
+
+        self._sweeps.request(
+            self._rules.caches[name],
+            Request("", "", why, "gap", self._position.start, None, None, done),
+        )
+
+    # Flush: one round trip for all that has piled up.
+
+    async def _flush(self, server: CacheServer, taken: Sequence[tuple[Batch, Ticket]]) -> None:
+        lines = [line for batch, _ in taken for line in _lines(batch)]
+        deletes = [line.keys for line in lines if line.target.cache.version is None]
+        bumps = {key: line.target.cache.version_ttl for line in lines if line.target.cache.version for key in line.keys}
+        outcome = await server.bust(deletes, bumps)
+        self._report(lines, outcome)
+        for batch, ticket in taken:
+            self._request_sweeps(batch, ticket)
+            self._checkpoint.resolve(ticket)
+        self._metrics.backlog.set(self._backlog.weight)
+
+    def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
+        for target, busts in batch.busts.items():
+            if busts.sweep:
+                ticket.parts += 1
+                request = Request(
+                    rule=target.rule,
+                    table=target.table,
+                    op=_ops(busts),
+                    reason=busts.reason,
+                    commit_lsn=batch.commit_lsn,
+                    xid=batch.xid,
+                    committed_at=batch.committed_at,
+                    done=lambda ticket=ticket: self._checkpoint.resolve(ticket),  # type: ignore[misc]
+                )
+                self._sweeps.request(target.cache, request)
+        self._metrics.sweeps_running.set(len(self._sweeps))
+
+    # Watermark and metrics.
+
+    async def _record(self, server: CacheServer) -> None:
+        if self._open_gaps:
+            return
+        position = self._checkpoint.position
+        now = time.monotonic()
+        if position == self._recorded and now - self._recorded_at < HEARTBEAT_SECONDS:
+            return
+        at = time.time()
+        stored = await server.write_watermark(
+            Watermark(
+                lsn=position,
+                at=int(at * 1000),
+                system_id=self._position.system_id,
+                timeline=self._position.timeline,
+                rules=self._proven(),
+            )
+        )
+        if stored:
+            self.recorded_at = at
+            self._metrics.watermark_lsn.set(position)
+            self._metrics.watermark_at.set(at)
+        elif not self._watermark_refused:
+            _log.warning("watermark_stalled", error="Redis is out of memory; busts go on, and a restart will sweep.")
+        self._watermark_refused = not stored
+        self._recorded, self._recorded_at = position, now
+        self._checkpoint.record(position)
+
+    def _until_heartbeat(self) -> float:
+        return max(0.001, HEARTBEAT_SECONDS - (time.monotonic() - self._recorded_at))
+
+    async def _inform(self, server: CacheServer) -> None:
+        if time.monotonic() - self._info_at < INFO_SECONDS:
+            return
+        self._info_at = time.monotonic()
+        info = await server.info()
+        self._metrics.redis_hits.set(info["keyspace_hits"])
+        self._metrics.redis_misses.set(info["keyspace_misses"])
+        self._metrics.redis_evicted.set(info["evicted_keys"])
+        self._metrics.redis_expired.set(info["expired_keys"])
+        self._metrics.redis_memory.set(info["used_memory"])
+
+    # Events.
+
+    def _report(self, lines: Iterable[_Line], outcome: Outcome) -> None:
+        now_us = time.time_ns() // 1000
+        existed_of_deletes = iter(outcome.existed)
+        for line in lines:
+            target, batch = line.target, line.batch
+            fields: dict[str, Any] = {}
+            if target.cache.version is None:
+                existed = next(existed_of_deletes)
+            else:
+                versions = [outcome.versions[key] for key in line.keys]
+                existed = sum(version != BUMP_MISSING for version in versions)
+                fields["versions"] = versions
+            lag_us = max(0, now_us - lsn.unix_us(batch.committed_at))
+            reason = line.reason
+            if reason == "change" and batch.commit_lsn < self._replay_until:
+                reason = "replay"
+            busts, keys, found, lag = self._of(target.rule, target.cache.name, target.action)
+            busts.inc()
+            keys.inc(len(line.keys))
+            found.inc(existed)
+            lag.observe(lag_us / 1e6)
+            _log.info(
+                "bust",
+                rule=target.rule,
+                cache=target.cache.name,
+                action=target.action,
+                table=target.table,
+                op=line.op,
+                keys=len(line.keys),
+                key_prefix=target.template.prefix.decode(errors="replace"),
+                **self._display.fields(line.keys),
+                **fields,
+                lsn=lsn.text(batch.commit_lsn),
+                xid=batch.xid,
+                committed_at=_iso(batch.committed_at),
+                lag_ms=lag_us / 1000,
+                existed=existed,
+                reason=reason,
+            )
+
+    def _finish(self, over: Iterable[Sweep]) -> None:
+        now_us = time.time_ns() // 1000
+        for sweep in over:
+            cache = sweep.cache
+            for request in sweep.requests:
+                self._metrics.sweeps.labels(cache.name, request.reason).inc()
+                busts, keys, found, lag = self._of(request.rule, cache.name, "sweep")
+                busts.inc()
+                fields: dict[str, Any] = {}
+                if request.committed_at is not None:
+                    lag_us = max(0, now_us - lsn.unix_us(request.committed_at))
+                    lag.observe(lag_us / 1e6)
+                    fields = {"committed_at": _iso(request.committed_at), "lag_ms": lag_us / 1000}
+                _log.info(
+                    "bust",
+                    rule=request.rule or None,
+                    cache=cache.name,
+                    action="sweep",
+                    table=request.table or None,
+                    op=request.op,
+                    keys=sweep.tally.keys,
+                    key_prefix=cache.target.prefix.decode(errors="replace"),
+                    lsn=lsn.text(request.commit_lsn),
+                    xid=request.xid,
+                    existed=sweep.tally.existed,
+                    reason=request.reason,
+                    **fields,
+                )
+                request.done()
+            keys.inc(sweep.tally.keys)
+            found.inc(sweep.tally.existed)
+        self._metrics.sweeps_running.set(len(self._sweeps))
+
+    def _of(self, rule: str, cache: str, action: str) -> tuple[Any, ...]:
+        # Looking a child up costs more than counting on it.
+        children = self._children.get((rule, cache, action))
+        if children is None:
+            metrics, labels = self._metrics, (rule, cache, action)
+            children = self._children[labels] = (
+                metrics.busts.labels(*labels),
+                metrics.keys.labels(*labels),
+                metrics.existed.labels(*labels),
+                metrics.lag.labels(cache),
+            )
+        return children
+
+
+class _Line:
+    """One bust event to be: up to KEYS_A_LINE keys of one target in one batch."""
+
+    __slots__ = ("batch", "keys", "op", "reason", "target")
+
+    def __init__(self, batch: Batch, target: Target, busts: Busts, keys: list[bytes]) -> None:
+        self.batch = batch
+        self.target = target
+        self.keys = keys
+        self.op = _ops(busts)
+        self.reason = busts.reason
+
+
+def _lines(batch: Batch) -> Iterable[_Line]:
+    for target, busts in batch.busts.items():
+        keys = list(busts.keys)
+        for start in range(0, len(keys), KEYS_A_LINE):
+            yield _Line(batch, target, busts, keys[start : start + KEYS_A_LINE])
+
+
+def _ops(busts: Busts) -> str:
+    return ",".join(busts.ops)
+
+
+def _iso(postgres_us: int) -> str:
+    seconds, us = divmod(lsn.unix_us(postgres_us), 1_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{us:06d}Z"

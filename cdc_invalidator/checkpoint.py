@@ -1,0 +1,81 @@
+"""The position up to which everything is done. Nothing else computes a position to record or to confirm.
+
+Work is tracked in stream order and resolved in any order. The position is the highest one with nothing unresolved
+below it: while work is in flight, that is what had been received before the oldest unresolved piece; otherwise it is
+all that has been received. It never goes back.
+
+The order in receive is what makes this safe: track the batch, put it on the queue, then note the commit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """Work in flight, in one or more parts; ``below`` is the position that holds until all of them are resolved."""
+
+    below: int
+    parts: int = 1
+
+
+class Checkpoint:
+    """Owner of three LSNs: received, applied (``position``) and ``confirmable``.
+
+    Args:
+        start: the position where the stream starts (the slot's confirmed_flush_lsn).
+    """
+
+    def __init__(self, start: int) -> None:
+        self._received = start
+        self._position = start
+        self._confirmable = start
+        self._in_flight: deque[Ticket] = deque()
+
+    def track(self) -> Ticket:
+        """Note work, in one part, that must be resolved before any position after now may be confirmed."""
+        ticket = Ticket(self._received)
+        self._in_flight.append(ticket)
+        return ticket
+
+    def received(self, lsn: int) -> None:
+        """Note that all before ``lsn`` has been received and tracked.
+
+        Call it with a commit's end LSN after its work is tracked, or with a keepalive's position between
+        transactions; a keepalive inside a transaction says nothing about that transaction.
+        """
+        self._received = max(self._received, lsn)
+
+    def resolve(self, ticket: Ticket) -> None:
+        """Note that a part of the work is done: its busts are acknowledged by Redis."""
+        ticket.parts -= 1
+        while self._in_flight and not self._in_flight[0].parts:
+            self._in_flight.popleft()
+
+    @property
+    def received_lsn(self) -> int:
+        """The LSN up to which the stream has been received and tracked."""
+        return self._received
+
+    @property
+    def position(self) -> int:
+        """The LSN up to which every bust is acknowledged."""
+        reached = self._in_flight[0].below if self._in_flight else self._received
+        self._position = max(self._position, reached)
+        return self._position
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing is in flight."""
+        return not self._in_flight
+
+    def record(self, lsn: int) -> None:
+        """Note that the watermark in Redis has been brought to ``lsn`` (a former ``position``)."""
+        self._confirmable = max(self._confirmable, lsn)
+
+    @property
+    def confirmable(self) -> int:
+        """The LSN that may be confirmed to PostgreSQL: applied, and recorded in the watermark."""
+        return self._confirmable

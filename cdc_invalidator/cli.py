@@ -1,0 +1,201 @@
+"""The command line: reads settings, builds what a command needs, turns errors into exit codes.
+
+Heavy modules are imported inside the commands, so that ``healthcheck`` and ``--help`` stay quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cdc_invalidator import __version__, errors, settings
+
+if TYPE_CHECKING:
+    from cdc_invalidator.rules import RuleSet
+
+app = typer.Typer(
+    name="cdc-invalidator",
+    help="Busts exactly the Redis keys that each PostgreSQL commit made stale, by declarative rules.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line; the process ends with the exit codes of `errors`."""
+    try:
+        app()
+    except errors.InvalidatorError as error:
+        print(error, file=sys.stderr)  # noqa: T201  this is the program's voice
+        sys.exit(error.exit_code)
+
+
+def _takes(kind: type[settings.Database]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each setting of that kind, and call it with the settings."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "given"]
+        flags = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    str | None,
+                    typer.Option(
+                        f"--{name.replace('_', '-')}",
+                        help=f"{field.description} [{settings.PREFIX}{name.upper()}]",
+                        show_default=False,
+                    ),
+                ],
+            )
+            for name, field in kind.model_fields.items()
+        ]
+
+        def wrapped(**arguments: Any) -> None:
+            given = settings.load(kind, {flag.name: arguments.pop(flag.name) for flag in flags})
+            command(given, **arguments)
+
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + flags
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        wrapped.__doc__ = command.__doc__
+        wrapped.__name__ = command.__name__
+        return wrapped
+
+    return decorate
+
+
+def _rules(given: settings.Stream) -> RuleSet:
+    from cdc_invalidator import rules
+
+    return rules.load(given.rules, os.environ)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@_takes(settings.Settings)
+def run(given: settings.Settings) -> None:
+    """Run the daemon. SIGTERM: stop receiving, apply, confirm, exit 0; a second signal: exit now."""
+    import gc
+
+    from prometheus_client import REGISTRY, disable_created_metrics
+
+    from cdc_invalidator import log
+    from cdc_invalidator.daemon import Daemon
+    from cdc_invalidator.metrics import Metrics
+    from cdc_invalidator.session import Options
+
+    log.configure(given.log_format, given.log_level)
+    # OpenMetrics would carry a _created series beside each counter: noise that doubles them.
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    secret = given.log_hash_key
+    options = Options(
+        postgres_dsn=given.postgres_dsn.get_secret_value(),
+        redis_url=given.redis_url.get_secret_value(),
+        slot=given.slot,
+        publication=given.publication,
+        sweep_gaps=given.on_gap == "sweep",
+    )
+    daemon = Daemon(
+        options,
+        _rules(given),
+        Metrics(REGISTRY),
+        log.KeyDisplay(given.log_keys, secret.get_secret_value().encode() if secret else None),
+    )
+    # What is loaded by now stays: the collector need not look at it again.
+    gc.collect()
+    gc.freeze()
+    asyncio.run(daemon.run(given.http_host, given.http_port))
+
+
+@app.command()
+@_takes(settings.Stream)
+def setup(
+    given: settings.Stream,
+    show: Annotated[bool, typer.Option("--print", help="Print the SQL for an administrator; change nothing.")] = False,
+) -> None:
+    """Make the publication and the slot that the rules need, or bring them up to date."""
+    rules = _rules(given)
+
+    async def work() -> list[str]:
+        from cdc_invalidator.slot import Catalog
+
+        catalog = await Catalog.open(given.postgres_dsn.get_secret_value(), given.slot, given.publication)
+        try:
+            await catalog.check_server()
+            missing = await catalog.missing(rules)
+            for table in missing.unknown:
+                typer.echo(f"-- {table} does not exist yet; run setup again, or let the daemon add it once it does.")
+            if not show:
+                await catalog.make(missing)
+            return missing.statements
+        finally:
+            await catalog.close()
+
+    statements = asyncio.run(work())
+    typer.echo("\n".join(statements) if statements else "-- nothing is missing")
+
+
+@app.command()
+@_takes(settings.Database)
+def teardown(given: settings.Database) -> None:
+    """Drop the slot and the publication that setup made; the WAL that the slot kept is released."""
+
+    async def work() -> list[str]:
+        from cdc_invalidator.slot import Catalog
+
+        catalog = await Catalog.open(given.postgres_dsn.get_secret_value(), given.slot, given.publication)
+        try:
+            return await catalog.drop()
+        finally:
+            await catalog.close()
+
+    statements = asyncio.run(work())
+    typer.echo("\n".join(statements) if statements else "-- nothing to drop")
+
+
+@app.command()
+def healthcheck(
+    http_port: Annotated[int, typer.Option(help="Port of the daemon's pages.", envvar="CDC_HTTP_PORT")] = 9479,
+) -> None:
+    """Exit 0 when the daemon on this machine is live, 1 otherwise."""
+    import http.client
+
+    connection = http.client.HTTPConnection("localhost", http_port, timeout=3)
+    try:
+        connection.request("GET", "/livez")
+        status = connection.getresponse().status
+    except OSError as error:
+        raise errors.InvalidatorError(
+            f"No daemon answers on port {http_port} ({error}); start it, or set CDC_HTTP_PORT."
+        ) from error
+    finally:
+        connection.close()
+    if status != 200:
+        raise errors.InvalidatorError(f"/livez on port {http_port} answers {status}; look at the daemon's log.")
+
+
+@app.command()
+def demo(
+    seconds: Annotated[float, typer.Option(min=1, help="How long each half runs.")] = 5,
+    keep: Annotated[bool, typer.Option("--keep", help="Stay up in the end, to look around with psql.")] = False,
+) -> None:
+    """Show everything at once, on an embedded PostgreSQL and Valkey: stale entries without the daemon, none with it."""
+    from cdc_invalidator.demo import run as run_demo
+
+    raise typer.Exit(run_demo(seconds, keep=keep))

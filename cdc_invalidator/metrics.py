@@ -1,0 +1,81 @@
+"""All metrics, in one class with a registry that is passed in. Labels come from rule files and SQL, never from data."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from cdc_invalidator import __version__
+
+NAMESPACE = "cdc_invalidator"
+# Seconds from a commit to its acknowledged bust: sub-millisecond when idle, minutes after an outage.
+LAG_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+
+
+class Metrics:
+    """The daemon's metrics.
+
+    Args:
+        registry: where they are registered; each test brings its own.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, namespace=NAMESPACE, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, namespace=NAMESPACE, registry=registry)
+
+        self.build_info = gauge("build_info", "Constant 1, labelled with the version.", "version")
+        self.build_info.labels(__version__).set(1)
+
+        # The stream.
+        self.changes = counter("changes_total", "Row changes matched against rules.", "table", "op")
+        self.transactions = counter("transactions_total", "Transactions received.")
+        self.backlog = gauge("backlog_keys", "Keys matched and not yet acknowledged by Redis.")
+        self.leader = gauge("leader", "1 while this daemon streams from the slot, 0 while it stands by.")
+        self.received_lsn = gauge("received_lsn", "LSN up to which the stream has been received.")
+        self.confirmed_lsn = gauge("confirmed_lsn", "LSN confirmed to PostgreSQL.")
+        self.slot_active = gauge("slot_active", "1 while a session streams from the slot.")
+        self.slot_wal_status = gauge(
+            "slot_wal_status", "1 for the slot's wal_status in pg_replication_slots.", "wal_status"
+        )
+        self.retained_wal = gauge("retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.")
+        self.postgres_errors = counter("postgres_errors_total", "Lost or failed PostgreSQL sessions.", "error")
+        self.postgres_connects = counter("postgres_connects_total", "PostgreSQL sessions opened.")
+        self.database_commits = gauge("database_commits", "xact_commit of the database in pg_stat_database.")
+        self.database_rollbacks = gauge("database_rollbacks", "xact_rollback of the database in pg_stat_database.")
+
+        # The busts.
+        self.busts = counter("busts_total", "Bust events.", "rule", "cache", "action")
+        self.keys = counter("busted_keys_total", "Keys deleted and versions bumped.", "rule", "cache", "action")
+        self.existed = counter("busted_keys_existed_total", "Busted keys that were there.", "rule", "cache", "action")
+        self.lag = Histogram(
+            "commit_to_bust_seconds",
+            "Time from a commit to its acknowledged bust.",
+            ["cache"],
+            namespace=NAMESPACE,
+            registry=registry,
+            buckets=LAG_BUCKETS,
+        )
+        self.sweeps = counter("sweeps_total", "Whole caches busted by their key pattern.", "cache", "reason")
+        self.sweeps_running = gauge("sweeps_running", "Sweeps begun and not finished.")
+        self.gaps = counter("gaps_total", "Times continuity could not be proven.", "reason")
+        self.rule_errors = counter("rule_errors_total", "Relations on which a rule can't name its keys.", "rule")
+
+        # The watermark.
+        self.watermark_lsn = gauge("watermark_lsn", "LSN up to which every bust is in Redis.")
+        self.watermark_at = gauge(
+            "watermark_timestamp_seconds", "When the watermark was last written; its age is time() minus this."
+        )
+
+        # Redis.
+        self.redis_up = gauge("redis_up", "1 while the connection to Redis stands.")
+        self.redis_errors = counter("redis_errors_total", "Failed flushes and lost connections.", "error")
+        self.redis_connects = counter("redis_connects_total", "Connections to Redis opened.")
+        self.redis_hits = gauge("redis_keyspace_hits", "keyspace_hits of INFO.")
+        self.redis_misses = gauge("redis_keyspace_misses", "keyspace_misses of INFO.")
+        self.redis_evicted = gauge("redis_evicted_keys", "evicted_keys of INFO.")
+        self.redis_expired = gauge("redis_expired_keys", "expired_keys of INFO.")
+        self.redis_memory = gauge("redis_used_memory_bytes", "used_memory of INFO.")

@@ -1,0 +1,128 @@
+"""The receive and confirm tasks: the two ends of the line that touch the walsender.
+
+receive: frames → pgoutput → invalidation → backlog. The order in it is what makes confirming safe: track the batch,
+put it, then note the commit. confirm sends the position that checkpoint gives, and none of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from cdc_invalidator import errors, pgoutput
+from cdc_invalidator.backlog import Backlog
+from cdc_invalidator.checkpoint import Checkpoint
+from cdc_invalidator.invalidation import Batch, Invalidation
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.replication import PAYLOAD, Keepalive, Replication
+from cdc_invalidator.rules import Table
+from cdc_invalidator.slot import Catalog
+
+_log = structlog.get_logger()
+
+# A confirmation says how much WAL PostgreSQL may drop: once a second is often enough, and it asks for the server's
+# position in return, which keeps the watermark of a quiet database moving.
+CONFIRM_SECONDS = 1.0
+# A server that has been asked every second and is silent for so long is gone.
+SILENCE_SECONDS = 30.0
+
+
+class Receive:
+    """Reads the stream and puts what it busts on the backlog.
+
+    Args:
+        replication: a started stream.
+        catalog: to find the table above a partition.
+        invalidation: assembles and matches.
+        backlog: where batches go.
+        checkpoint: is told what is in flight and what has been received.
+        metrics: what to count.
+    """
+
+    def __init__(
+        self,
+        replication: Replication,
+        catalog: Catalog,
+        invalidation: Invalidation,
+        *,
+        backlog: Backlog,
+        checkpoint: Checkpoint,
+        metrics: Metrics,
+    ) -> None:
+        self._replication = replication
+        self._catalog = catalog
+        self._invalidation = invalidation
+        self._backlog = backlog
+        self._checkpoint = checkpoint
+        self._metrics = metrics
+        self._decoder = pgoutput.Decoder()
+        self._counted: dict[tuple[Table, str], int] = {}
+
+    async def run(self) -> None:
+        """Receive until cancelled, or until the stream fails."""
+        while True:
+            await self._backlog.room()
+            frames = await self._replication.read()
+            for frame in frames:
+                if isinstance(frame, Keepalive):
+                    self._keepalive(frame)
+                    continue
+                message = self._decoder.decode(frame, PAYLOAD)
+                if isinstance(message, pgoutput.Relation):
+                    await self._relation(message)
+                    continue
+                batch = self._invalidation.feed(message)
+                if batch is not None:
+                    self._put(batch)
+            self._count()
+
+    def _put(self, batch: Batch) -> None:
+        if batch.busts:
+            self._backlog.put(batch, self._checkpoint.track())
+        if batch.end_lsn is not None:
+            self._checkpoint.received(batch.end_lsn)
+            self._metrics.transactions.inc()
+
+    def _keepalive(self, keepalive: Keepalive) -> None:
+        # Inside a transaction its position may lie behind changes that are still to come.
+        if not self._invalidation.in_transaction:
+            self._checkpoint.received(keepalive.end)
+        if keepalive.reply:
+            self._replication.status(self._checkpoint.confirmable, self._checkpoint.received_lsn)
+
+    async def _relation(self, message: pgoutput.Relation) -> None:
+        table: Table | None = Table(message.schema, message.name)
+        assert table is not None
+        if not self._invalidation.names(table):
+            above = await self._catalog.ancestors(message.oid)
+            table = next((parent for parent in above if self._invalidation.names(parent)), None)
+        for complaint in self._invalidation.relation(message, table):
+            self._metrics.rule_errors.labels(complaint.rule).inc()
+            _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)
+
+    def _count(self) -> None:
+        for table, ops in self._invalidation.changes.items():
+            for op, total in ops.items():
+                new = total - self._counted.get((table, op), 0)
+                if new:
+                    self._metrics.changes.labels(str(table), op).inc(new)
+                    self._counted[table, op] = total
+        self._metrics.backlog.set(self._backlog.weight)
+        self._metrics.received_lsn.set(self._checkpoint.received_lsn)
+
+
+async def confirm(replication: Replication, checkpoint: Checkpoint, metrics: Metrics) -> None:
+    """Confirm the position once a second until cancelled, also while Redis is down (the old one, then).
+
+    Raises:
+        errors.PostgresUnavailable: the server has been silent for long.
+    """
+    while True:
+        await asyncio.sleep(CONFIRM_SECONDS)
+        replication.status(checkpoint.confirmable, checkpoint.received_lsn, reply=True)
+        metrics.confirmed_lsn.set(checkpoint.confirmable)
+        if replication.silence() > SILENCE_SECONDS:
+            raise errors.PostgresUnavailable(
+                f"PostgreSQL has been silent for {SILENCE_SECONDS:.0f} s; the session is built anew."
+            )

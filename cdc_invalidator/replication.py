@@ -1,0 +1,182 @@
+"""The edge to the walsender: frames in, standby status updates out.
+
+Follows https://www.postgresql.org/docs/current/protocol-replication.html, from START_REPLICATION on. Every failure is
+raised as `errors.PostgresUnavailable`, `errors.SlotInUse` or `errors.ServerRefuses`; after that the connection is
+thrown away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from typing import NamedTuple
+
+import psycopg
+from psycopg import pq, sql
+
+from cdc_invalidator import errors, lsn, slot
+from cdc_invalidator.lsn import EPOCH_OFFSET_US
+
+# Frames a read: enough to pay for the wake-up, few enough that other tasks get their turn.
+FRAMES_A_READ = 5000
+PAYLOAD = 25
+"""Where the pgoutput payload begins in an XLogData frame: after its tag, start, end and send time."""
+
+_XLOGDATA, _KEEPALIVE = b"wk"
+_KEEPALIVE_BODY = struct.Struct(">xQqB")
+_STATUS = struct.Struct(">cQQQqB")
+
+
+class Keepalive(NamedTuple):
+    """The server's word that all WAL before ``end`` has been sent; ``reply``: it wants a status update at once."""
+
+    end: int
+    reply: bool
+
+
+class System(NamedTuple):
+    """What IDENTIFY_SYSTEM answers: the cluster's identifier, its timeline and the flushed end of its WAL."""
+
+    system_id: str
+    timeline: int
+    flushed: int
+
+
+class Replication:
+    """One replication connection. Open it, `identify`, `start`, then `read` and `status`; `close` in the end.
+
+    Args:
+        connection: a psycopg connection opened with ``replication=database``.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[tuple[object, ...]]) -> None:
+        self._connection = connection
+        self._pgconn = connection.pgconn
+        self._reading_since: float | None = None
+
+    @classmethod
+    async def open(cls, dsn: str) -> Replication:
+        """Connect as a walsender's client."""
+        with slot.translated():
+            return cls(
+                await psycopg.AsyncConnection.connect(
+                    dsn,
+                    autocommit=True,
+                    replication="database",
+                    application_name="cdc-invalidator",
+                    client_encoding="UTF8",
+                    **slot.KEEPALIVES,
+                )
+            )
+
+    async def identify(self) -> System:
+        """Ask who the server is."""
+        with slot.translated():
+            cursor = await self._connection.execute("IDENTIFY_SYSTEM")
+            row = await cursor.fetchone()
+        assert row is not None
+        return System(str(row[0]), int(str(row[1])), lsn.parse(str(row[2])))
+
+    async def start(self, name: str, publication: str) -> None:
+        """Start streaming from the slot, from the position that it has confirmed.
+
+        Raises:
+            errors.SlotInUse: another session streams from it.
+        """
+        command = sql.SQL(
+            "START_REPLICATION SLOT {slot} LOGICAL 0/0 (proto_version '1', publication_names {publication})"
+        ).format(
+            slot=sql.Identifier(name),
+            # A list of names: quoted as identifiers inside one literal.
+            publication=sql.Literal(sql.Identifier(publication).as_string(self._connection)),
+        )
+        with slot.translated():
+            await self._connection.execute(command)
+
+    async def read(self) -> list[bytes | Keepalive]:
+        """Give all frames that have arrived, at least one: XLogData as its bytes (see `PAYLOAD`), or a keepalive."""
+        frames: list[bytes | Keepalive] = []
+        with slot.translated():
+            while not self._drain(frames):
+                self._reading_since = self._reading_since or time.monotonic()
+                await self._readable()
+                self._pgconn.consume_input()
+        self._reading_since = None
+        return frames
+
+    def silence(self) -> float:
+        """Seconds for which `read` has waited in vain; 0 while nobody reads (the backlog is full)."""
+        return 0.0 if self._reading_since is None else time.monotonic() - self._reading_since
+
+    def _drain(self, frames: list[bytes | Keepalive]) -> bool:
+        get = self._pgconn.get_copy_data
+        while len(frames) < FRAMES_A_READ:
+            size, view = get(1)
+            if size > 0:
+                data = bytes(view)
+                frames.append(data if data[0] == _XLOGDATA else _keepalive(data))
+            elif size == 0:
+                break
+            elif frames:
+                # The end of the stream comes up again at the next read.
+                break
+            else:
+                raise self._ended()
+        return bool(frames)
+
+    def _ended(self) -> errors.InvalidatorError:
+        result = self._pgconn.get_result()
+        if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
+            return slot.translate(psycopg.errors.error_from_result(result, encoding="utf-8"))
+        return errors.PostgresUnavailable("PostgreSQL ended the replication stream; it is started anew.")
+
+    async def _readable(self) -> None:
+        # The reader is removed again each time: while the backlog is full nobody reads, and it must not fire then.
+        loop = asyncio.get_running_loop()
+        ready = asyncio.Event()
+        socket = self._pgconn.socket
+        loop.add_reader(socket, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            loop.remove_reader(socket)
+
+    def status(self, confirmed: int, received: int, *, reply: bool = False) -> None:
+        """Send a standby status update.
+
+        Args:
+            confirmed: LSN that PostgreSQL may forget; reported as flushed and applied.
+            received: LSN up to which the stream has been received.
+            reply: ask for a keepalive in return, which brings the server's position.
+        """
+        now_us = time.time_ns() // 1000 - EPOCH_OFFSET_US
+        with slot.translated():
+            self._pgconn.put_copy_data(
+                _STATUS.pack(b"r", max(received, confirmed), confirmed, confirmed, now_us, reply)
+            )
+            self._pgconn.flush()
+
+    async def finish(self) -> None:
+        """End the stream in order, so that the server has taken in the last status update."""
+        with slot.translated():
+            self._pgconn.put_copy_end()
+            self._pgconn.flush()
+            while True:
+                size, _ = self._pgconn.get_copy_data(1)
+                if size < 0:
+                    return
+                if size == 0:
+                    await self._readable()
+                    self._pgconn.consume_input()
+
+    def close(self) -> None:
+        """Drop the connection at once; PostgreSQL frees the slot."""
+        self._pgconn.finish()
+
+
+def _keepalive(data: bytes) -> Keepalive:
+    if data[0] != _KEEPALIVE or len(data) != _KEEPALIVE_BODY.size:
+        raise errors.MalformedMessage
+    end, _, reply = _KEEPALIVE_BODY.unpack(data)
+    return Keepalive(end, bool(reply))

@@ -1,0 +1,92 @@
+"""The settings, where they come from, and nothing else. Only the command line reads them.
+
+Precedence: flag, environment variable ``CDC_…``, ``.env``, file in the directory ``CDC_SECRETS_DIR``, default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from cdc_invalidator import errors
+
+PREFIX = "CDC_"
+
+
+class Database(BaseSettings):
+    """What every command that talks to PostgreSQL reads; ``slot`` is ``CDC_SLOT`` and ``--slot``, and so on."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    postgres_dsn: SecretStr = Field(
+        description="Connection string of the database; the role needs REPLICATION. Several hosts are allowed."
+    )
+    slot: str = Field(
+        default="cdc_invalidator", pattern=r"^[a-z0-9_]{1,63}$", description="Name of the replication slot."
+    )
+    publication: str = Field(
+        default="cdc_invalidator", min_length=1, max_length=63, description="Name of the publication."
+    )
+
+
+class Stream(Database):
+    """What setting the stream up reads, besides."""
+
+    rules: Path = Field(description="A rule file, or a directory of rule files.")
+
+
+class Settings(Stream):
+    """Every setting of the daemon."""
+
+    redis_url: SecretStr = Field(description="Where the cache lives: redis://, rediss:// or unix://.")
+    http_host: str = Field(default="0.0.0.0", description="Address of /metrics, /livez, /readyz and /status.")  # noqa: S104  a Pod's probes come from outside
+    http_port: int = Field(default=9479, ge=0, le=65535, description="Port of these pages; 0 takes a free one.")
+    log_format: Literal["json", "console"] = Field(default="json", description="One JSON object a line, or text.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Bust events are info; warning silences them."
+    )
+    log_keys: Literal["prefix", "hash", "raw"] = Field(
+        default="hash",
+        description="What a bust event shows of its keys: their prefix, also a hash of each, or the keys themselves.",
+    )
+    log_hash_key: SecretStr | None = Field(
+        default=None,
+        description="Secret of the keyed hashes. Without it, each start of the daemon makes its own.",
+    )
+    on_gap: Literal["sweep", "warn"] = Field(
+        default="sweep", description="What to do when changes may have been missed: empty the caches, or only say so."
+    )
+
+
+Kind = TypeVar("Kind", bound=Database)
+
+
+def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
+    """Read the settings.
+
+    Args:
+        kind: which of them.
+        flags: what the command line was given, by field name; ``None`` means not given.
+
+    Raises:
+        errors.WrongSettings: naming each setting that is missing or wrong, without its value.
+    """
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return kind(_secrets_dir=os.environ.get("CDC_SECRETS_DIR"), **given)  # type: ignore[call-arg]  # of BaseSettings
+    except ValidationError as error:
+        raise errors.WrongSettings("\n".join(map(_sentence, error.errors(include_input=False)))) from None
+
+
+def _sentence(item: ErrorDetails) -> str:
+    name = str(item["loc"][0])
+    variable, flag = PREFIX + name.upper(), "--" + name.replace("_", "-")
+    if item["type"] == "missing":
+        return f"{variable} is not set; set it in the environment or give {flag}."
+    return f"{variable} is wrong: {item['msg'][0].lower()}{item['msg'][1:]}; set it in the environment or give {flag}."

@@ -1,0 +1,116 @@
+"""Sweeps: busting a whole cache by its key pattern, one SCAN step at a time, so that live busts go on meanwhile.
+
+Why one pass over the locks and then one over the keys is enough: SCAN finds every key that is there from its start to
+its end. A reader that began its fill before the sweep holds a lock, which the first pass deletes (its fill is then
+dropped), or it stored before the first pass was over, and the second pass finds the key. A reader that begins later
+loads what the sweep was for. Version counters need a single pass: a bump overtakes every fill under the old version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cdc_invalidator.cache import LOCK_SUFFIX, CacheServer
+from cdc_invalidator.rules import Cache
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Somebody who waits for a sweep: what the event says of it, and what happens at its end."""
+
+    rule: str
+    table: str
+    op: str
+    reason: str
+    commit_lsn: int
+    xid: int | None
+    committed_at: int | None
+    done: Callable[[], None]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a sweep has done so far."""
+
+    keys: int = 0
+    existed: int = 0
+
+
+class Sweep:
+    """One sweep of one cache for all who asked before it began."""
+
+    def __init__(self, cache: Cache, requests: list[Request]) -> None:
+        self.cache = cache
+        self.requests = requests
+        self.tally = Tally()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew: a cursor means nothing to another server."""
+        pattern = self.cache.target.glob()
+        self._cursor = 0
+        self._passes = [pattern + LOCK_SUFFIX, pattern] if self.cache.version is None else [pattern]
+
+    async def step(self, server: CacheServer) -> bool:
+        """Search a little further and bust what was found; True when the sweep is over."""
+        cursor, keys = await server.scan(self._cursor, self._passes[0])
+        if keys:
+            await self._bust(server, keys)
+        self._cursor = cursor
+        if cursor == 0:
+            self._passes.pop(0)
+        return not self._passes
+
+    async def _bust(self, server: CacheServer, keys: list[bytes]) -> None:
+        if self.cache.version is not None:
+            outcome = await server.bust([], dict.fromkeys(keys, self.cache.version_ttl))
+            self.tally.keys += len(outcome.versions)
+            self.tally.existed += sum(version != 0 for version in outcome.versions.values())
+        elif len(self._passes) == 2:
+            await server.unlink(keys)
+        else:
+            outcome = await server.bust([keys], {})
+            self.tally.keys += len(keys)
+            self.tally.existed += outcome.existed[0]
+
+
+class Sweeps:
+    """The sweeps that run and those that wait: at most one of a cache runs, and one more waits behind it."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Sweep] = {}
+        self._waiting: dict[str, Sweep] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._running)
+
+    def __len__(self) -> int:
+        return len(self._running) + len(self._waiting)
+
+    def request(self, cache: Cache, request: Request) -> None:
+        """Ask for a sweep of the cache that begins after now."""
+        if cache.name not in self._running:
+            self._running[cache.name] = Sweep(cache, [request])
+        elif cache.name in self._waiting:
+            self._waiting[cache.name].requests.append(request)
+        else:
+            self._waiting[cache.name] = Sweep(cache, [request])
+
+    def restart(self) -> None:
+        """Begin all anew, on another connection; who waited behind a sweep joins it."""
+        for name, sweep in self._waiting.items():
+            self._running[name].requests += sweep.requests
+        self._waiting.clear()
+        for sweep in self._running.values():
+            sweep.restart()
+
+    async def step(self, server: CacheServer) -> list[Sweep]:
+        """Take one step of each running sweep, and give those that are over."""
+        over = [sweep for sweep in list(self._running.values()) if await sweep.step(server)]
+        for sweep in over:
+            name = sweep.cache.name
+            del self._running[name]
+            if name in self._waiting:
+                self._running[name] = self._waiting.pop(name)
+        return over

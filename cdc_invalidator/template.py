@@ -1,0 +1,320 @@
+"""Key templates: how a row's columns become the key of a cache, and how a key gives its parameters back.
+
+``"shop:${APP_ENV:-prod}:user:{id}"``: ``${NAME}`` and ``${NAME:-default}`` are environment, expanded once, at load;
+``{name}`` is a parameter, ``{name|lower|sha256}`` one with filters; ``{{`` and ``}}`` are literal braces. As in a
+shell, the default also stands in for a variable that is set but empty.
+
+The rule that holds here: what the environment gives is literal text. It is never parsed again, nor shown in an error.
+
+Keys and values are bytes: PostgreSQL's text form in UTF-8, as it came off the wire.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import reduce
+from hashlib import sha256
+from operator import itemgetter
+from typing import Self
+from urllib.parse import quote
+
+Row = Sequence[bytes | None]
+MakeKey = Callable[[Row], bytes | None]
+
+
+class TemplateError(ValueError):
+    """The text is not a key template; ``offset`` (from 0) is where, the message is one sentence with the remedy."""
+
+    def __init__(self, sentence: str, offset: int) -> None:
+        self.offset = offset
+        super().__init__(sentence)
+
+
+def _on_text(change: Callable[[str], str]) -> Callable[[bytes], bytes]:
+    # A SQL_ASCII database may hold bytes that are not UTF-8; they pass through unchanged.
+    return lambda value: change(value.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+
+
+FILTERS: Mapping[str, Callable[[bytes], bytes]] = {
+    "lower": _on_text(str.lower),
+    "upper": _on_text(str.upper),
+    "urlencode": lambda value: quote(value, safe="").encode(),
+    "sha256": lambda value: sha256(value).hexdigest().encode(),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter of a key: its name, and the filters that its value goes through, in order."""
+
+    name: str
+    filters: tuple[str, ...] = ()
+
+    def change(self, value: bytes) -> bytes:
+        """The value after all filters."""
+        return reduce(lambda changed, name: FILTERS[name](changed), self.filters, value)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A key template: the text as written, and its parts, where no two literals stand side by side."""
+
+    text: str
+    parts: tuple[bytes | Param, ...]
+
+    @classmethod
+    def parse(cls, text: str, env: Mapping[str, str]) -> Self:
+        """Read a template and expand its environment.
+
+        Raises:
+            TemplateError: the text is empty, a brace stands alone, a name or filter is unknown, a variable is not set,
+                or a literal holds white space or a control character.
+        """
+        parts: list[bytes | Param] = []
+        for token in _TOKEN.finditer(text):
+            part = _part(token, env)
+            if isinstance(part, bytes) and parts and isinstance(parts[-1], bytes):
+                parts[-1] += part
+            elif part:
+                parts.append(part)
+        if not parts:
+            raise TemplateError("the template is empty; write a key, such as `shop:user:{id}`", 0)
+        return cls(text, tuple(parts))
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """The names of the parameters, each once, in order of appearance."""
+        return tuple(dict.fromkeys(param.name for param in self._occurrences))
+
+    @property
+    def prefix(self) -> bytes:
+        """The literal text up to the first parameter: what a log line may show of a key."""
+        return self.parts[0] if isinstance(self.parts[0], bytes) else b""
+
+    def glob(self) -> bytes:
+        r"""The pattern for ``SCAN … MATCH`` that finds every key of this template.
+
+        A parameter is ``*``, however many stand side by side. Redis reads ``* ? [ ] \`` and, inside brackets, ``^ -``;
+        a backslash makes any character literal (stringmatchlen in Redis' util.c).
+        """
+        pattern = b""
+        before: bytes | Param = b""
+        for part in self.parts:
+            if isinstance(part, bytes):
+                pattern += _GLOB.sub(rb"\\\g<0>", part)
+            elif isinstance(before, bytes):
+                pattern += b"*"
+            before = part
+        return pattern
+
+    def compile(self, index: Mapping[str, int]) -> MakeKey:
+        """A function from a row to its key, or to None where any parameter is NULL.
+
+        The function runs for each row, so each usual shape has its own; bytes formatting does the rest.
+
+        Args:
+            index: the position in the row of each parameter's value.
+
+        Raises:
+            KeyError: a parameter is not in ``index``.
+        """
+        params = self._occurrences
+        form = b"".join(b"%b" if isinstance(part, Param) else part.replace(b"%", b"%%") for part in self.parts)
+        at = [index[param.name] for param in params]
+        if any(param.filters for param in params):
+            return _filtered(form, at, params)
+        if len(at) > 2:
+            return _of_many(form, at)
+        return (_of_none, _of_one, _of_two)[len(at)](form, *at)
+
+    def render(self, values: Mapping[str, str | bytes | None]) -> bytes | None:
+        """The key for values by name, or None where any is NULL; for all that is not the stream of rows.
+
+        Raises:
+            KeyError: a parameter is not in ``values``.
+        """
+        params = self.params
+        row = [_as_bytes(values[name]) for name in params]
+        return self.compile({name: position for position, name in enumerate(params)})(row)
+
+    def match(self, key: bytes) -> dict[str, bytes] | None:
+        """The parameters of a key, or None when the key is not of this template.
+
+        Where a key can be read in several ways, each parameter is as short as can be and the last one takes the rest.
+        A filter cannot be undone: its parameter reads as the filtered text, unless the template has it unfiltered too.
+        """
+        groups: dict[Param, str] = {}
+        last = len(self.parts) - 1 if isinstance(self.parts[-1], Param) else len(self.parts) - 2
+        pattern = b"".join(_regex(part, groups, greedy=at >= last) for at, part in enumerate(self.parts))
+        found = re.fullmatch(pattern, key, re.DOTALL)
+        if found is None:
+            return None
+        plain_last = sorted(groups, key=lambda param: not param.filters)
+        return {param.name: found[groups[param]] for param in plain_last}
+
+    @property
+    def _occurrences(self) -> list[Param]:
+        return [part for part in self.parts if isinstance(part, Param)]
+
+
+# ── From a row to a key ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _of_none(form: bytes) -> MakeKey:
+    key = form % ()
+    return lambda _row: key
+
+
+def _of_one(form: bytes, at: int) -> MakeKey:
+    def make_key(row: Row) -> bytes | None:
+        value = row[at]
+        return None if value is None else form % value
+
+    return make_key
+
+
+def _of_two(form: bytes, first_at: int, second_at: int) -> MakeKey:
+    def make_key(row: Row) -> bytes | None:
+        first = row[first_at]
+        second = row[second_at]
+        return None if first is None or second is None else form % (first, second)
+
+    return make_key
+
+
+def _of_many(form: bytes, at: Sequence[int]) -> MakeKey:
+    pick = itemgetter(*at)
+
+    def make_key(row: Row) -> bytes | None:
+        values = pick(row)
+        return None if None in values else form % values
+
+    return make_key
+
+
+def _filtered(form: bytes, at: Sequence[int], params: Sequence[Param]) -> MakeKey:
+    steps = [(position, param.change if param.filters else bytes) for position, param in zip(at, params, strict=True)]
+
+    def make_key(row: Row) -> bytes | None:
+        values = []
+        for position, change in steps:
+            value = row[position]
+            if value is None:
+                return None
+            values.append(change(value))
+        return form % tuple(values)
+
+    return make_key
+
+
+def _as_bytes(value: str | bytes | None) -> bytes | None:
+    return value.encode() if isinstance(value, str) else value
+
+
+# ── From a key to its parameters, and to a pattern ───────────────────────────────────────────────────────────────────
+
+_GLOB = re.compile(rb"[*?\[\]\\^]")
+
+
+def _regex(part: bytes | Param, groups: dict[Param, str], *, greedy: bool) -> bytes:
+    """The regular expression of one part; a parameter that came before must read the same again.
+
+    Groups are named by number, because a parameter's name may be any Unicode identifier and a group's name may not.
+    """
+    if isinstance(part, bytes):
+        return re.escape(part)
+    if part in groups:
+        return b"(?P=%b)" % groups[part].encode()
+    groups[part] = f"g{len(groups)}"
+    return b"(?P<%b>.*%b)" % (groups[part].encode(), b"" if greedy else b"?")
+
+
+# ── From text to parts ───────────────────────────────────────────────────────────────────────────────────────────────
+
+# Every character of a text falls in exactly one token. `${{` is a dollar sign before a literal brace.
+_TOKEN = re.compile(
+    r"""
+      (?P<brace> \{\{ | \}\} )
+    | \$\{ (?!\{) (?P<env> [^{}]* ) \}
+    | \{ (?P<param> [^{}]* ) \}
+    | (?P<wrong> \$\{ (?!\{) | [{}] )
+    | (?P<text> [^{}$]+ | \$ )
+    """,
+    re.VERBOSE,
+)
+_ENV = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::-(.*))?", re.DOTALL)
+_WRONG = {
+    "${": "`${` is not closed; write `${NAME}` or `${NAME:-default}`, with no brace in the default",
+    "{": "`{` opens no parameter; write `{name}`, or `{{` for the brace itself",
+    "}": "`}` closes no parameter; write `}}` for the brace itself",
+}
+
+
+def _part(token: re.Match[str], env: Mapping[str, str]) -> bytes | Param:
+    """One token as a part: a literal (which may be empty, if the environment's is) or a parameter."""
+    text, offset = token[0], token.start()
+    match token.lastgroup:
+        case "text":
+            for at, character in enumerate(text):
+                _refuse_unprintable(character, "the template", offset + at)
+            return text.encode()
+        case "brace":
+            return text[0].encode()
+        case "env":
+            return _expand(token["env"], env, offset)
+        case "param":
+            return _param(token["param"], offset)
+        case _:
+            raise TemplateError(_WRONG[text], offset)
+
+
+def _expand(reference: str, env: Mapping[str, str], offset: int) -> bytes:
+    found = _ENV.fullmatch(reference)
+    if found is None:
+        raise TemplateError(
+            "`${…}` does not hold a name of an environment variable; write `${NAME}` or `${NAME:-default}`", offset
+        )
+    name, default = found[1], found[2]
+    value = env.get(name) if default is None else env.get(name) or default
+    if value is None:
+        raise TemplateError(
+            f"the environment variable `{name}` is not set; set it, or give a default: `${{{name}:-default}}`", offset
+        )
+    for character in value:
+        _refuse_unprintable(character, f"the value of `${{{name}}}`", offset)
+    return value.encode()
+
+
+def _param(content: str, offset: int) -> Param:
+    name, *filters = content.split("|")
+    if not name.isidentifier():
+        raise TemplateError(
+            "`{…}` does not hold a parameter's name; write `{name}` or `{name|filter}`, without blanks,"
+            " or `{{` for the brace itself",
+            offset,
+        )
+    at = offset + 1 + len(name) + 1
+    for filter_name in filters:
+        if filter_name not in FILTERS:
+            near = get_close_matches(filter_name, FILTERS, n=1)
+            remedy = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(FILTERS)}"
+            raise TemplateError(f"there is no filter {shown(filter_name)}; {remedy}", at)
+        at += len(filter_name) + 1
+    return Param(name, tuple(filters))
+
+
+def _refuse_unprintable(character: str, where: str, offset: int) -> None:
+    if character.isspace() or unicodedata.category(character) in {"Cc", "Cs"}:
+        raise TemplateError(
+            f"{where} holds white space or a control character (U+{ord(character):04X}); remove it", offset
+        )
+
+
+def shown(text: str, limit: int = 80) -> str:
+    """Text as an error quotes it: one printable line, between backticks, cut at ``limit`` characters."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return f"`{line}`" if len(line) <= limit else f"`{line[:limit]}…`"

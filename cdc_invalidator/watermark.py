@@ -1,0 +1,99 @@
+"""The watermark: what a Redis says it has had, and whether the stream may go on from there. Pure.
+
+One rule decides about every kind of lost continuity. The stream is about to start at ``start``; Redis has had all
+busts up to ``watermark.lsn``. When that is lower, or when the two do not speak of the same history, what lies between
+was never applied to this Redis: a gap. A slot made anew, a slot that somebody moved on, a restored snapshot, an emptied
+or replaced Redis, a promoted replica that lagged all show in this one comparison.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the stream stands: the server's history and the LSN from which it will send.
+
+    ``flushed``: the end of the server's WAL, in LSN; ``new_slot``: the slot has just been made.
+    """
+
+    system_id: str
+    timeline: int
+    start: int
+    flushed: int
+    new_slot: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Watermark:
+    """The hash ``cdc:{slot}:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970)."""
+
+    lsn: int
+    at: int
+    system_id: str
+    timeline: int
+    rules: Mapping[str, str]
+
+    def fields(self) -> dict[str, str | int]:
+        """Give the hash's fields; ``rules`` is JSON, from each cache's name to a digest of what busts it."""
+        return {
+            "lsn": self.lsn,
+            "at": self.at,
+            "system_id": self.system_id,
+            "timeline": self.timeline,
+            "rules": json.dumps(dict(self.rules), separators=(",", ":"), sort_keys=True),
+        }
+
+    @classmethod
+    def read(cls, fields: Mapping[bytes, bytes]) -> Watermark | None:
+        """Read the hash as Redis gives it; ``None`` when a field is missing or is not what we write."""
+        try:
+            rules = json.loads(fields[b"rules"])
+            if not isinstance(rules, dict):
+                return None
+            return cls(
+                lsn=int(fields[b"lsn"]),
+                at=int(fields[b"at"]),
+                system_id=fields[b"system_id"].decode(),
+                timeline=int(fields[b"timeline"]),
+                rules={str(cache): str(digest) for cache, digest in rules.items()},
+            )
+        except (KeyError, ValueError):
+            return None
+
+
+def gaps(found: Watermark | None, position: Position, rules: Mapping[str, str]) -> dict[str, str]:
+    """Tell which caches can't be proven to be up to date, and why.
+
+    Args:
+        found: what Redis holds.
+        position: where the stream is about to go on.
+        rules: each cache's name and digest, as the rule files have it now.
+
+    Returns:
+        From a cache's name to the reason; empty when continuity is proven.
+    """
+    reason = _broken_history(found, position)
+    if reason is not None or found is None:
+        return dict.fromkeys(rules, reason or "no_watermark")
+    return {cache: "rules_changed" for cache, digest in rules.items() if found.rules.get(cache) != digest}
+
+
+def _broken_history(found: Watermark | None, position: Position) -> str | None:
+    if position.new_slot:
+        return "new_slot"
+    if found is None:
+        return "no_watermark"
+    if found.system_id != position.system_id:
+        return "other_system"
+    if found.timeline != position.timeline:
+        return "other_timeline"
+    if found.lsn < position.start:
+        return "missed_changes"
+    if found.lsn > position.flushed:
+        # The same history can't be shorter than what we have already seen of it: a restored backup.
+        return "database_went_back"
+    return None

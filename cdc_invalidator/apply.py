@@ -1,15 +1,15 @@
 """The apply task: takes what has piled up, busts it in Redis, records the watermark. Only this task talks to Redis.
 
-A turn is: take, flush, one step of the sweeps that run, watermark. Whatever fails on Redis's side, the connection is
-thrown away and the same turn is tried again on a new one; a bust may be applied twice, which does no harm. Retries for
-Redis live here and nowhere else.
+A turn is: take, flush, flush again what readers could not see yet, one step of the sweeps that run, watermark.
+Whatever fails on Redis's side, the connection is thrown away and the same turn is tried again on a new one; a bust may
+be applied twice, which does no harm. Retries for Redis live here and nowhere else.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,8 @@ FLUSH_WEIGHT = 10_000
 # The watermark moves at least once a second; the rest is for the round trip.
 HEARTBEAT_SECONDS = 0.8
 INFO_SECONDS = 10.0
+# How soon to ask again whether readers see a commit.
+EARLY_SECONDS = 0.002
 
 
 class Apply:
@@ -41,6 +43,7 @@ class Apply:
 
     Args:
         open_server: makes a `CacheServer` that is not connected yet.
+        hidden: tells which of some committed transactions readers can't see yet.
         backlog: where batches come from.
         checkpoint: is told what is resolved and recorded.
         rules: the rule set, for the digests in the watermark and the sweeps of gaps.
@@ -55,6 +58,7 @@ class Apply:
     def __init__(
         self,
         open_server: Callable[[], CacheServer],
+        hidden: Callable[[Iterable[int]], Awaitable[set[int]]],
         *,
         backlog: Backlog,
         checkpoint: Checkpoint,
@@ -66,6 +70,7 @@ class Apply:
         display: KeyDisplay,
     ) -> None:
         self._open_server = open_server
+        self._hidden = hidden
         self._backlog = backlog
         self._checkpoint = checkpoint
         self._rules = rules
@@ -79,6 +84,8 @@ class Apply:
         self._server: CacheServer | None = None
         self._sweeps = Sweeps()
         self._taken: list[tuple[Batch, Ticket]] = []
+        # Busted, but to be busted again once readers see the commit.
+        self._early: list[tuple[Batch, Ticket]] = []
         self._open_gaps = 0
         self._replay_until = 0
         self._recorded: int | None = None
@@ -116,6 +123,8 @@ class Apply:
             if self._taken:
                 await self._flush(server, self._taken)
                 self._taken = []
+            if self._early:
+                await self._flush_again(server)
             if self._sweeps:
                 self._finish(await self._sweeps.step(server))
             await self._record(server)
@@ -124,7 +133,7 @@ class Apply:
             await self._lost(error)
             return
         self._backoff.reset()
-        await self._backlog.wait(0 if self._sweeps or self._taken else self._until_heartbeat())
+        await self._backlog.wait(self._patience())
 
     async def _connect(self) -> CacheServer:
         server = self._open_server()
@@ -211,15 +220,28 @@ class Apply:
     # Flush: one round trip for all that has piled up.
 
     async def _flush(self, server: CacheServer, taken: Sequence[tuple[Batch, Ticket]]) -> None:
+        hidden = await self._hidden({batch.xid for batch, _ in taken})
         lines = [line for batch, _ in taken for line in _lines(batch)]
-        deletes = [line.keys for line in lines if line.target.cache.version is None]
-        bumps = {key: line.target.cache.version_ttl for line in lines if line.target.cache.version for key in line.keys}
-        outcome = await server.bust(deletes, bumps)
-        self._report(lines, outcome)
+        self._report(lines, await _bust(server, lines))
         for batch, ticket in taken:
+            if batch.xid in hidden:
+                self._early.append((batch, ticket))
+            else:
+                self._request_sweeps(batch, ticket)
+                self._checkpoint.resolve(ticket)
+        self._metrics.backlog.set(self._backlog.weight)
+
+    async def _flush_again(self, server: CacheServer) -> None:
+        hidden = await self._hidden({batch.xid for batch, _ in self._early})
+        visible = [(batch, ticket) for batch, ticket in self._early if batch.xid not in hidden]
+        if not visible:
+            return
+        await _bust(server, [line for batch, _ in visible for line in _lines(batch)])
+        self._early = [item for item in self._early if item[0].xid in hidden]
+        self._metrics.again.inc(len(visible))
+        for batch, ticket in visible:
             self._request_sweeps(batch, ticket)
             self._checkpoint.resolve(ticket)
-        self._metrics.backlog.set(self._backlog.weight)
 
     def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
         for target, busts in batch.busts.items():
@@ -267,7 +289,12 @@ class Apply:
         self._recorded, self._recorded_at = position, now
         self._checkpoint.record(position)
 
-    def _until_heartbeat(self) -> float:
+    def _patience(self) -> float:
+        """Seconds until there is something to do though nothing is put."""
+        if self._sweeps:
+            return 0.0
+        if self._early:
+            return EARLY_SECONDS
         return max(0.001, HEARTBEAT_SECONDS - (time.monotonic() - self._recorded_at))
 
     async def _inform(self, server: CacheServer) -> None:
@@ -381,6 +408,12 @@ class _Line:
         self.keys = keys
         self.op = _ops(busts)
         self.reason = busts.reason
+
+
+async def _bust(server: CacheServer, lines: Sequence[_Line]) -> Outcome:
+    deletes = [line.keys for line in lines if line.target.cache.version is None]
+    bumps = {key: line.target.cache.version_ttl for line in lines if line.target.cache.version for key in line.keys}
+    return await server.bust(deletes, bumps)
 
 
 def _lines(batch: Batch) -> Iterable[_Line]:

@@ -63,7 +63,7 @@ class Batch:
 
     commit_lsn: int
     committed_at: int
-    xid: int | None
+    xid: int
     end_lsn: int | None = None
     busts: dict[Target, Busts] = field(default_factory=dict)
     weight: int = 0

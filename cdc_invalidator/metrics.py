@@ -51,6 +51,9 @@ class Metrics:
         self.busts = counter("busts_total", "Bust events.", "rule", "cache", "action")
         self.keys = counter("busted_keys_total", "Keys deleted and versions bumped.", "rule", "cache", "action")
         self.existed = counter("busted_keys_existed_total", "Busted keys that were there.", "rule", "cache", "action")
+        self.again = counter(
+            "early_transactions_total", "Transactions busted before readers could see them, and therefore again."
+        )
         self.lag = Histogram(
             "commit_to_bust_seconds",
             "Time from a commit to its acknowledged bust.",

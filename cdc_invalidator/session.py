@@ -24,6 +24,7 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.replication import Replication
 from cdc_invalidator.rules import RuleSet, Table
 from cdc_invalidator.slot import Catalog
+from cdc_invalidator.snapshot import Snapshots
 from cdc_invalidator.watermark import Position
 
 _log = structlog.get_logger()
@@ -69,6 +70,7 @@ class Session:
         self._display = display
         self._be = be
         self._catalog: Catalog | None = None
+        self._snapshots: Snapshots | None = None
         self._replication: Replication | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.backlog = Backlog()
@@ -133,6 +135,8 @@ class Session:
             self._replication.close()
         if self._catalog is not None:
             await self._catalog.close()
+        if self._snapshots is not None:
+            await self._snapshots.close()
 
     async def _open(self) -> None:
         options = self._options
@@ -155,9 +159,11 @@ class Session:
         state = await catalog.state()
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
+        snapshots = self._snapshots = await Snapshots.open(options.postgres_dsn)
         self.checkpoint = Checkpoint(state.confirmed)
         self.apply = Apply(
             lambda: CacheServer(options.redis_url, options.slot),
+            snapshots.hidden,
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             rules=self._rules,

@@ -81,6 +81,19 @@ class Missing:
     statements: list[str] = field(default_factory=list)
 
 
+async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
+    """Open an ordinary connection that shows itself under this name and never waits long for a lock."""
+    with translated():
+        return await psycopg.AsyncConnection.connect(
+            dsn,
+            autocommit=True,
+            application_name=application,
+            options=_OPTIONS,
+            row_factory=namedtuple_row,
+            **KEEPALIVES,
+        )
+
+
 class Catalog:
     """One ordinary connection to the database of the stream.
 
@@ -98,16 +111,7 @@ class Catalog:
     @classmethod
     async def open(cls, dsn: str, name: str, publication: str) -> Catalog:
         """Connect."""
-        with translated():
-            connection = await psycopg.AsyncConnection.connect(
-                dsn,
-                autocommit=True,
-                application_name="cdc-invalidator catalog",
-                options=_OPTIONS,
-                row_factory=namedtuple_row,
-                **KEEPALIVES,
-            )
-        return cls(connection, name, publication)
+        return cls(await connect(dsn, "cdc-invalidator catalog"), name, publication)
 
     async def close(self) -> None:
         """Disconnect."""

@@ -149,9 +149,7 @@ def test_a_changed_primary_key_busts_both_keys(
     assert left(redis_client) == {"t:test:user:4"}
 
 
-def test_inserts_and_deletes_bust(
-    daemon: RunningDaemon, shop: str, redis_client: redis.Redis, slot_name: str
-) -> None:
+def test_inserts_and_deletes_bust(daemon: RunningDaemon, shop: str, redis_client: redis.Redis, slot_name: str) -> None:
     settled(shop, redis_client, slot_name)
     fill(redis_client, "t:test:user:5", "t:test:user:500", "t:test:front")
     execute(shop, "DELETE FROM users WHERE id = 5", "INSERT INTO users VALUES (500, 'new', 'e')")
@@ -235,6 +233,7 @@ def test_a_large_transaction_busts_every_key(
 ) -> None:
     settled(shop, redis_client, slot_name)
     execute(shop, "INSERT INTO users SELECT n, 'x' FROM generate_series(1000, 26000) n")
+    settled(shop, redis_client, slot_name)
     fill(redis_client, *(f"t:test:user:{n}" for n in range(1000, 26000)), "t:test:user:99")
     execute(shop, "UPDATE users SET name = 'y' WHERE id >= 1000")
     settled(shop, redis_client, slot_name)

@@ -1,0 +1,67 @@
+"""The edge that asks PostgreSQL which committed transactions its readers can see already.
+
+The walsender sends a transaction as soon as its commit record is flushed. Its rows become visible a little later: some
+microseconds on a quiet server, and as long as the standbys take where commits are synchronous. A bust in between does
+not last: the next reader loads the old row and caches it again. So apply asks before it busts, and busts again what
+was not visible yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import psycopg
+
+from cdc_invalidator import slot
+
+
+class Snapshots:
+    """One connection that takes snapshots.
+
+    Args:
+        connection: opened by `open`.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        self._cursor = connection.cursor()
+        self._connection = connection
+
+    @classmethod
+    async def open(cls, dsn: str) -> Snapshots:
+        """Connect."""
+        return cls(await slot.connect(dsn, "cdc-invalidator snapshots"))
+
+    async def close(self) -> None:
+        """Disconnect."""
+        await self._connection.close()
+
+    async def hidden(self, xids: Iterable[int]) -> set[int]:
+        """Give those of these committed transactions that a reader who starts now does not see yet.
+
+        Raises:
+            errors.PostgresUnavailable: nobody knows.
+        """
+        with slot.translated():
+            await self._cursor.execute("SELECT pg_current_snapshot()::text", prepare=True)
+            row = await self._cursor.fetchone()
+        assert row is not None
+        return hidden(row[0], xids)
+
+
+def hidden(snapshot: str, xids: Iterable[int]) -> set[int]:
+    """Give those of the transactions that a snapshot does not see.
+
+    Args:
+        snapshot: PostgreSQL's text form, ``xmin:xmax:xip,xip…``, in 64 bits.
+        xids: transaction ids in the 32 bits of the replication stream, at most 2³¹ transactions old.
+    """
+    _, xmax_text, running_text = snapshot.split(":")
+    xmax = int(xmax_text)
+    running = {int(xid) & 0xFFFFFFFF for xid in running_text.split(",") if xid}
+    return {xid for xid in xids if xid in running or _not_before(xid, xmax)}
+
+
+def _not_before(xid: int, xmax: int) -> bool:
+    # Ids go round: of two that are less than 2³¹ apart, the difference tells which is the later.
+    return (xid - xmax) & 0xFFFFFFFF < 0x80000000

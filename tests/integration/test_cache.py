@@ -1,0 +1,169 @@
+"""The edge to Redis, on a real Valkey: every reply is looked at, and what memory and permissions do."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+
+from cdc_invalidator import embedded, errors
+from cdc_invalidator.cache import BUMP_DELETED, BUMP_MISSING, KEYS_A_COMMAND, CacheServer
+from cdc_invalidator.watermark import Watermark
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+MARK = Watermark(lsn=2**62, at=1, system_id="7", timeline=3, rules={"user": "abc"})
+
+
+@pytest.fixture
+async def server(redis_url: str) -> AsyncIterator[CacheServer]:
+    opened = CacheServer(redis_url, "slot")
+    await opened.connect()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def own_valkey() -> Iterator[embedded.Valkey]:
+    """A Valkey of the test's own, whose settings it may change."""
+    with embedded.Valkey() as valkey:
+        yield valkey
+
+
+async def test_groups_are_counted_one_by_one_over_several_commands(
+    server: CacheServer, redis_client: redis.Redis
+) -> None:
+    keys = [f"k{n}".encode() for n in range(2 * KEYS_A_COMMAND + 10)]
+    for key in keys[::2]:
+        redis_client.set(key, 1)
+        redis_client.set(key + b":lock", 1)
+    outcome = await server.bust([keys[:3], keys[3 : KEYS_A_COMMAND + 5], [], keys[KEYS_A_COMMAND + 5 :]], {})
+    assert outcome.existed == [2, KEYS_A_COMMAND // 2 + 1, 0, KEYS_A_COMMAND // 2 + 2]
+    assert redis_client.dbsize() == 0
+
+
+async def test_the_same_key_in_two_groups_is_counted_once(server: CacheServer, redis_client: redis.Redis) -> None:
+    redis_client.set("k", 1)
+    outcome = await server.bust([[b"k"], [b"k"]], {})
+    assert outcome.existed == [1, 0]
+
+
+async def test_bumps_never_repeat(server: CacheServer, redis_client: redis.Redis) -> None:
+    future = int(time.time() * 1e6) + 10**12
+    redis_client.set("small", 1)
+    redis_client.set("large", future)
+    redis_client.set("text", "not a number")
+    redis_client.lpush("list", 1)
+    counters = dict.fromkeys((b"small", b"large", b"text", b"list", b"missing"), 60000)
+    outcome = await server.bust([], counters)
+    assert outcome.versions[b"small"] > 10**15
+    assert outcome.versions[b"large"] == future + 1
+    assert outcome.versions[b"text"] == BUMP_DELETED
+    assert outcome.versions[b"list"] == BUMP_DELETED
+    assert outcome.versions[b"missing"] == BUMP_MISSING
+    assert redis_client.get("small") == str(outcome.versions[b"small"]).encode()
+    assert redis_client.get("large") == str(future + 1).encode()
+    assert not redis_client.exists("text", "list", "missing")
+    again = await server.bust([], counters)
+    assert again.versions[b"small"] > outcome.versions[b"small"]
+    assert again.versions[b"large"] == future + 2
+
+
+async def test_with_full_memory_deletes_work_bumps_delete_and_the_watermark_stalls(own_valkey: embedded.Valkey) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        server = CacheServer(own_valkey.url, "slot")
+        await server.connect()
+        client.set("version", 5)
+        client.set("key", "cached")
+        client.set("key:lock", "token")
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        outcome = await server.bust([[b"key"]], {b"version": 60_000})
+        assert outcome.existed == [1]
+        assert outcome.versions == {b"version": BUMP_DELETED}
+        assert not await server.write_watermark(MARK)
+        client.config_set("maxmemory", 0)
+        assert await server.write_watermark(MARK)
+        assert await server.read_watermark() == MARK
+        assert client.dbsize() == 1
+        await server.close()
+
+
+async def test_a_refused_command_in_a_pipeline_is_a_failure_not_a_bust(own_valkey: embedded.Valkey) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        server = CacheServer(own_valkey.url, "slot")
+        await server.connect()
+        client.set("key", "cached")
+        client.execute_command("REPLICAOF", "127.0.0.1", "1")
+        with pytest.raises(errors.RedisUnavailable, match=r"ReadOnlyError|MasterDownError|ResponseError"):
+            await server.bust([[b"key"]], {})
+        with pytest.raises(errors.RedisUnavailable):
+            await server.bust([], {b"key": 1})
+        client.execute_command("REPLICAOF", "NO", "ONE")
+        assert (await server.bust([[b"key"]], {})).existed == [1]
+        await server.close()
+
+
+async def test_scripts_that_the_server_forgot_are_a_failure_and_loaded_by_the_next_connection(
+    own_valkey: embedded.Valkey,
+) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        server = CacheServer(own_valkey.url, "slot")
+        await server.connect()
+        client.script_flush()
+        with pytest.raises(errors.RedisUnavailable):
+            await server.bust([[b"key"]], {})
+        await server.close()
+        second = CacheServer(own_valkey.url, "slot")
+        await second.connect()
+        assert (await second.bust([[b"key"]], {})).existed == [0]
+        await second.close()
+
+
+async def test_a_missing_permission_says_what_to_grant_and_shows_no_key(own_valkey: embedded.Valkey) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        client.execute_command("ACL", "SETUSER", "weak", "on", ">pw", "~*", "+@all", "-unlink")
+        url = own_valkey.url.replace("redis://", "redis://weak:pw@")
+        server = CacheServer(url, "slot")
+        await server.connect()
+        with pytest.raises(errors.RedisUnavailable) as caught:
+            await server.unlink([b"secret:42"])
+        assert "grant the command to the ACL user" in str(caught.value)
+        assert "secret:42" not in str(caught.value)
+        assert "pw" not in str(caught.value).split()
+        with pytest.raises(errors.RedisUnavailable):
+            await server.bust([[b"secret:42"]], {})
+        await server.close()
+
+
+async def test_a_server_that_accepts_and_never_answers_is_given_up(own_valkey: embedded.Valkey) -> None:
+    server = CacheServer(own_valkey.url, "slot", timeout=0.5)
+    await server.connect()
+    own_valkey.pause()
+    try:
+        with pytest.raises(errors.RedisUnavailable):
+            await server.bust([[b"key"]], {})
+    finally:
+        own_valkey.resume()
+    await server.close()
+
+
+async def test_the_watermark_reads_back_and_a_foreign_hash_does_not(
+    server: CacheServer, redis_client: redis.Redis
+) -> None:
+    assert await server.read_watermark() is None
+    assert await server.write_watermark(MARK)
+    assert await server.read_watermark() == MARK
+    fields: Any = redis_client.hgetall("cdc:slot:watermark")
+    assert fields[b"lsn"] == str(2**62).encode()
+    redis_client.hdel("cdc:slot:watermark", "timeline")
+    assert await server.read_watermark() is None
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "localhost:6379", "redis+cluster://a:1,b:2"])
+def test_a_url_that_can_not_be_used_is_refused(url: str) -> None:
+    with pytest.raises(errors.WrongSettings, match="CDC_REDIS_URL"):
+        CacheServer(url, "slot")

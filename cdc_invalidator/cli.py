@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -91,6 +92,8 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @_takes(settings.Settings)
 def run(given: settings.Settings) -> None:
     """Run the daemon. SIGTERM: stop receiving, apply, confirm, exit 0; a second signal: exit now."""
+    # Until the daemon handles it: nothing has begun that would have to be ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     import gc
 
     from prometheus_client import REGISTRY, disable_created_metrics

@@ -237,8 +237,22 @@ def free_port() -> int:
 _GUARDIAN: Final = 'cat >/dev/null; kill -"$2" "$1"; kill -CONT "$1"'
 
 
-class _Child:
-    """One server process: its log, its guardian, its family."""
+def plain_environment() -> dict[str, str]:
+    """Return our environment without what steers PostgreSQL's programs and libpq, and in the C locale."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
+    return ours | {"LC_ALL": "C"}
+
+
+class Child:
+    """One process of ours: its log, its guardian, its family. Its folder is the one where its log lies.
+
+    Args:
+        command: The program and its arguments.
+        log: Where its output goes; it is appended.
+        orphaned: The signal that it gets when we are gone.
+        unprivileged: Whether it runs as uid 65534 when we are root.
+        environment: Its variables; ours without those that PostgreSQL's programs read, unless given.
+    """
 
     def __init__(
         self,
@@ -247,17 +261,16 @@ class _Child:
         log: Path,
         orphaned: Literal["QUIT", "TERM"],
         unprivileged: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Start the process in its log's folder; ``orphaned`` is the signal that it gets when we are gone."""
         self.log = log
         self._log_start = log.stat().st_size if log.exists() else 0
         user = _as_nobody() if unprivileged else {}
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
         with log.open("ab") as output:
             self._process: subprocess.Popen[bytes] = subprocess.Popen(  # type: ignore[call-overload]  # noqa: S603
                 [str(part) for part in command],
                 cwd=log.parent,
-                env=environment | {"LC_ALL": "C"},
+                env=plain_environment() if environment is None else environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -273,10 +286,12 @@ class _Child:
 
     @property
     def pid(self) -> int:
+        """Its process id."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
+        """Whether it has not ended."""
         return self._process.poll() is None
 
     def said(self) -> str:
@@ -286,6 +301,7 @@ class _Child:
             return lines.read().decode(errors="replace")
 
     def send(self, number: signal.Signals) -> None:
+        """Send it a signal; does nothing when it has ended."""
         if self.alive:
             self._process.send_signal(number)
 
@@ -293,14 +309,19 @@ class _Child:
         """List the pids of the process and its children."""
         return [self.pid, *(pid for pid, parent in _processes() if parent == self.pid)]
 
-    def stop(self, number: signal.Signals, seconds: float) -> None:
-        """Ask the process to end; kill it with its children when it has not done so in time."""
+    def stop(self, number: signal.Signals, seconds: float) -> int:
+        """Ask the process to end; kill it with its children when it has not done so in time.
+
+        Returns:
+            Its exit code, negative for a signal.
+        """
         self.send(number)
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
         self._dismiss_guardian()
+        return self._process.wait()
 
     def kill(self) -> None:
         """SIGKILL the process and its children; returns when all are gone."""
@@ -369,7 +390,7 @@ class _Server:
         self.folder = _make_folder(folder, kind)
         self.log = self.folder / f"{kind}.log"
         self._port: int | None = None
-        self._child: _Child | None = None
+        self._child: Child | None = None
 
     @property
     def port(self) -> int:
@@ -451,7 +472,7 @@ class _Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _spawn(self) -> _Child:
+    def _spawn(self) -> Child:
         raise NotImplementedError
 
     def _answers(self) -> bool:
@@ -474,7 +495,7 @@ class _Server:
         tail = "\n".join(said.splitlines()[-15:])
         raise errors.InvalidatorError(f"{self.name} {trouble}; its log ends with:\n{tail}")
 
-    def _await_answer(self, child: _Child) -> str | None:
+    def _await_answer(self, child: Child) -> str | None:
         """Wait until the server answers; returns what went wrong, if anything did."""
         deadline = time.monotonic() + START_SECONDS
         while child.alive:
@@ -485,7 +506,7 @@ class _Server:
             time.sleep(0.01)
         return "ended while starting"
 
-    def _running(self) -> _Child:
+    def _running(self) -> Child:
         if self._child is None or not self._child.alive:
             raise errors.InvalidatorError(f"{self.name} does not run; start() it first.")
         return self._child
@@ -584,11 +605,11 @@ class Postgres(_Server):
         """
         self._stop(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
 
-    def _spawn(self) -> _Child:
+    def _spawn(self) -> Child:
         if not self.data.exists():
             self._make_data()
         self._configure()
-        return _Child([self.bin_dir / "postgres", "-D", self.data], log=self.log, orphaned="QUIT", unprivileged=True)
+        return Child([self.bin_dir / "postgres", "-D", self.data], log=self.log, orphaned="QUIT", unprivileged=True)
 
     def _make_data(self) -> None:
         _hand_over(self.folder)
@@ -651,7 +672,7 @@ def _initdb(bin_dir: Path, data: Path) -> None:
             [*command, *options],
             **_as_nobody(),
             cwd=data.parent,
-            env=os.environ | {"LC_ALL": "C"},
+            env=plain_environment(),
             capture_output=True,
             text=True,
             check=False,
@@ -715,12 +736,12 @@ class Valkey(_Server):
         """Stop the server in order (it saves first where the settings ask for it)."""
         self._stop(signal.SIGTERM)
 
-    def _spawn(self) -> _Child:
+    def _spawn(self) -> Child:
         configuration = self.folder / "valkey.conf"
         # A Sentinel writes its state into its configuration: that one is made only once.
         if not configuration.exists() or "--sentinel" not in self._arguments:
             configuration.write_text(self._configuration())
-        return _Child([self.binary, configuration, *self._arguments], log=self.log, orphaned="TERM")
+        return Child([self.binary, configuration, *self._arguments], log=self.log, orphaned="TERM")
 
     def _configuration(self) -> str:
         settings = {"bind": HOST, "port": str(self.port), "dir": str(self.folder), "daemonize": "no"} | self.settings

@@ -150,7 +150,7 @@ def load(path: Path, env: Mapping[str, str]) -> RuleSet:
                 problems += wrong.problems
     except OSError as error:
         raise _wrong(
-            str(path), f"this cannot be read ({error.strerror}); check CDC_RULES and its permissions"
+            Place(str(path)), f"this cannot be read ({error.strerror}); check CDC_RULES and its permissions"
         ) from error
     return _parse(sources, env, problems)
 
@@ -293,13 +293,19 @@ class _Document:
         elif section == "rules" and isinstance(found, list):
             yield from (((section, number), entry) for number, entry in enumerate(found))
 
-    def sound(self, section: str, model: type[Model]) -> Iterator[tuple[Loc, Model]]:
-        """Those entries that the format allows; _check_format has told what is wrong with the others."""
+    def sound(self, section: str, model: type[Model]) -> Iterator[tuple[Loc, Model, bool]]:
+        """The entries that can be checked further, and whether they are right as a whole.
+
+        _check_format has told what is wrong with the others; of these, wrong fields are left out.
+        """
         for loc, entry in self.entries(section):
             try:
-                yield loc, model.model_validate(entry)
-            except ValidationError:
-                continue
+                yield loc, model.model_validate(entry), True
+            except ValidationError as wrong:
+                fields = {part for error in wrong.errors() for part in error["loc"][:1]}
+                if isinstance(entry, dict) and not fields & _VITAL[section]:
+                    rest = {name: value for name, value in entry.items() if name not in fields}
+                    yield loc, model.model_validate(_STAND_INS[section] | rest), False
 
 
 def _read(name: str, text: str) -> _Document:
@@ -314,14 +320,22 @@ def _read(name: str, text: str) -> _Document:
         tags = _check_events(name, text)
         root = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
-        reason = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
-        sentence = f"this is not YAML ({reason or error}); check quotes, brackets and indentation"
+        sentence = f"this is not YAML ({_reason(error)}); check quotes, brackets and indentation"
         raise _wrong(_place(name, getattr(error, "problem_mark", None)), sentence) from error
     if root is None:
         raise _wrong(Place(name), "the file is empty; begin it with `version: 1`")
     document = _Document(name, text, root, problems=tags)
     document.value = _Plain(document).value(root)
     return document
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """PyYAML's own words: what it found, and where what it was reading begins."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return str(error)
+    if error.context is None or error.context_mark is None:
+        return str(error.problem)
+    return f"{error.context} at line {error.context_mark.line + 1}, {error.problem}"
 
 
 def _check_events(name: str, text: str) -> list[Problem]:
@@ -449,7 +463,7 @@ def _identifier(text: str) -> str:
 
 def _format_version(value: object) -> object:
     if value != 1 or type(value) is not int:
-        raise ValueError(f"there is no format {shown(str(value))}; write `version: 1`")
+        raise ValueError(f"the format {shown(str(value))} is not known; write `version: 1`, without quotes")
     return value
 
 
@@ -535,6 +549,11 @@ _SECTIONS: dict[int | str, tuple[str, type[BaseModel], frozenset[str]]] = {
     "rules": ("a rule", RuleEntry, frozenset({"when", "debounce"})),
 }
 _LATER_IN_BUST = frozenset({"via"})
+
+# An entry is still checked against others when only fields beside these are wrong; stand-ins take a rule's place.
+_VITAL = {"caches": frozenset({"key", "version"}), "rules": frozenset({"bust"})}
+_STAND_INS = {"caches": {}, "rules": {"name": "stand-in", "table": "stand.in"}}
+
 _EMPTY = "{what} is empty; give it a value or remove it"
 _SENTENCES = {
     "missing": "{owner} lacks {field}; add it",
@@ -610,16 +629,20 @@ def _nearest(name: str, valid: Iterable[str], otherwise: str = "") -> str:
 
 
 class _CacheDraft(NamedTuple):
-    """A cache that the format allows; a template that is wrong or not there is None."""
+    """A cache as far as it is right; a template that is wrong or not there is None."""
 
     document: _Document
     loc: Loc
     entry: CacheEntry
     key: Template | None
     version: Template | None
+    whole: bool
 
     @property
     def target(self) -> Template | None:
+        """What a bust needs the parameters of; None where that is not known, because fields are wrong."""
+        if not self.whole:
+            return None
         return self.key if self.entry.version is None else self.version
 
 
@@ -648,13 +671,17 @@ class _Draft:
         self._declared = _declared(documents)
         self._caches: dict[str, _CacheDraft] = {}
         for document in documents:
-            for loc, cache in document.sound("caches", CacheEntry):
-                self._caches.setdefault(str(loc[1]), _draft_cache(document, loc, cache, env))
+            for loc, cache, whole in document.sound("caches", CacheEntry):
+                key = _template(document, (*loc, "key"), cache.key, env)
+                version = _template(document, (*loc, "version"), cache.version, env)
+                draft = _CacheDraft(document, loc, cache, key, version, whole)
+                _check_cache(draft)
+                self._caches.setdefault(str(loc[1]), draft)
         _check_same_keys(self._caches)
         self._rules = [
             _RuleDraft(rule, document.place(loc), self._busts(document, loc, rule))
             for document in documents
-            for loc, rule in document.sound("rules", RuleEntry)
+            for loc, rule, _ in document.sound("rules", RuleEntry)
         ]
 
     def rule_set(self) -> RuleSet:
@@ -753,26 +780,27 @@ def _names(document: _Document) -> Iterator[tuple[str, str, Loc]]:
             yield "rule", rule["name"], (*loc, "name")
 
 
-def _draft_cache(document: _Document, loc: Loc, entry: CacheEntry, env: Mapping[str, str]) -> _CacheDraft:
-    key = _template(document, (*loc, "key"), entry.key, env)
-    version = None if entry.version is None else _template(document, (*loc, "version"), entry.version, env)
+def _check_cache(draft: _CacheDraft) -> None:
+    document, loc, entry, key, version, whole = draft
+    if version is not None and "version" in version.params:
+        document.complain((*loc, "version"), "a `version` may not hold `{version}` itself; remove the parameter")
+    if entry.version is not None and key is not None and "version" not in key.params:
+        sentence = "the cache has a `version` but its key lacks `{version}`; put it there, or remove `version`"
+        document.complain((*loc, "key"), sentence)
+    if not whole:
+        return  # a field that seems to be missing may be one that is wrong
+    if entry.version is None and key is not None and "version" in key.params:
+        sentence = "the key has `{version}` but the cache has no `version`; add its template, or rename the parameter"
+        document.complain((*loc, "key"), sentence)
     if entry.version is None and entry.version_ttl is not None:
         document.complain((*loc, "version_ttl"), "`version_ttl` needs a `version`; remove it, or add one", of_key=True)
     if entry.ttl is None and entry.jitter is not None:
         document.complain((*loc, "jitter"), "`jitter` needs a `ttl`; remove it, or add one", of_key=True)
-    if key is not None and (("version" in key.params) != (entry.version is not None)):
-        document.complain(
-            (*loc, "key"),
-            "the key has `{version}` but the cache has no `version`; add its template, or rename the parameter"
-            if entry.version is None
-            else "the cache has a `version` but its key lacks `{version}`; put it there, or remove `version`",
-        )
-    if version is not None and "version" in version.params:
-        document.complain((*loc, "version"), "a `version` may not hold `{version}` itself; remove the parameter")
-    return _CacheDraft(document, loc, entry, key, version)
 
 
-def _template(document: _Document, loc: Loc, text: str, env: Mapping[str, str]) -> Template | None:
+def _template(document: _Document, loc: Loc, text: str | None, env: Mapping[str, str]) -> Template | None:
+    if text is None:
+        return None
     try:
         template = Template.parse(text, env)
     except TemplateError as error:

@@ -49,14 +49,18 @@ class Tap:
                 if frame[:1] == b"w":
                     self.payloads.append(bytes(frame[PAYLOAD:]))
                 continue
-            if size < 0 or not select.select([pgconn.socket], [], [], deadline - time.monotonic())[0]:
+            if size < 0 or not select.select([pgconn.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 raise SystemExit(f"the stream ended or fell silent after {self.kinds()!r}")
             pgconn.consume_input()
 
-    def wait_for_block(self) -> None:
-        """Receive until one more block of a transaction in progress has come whole."""
-        already = self.kinds().count("E")
-        self.wait(lambda payloads: sum(payload[:1] == b"E" for payload in payloads) > already)
+    def wait_for_block(self, marker: bytes) -> None:
+        """Receive until the block of a transaction in progress that holds the marker has come whole."""
+
+        def came(payloads: list[bytes]) -> bool:
+            at = next((at for at, payload in enumerate(payloads) if marker in payload), len(payloads))
+            return any(payload[:1] == b"E" for payload in payloads[at:])
+
+        self.wait(came)
 
     def kinds(self) -> str:
         return "".join(chr(payload[0]) for payload in self.payloads)
@@ -87,7 +91,7 @@ class Session:
 
 
 FILLER = "CREATE TABLE filler (line text)"
-FILL: LiteralString = "INSERT INTO filler SELECT repeat('x', 1000) FROM generate_series(1, 150);"
+FILL: LiteralString = "INSERT INTO filler SELECT repeat('x', 1000) FROM generate_series(1, 80);"
 
 # ── Scenarios: a set-up, which is not recorded, and a script ─────────────────────────────────────────────────────────
 
@@ -273,12 +277,10 @@ STREAMED = f"""
     ALTER TABLE by_key ALTER body SET STORAGE EXTERNAL;
     CREATE TABLE whole (id int PRIMARY KEY, name text);
     ALTER TABLE whole REPLICA IDENTITY FULL;
-    SELECT pg_replication_origin_create('upstream');
 """
 
 
 def streamed(session: Session) -> None:
-    session.run("SELECT pg_replication_origin_session_setup('upstream')")
     session.run("""
         BEGIN;
         SELECT pg_logical_emit_message(true, 'truth', json_build_object(
@@ -289,23 +291,23 @@ def streamed(session: Session) -> None:
         UPDATE by_key SET id = 2, mood = NULL;
     """)
     session.run(FILL)
-    session.tap.wait_for_block()
+    session.tap.wait_for_block(b"sad")
     session.run("""
         SAVEPOINT kept;
         INSERT INTO whole VALUES (1, NULL);
         UPDATE whole SET name = 'one';
+        SELECT pg_logical_emit_message(true, 'in a savepoint', 'two');
         DELETE FROM whole;
         RELEASE kept;
         DELETE FROM by_key;
         TRUNCATE by_key, whole RESTART IDENTITY CASCADE;
     """)
     session.run(FILL)
-    session.tap.wait_for_block()
+    session.tap.wait_for_block(b"two")
     session.run("COMMIT")
-    session.run("SELECT pg_replication_origin_session_reset(); SELECT pg_replication_origin_drop('upstream')")
 
 
-INTERLEAVED = f"""
+STREAMED_WORDS = f"""
     {FILLER};
     CREATE TABLE words (id int PRIMARY KEY, word text);
 """
@@ -314,27 +316,27 @@ INTERLEAVED = f"""
 def interleaved(session: Session) -> None:
     other = session.another()
     session.run("BEGIN; INSERT INTO words VALUES (1, 'streamed'); " + FILL)
-    session.tap.wait_for_block()
+    session.tap.wait_for_block(b"streamed")
     other.run("INSERT INTO words VALUES (2, 'between')")
     other.run("SELECT pg_logical_emit_message(false, 'between', 'blocks')")
     other.run("BEGIN; INSERT INTO words VALUES (3, 'streamed too'); " + FILL)
-    session.tap.wait_for_block()
+    session.tap.wait_for_block(b"streamed too")
     session.run("UPDATE words SET word = 'again' WHERE id = 1; " + FILL + " COMMIT")
     other.run("COMMIT")
     other.close()
 
 
 def rolled_back(session: Session) -> None:
-    session.run("BEGIN; INSERT INTO words VALUES (1, 'kept'); " + FILL)
-    session.tap.wait_for_block()
+    session.run("BEGIN; INSERT INTO words VALUES (1, 'first kept'); " + FILL)
+    session.tap.wait_for_block(b"first kept")
     session.run("SAVEPOINT lost; INSERT INTO words VALUES (2, 'lost'); " + FILL)
-    session.tap.wait_for_block()
+    session.tap.wait_for_block(b"lost")
     session.run("ROLLBACK TO lost")
     session.run("INSERT INTO words VALUES (3, 'kept too'); " + FILL)
-    session.tap.wait_for_block()
+    session.tap.wait_for_block(b"kept too")
     session.run("COMMIT")
-    session.run("BEGIN; INSERT INTO words VALUES (4, 'all lost'); " + FILL)
-    session.tap.wait_for_block()
+    session.run("BEGIN; INSERT INTO words VALUES (4, 'nothing kept'); " + FILL)
+    session.tap.wait_for_block(b"nothing kept")
     session.run("ROLLBACK")
 
 
@@ -351,8 +353,8 @@ SCENARIOS: list[tuple[int, LiteralString, Callable[[Session], None]]] = [
     (1, RESHAPED, reshaped),
     (1, PARTITIONED, partitioned),
     (2, STREAMED, streamed),
-    (2, INTERLEAVED, interleaved),
-    (2, INTERLEAVED, rolled_back),
+    (2, STREAMED_WORDS, interleaved),
+    (2, STREAMED_WORDS, rolled_back),
 ]
 PUBLISH = """
     DO $$

@@ -686,7 +686,11 @@ class _Draft:
 
     def rule_set(self) -> RuleSet:
         """The runtime objects; only to be asked for when nothing is wrong."""
-        caches = {name: self._cache(name, draft) for name, draft in self._caches.items()}
+        busts: dict[str, list[Any]] = {name: [] for name in self._caches}
+        for rule in self._rules:
+            for bust in rule.busts:
+                busts[bust.cache].append(_canonical(rule.entry, bust))
+        caches = {name: _cache(name, draft, busts[name]) for name, draft in self._caches.items()}
         rules = tuple(_rule(draft, caches) for draft in self._rules)
         digests = sorted((cache.name, cache.digest) for cache in caches.values())
         return RuleSet(caches, rules, _digest(digests, sorted(rule.name for rule in rules)))
@@ -725,22 +729,20 @@ class _Draft:
             document.complain((*loc, parameter), sentence, of_key=True)
         return _BustDraft(name, {parameter: mapping.get(parameter, parameter) for parameter in params})
 
-    def _cache(self, name: str, draft: _CacheDraft) -> Cache:
-        entry = draft.entry
-        assert draft.key is not None
-        busts = [_canonical(rule.entry, bust) for rule in self._rules for bust in rule.busts if bust.cache == name]
-        return Cache(
-            name,
-            draft.key,
-            draft.version,
-            version_ttl=entry.version_ttl or DEFAULT_VERSION_TTL,
-            ttl=entry.ttl,
-            jitter=entry.jitter or 0,
-            ttl_only=entry.ttl_only,
-            digest=_digest(
-                _canonical_parts(draft.key), draft.version and _canonical_parts(draft.version), sorted(busts)
-            ),
-        )
+
+def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
+    entry, key, version = draft.entry, draft.key, draft.version
+    assert key is not None
+    return Cache(
+        name,
+        key,
+        version,
+        version_ttl=entry.version_ttl or DEFAULT_VERSION_TTL,
+        ttl=entry.ttl,
+        jitter=entry.jitter or 0,
+        ttl_only=entry.ttl_only,
+        digest=_digest(_canonical_parts(key), version and _canonical_parts(version), sorted(busts)),
+    )
 
 
 def _rule(draft: _RuleDraft, caches: Mapping[str, Cache]) -> Rule:
@@ -824,9 +826,11 @@ def _check_same_keys(caches: Mapping[str, _CacheDraft]) -> None:
 
 def _check_repeats(document: _Document, loc: Loc, rule: RuleEntry) -> None:
     for name, items in (("on", rule.on), ("columns", rule.columns or ()), ("immutable", rule.immutable)):
+        seen: set[str] = set()
         for number, item in enumerate(items):
-            if item in items[:number]:
+            if item in seen:
                 document.complain((*loc, name, number), f"{shown(item)} stands twice in `{name}`; remove one")
+            seen.add(item)
 
 
 def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:

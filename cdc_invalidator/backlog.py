@@ -31,12 +31,17 @@ class Backlog:
         """Batches that wait."""
         return len(self._batches)
 
+    @property
+    def full(self) -> bool:
+        """True when the writer should wait for `room`."""
+        return self.weight >= self._capacity
+
     def put(self, batch: Batch, ticket: Ticket) -> None:
         """Add a batch. Never refuses: the writer asks `room` before it reads more."""
         self._batches.append((batch, ticket))
         self.weight += batch.weight
         self._filled.set()
-        if self.weight >= self._capacity:
+        if self.full:
             self._drained.clear()
 
     async def room(self) -> None:
@@ -53,7 +58,7 @@ class Backlog:
             self.weight -= item[0].weight
         if not self._batches:
             self._filled.clear()
-        if self.weight < self._capacity:
+        if not self.full:
             self._drained.set()
         return taken
 

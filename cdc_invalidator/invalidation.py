@@ -1,7 +1,8 @@
-"""From decoded messages to the keys that they make stale: the match. Pure; a batch holds keys, never rows.
+"""From a row change to the keys that it makes stale: the match. Pure; a batch holds keys, never rows.
 
 For each relation of the stream a plan is compiled once: for each kind of change, which keys of which caches, from
-which columns. A row then costs a few look-ups and one join of bytes a key.
+which columns. A row then costs a few look-ups and one join of bytes a key. Which rows belong to which transaction is
+not known here: that is `assembly`.
 
 The rule that holds here: over-bust, never under-bust. Where a key can't be known (the replica identity does not carry
 its columns, a TOAST value is not sent, a column is gone) the cache is swept, unless the rule file says ``ignore``.
@@ -16,10 +17,6 @@ from cdc_invalidator import errors, pgoutput
 from cdc_invalidator.pgoutput import UNCHANGED, Row
 from cdc_invalidator.rules import Bust, Cache, Rule, RuleSet, Table
 from cdc_invalidator.template import Template
-
-# A transaction's keys leave for Redis once they are this many: the server sends only what has committed, so there is
-# nothing to wait for, and memory does not grow with the transaction.
-CHUNK = 1000
 
 KeyOf = Callable[[Sequence[bytes | None]], bytes | None]
 
@@ -75,16 +72,31 @@ class Batch:
             busts = self.busts[target] = Busts()
         return busts
 
-    def sweep(self, target: Target, op: str, reason: str) -> None:
+    def add(self, target: Target, ops: Iterable[str], key: bytes) -> None:
+        """Bust one key, unless the whole cache goes anyway."""
+        busts = self.of(target)
+        busts.ops.update(dict.fromkeys(ops))
+        if not busts.sweep and key not in busts.keys:
+            busts.keys[key] = None
+            self.weight += 1
+
+    def sweep(self, target: Target, ops: Iterable[str], reason: str) -> None:
         """Bust all keys of the target; a template without parameters has just one, which needs no search."""
         busts = self.of(target)
-        busts.ops[op] = None
         busts.reason = reason
         if not target.template.params:
-            busts.keys[target.template.prefix] = None
-        elif not busts.sweep:
+            self.add(target, ops, target.template.prefix)
+            return
+        busts.ops.update(dict.fromkeys(ops))
+        if not busts.sweep:
             busts.sweep = True
             self.weight += 1
+
+    def widen(self, busts: Busts) -> None:
+        """Trade keys for a sweep of their cache."""
+        self.weight += 1 - len(busts.keys)
+        busts.keys.clear()
+        busts.sweep = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,71 +130,137 @@ class _RulePlan:
     broken: bool = False
 
 
-@dataclass(slots=True)
-class _Plan:
-    """All rules of one relation, by kind of change; ``in_identity[i]``: an old key tuple carries column ``i``."""
+class Plan:
+    """All rules of one relation, compiled.
 
-    in_identity: tuple[bool, ...]
-    rules: dict[str, list[_RulePlan]]
-    changes: dict[str, int]
-    watches: bool
+    Args:
+        in_identity: for each column, whether an old key tuple carries it.
+        rules: by kind of change.
+        changes: is counted up, by kind of change.
+    """
+
+    __slots__ = ("_in_identity", "_rules", "_watches", "changes")
+
+    def __init__(
+        self, in_identity: tuple[bool, ...], rules: dict[str, list[_RulePlan]], changes: dict[str, int]
+    ) -> None:
+        self._in_identity = in_identity
+        self._rules = rules
+        self._watches = any(rule.watched for rule in rules["update"])
+        self.changes = changes
+
+    def insert(self, batch: Batch, message: pgoutput.Insert) -> None:
+        """Put what a new row makes stale into the batch."""
+        new = message.new
+        self._check_width(new)
+        self.changes["insert"] += 1
+        for rule in self._rules["insert"]:
+            for firing in rule.firings:
+                _bust(batch, firing, "insert", new)
+
+    def update(self, batch: Batch, message: pgoutput.Update) -> None:
+        """Put what a changed row makes stale, as it was and as it is, into the batch."""
+        new, old = message.new, message.old
+        self._check_width(new)
+        if old is not None:
+            self._check_width(old)
+        self.changes["update"] += 1
+        known: Row = []
+        if self._watches or UNCHANGED in new:
+            known = self._known_old(message)
+            new = _filled(new, known)
+        for rule in self._rules["update"]:
+            if rule.watched and not rule.broken and not _fires(rule, known, message.new):
+                continue
+            for firing in rule.firings:
+                _bust(batch, firing, "update", new)
+                if firing.old_of_update == "given":
+                    if old is not None:
+                        _bust(batch, firing, "update", old)
+                elif firing.old_of_update == "kept":
+                    if old is not None:
+                        _bust(batch, firing, "update", self._kept(old, new))
+                elif firing.old_of_update == "sweep":
+                    batch.sweep(firing.target, ("update",), "change")
+
+    def delete(self, batch: Batch, message: pgoutput.Delete) -> None:
+        """Put what a deleted row makes stale into the batch."""
+        self._check_width(message.old)
+        self.changes["delete"] += 1
+        for rule in self._rules["delete"]:
+            for firing in rule.firings:
+                if firing.old_of_delete == "given":
+                    _bust(batch, firing, "delete", message.old)
+                elif firing.old_of_delete == "sweep":
+                    batch.sweep(firing.target, ("delete",), "change")
+
+    def truncate(self, batch: Batch) -> None:
+        """Put what an emptied table makes stale, whole caches, into the batch."""
+        self.changes["truncate"] += 1
+        for rule in self._rules["truncate"]:
+            for firing in rule.firings:
+                batch.sweep(firing.target, ("truncate",), "truncate")
+
+    def _check_width(self, row: Row) -> None:
+        if len(row) != len(self._in_identity):
+            raise out_of_place("a row of another width than its Relation's")
+
+    def _known_old(self, message: pgoutput.Update) -> Row:
+        """Give the old row as far as it is known: UNCHANGED stands for what is not."""
+        if message.old_kind == "O":
+            assert message.old is not None
+            return message.old
+        # Without an old tuple the identity's columns are as they were; with a key tuple they are in it.
+        source = message.new if message.old is None else message.old
+        return [value if carried else UNCHANGED for value, carried in zip(source, self._in_identity, strict=False)]
+
+    def _kept(self, old: Row, new: Row) -> Row:
+        """Give the old row where all that the identity does not carry is declared immutable."""
+        return [
+            before if carried else after for before, after, carried in zip(old, new, self._in_identity, strict=False)
+        ]
 
 
 class Invalidation:
-    """Assembles transactions and matches their rows against the rules.
+    """The rules, ready to be compiled for relations.
 
     Args:
         rules: the rule set.
-        chunk: how many keys of one transaction make a batch of their own.
     """
 
-    def __init__(self, rules: RuleSet, *, chunk: int = CHUNK) -> None:
-        self._chunk = chunk
-        self._plans: dict[int, _Plan | None] = {}
-        self._open: Batch | None = None
+    def __init__(self, rules: RuleSet) -> None:
         self._by_table: dict[Table, list[Rule]] = {}
         self._targets: dict[tuple[str, int], Target] = {}
-        # How many changes of each table and operation were matched against rules; the metrics read it.
+        # How many changes of each table and operation were matched; the metrics read it.
         self.changes: dict[Table, dict[str, int]] = {}
         for rule in rules.rules:
             self._by_table.setdefault(rule.table, []).append(rule)
             for position, bust in enumerate(rule.busts):
                 self._targets[rule.name, position] = Target(rule.name, bust.cache, str(rule.table))
 
-    @property
-    def in_transaction(self) -> bool:
-        """True between Begin and Commit: a keepalive's position then says nothing about what has been received."""
-        return self._open is not None
-
     def names(self, table: Table) -> bool:
         """Tell whether a rule names the table."""
         return table in self._by_table
 
-    def relation(self, message: pgoutput.Relation, table: Table | None) -> list[Complaint]:
+    def compile(self, relation: pgoutput.Relation, table: Table) -> tuple[Plan, list[Complaint]]:
         """Compile the rules of a relation.
 
         Args:
-            message: its shape.
-            table: the table that rules know it by: itself, or for a partition an ancestor; ``None`` if none does.
+            relation: its shape.
+            table: the table that rules know it by: itself, or for a partition an ancestor.
 
         Returns:
-            What keeps rules from naming their keys.
+            The plan, and what keeps rules from naming their keys.
         """
-        if table is None or table not in self._by_table:
-            self._plans[message.oid] = None
-            return []
         complaints: list[Complaint] = []
         by_op: dict[str, list[_RulePlan]] = {"insert": [], "update": [], "delete": [], "truncate": []}
         for rule in self._by_table[table]:
-            plan, of_rule = self._compile(rule, message)
+            plan, of_rule = self._compile(rule, relation)
             complaints += of_rule
             for op in rule.on:
                 by_op[op].append(plan)
         counts = self.changes.setdefault(table, dict.fromkeys(by_op, 0))
-        in_identity = tuple(column.is_key for column in message.columns)
-        watches = any(plan.watched for plan in by_op["update"])
-        self._plans[message.oid] = _Plan(in_identity, by_op, counts, watches)
-        return complaints
+        return Plan(tuple(column.is_key for column in relation.columns), by_op, counts), complaints
 
     def _compile(self, rule: Rule, relation: pgoutput.Relation) -> tuple[_RulePlan, list[Complaint]]:
         index = {column.name: position for position, column in enumerate(relation.columns)}
@@ -193,8 +271,8 @@ class Invalidation:
             complaints.append(
                 Complaint(
                     rule.name,
-                    f"{relation.schema}.{relation.name} has no column {', '.join(missing)}; "
-                    "the rule's caches are swept at each of its changes until the rule or the table is put right.",
+                    f"{relation.schema}.{relation.name} has no column {', '.join(missing)}; until the rule or the "
+                    "table is put right, its caches are swept where a key needs it, and every UPDATE counts.",
                 )
             )
         firings = []
@@ -224,115 +302,10 @@ class Invalidation:
             old_of_update = "kept" if needed <= carried | rule.immutable else unknown
             old_of_delete = unknown
         if not needed <= index.keys():
-            return _Firing(target, _no_key, (), old_of_update, old_of_delete)
+            return _Firing(target, _no_key, (), "sweep", "sweep")
         at = {parameter: index[column] for parameter, column in bust.columns.items()}
         columns = tuple(sorted(set(at.values())))
         return _Firing(target, target.template.compile(at), columns, old_of_update, old_of_delete)
-
-    def feed(self, message: pgoutput.AnyMessage) -> Batch | None:
-        """Take the next message of the stream, other than a Relation.
-
-        Returns:
-            A batch when one is complete: at each Commit (perhaps with no busts), and inside large transactions.
-
-        Raises:
-            errors.MalformedMessage: the message can't stand here.
-        """
-        batch = self._open
-        if isinstance(message, pgoutput.Begin):
-            if batch is not None:
-                raise _out_of_place("Begin")
-            self._open = Batch(message.lsn, message.committed_at, message.xid)
-            return None
-        if isinstance(message, (pgoutput.Origin, pgoutput.Type, pgoutput.Message)):
-            return None
-        if batch is None:
-            raise _out_of_place(type(message).__name__)
-        if isinstance(message, pgoutput.Insert):
-            self._insert(batch, message)
-        elif isinstance(message, pgoutput.Update):
-            self._update(batch, message)
-        elif isinstance(message, pgoutput.Delete):
-            self._delete(batch, message)
-        elif isinstance(message, pgoutput.Commit):
-            batch.end_lsn = message.end_lsn
-            self._open = None
-            return batch
-        elif isinstance(message, pgoutput.Truncate):
-            self._truncate(batch, message)
-        else:
-            raise _out_of_place(type(message).__name__)
-        if batch.weight < self._chunk:
-            return None
-        self._open = Batch(batch.commit_lsn, batch.committed_at, batch.xid)
-        return batch
-
-    def _plan(self, oid: int, *rows: Row | None) -> _Plan | None:
-        try:
-            plan = self._plans[oid]
-        except KeyError:
-            raise _out_of_place("a change before its Relation") from None
-        if plan is not None:
-            for row in rows:
-                if row is not None and len(row) != len(plan.in_identity):
-                    raise _out_of_place("a row of another width than its Relation's")
-        return plan
-
-    def _insert(self, batch: Batch, message: pgoutput.Insert) -> None:
-        plan = self._plan(message.oid, message.new)
-        if plan is None:
-            return
-        plan.changes["insert"] += 1
-        new = message.new
-        for rule in plan.rules["insert"]:
-            for firing in rule.firings:
-                _bust(batch, firing, "insert", new)
-
-    def _update(self, batch: Batch, message: pgoutput.Update) -> None:
-        plan = self._plan(message.oid, message.old, message.new)
-        if plan is None:
-            return
-        plan.changes["update"] += 1
-        new, old = message.new, message.old
-        known: Row = []
-        if plan.watches or UNCHANGED in new:
-            known = _known_old(plan, message)
-            new = _filled(new, known)
-        for rule in plan.rules["update"]:
-            if rule.watched and not rule.broken and not _fires(rule, known, message.new):
-                continue
-            for firing in rule.firings:
-                _bust(batch, firing, "update", new)
-                if firing.old_of_update == "given":
-                    if old is not None:
-                        _bust(batch, firing, "update", old)
-                elif firing.old_of_update == "kept":
-                    if old is not None:
-                        _bust(batch, firing, "update", _kept(plan, old, new))
-                elif firing.old_of_update == "sweep":
-                    batch.sweep(firing.target, "update", "change")
-
-    def _delete(self, batch: Batch, message: pgoutput.Delete) -> None:
-        plan = self._plan(message.oid, message.old)
-        if plan is None:
-            return
-        plan.changes["delete"] += 1
-        for rule in plan.rules["delete"]:
-            for firing in rule.firings:
-                if firing.old_of_delete == "given":
-                    _bust(batch, firing, "delete", message.old)
-                elif firing.old_of_delete == "sweep":
-                    batch.sweep(firing.target, "delete", "change")
-
-    def _truncate(self, batch: Batch, message: pgoutput.Truncate) -> None:
-        for oid in message.oids:
-            plan = self._plan(oid)
-            if plan is None:
-                continue
-            plan.changes["truncate"] += 1
-            for rule in plan.rules["truncate"]:
-                for firing in rule.firings:
-                    batch.sweep(firing.target, "truncate", "truncate")
 
 
 def _no_key(_row: Sequence[bytes | None]) -> bytes | None:
@@ -348,39 +321,25 @@ def _old_modes(rule: Rule, firing: _Firing) -> Iterable[str]:
 
 def _bust(batch: Batch, firing: _Firing, op: str, row: Row) -> None:
     if firing.key_of is _no_key:
-        batch.sweep(firing.target, op, "change")
+        batch.sweep(firing.target, (op,), "change")
         return
     for column in firing.columns:
         if row[column] is UNCHANGED:
-            batch.sweep(firing.target, op, "change")
+            batch.sweep(firing.target, (op,), "change")
             return
     key = firing.key_of(row)  # type: ignore[arg-type]  # no UNCHANGED among the columns that it reads
     if key is not None:
-        busts = batch.of(firing.target)
+        # As Batch.add does, without its call: this runs for each key.
+        busts = batch.busts.get(firing.target) or batch.of(firing.target)
         busts.ops[op] = None
-        if key not in busts.keys:
+        if not busts.sweep and key not in busts.keys:
             busts.keys[key] = None
             batch.weight += 1
-
-
-def _known_old(plan: _Plan, message: pgoutput.Update) -> Row:
-    """Give the old row as far as it is known: UNCHANGED stands for what is not."""
-    if message.old_kind == "O":
-        assert message.old is not None
-        return message.old
-    # Without an old tuple the identity's columns are as they were; with a key tuple they are in it.
-    source = message.new if message.old is None else message.old
-    return [value if carried else UNCHANGED for value, carried in zip(source, plan.in_identity, strict=False)]
 
 
 def _filled(new: Row, old: Row) -> Row:
     """Give the new row with its unchanged TOAST values taken from the old one, where that has them."""
     return [before if after is UNCHANGED else after for after, before in zip(new, old, strict=False)]
-
-
-def _kept(plan: _Plan, old: Row, new: Row) -> Row:
-    """Give the old row where all that the identity does not carry is declared immutable."""
-    return [before if carried else after for before, after, carried in zip(old, new, plan.in_identity, strict=False)]
 
 
 def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
@@ -396,7 +355,8 @@ def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
     )
 
 
-def _out_of_place(what: str) -> errors.MalformedMessage:
+def out_of_place(what: str) -> errors.MalformedMessage:
+    """Give the error for a message that the protocol does not allow where it stands."""
     return errors.MalformedMessage(
         f"The replication stream holds {what} where none can stand; report it with the server's version."
     )

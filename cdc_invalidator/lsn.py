@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 # PostgreSQL counts microseconds from 2000-01-01 00:00 UTC, Unix from 1970-01-01.
 EPOCH_OFFSET_US = 946_684_800_000_000
+
+# int() alone would also take signs, blanks, underscores and 0x.
+_LSN = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
 
 
 def parse(text: str) -> int:
@@ -18,10 +23,10 @@ def parse(text: str) -> int:
     Raises:
         ValueError: the text has another form.
     """
-    high, slash, low = text.partition("/")
-    if not slash or not 0 < len(high) <= 8 or not 0 < len(low) <= 8:
+    found = _LSN.fullmatch(text)
+    if found is None:
         raise ValueError(f"{text!r} is not an LSN; write it as in 16/B374D848.")
-    return int(high, 16) << 32 | int(low, 16)
+    return int(found[1], 16) << 32 | int(found[2], 16)
 
 
 def text(lsn: int) -> str:

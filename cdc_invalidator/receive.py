@@ -1,7 +1,8 @@
 """The receive and confirm tasks: the two ends of the line that touch the walsender.
 
-receive: frames → pgoutput → invalidation → backlog. The order in it is what makes confirming safe: track the batch,
-put it, then note the commit. confirm sends the position that checkpoint gives, and none of its own.
+receive: frames → pgoutput → assembly (which asks invalidation) → backlog. The order in it is what makes confirming
+safe: track the batch, put it, then note the commit. confirm sends the position that checkpoint gives, and none of its
+own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import structlog
 
 from cdc_invalidator import errors, pgoutput
+from cdc_invalidator.assembly import Assembly
 from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.checkpoint import Checkpoint
 from cdc_invalidator.invalidation import Batch, Invalidation
@@ -34,7 +36,7 @@ class Receive:
     Args:
         replication: a started stream.
         catalog: to find the table above a partition.
-        invalidation: assembles and matches.
+        invalidation: the rules.
         backlog: where batches go.
         checkpoint: is told what is in flight and what has been received.
         metrics: what to count.
@@ -53,6 +55,7 @@ class Receive:
         self._replication = replication
         self._catalog = catalog
         self._invalidation = invalidation
+        self._assembly = Assembly(invalidation)
         self._backlog = backlog
         self._checkpoint = checkpoint
         self._metrics = metrics
@@ -72,8 +75,9 @@ class Receive:
                 if isinstance(message, pgoutput.Relation):
                     await self._relation(message)
                     continue
-                batch = self._invalidation.feed(message)
-                if batch is not None:
+                for batch in self._assembly.feed(message):
+                    if self._backlog.full:
+                        await self._backlog.room()
                     self._put(batch)
             self._count()
 
@@ -86,18 +90,16 @@ class Receive:
 
     def _keepalive(self, keepalive: Keepalive) -> None:
         # Inside a transaction its position may lie behind changes that are still to come.
-        if not self._invalidation.in_transaction:
+        if not self._assembly.in_transaction:
             self._checkpoint.received(keepalive.end)
         if keepalive.reply:
             self._replication.status(self._checkpoint.confirmable, self._checkpoint.received_lsn)
 
     async def _relation(self, message: pgoutput.Relation) -> None:
-        table: Table | None = Table(message.schema, message.name)
-        assert table is not None
-        if not self._invalidation.names(table):
-            above = await self._catalog.ancestors(message.oid)
-            table = next((parent for parent in above if self._invalidation.names(parent)), None)
-        for complaint in self._invalidation.relation(message, table):
+        itself = Table(message.schema, message.name)
+        above = [] if self._invalidation.names(itself) else await self._catalog.ancestors(message.oid)
+        table = next((named for named in (itself, *above) if self._invalidation.names(named)), None)
+        for complaint in self._assembly.relation(message, table):
             self._metrics.rule_errors.labels(complaint.rule).inc()
             _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)
 

@@ -85,7 +85,8 @@ class Replication:
             errors.SlotInUse: another session streams from it.
         """
         command = sql.SQL(
-            "START_REPLICATION SLOT {slot} LOGICAL 0/0 (proto_version '1', publication_names {publication})"
+            "START_REPLICATION SLOT {slot} LOGICAL 0/0"
+            " (proto_version '2', streaming 'on', messages 'true', publication_names {publication})"
         ).format(
             slot=sql.Identifier(name),
             # A list of names: quoted as identifiers inside one literal.

@@ -61,7 +61,7 @@ class Watermark:
                 timeline=int(fields[b"timeline"]),
                 rules={str(cache): str(digest) for cache, digest in rules.items()},
             )
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):  # the last one: JSON nested too deep
             return None
 
 

@@ -34,6 +34,7 @@ class Scene:
         self.valkey = valkey
         self.daemon = daemon
         self.dice = random.Random(seed)
+        self.went_back = False
 
     def kill_daemon(self) -> None:
         self.daemon.kill()
@@ -61,6 +62,7 @@ class Scene:
         self.postgres.restart()
 
     def kill_valkey(self) -> None:
+        self.went_back = True
         self.valkey.kill()
         time.sleep(self.dice.random())
         self.valkey.start()
@@ -97,8 +99,10 @@ class Scene:
         sent = confirmed(self.postgres.dsn, SLOT)
         with redis.Redis.from_url(self.valkey.url) as client:
             recorded = watermark(client, SLOT).get(b"lsn")
-        # Without a watermark (Redis is empty) the caches are empty too, and swept before one is written.
-        assert recorded is None or int(recorded) >= sent
+        # Without a watermark (Redis is empty) the caches are empty too, and swept before one is written. A Redis that
+        # was killed comes back with an older snapshot, and so with an older watermark: that is a gap, and no lie.
+        assert recorded is None or int(recorded) >= sent or self.went_back
+        self.went_back = False
 
 
 @pytest.fixture(params=["", "60 1 1 1"], ids=["valkey in memory", "valkey with snapshots"])

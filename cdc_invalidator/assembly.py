@@ -1,0 +1,244 @@
+"""From the messages of the stream to batches: which rows belong to which transaction, and what has committed. Pure.
+
+A transaction comes in one of two ways. Whole, between Begin and Commit: then it has committed already, and its keys
+leave in batches as they come. Or, when it is large, in blocks while it still runs (protocol version 2): then its keys
+are held, by subtransaction, until Stream Commit, and forgotten at Stream Abort.
+
+What is held is bounded: past `HELD` keys, the targets with the most keys are widened to sweeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cdc_invalidator import pgoutput
+from cdc_invalidator.invalidation import Batch, Complaint, Invalidation, Plan, Target, out_of_place
+from cdc_invalidator.rules import Table
+
+# A transaction's keys leave for Redis once they are this many.
+CHUNK = 1000
+# Keys of transactions in progress that are held in memory, some 150 bytes each.
+HELD = 300_000
+
+Plans = dict[int, Plan | None]
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A transaction in progress: what it busts so far, by subtransaction, and the relations as it sees them."""
+
+    parts: dict[int, Batch] = field(default_factory=dict)
+    plans: Plans = field(default_factory=dict)
+
+    @property
+    def weight(self) -> int:
+        return sum(part.weight for part in self.parts.values())
+
+
+class Assembly:
+    """Takes the messages of the stream in order.
+
+    Args:
+        invalidation: matches the rows.
+        chunk: how many keys of one transaction make a batch of their own.
+        held: how many keys of transactions in progress are held.
+    """
+
+    def __init__(self, invalidation: Invalidation, *, chunk: int = CHUNK, held: int = HELD) -> None:
+        self._invalidation = invalidation
+        self._chunk = chunk
+        self._held = held
+        self._plans: Plans = {}
+        self._open: Batch | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._stream: _Stream | None = None
+        self.widened = 0
+        self._take: dict[type, Callable[[Any], Iterable[Batch]]] = {
+            pgoutput.Begin: self._begin,
+            pgoutput.Commit: self._commit,
+            pgoutput.Origin: _ignore,
+            pgoutput.Type: _ignore,
+            pgoutput.Message: _ignore,
+            pgoutput.Insert: self._insert,
+            pgoutput.Update: self._update,
+            pgoutput.Delete: self._delete,
+            pgoutput.Truncate: self._truncate,
+            pgoutput.StreamStart: self._stream_start,
+            pgoutput.StreamStop: self._stream_stop,
+            pgoutput.StreamCommit: self._stream_commit,
+            pgoutput.StreamAbort: self._stream_abort,
+        }
+
+    @property
+    def in_transaction(self) -> bool:
+        """True between Begin and Commit, and in a block: what has been received then is not whole."""
+        return self._open is not None or self._stream is not None
+
+    @property
+    def held(self) -> int:
+        """Keys of transactions in progress."""
+        return sum(stream.weight for stream in self._streams.values())
+
+    def relation(self, message: pgoutput.Relation, table: Table | None) -> list[Complaint]:
+        """Take a Relation message.
+
+        Args:
+            message: the relation's shape.
+            table: the table that rules know it by; ``None`` if no rule does.
+
+        Returns:
+            What keeps rules from naming their keys.
+        """
+        # A transaction in progress may have altered the table, and be rolled back: nobody else sees its shape yet.
+        plans = self._plans if self._stream is None else self._stream.plans
+        if table is None:
+            plans[message.oid] = None
+            return []
+        plans[message.oid], complaints = self._invalidation.compile(message, table)
+        return complaints
+
+    def feed(self, message: pgoutput.AnyMessage) -> Iterable[Batch]:
+        """Take the next message, other than a Relation.
+
+        Returns:
+            The batches that are complete by now, to be taken one by one; the last one of a transaction has its
+            ``end_lsn``.
+
+        Raises:
+            errors.MalformedMessage: the message can't stand here.
+        """
+        return self._take[type(message)](message)
+
+    def _begin(self, message: pgoutput.Begin) -> Iterable[Batch]:
+        if self.in_transaction:
+            raise out_of_place("Begin")
+        self._open = Batch(message.lsn, message.committed_at, message.xid)
+        return ()
+
+    def _commit(self, message: pgoutput.Commit) -> Iterable[Batch]:
+        batch = self._open
+        if batch is None:
+            raise out_of_place("Commit")
+        self._open = None
+        batch.end_lsn = message.end_lsn
+        return (batch,)
+
+    # Rows: into the open transaction, or into the part of the streamed one that they belong to.
+
+    def _into(self, xid: int | None) -> Batch:
+        if self._stream is not None and xid is not None:
+            part = self._stream.parts.get(xid)
+            if part is None:
+                part = self._stream.parts[xid] = Batch(0, 0, xid)
+            return part
+        if self._open is None:
+            raise out_of_place("a change outside a transaction")
+        return self._open
+
+    def _plan(self, oid: int) -> Plan | None:
+        if self._stream is not None and oid in self._stream.plans:
+            return self._stream.plans[oid]
+        try:
+            return self._plans[oid]
+        except KeyError:
+            raise out_of_place("a change before its Relation") from None
+
+    def _insert(self, message: pgoutput.Insert) -> Iterable[Batch]:
+        batch = self._into(message.xid)
+        plan = self._plan(message.oid)
+        if plan is None:
+            return ()
+        plan.insert(batch, message)
+        return self._leave(batch)
+
+    def _update(self, message: pgoutput.Update) -> Iterable[Batch]:
+        batch = self._into(message.xid)
+        plan = self._plan(message.oid)
+        if plan is None:
+            return ()
+        plan.update(batch, message)
+        return self._leave(batch)
+
+    def _delete(self, message: pgoutput.Delete) -> Iterable[Batch]:
+        batch = self._into(message.xid)
+        plan = self._plan(message.oid)
+        if plan is None:
+            return ()
+        plan.delete(batch, message)
+        return self._leave(batch)
+
+    def _truncate(self, message: pgoutput.Truncate) -> Iterable[Batch]:
+        batch = self._into(message.xid)
+        for oid in message.oids:
+            plan = self._plan(oid)
+            if plan is not None:
+                plan.truncate(batch)
+        return self._leave(batch)
+
+    def _leave(self, batch: Batch) -> Iterable[Batch]:
+        """Let a transaction that has committed go in pieces."""
+        if batch.weight < self._chunk or batch is not self._open:
+            return ()
+        self._open = Batch(batch.commit_lsn, batch.committed_at, batch.xid)
+        return (batch,)
+
+    # Blocks of transactions in progress.
+
+    def _stream_start(self, message: pgoutput.StreamStart) -> Iterable[Batch]:
+        if self.in_transaction:
+            raise out_of_place("Stream Start")
+        self._stream = self._streams.setdefault(message.xid, _Stream())
+        return ()
+
+    def _stream_stop(self, _message: pgoutput.StreamStop) -> Iterable[Batch]:
+        self._stream = None
+        while self.held > self._held:
+            self._widen()
+        return ()
+
+    def _widen(self) -> None:
+        """Trade the keys of the target that has most of them for a sweep of its cache."""
+        parts = [part for stream in self._streams.values() for part in stream.parts.values()]
+        counts: dict[Target, int] = {}
+        for part in parts:
+            for target, busts in part.busts.items():
+                counts[target] = counts.get(target, 0) + len(busts.keys)
+        largest = max(counts, key=counts.__getitem__)
+        for part in parts:
+            if largest in part.busts and part.busts[largest].keys:
+                part.widen(part.busts[largest])
+        self.widened += 1
+
+    def _stream_commit(self, message: pgoutput.StreamCommit) -> Iterator[Batch]:
+        stream = self._end(message.xid, "Stream Commit")
+        self._plans.update(stream.plans)
+        batch = Batch(message.lsn, message.committed_at, message.xid)
+        for part in stream.parts.values():
+            for target, busts in part.busts.items():
+                if busts.sweep:
+                    batch.sweep(target, busts.ops, busts.reason)
+                for key in busts.keys:
+                    if batch.weight >= self._chunk:
+                        yield batch
+                        batch = Batch(message.lsn, message.committed_at, message.xid)
+                    batch.add(target, busts.ops, key)
+        batch.end_lsn = message.end_lsn
+        yield batch
+
+    def _stream_abort(self, message: pgoutput.StreamAbort) -> Iterable[Batch]:
+        if message.xid == message.subxid:
+            self._end(message.xid, "Stream Abort")
+        elif message.xid in self._streams:
+            self._streams[message.xid].parts.pop(message.subxid, None)
+        return ()
+
+    def _end(self, xid: int, what: str) -> _Stream:
+        if self.in_transaction or xid not in self._streams:
+            raise out_of_place(what)
+        return self._streams.pop(xid)
+
+
+def _ignore(_message: object) -> Iterable[Batch]:
+    return ()

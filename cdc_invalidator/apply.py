@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,8 +48,7 @@ class Apply:
         checkpoint: is told what is resolved and recorded.
         rules: the rule set, for the digests in the watermark and the sweeps of gaps.
         position: where the stream goes on.
-        unproven: caches that some rule can't bust yet, because its table is not published; the watermark leaves their
-            digest out, so that they are swept before anybody trusts it.
+        digests: for each cache that the stream keeps, what the watermark says of its rules.
         sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
         metrics: what to count.
         display: how events show keys.
@@ -64,7 +63,7 @@ class Apply:
         checkpoint: Checkpoint,
         rules: RuleSet,
         position: Position,
-        unproven: Iterable[str] = (),
+        digests: Mapping[str, str],
         sweep_gaps: bool,
         metrics: Metrics,
         display: KeyDisplay,
@@ -74,8 +73,7 @@ class Apply:
         self._backlog = backlog
         self._checkpoint = checkpoint
         self._rules = rules
-        self._digests = {name: cache.digest for name, cache in rules.caches.items()}
-        self._unproven = set(unproven)
+        self._digests = digests
         self._position = position
         self._sweep_gaps = sweep_gaps
         self._metrics = metrics
@@ -96,6 +94,11 @@ class Apply:
         self._children: dict[tuple[str, ...], tuple[Any, ...]] = {}
         self._finishing = False
         self.last_error: str | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection to Redis stands, as far as is known."""
+        return self._server is not None
 
     @property
     def drained(self) -> bool:
@@ -179,14 +182,17 @@ class Apply:
             # what was received.
             flushed = max(self._position.flushed, self._checkpoint.received_lsn)
             position = replace(self._position, start=self._recorded, flushed=flushed, new_slot=False)
-        broken = gaps(found, position, self._proven())
+        broken = gaps(found, position, self._digests)
         if broken:
             self.gap(broken)
 
-    def _proven(self) -> dict[str, str]:
-        return {name: digest for name, digest in self._digests.items() if name not in self._unproven}
+    def redigest(self, digests: Mapping[str, str], broken: Mapping[str, str]) -> None:
+        """Take other digests, after sweeping the caches that this is a gap for."""
+        # The watermark is not written before the sweeps are over: a crash until then finds the old digests, and sweeps.
+        self._digests = digests
+        self.gap(broken)
 
-    def gap(self, broken: dict[str, str]) -> None:
+    def gap(self, broken: Mapping[str, str]) -> None:
         """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""
         for reason in sorted(set(broken.values())):
             caches = sorted(name for name, why in broken.items() if why == reason)
@@ -194,11 +200,9 @@ class Apply:
             _log.warning(
                 "gap", reason=reason, caches=caches, swept=self._sweep_gaps, lsn=lsn.text(self._position.start)
             )
-            for name in caches:
-                if self._sweep_gaps:
-                    self._sweep_gap(name, reason)
-                else:
-                    self._unproven.discard(name)
+            for name in caches if self._sweep_gaps else ():
+                self._sweep_gap(name, reason)
+        self._backlog.wake()
 
     def _sweep_gap(self, name: str, why: str) -> None:
         ticket = self._checkpoint.track()
@@ -207,9 +211,6 @@ class Apply:
 
         def done() -> None:
             self._open_gaps -= 1
-            if why == "table_added":
-                # Its rules are published, and nothing from before is left in it.
-                self._unproven.discard(name)
             self._checkpoint.resolve(ticket)
 
         self._sweeps.request(
@@ -220,7 +221,7 @@ class Apply:
     # Flush: one round trip for all that has piled up.
 
     async def _flush(self, server: CacheServer, taken: Sequence[tuple[Batch, Ticket]]) -> None:
-        hidden = await self._hidden({batch.xid for batch, _ in taken})
+        hidden = await self._hidden({batch.xid for batch, _ in taken if batch.xid})
         lines = [line for batch, _ in taken for line in _lines(batch)]
         self._report(lines, await _bust(server, lines))
         for batch, ticket in taken:
@@ -276,7 +277,7 @@ class Apply:
                 at=int(at * 1000),
                 system_id=self._position.system_id,
                 timeline=self._position.timeline,
-                rules=self._proven(),
+                rules=self._digests,
             )
         )
         if stored:

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cdc_invalidator import pgoutput
-from cdc_invalidator.invalidation import Batch, Complaint, Invalidation, Plan, Target, out_of_place
-from cdc_invalidator.rules import Table
+from cdc_invalidator.invalidation import Batch, Plan, Target, out_of_place
 
 # A transaction's keys leave for Redis once they are this many.
 CHUNK = 1000
@@ -41,13 +40,11 @@ class Assembly:
     """Takes the messages of the stream in order.
 
     Args:
-        invalidation: matches the rows.
         chunk: how many keys of one transaction make a batch of their own.
         held: how many keys of transactions in progress are held.
     """
 
-    def __init__(self, invalidation: Invalidation, *, chunk: int = CHUNK, held: int = HELD) -> None:
-        self._invalidation = invalidation
+    def __init__(self, *, chunk: int = CHUNK, held: int = HELD) -> None:
         self._chunk = chunk
         self._held = held
         self._plans: Plans = {}
@@ -81,23 +78,11 @@ class Assembly:
         """Keys of transactions in progress."""
         return sum(stream.weight for stream in self._streams.values())
 
-    def relation(self, message: pgoutput.Relation, table: Table | None) -> list[Complaint]:
-        """Take a Relation message.
-
-        Args:
-            message: the relation's shape.
-            table: the table that rules know it by; ``None`` if no rule does.
-
-        Returns:
-            What keeps rules from naming their keys.
-        """
+    def relation(self, message: pgoutput.Relation, plan: Plan | None) -> None:
+        """Take a Relation message with the plan that was compiled for it; ``None`` if no rule reads the relation."""
         # A transaction in progress may have altered the table, and be rolled back: nobody else sees its shape yet.
         plans = self._plans if self._stream is None else self._stream.plans
-        if table is None:
-            plans[message.oid] = None
-            return []
-        plans[message.oid], complaints = self._invalidation.compile(message, table)
-        return complaints
+        plans[message.oid] = plan
 
     def feed(self, message: pgoutput.AnyMessage) -> Iterable[Batch]:
         """Take the next message, other than a Relation.

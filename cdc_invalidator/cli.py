@@ -113,6 +113,7 @@ def run(given: settings.Settings) -> None:
         slot=given.slot,
         publication=given.publication,
         sweep_gaps=given.on_gap == "sweep",
+        max_retained_wal=given.max_retained_wal,
     )
     daemon = Daemon(
         options,
@@ -136,19 +137,25 @@ def setup(
     rules = _rules(given)
 
     async def work() -> list[str]:
-        from cdc_invalidator.slot import Catalog
+        from cdc_invalidator import postgres
+        from cdc_invalidator.publication import Publication
+        from cdc_invalidator.publication import run as run_statements
+        from cdc_invalidator.slot import Slot
 
-        catalog = await Catalog.open(given.postgres_dsn.get_secret_value(), given.slot, given.publication)
-        try:
-            await catalog.check_server()
-            missing = await catalog.missing(rules)
-            for table in missing.unknown:
+        connection = await postgres.connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator setup")
+        async with connection:
+            slot, publication = Slot(connection, given.slot), Publication(connection, given.publication)
+            server = await slot.server()
+            survey = await publication.survey(rules)
+            problems = survey.mistakes(rules)
+            if problems:
+                raise errors.WrongRules(problems)
+            for table in survey.unknown:
                 typer.echo(f"-- {table} does not exist yet; run setup again, or let the daemon add it once it does.")
+            statements = publication.statements(survey) + slot.statements(await slot.state(), server)
             if not show:
-                await catalog.make(missing)
-            return missing.statements
-        finally:
-            await catalog.close()
+                await run_statements(connection, statements)
+            return statements
 
     statements = asyncio.run(work())
     typer.echo("\n".join(statements) if statements else "-- nothing is missing")
@@ -160,13 +167,19 @@ def teardown(given: settings.Database) -> None:
     """Drop the slot and the publication that setup made; the WAL that the slot kept is released."""
 
     async def work() -> list[str]:
-        from cdc_invalidator.slot import Catalog
+        from cdc_invalidator import postgres
+        from cdc_invalidator.publication import Publication
+        from cdc_invalidator.slot import Slot
 
-        catalog = await Catalog.open(given.postgres_dsn.get_secret_value(), given.slot, given.publication)
-        try:
-            return await catalog.drop()
-        finally:
-            await catalog.close()
+        connection = await postgres.connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator teardown")
+        async with connection:
+            try:
+                dropped = await Slot(connection, given.slot).drop()
+            except errors.SlotInUse as error:
+                raise errors.ServerRefuses(
+                    f"Slot {given.slot} is in use; stop the daemons that stream from it, then run teardown again."
+                ) from error
+            return dropped + await Publication(connection, given.publication).drop()
 
     statements = asyncio.run(work())
     typer.echo("\n".join(statements) if statements else "-- nothing to drop")

@@ -70,6 +70,11 @@ class Daemon:
             # Another standby was faster.
             self._be("standby")
             await self._pause(STANDBY_SECONDS)
+        except errors.PositionGivenUp as error:
+            self._be("connecting")
+            self._last_error = str(error)
+            await session.close()
+            await self._give_up(session)
         except errors.Retryable as error:
             delay = self._backoff.next()
             self._be("connecting")
@@ -80,6 +85,13 @@ class Daemon:
             await self._pause(delay)
         finally:
             await session.close()
+
+    async def _give_up(self, session: Session) -> None:
+        try:
+            await session.give_up()
+        except errors.Retryable as error:
+            # Then the server has other troubles; if its WAL still grows, the next session comes here again.
+            _log.warning("postgres_unavailable", error=str(error))
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but not longer than until we are told to stop."""
@@ -113,7 +125,7 @@ class Daemon:
             "watermark_age_s": round(time.time() - recorded_at, 3) if recorded_at else None,
             "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
             "backlog_keys": session.backlog.weight if session else 0,
-            "unpublished_tables": [str(table) for table in session.unknown] if session else [],
+            "unpublished_tables": [str(table) for table in session.unpublished] if session else [],
             "rules": {"digest": self._rules.digest, "caches": len(self._rules.caches), "rules": len(self._rules.rules)},
             "last_error": (apply.last_error if apply else None) or self._last_error,
         }

@@ -9,6 +9,7 @@
     ├── MalformedMessage            exit 1   the bytes are not pgoutput (they are wrong)
     └── Retryable                            lost for now: throw the session away and build it anew
         ├── PostgresUnavailable
+        ├── PositionGivenUp                  the slot held too much WAL while Redis was away
         ├── SlotInUse                        another daemon leads
         └── RedisUnavailable
 
@@ -77,6 +78,10 @@ class PostgresUnavailable(Retryable):
 
 class SlotInUse(Retryable):
     """Another daemon streams from the slot; this one stands by and takes over when that ends."""
+
+
+class PositionGivenUp(Retryable):
+    """While Redis is away, the slot held more WAL than CDC_MAX_RETAINED_WAL: it is dropped, and the caches swept later."""
 
 
 class RedisUnavailable(Retryable):

@@ -262,6 +262,22 @@ class Invalidation:
         counts = self.changes.setdefault(table, dict.fromkeys(by_op, 0))
         return Plan(tuple(column.is_key for column in relation.columns), by_op, counts), complaints
 
+    def compile_unknown(self, relation: pgoutput.Relation, tables: Iterable[Table]) -> Plan:
+        """Compile a relation that no rule names, while rules name tables that are not there: it may be one of those.
+
+        A renamed table stays in the publication, under a name that tells nothing. Any change of it sweeps the caches
+        of all rules on these tables.
+        """
+        rules = [rule for table in tables for rule in self._by_table[table]]
+        firings = [
+            _Firing(self._targets[rule.name, position], _no_key, (), "sweep", "sweep")
+            for rule in rules
+            for position in range(len(rule.busts))
+        ]
+        plans = [_RulePlan(firings, (), frozenset())]
+        by_op = dict.fromkeys(("insert", "update", "delete", "truncate"), plans)
+        return Plan(tuple(column.is_key for column in relation.columns), by_op, dict.fromkeys(by_op, 0))
+
     def _compile(self, rule: Rule, relation: pgoutput.Relation) -> tuple[_RulePlan, list[Complaint]]:
         index = {column.name: position for position, column in enumerate(relation.columns)}
         carried = {column.name for column in relation.columns if column.is_key}

@@ -8,6 +8,7 @@ own.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
@@ -17,9 +18,9 @@ from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.checkpoint import Checkpoint
 from cdc_invalidator.invalidation import Batch, Invalidation
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.publication import Publication
 from cdc_invalidator.replication import PAYLOAD, Keepalive, Replication
 from cdc_invalidator.rules import Table
-from cdc_invalidator.slot import Catalog
 
 _log = structlog.get_logger()
 
@@ -35,8 +36,9 @@ class Receive:
 
     Args:
         replication: a started stream.
-        catalog: to find the table above a partition.
+        publication: to find the table above a partition.
         invalidation: the rules.
+        unknown: gives the tables of rules that don't exist now.
         backlog: where batches go.
         checkpoint: is told what is in flight and what has been received.
         metrics: what to count.
@@ -45,17 +47,19 @@ class Receive:
     def __init__(
         self,
         replication: Replication,
-        catalog: Catalog,
+        publication: Publication,
         invalidation: Invalidation,
+        unknown: Callable[[], list[Table]],
         *,
         backlog: Backlog,
         checkpoint: Checkpoint,
         metrics: Metrics,
     ) -> None:
         self._replication = replication
-        self._catalog = catalog
+        self._publication = publication
         self._invalidation = invalidation
-        self._assembly = Assembly(invalidation)
+        self._unknown = unknown
+        self._assembly = Assembly()
         self._backlog = backlog
         self._checkpoint = checkpoint
         self._metrics = metrics
@@ -96,12 +100,24 @@ class Receive:
             self._replication.status(self._checkpoint.confirmable, self._checkpoint.received_lsn)
 
     async def _relation(self, message: pgoutput.Relation) -> None:
+        table = await self._table(message)
+        plan = None
+        if table is not None:
+            plan, complaints = self._invalidation.compile(message, table)
+            for complaint in complaints:
+                self._metrics.rule_errors.labels(complaint.rule).inc()
+                _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)
+        elif unknown := self._unknown():
+            name = f"{message.schema}.{message.name}"
+            _log.error("unknown_table", table=name, error=f"It may be {', '.join(map(str, unknown))}, renamed.")
+            plan = self._invalidation.compile_unknown(message, unknown)
+        self._assembly.relation(message, plan)
+
+    async def _table(self, message: pgoutput.Relation) -> Table | None:
+        """Find the table that rules know the relation by: itself, or for a partition one above it."""
         itself = Table(message.schema, message.name)
-        above = [] if self._invalidation.names(itself) else await self._catalog.ancestors(message.oid)
-        table = next((named for named in (itself, *above) if self._invalidation.names(named)), None)
-        for complaint in self._assembly.relation(message, table):
-            self._metrics.rule_errors.labels(complaint.rule).inc()
-            _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)
+        above = [] if self._invalidation.names(itself) else await self._publication.ancestors(message.oid)
+        return next((named for named in (itself, *above) if self._invalidation.names(named)), None)
 
     def _count(self) -> None:
         for table, ops in self._invalidation.changes.items():

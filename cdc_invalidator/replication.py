@@ -15,7 +15,7 @@ from typing import NamedTuple
 import psycopg
 from psycopg import pq, sql
 
-from cdc_invalidator import errors, lsn, slot
+from cdc_invalidator import errors, lsn, postgres
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
 
 # Frames a read: enough to pay for the wake-up, few enough that other tasks get their turn.
@@ -58,7 +58,7 @@ class Replication:
     @classmethod
     async def open(cls, dsn: str) -> Replication:
         """Connect as a walsender's client."""
-        with slot.translated():
+        with postgres.translated():
             return cls(
                 await psycopg.AsyncConnection.connect(
                     dsn,
@@ -66,13 +66,13 @@ class Replication:
                     replication="database",
                     application_name="cdc-invalidator",
                     client_encoding="UTF8",
-                    **slot.KEEPALIVES,
+                    **postgres.KEEPALIVES,
                 )
             )
 
     async def identify(self) -> System:
         """Ask who the server is."""
-        with slot.translated():
+        with postgres.translated():
             cursor = await self._connection.execute("IDENTIFY_SYSTEM")
             row = await cursor.fetchone()
         assert row is not None
@@ -92,13 +92,13 @@ class Replication:
             # A list of names: quoted as identifiers inside one literal.
             publication=sql.Literal(sql.Identifier(publication).as_string(self._connection)),
         )
-        with slot.translated():
+        with postgres.translated():
             await self._connection.execute(command)
 
     async def read(self) -> list[bytes | Keepalive]:
         """Give all frames that have arrived, at least one: XLogData as its bytes (see `PAYLOAD`), or a keepalive."""
         frames: list[bytes | Keepalive] = []
-        with slot.translated():
+        with postgres.translated():
             while not self._drain(frames):
                 self._reading_since = self._reading_since or time.monotonic()
                 await self._readable()
@@ -129,7 +129,7 @@ class Replication:
     def _ended(self) -> errors.InvalidatorError:
         result = self._pgconn.get_result()
         if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
-            return slot.translate(psycopg.errors.error_from_result(result, encoding="utf-8"))
+            return postgres.translate(psycopg.errors.error_from_result(result, encoding="utf-8"))
         return errors.PostgresUnavailable("PostgreSQL ended the replication stream; it is started anew.")
 
     async def _readable(self) -> None:
@@ -152,7 +152,7 @@ class Replication:
             reply: ask for a keepalive in return, which brings the server's position.
         """
         now_us = time.time_ns() // 1000 - EPOCH_OFFSET_US
-        with slot.translated():
+        with postgres.translated():
             self._pgconn.put_copy_data(
                 _STATUS.pack(b"r", max(received, confirmed), confirmed, confirmed, now_us, reply)
             )
@@ -160,7 +160,7 @@ class Replication:
 
     async def finish(self) -> None:
         """End the stream in order, so that the server has taken in the last status update."""
-        with slot.translated():
+        with postgres.translated():
             self._pgconn.put_copy_end()
             self._pgconn.flush()
             while True:

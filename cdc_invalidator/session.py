@@ -9,29 +9,35 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import psycopg
 import structlog
 
-from cdc_invalidator import errors, lsn, receive
+from cdc_invalidator import errors, lsn, postgres, receive
 from cdc_invalidator.apply import Apply
 from cdc_invalidator.backlog import Backlog
+from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.cache import CacheServer
 from cdc_invalidator.checkpoint import Checkpoint
 from cdc_invalidator.invalidation import Invalidation
 from cdc_invalidator.log import KeyDisplay
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.publication import Publication, Survey
+from cdc_invalidator.publication import run as run_statements
 from cdc_invalidator.replication import Replication
 from cdc_invalidator.rules import RuleSet, Table
-from cdc_invalidator.slot import Catalog
-from cdc_invalidator.snapshot import Snapshots
+from cdc_invalidator.slot import Server, Slot, State
+from cdc_invalidator.snapshot import Snapshots, all_over
 from cdc_invalidator.watermark import Position
 
 _log = structlog.get_logger()
 
 # How often a standby looks whether the leader is gone, and how often the leader looks at its slot.
 STANDBY_SECONDS = 0.5
-WATCH_SECONDS = 5.0
+WATCH_SECONDS = 3.0
+# How long the walsender may take to notice that we are gone.
+GIVE_UP_SECONDS = 10.0
 # SIGTERM: what has been received is applied within this time, or is received again at the next start.
 DRAIN_SECONDS = 1.5
 FAREWELL_SECONDS = 0.3
@@ -48,6 +54,7 @@ class Options:
     slot: str
     publication: str
     sweep_gaps: bool
+    max_retained_wal: int
 
 
 class Session:
@@ -69,14 +76,23 @@ class Session:
         self._metrics = metrics
         self._display = display
         self._be = be
-        self._catalog: Catalog | None = None
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        self._slot: Slot | None = None
+        self._publication: Publication | None = None
+        self._survey: Survey | None = None
+        self._settling: dict[Table, str] = {}
+        self._digests: dict[str, str] = {}
         self._snapshots: Snapshots | None = None
         self._replication: Replication | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.backlog = Backlog()
         self.checkpoint: Checkpoint | None = None
         self.apply: Apply | None = None
-        self.unknown: list[Table] = []
+
+    @property
+    def unpublished(self) -> list[Table]:
+        """Tables of rules whose changes are not seen: they don't exist, or can't be published."""
+        return self._survey.unknown + self._survey.blind if self._survey else []
 
     async def run(self, stop: asyncio.Event) -> None:
         """Open, stream until told to stop, drain.
@@ -91,14 +107,16 @@ class Session:
         if not opening.done():
             return
         opening.result()
-        assert self._catalog is not None
+        assert self._slot is not None
+        assert self._publication is not None
         assert self._replication is not None
         assert self.apply is not None
         assert self.checkpoint is not None
         receiver = receive.Receive(
             self._replication,
-            self._catalog,
+            self._publication,
             Invalidation(self._rules),
+            lambda: self._survey.unknown if self._survey else [],
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             metrics=self._metrics,
@@ -106,7 +124,7 @@ class Session:
         receiving = self._start(receiver.run(), "receive")
         applying = self._start(self.apply.run(), "apply")
         confirming = self._start(receive.confirm(self._replication, self.checkpoint, self._metrics), "confirm")
-        watching = self._start(self._watch(self._catalog, self.apply), "watch")
+        watching = self._start(self._watch(self._slot, self._publication, self.apply), "watch")
         done, _ = await asyncio.wait(
             {receiving, applying, confirming, watching, stopping}, return_when=asyncio.FIRST_COMPLETED
         )
@@ -133,33 +151,38 @@ class Session:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._replication is not None:
             self._replication.close()
-        if self._catalog is not None:
-            await self._catalog.close()
+        if self._connection is not None:
+            await self._connection.close()
         if self._snapshots is not None:
             await self._snapshots.close()
 
     async def _open(self) -> None:
         options = self._options
-        catalog = self._catalog = await Catalog.open(options.postgres_dsn, options.slot, options.publication)
-        await catalog.check_server()
-        missing = await catalog.missing(self._rules)
-        self.unknown = missing.unknown
-        if missing.unknown:
-            _log.warning("tables_missing", tables=[str(table) for table in missing.unknown])
-        if missing.statements:
-            _log.info("setting_up", statements=missing.statements)
-            await catalog.make(missing)
-        while (state := await catalog.state()) is not None and state.active:
-            self._be("standby")
-            await asyncio.sleep(STANDBY_SECONDS)
+        connection = self._connection = await postgres.connect(options.postgres_dsn, "cdc-invalidator catalogs")
+        slot = self._slot = Slot(connection, options.slot)
+        publication = self._publication = Publication(connection, options.publication)
+        server = await slot.server()
+        survey = self._survey = await publication.survey(self._rules)
+        problems = survey.mistakes(self._rules)
+        if problems:
+            raise errors.WrongRules(problems)
+        if survey.unknown:
+            _log.warning("tables_missing", tables=[str(table) for table in survey.unknown])
+        added = survey.unpublished
+        await self._set_up(publication.statements(survey))
+        survey = self._survey = await publication.survey(self._rules)
+        new_slot = await self._own_slot(slot, server)
         replication = self._replication = await Replication.open(options.postgres_dsn)
         system = await replication.identify()
         await replication.start(options.slot, options.publication)
         # From here on the slot is ours: nobody else moves it.
-        state = await catalog.state()
+        state = await slot.state()
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
         snapshots = self._snapshots = await Snapshots.open(options.postgres_dsn)
+        # Making a slot waits for all transactions, so that with a new one nothing is left to settle.
+        added = [] if new_slot else await self._settled(added)
+        self._digests = survey.digests(self._rules, self._settling)
         self.checkpoint = Checkpoint(state.confirmed)
         self.apply = Apply(
             lambda: CacheServer(options.redis_url, options.slot),
@@ -167,55 +190,135 @@ class Session:
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             rules=self._rules,
+            digests=self._digests,
             position=Position(
                 system_id=system.system_id,
                 timeline=system.timeline,
                 start=state.confirmed,
                 flushed=max(system.flushed, state.confirmed),
-                new_slot=missing.slot,
+                new_slot=new_slot,
             ),
-            unproven=_caches(self._rules, missing.unknown),
             sweep_gaps=options.sweep_gaps,
             metrics=self._metrics,
             display=self._display,
         )
-        if missing.added and not missing.slot:
-            self.apply.gap(dict.fromkeys(_caches(self._rules, missing.added), "table_added"))
+        self.apply.gap(dict.fromkeys(_caches(self._rules, added), "table_added"))
         self._metrics.postgres_connects.inc()
         self._be("leader")
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
 
-    async def _watch(self, catalog: Catalog, apply: Apply) -> None:
-        """Look at the slot now and then, and publish tables of rules once they exist."""
+    async def _own_slot(self, slot: Slot, server: Server) -> bool:
+        """Wait until nobody streams from the slot, and make it if it can't be streamed from; True if it is new."""
         while True:
-            state = await catalog.state()
+            state = await slot.state()
+            statements = slot.statements(state, server)
+            if statements:
+                # A slot holds WAL back: none is made for a Redis that is not there to take the busts.
+                await self._redis_there()
+                await self._set_up(statements)
+                return True
+            if state is None or not state.active:
+                return False
+            self._be("standby")
+            await asyncio.sleep(STANDBY_SECONDS)
+
+    async def _redis_there(self) -> None:
+        backoff = Backoff()
+        while True:
+            server = CacheServer(self._options.redis_url, self._options.slot)
+            try:
+                await server.connect()
+            except errors.RedisUnavailable as error:
+                delay = backoff.next()
+                _log.warning("slot_waits_for_redis", error=str(error), retry_in_s=round(delay, 2))
+                await asyncio.sleep(delay)
+            else:
+                return
+            finally:
+                await server.close()
+
+    async def _set_up(self, statements: list[str]) -> None:
+        assert self._connection is not None
+        if statements:
+            _log.info("setting_up", statements=statements)
+            await run_statements(self._connection, statements)
+
+    # Watch: what happens to slot, publication and tables while we stream.
+
+    async def _watch(self, slot: Slot, publication: Publication, apply: Apply) -> None:
+        while True:
+            state = await slot.state()
             if state is not None:
-                self._metrics.slot_active.set(state.active)
-                self._metrics.retained_wal.set(state.retained)
-                self._metrics.slot_wal_status.clear()
-                self._metrics.slot_wal_status.labels(state.wal_status).set(1)
-            activity = await catalog.activity()
+                self._show(state)
+                if state.retained > self._options.max_retained_wal and not apply.connected:
+                    raise errors.PositionGivenUp
+            activity = await slot.activity()
             self._metrics.database_commits.set(activity.commits)
             self._metrics.database_rollbacks.set(activity.rollbacks)
-            if self.unknown:
-                await self._publish_new_tables(catalog, apply)
+            await self._look_at_tables(publication, apply)
             await asyncio.sleep(WATCH_SECONDS)
 
-    async def _publish_new_tables(self, catalog: Catalog, apply: Apply) -> None:
+    def _show(self, state: State) -> None:
+        self._metrics.slot_active.set(state.active)
+        self._metrics.retained_wal.set(state.retained)
+        self._metrics.slot_wal_status.clear()
+        self._metrics.slot_wal_status.labels(state.wal_status).set(1)
+
+    async def _look_at_tables(self, publication: Publication, apply: Apply) -> None:
+        """Keep the publication in step with the tables, and sweep where rows may have come or gone unseen."""
+        assert self._survey is not None
+        before, now = self._survey, await publication.survey(self._rules)
+        added = now.unpublished
+        statements = publication.statements(now)
+        if statements:
+            if now.harmful:
+                _log.error("table_taken_out", error="; ".join(map(str, now.mistakes(self._rules))))
+            await self._set_up(statements)
+            now = await publication.survey(self._rules)
+        broken = dict.fromkeys(_caches(self._rules, now.changed_since(before)), "table_changed")
+        broken |= dict.fromkeys(_caches(self._rules, await self._settled(added)), "table_added")
+        # What happens to a table that can't be published is not seen: its caches are kept empty until it can be.
+        broken |= dict.fromkeys(_caches(self._rules, now.blind), "table_unpublished")
+        self._survey = now
+        digests = now.digests(self._rules, self._settling)
+        if broken or digests != self._digests:
+            self._digests = digests
+            apply.redigest(digests, broken)
+
+    async def _settled(self, added: Iterable[Table]) -> list[Table]:
+        """Give the tables to sweep because they were published: at once, and when the stream has all of them.
+
+        A transaction that wrote to the table before it was published is not in the stream with those writes, though
+        it may commit later: so there is a second sweep once all transactions of that time are over.
+        """
+        assert self._snapshots is not None
+        added = list(added)
+        if not added and not self._settling:
+            return []
+        now = await self._snapshots.take()
+        over = [table for table, then in self._settling.items() if all_over(then, now)]
+        for table in over:
+            del self._settling[table]
+        self._settling.update(dict.fromkeys(added, now))
+        return added + over
+
+    async def give_up(self) -> None:
+        """Drop the slot, so that PostgreSQL may drop the WAL: the next session makes a new one and sweeps.
+
+        Call it after `close`.
+        """
+        connection = await postgres.connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
         try:
-            missing = await catalog.missing(self._rules)
-        except errors.WrongRules as error:
-            # At a start this would be refused; a daemon that runs goes on busting what it can.
-            _log.error("rules_refused", error=str(error))
+            slot = Slot(connection, self._options.slot)
+            await slot.drop_soon(GIVE_UP_SECONDS)
+        except errors.SlotInUse:
+            # A standby took it over before we could drop it: it is the leader's now.
             return
-        if len(missing.unknown) == len(self.unknown):
-            return
-        self.unknown = missing.unknown
-        if missing.statements:
-            _log.info("setting_up", statements=missing.statements)
-            await catalog.make(missing)
-        # What was written before the table was published has not been seen.
-        apply.gap(dict.fromkeys(_caches(self._rules, missing.added), "table_added"))
+        finally:
+            await connection.close()
+        self._metrics.gaps.labels("wal_limit").inc()
+        caches = sorted(self._rules.caches)
+        _log.error("gap", reason="wal_limit", caches=caches, swept=False, error=str(errors.PositionGivenUp()))
 
     async def _farewell(self, replication: Replication, checkpoint: Checkpoint, receiving: asyncio.Task[None]) -> None:
         """Confirm what is applied, so that the next daemon need not apply it again."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import ByteSize, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -58,6 +58,10 @@ class Settings(Stream):
     log_hash_key: SecretStr | None = Field(
         default=None,
         description="Secret of the keyed hashes. Without it, each start of the daemon makes its own.",
+    )
+    max_retained_wal: ByteSize = Field(
+        default=ByteSize(1 << 30),
+        description="WAL that the slot may hold while Redis is away; beyond, the caches are swept instead.",
     )
     on_gap: Literal["sweep", "warn"] = Field(
         default="sweep", description="What to do when changes may have been missed: empty the caches, or only say so."

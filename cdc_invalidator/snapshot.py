@@ -13,7 +13,7 @@ from typing import Any
 
 import psycopg
 
-from cdc_invalidator import slot
+from cdc_invalidator import postgres
 
 
 class Snapshots:
@@ -30,11 +30,23 @@ class Snapshots:
     @classmethod
     async def open(cls, dsn: str) -> Snapshots:
         """Connect."""
-        return cls(await slot.connect(dsn, "cdc-invalidator snapshots"))
+        return cls(await postgres.connect(dsn, "cdc-invalidator snapshots"))
 
     async def close(self) -> None:
         """Disconnect."""
         await self._connection.close()
+
+    async def take(self) -> str:
+        """Take a snapshot and give its text form, ``xmin:xmax:xip,xip…``, in 64 bits.
+
+        Raises:
+            errors.PostgresUnavailable: nobody knows.
+        """
+        with postgres.translated():
+            await self._cursor.execute("SELECT pg_current_snapshot()::text AS taken", prepare=True)
+            row = await self._cursor.fetchone()
+        assert row is not None
+        return str(row.taken)
 
     async def hidden(self, xids: Iterable[int]) -> set[int]:
         """Give those of these committed transactions that a reader who starts now does not see yet.
@@ -42,18 +54,19 @@ class Snapshots:
         Raises:
             errors.PostgresUnavailable: nobody knows.
         """
-        with slot.translated():
-            await self._cursor.execute("SELECT pg_current_snapshot()::text", prepare=True)
-            row = await self._cursor.fetchone()
-        assert row is not None
-        return hidden(row[0], xids)
+        return hidden(await self.take(), xids)
+
+
+def all_over(before: str, now: str) -> bool:
+    """Tell whether every transaction that was running at one snapshot is over at a later one."""
+    return int(now.partition(":")[0]) >= int(before.split(":", 2)[1])
 
 
 def hidden(snapshot: str, xids: Iterable[int]) -> set[int]:
     """Give those of the transactions that a snapshot does not see.
 
     Args:
-        snapshot: PostgreSQL's text form, ``xmin:xmax:xip,xip…``, in 64 bits.
+        snapshot: in its text form; see `Snapshots.take`.
         xids: transaction ids in the 32 bits of the replication stream, at most 2³¹ transactions old.
     """
     _, xmax_text, running_text = snapshot.split(":")

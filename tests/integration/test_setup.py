@@ -56,7 +56,7 @@ def test_setup_makes_slot_and_publication_once_and_teardown_drops_them(
     assert printed.returncode == 0
     assert printed.stdout.splitlines() == [
         'CREATE PUBLICATION "p" FOR TABLE "public"."things";',
-        f"SELECT pg_create_logical_replication_slot('{slot_name}', 'pgoutput');",
+        f"SELECT pg_create_logical_replication_slot('{slot_name}', 'pgoutput', failover => true);",
     ]
     assert rows(database, "SELECT 1 FROM pg_publication") == []
     assert command("setup", **given).returncode == 0

@@ -46,7 +46,7 @@ class Tap:
         while not done(self.payloads):
             size, frame = pgconn.get_copy_data(1)
             if size > 0:
-                if frame[:1] == b"w":
+                if frame[0] == ord("w"):
                     self.payloads.append(bytes(frame[PAYLOAD:]))
                 continue
             if size < 0 or not select.select([pgconn.socket], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -148,20 +148,23 @@ NAMES = """
     CREATE TABLE "Ünï cöde."."Tä ""ble"" 表" (
         "select" bigint PRIMARY KEY, "a b" "Ünï cöde.".mood, "名前" point3, "👍" email, plain numeric(10, 2)[]);
     CREATE TABLE values_of_types (
-        id uuid PRIMARY KEY, yes boolean, raw bytea, at timestamptz, doc jsonb, span interval, text text,
-        twice int GENERATED ALWAYS AS (1 + 1) STORED, code varchar(20));
+        id uuid PRIMARY KEY, yes boolean, raw bytea, twice int GENERATED ALWAYS AS (1 + 1) STORED, code varchar(20));
+    CREATE TABLE times_and_texts (at timestamptz PRIMARY KEY, span interval, doc jsonb, words text);
 """
 
 
 def names(session: Session) -> None:
     session.run("""
         INSERT INTO "Ünï cöde."."Tä ""ble"" 表"
-        VALUES (9223372036854775807, 'häppy', (1, NULL, 'q"'), 'ada@example.org', '{1.5,NULL,-2}');
+        VALUES (9223372036854775807, 'häppy', (1, NULL, 'a,b'), 'ada@example.org', '{1.5,NULL,-2}');
     """)
     session.run(r"""
+        BEGIN;
         INSERT INTO values_of_types VALUES (
-            '00000000-0000-0000-0000-00000000002a', true, '\x00ff', '2024-02-29 12:00:00.123456+00', '{"a": [1, null]}',
-            '1 day 02:03:04', E'ä\n👍\t''', DEFAULT, '');
+            '00000000-0000-0000-0000-00000000002a', true, '\x00ff', DEFAULT, '');
+        INSERT INTO times_and_texts VALUES (
+            '2024-02-29 12:00:00.123456+00', '1 day 02:03:04', '{"a": [1, null]}', E'ä\n👍\t''');
+        COMMIT;
     """)
 
 
@@ -335,9 +338,25 @@ def rolled_back(session: Session) -> None:
     session.run("INSERT INTO words VALUES (3, 'kept too'); " + FILL)
     session.tap.wait_for_block(b"kept too")
     session.run("COMMIT")
+    session.run("INSERT INTO words VALUES (5, 'plain')")
     session.run("BEGIN; INSERT INTO words VALUES (4, 'nothing kept'); " + FILL)
     session.tap.wait_for_block(b"nothing kept")
     session.run("ROLLBACK")
+
+
+def reshaped_in_vain(session: Session) -> None:
+    session.run("INSERT INTO words VALUES (1, 'as it was')")
+    session.run("BEGIN; UPDATE words SET word = 'in place'; SAVEPOINT lost; ALTER TABLE words ADD COLUMN more int")
+    session.run("INSERT INTO words VALUES (2, 'reshaped', 5); " + FILL)
+    session.tap.wait_for_block(b"reshaped")
+    session.run("ROLLBACK TO lost; " + FILL + FILL + "COMMIT")
+    session.run("INSERT INTO words VALUES (3, 'as it is')")
+    session.run("BEGIN; ALTER TABLE words DROP COLUMN word; INSERT INTO words VALUES (4); " + FILL)
+    session.tap.wait_for_block(b"\0\1t\0\0\0\x014")
+    session.run("ROLLBACK")
+    session.run("INSERT INTO words VALUES (5, 'still')")
+    session.run("BEGIN; ALTER TABLE words DROP COLUMN word; INSERT INTO words VALUES (6); " + FILL + "COMMIT")
+    session.run("INSERT INTO words VALUES (7)")
 
 
 PLAIN: LiteralString = "proto_version '1', messages 'true'"
@@ -355,6 +374,7 @@ SCENARIOS: list[tuple[int, LiteralString, Callable[[Session], None]]] = [
     (2, STREAMED, streamed),
     (2, STREAMED_WORDS, interleaved),
     (2, STREAMED_WORDS, rolled_back),
+    (2, STREAMED_WORDS, reshaped_in_vain),
 ]
 PUBLISH = """
     DO $$

@@ -1,0 +1,83 @@
+"""What every connection to PostgreSQL has in common: how it is opened, and what the driver's errors mean for us.
+
+Every failure leaves an edge as `errors.PostgresUnavailable` (come back later), `errors.SlotInUse` (stand by) or
+`errors.ServerRefuses` (give up, with the remedy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg.rows import namedtuple_row
+
+from cdc_invalidator import errors
+
+# A server that vanished without a word is noticed in half a minute, not in two hours.
+KEEPALIVES: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+# Ours never waits long for a lock, and never makes others wait behind it.
+_PATIENCE = "SET statement_timeout = '30s'; SET lock_timeout = '2s'"
+
+# What never gets better by itself; the remedy is an administrator's.
+_REMEDIES: dict[str, str] = {
+    "42501": "grant the role of CDC_POSTGRES_DSN the privilege, or run what `cdc-invalidator setup --print` prints",
+    "28P01": "put the right user and password into CDC_POSTGRES_DSN",
+    "28000": "allow the role in pg_hba.conf and give it LOGIN and REPLICATION",
+    "3D000": "put the name of an existing database into CDC_POSTGRES_DSN",
+    "53400": "raise max_replication_slots, or drop a slot that nobody uses",
+    "0A000": "use PostgreSQL 14 or later with logical replication",
+}
+
+
+async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
+    """Open an ordinary connection that shows itself under this name and never waits long for a lock."""
+    with translated():
+        connection = await psycopg.AsyncConnection.connect(
+            dsn,
+            autocommit=True,
+            application_name=application,
+            row_factory=namedtuple_row,
+            **KEEPALIVES,
+        )
+        await connection.execute(_PATIENCE)
+        return connection
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the driver's errors into ours."""
+    try:
+        yield
+    except (psycopg.Error, OSError) as error:
+        raise translate(error) from error
+
+
+def translate(error: Exception) -> errors.InvalidatorError:
+    """Tell what an error of the driver means for the session: come back later, stand by, or give up.
+
+    The server's sentence is kept; connection strings are not part of it.
+    """
+    state = getattr(error, "sqlstate", None) or ""
+    if state == "55006":
+        return errors.SlotInUse()
+    if state in _REMEDIES:
+        return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state]}.")
+    # Before a session exists, psycopg gives no SQLSTATE: the server's words must do.
+    if "password authentication failed" in str(error) or "no pg_hba.conf entry" in str(error):
+        return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES['28000']}.")
+    return errors.PostgresUnavailable(
+        f"PostgreSQL is not available ({first_line(error)}); check CDC_POSTGRES_DSN and the server."
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Give the server's sentence, without what follows it."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

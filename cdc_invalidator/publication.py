@@ -1,0 +1,388 @@
+"""The edge to the publication: which tables the stream carries, and whether their old rows carry what rules read.
+
+Promise 4 holds here: a table is published only with a replica identity that PostgreSQL can use, because publishing it
+without one makes the application's UPDATE and DELETE fail; and it is taken out again when it loses that. Statements
+wait for locks only briefly, and none of them blocks reads or writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from cdc_invalidator import errors, postgres
+from cdc_invalidator.errors import Problem
+from cdc_invalidator.rules import Rule, RuleSet, Table
+
+
+class Leaf(NamedTuple):
+    """One table that holds rows: a rule's table, or a partition of it.
+
+    ``carried``: columns that old rows carry; ``usable``: whether its replica identity lets it be published;
+    ``filled``: whether it takes any space.
+    """
+
+    table: Table
+    oid: int
+    kind: str
+    columns: frozenset[str]
+    generated: frozenset[str]
+    carried: frozenset[str]
+    usable: bool
+    published: bool
+    filled: bool
+
+
+@dataclass(slots=True)
+class Subject:
+    """A table that a rule names, as the catalogs have it now. A plain table is its own only leaf."""
+
+    oid: int
+    listed: bool
+    leaves: list[Leaf] = field(default_factory=list)
+
+    @property
+    def published(self) -> bool:
+        """Whether all changes of it are in the stream."""
+        return all(leaf.published for leaf in self.leaves) if self.leaves else self.listed
+
+    @property
+    def usable(self) -> bool:
+        """Whether publishing it hurts nobody."""
+        return all(leaf.usable and leaf.kind not in _NOT_TABLES for leaf in self.leaves)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What changes when rows come or go without a row change: another table of the name, other partitions."""
+        return (self.oid, *sorted(leaf.oid for leaf in self.leaves))
+
+
+@dataclass(slots=True)
+class Survey:
+    """The publication and all tables of the rules; ``None`` for a table that does not exist."""
+
+    exists: bool
+    suits: bool
+    subjects: dict[Table, Subject | None]
+
+    @property
+    def unknown(self) -> list[Table]:
+        """Tables of rules that don't exist (yet)."""
+        return [table for table, subject in self.subjects.items() if subject is None]
+
+    @property
+    def unpublished(self) -> list[Table]:
+        """Tables that can be published and are not."""
+        return [
+            table for table, subject in self.subjects.items() if subject and subject.usable and not subject.published
+        ]
+
+    @property
+    def harmful(self) -> list[Table]:
+        """Tables that are published and must not be."""
+        return [
+            table
+            for table, subject in self.subjects.items()
+            if subject and not subject.usable and any(leaf.published for leaf in subject.leaves)
+        ]
+
+    @property
+    def blind(self) -> list[Table]:
+        """Tables that exist and whose changes are not seen."""
+        return [table for table, subject in self.subjects.items() if subject and not subject.published]
+
+    def changed_since(self, before: Survey) -> list[Table]:
+        """Give the tables where rows may have come or gone since then without a change in the stream."""
+        changed = []
+        for table, subject in self.subjects.items():
+            former, now = _shape(before.subjects[table]), _shape(subject)
+            leaves = subject.leaves if subject else []
+            if former - now or any(leaf.filled for leaf in leaves if leaf.oid not in former):
+                changed.append(table)
+        return changed
+
+    def digests(self, rules: RuleSet, besides: Container[Table] = ()) -> dict[str, str]:
+        """Give, for each cache whose rules all see their tables (and none of ``besides``), a digest of what busts it.
+
+        It changes with the rules and with the shapes of their tables, so that the watermark tells a later start
+        whether a cache was kept by the same rules on the same tables.
+        """
+        shapes: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in rules.caches}
+        blind: set[str] = set()
+        for rule in rules.rules:
+            subject = self.subjects[rule.table]
+            for bust in rule.busts:
+                if subject is None or not subject.published or rule.table in besides:
+                    blind.add(bust.cache.name)
+                else:
+                    shapes[bust.cache.name].append((str(rule.table), subject.shape))
+        return {
+            name: hashlib.sha256(repr((cache.digest, sorted(shapes[name]))).encode()).hexdigest()[:16]
+            for name, cache in rules.caches.items()
+            if name not in blind
+        }
+
+    def mistakes(self, rules: RuleSet) -> list[Problem]:
+        """Give the rules that can't be kept on this database, each with its place and what helps."""
+        problems: list[Problem] = []
+        for table, subject in self.subjects.items():
+            if subject is not None:
+                problems += _mistakes(table, subject.leaves, [rule for rule in rules.rules if rule.table == table])
+        return problems
+
+
+def _shape(subject: Subject | None) -> set[int]:
+    return set(subject.shape) if subject else set()
+
+
+class Publication:
+    """The publication of one database.
+
+    Args:
+        connection: an ordinary one.
+        name: the publication's.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], name: str) -> None:
+        self._connection = connection
+        self._name = name
+
+    async def survey(self, rules: RuleSet) -> Survey:
+        """Look at the publication and at the tables of the rules."""
+        tables = rules.tables
+        given = {
+            "publication": self._name,
+            "schemas": [table.schema for table in tables],
+            "names": [table.name for table in tables],
+        }
+        with postgres.translated():
+            publications = await (await self._connection.execute(_PUBLICATION, given)).fetchall()
+            roots = await (await self._connection.execute(_ROOTS, given)).fetchall()
+            leaves = await (await self._connection.execute(_LEAVES, given)).fetchall()
+        subjects: dict[Table, Subject | None] = dict.fromkeys(tables)
+        for row in roots:
+            subjects[Table(row.schema, row.name)] = Subject(row.oid, row.listed)
+        for row in leaves:
+            subject = subjects[Table(row.root_schema, row.root_name)]
+            if subject is not None:
+                subject.leaves.append(_leaf(row))
+        suits = bool(publications) and publications[0].suits
+        return Survey(bool(publications), suits, subjects)
+
+    def statements(self, survey: Survey) -> list[str]:
+        """Give the SQL that makes the publication what it must be; it takes an owner of the database and the tables."""
+        name = identifier(self._name)
+        add = ", ".join(map(quoted, survey.unpublished))
+        if not survey.exists:
+            return [f"CREATE PUBLICATION {name}{f' FOR TABLE {add}' if add else ''};"]
+        statements = []
+        if not survey.suits:
+            statements.append(
+                f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate',"
+                " publish_via_partition_root = false);"
+            )
+        if survey.harmful:
+            statements.append(f"ALTER PUBLICATION {name} DROP TABLE {', '.join(map(quoted, survey.harmful))};")
+        if add:
+            statements.append(f"ALTER PUBLICATION {name} ADD TABLE {add};")
+        return statements
+
+    async def drop(self) -> list[str]:
+        """Drop the publication if it is there, and give what was run."""
+        with postgres.translated():
+            found = await self._connection.execute(_PUBLICATION, {"publication": self._name})
+            if not await found.fetchall():
+                return []
+        statements = [f"DROP PUBLICATION {identifier(self._name)};"]
+        await run(self._connection, statements)
+        return statements
+
+    async def ancestors(self, oid: int) -> list[Table]:
+        """Give the partitioned tables above a partition, nearest first; empty for any other table."""
+        with postgres.translated():
+            cursor = await self._connection.execute(_ANCESTORS, {"oid": oid})
+            return [Table(row.schema, row.name) for row in await cursor.fetchall()]
+
+
+async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str]) -> None:
+    """Run set-up statements one after the other.
+
+    Raises:
+        errors.ServerRefuses: the role may not; the message holds what an administrator must run.
+    """
+    for number, statement in enumerate(statements):
+        try:
+            # Making a slot waits for the transactions that are running, which may take long.
+            slow = "create_logical_replication_slot" in statement
+            await connection.execute("SET statement_timeout = 0" if slow else "RESET statement_timeout")
+            await connection.execute(statement.encode())
+        except psycopg.errors.DuplicateObject:
+            # Another daemon of the same rules was faster.
+            continue
+        except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
+            raise errors.ServerRefuses(
+                f"The stream can't be set up with CDC_POSTGRES_DSN ({postgres.first_line(error)}); "
+                f"have an administrator run, on the primary: {' '.join(statements[number:])}"
+            ) from error
+        except psycopg.Error as error:
+            raise postgres.translate(error) from error
+
+
+_PUBLICATION = """
+SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot AS suits
+FROM pg_publication WHERE pubname = %(publication)s
+"""
+
+_WANTED = """
+WITH roots AS (
+  SELECT n.nspname AS schema, c.relname AS name, c.oid, c.relkind
+  FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
+  JOIN pg_namespace n ON n.nspname = wanted.schema
+  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+)"""
+
+_ROOTS = (
+    _WANTED
+    + """
+SELECT schema, name, oid, EXISTS (
+    SELECT FROM pg_publication p WHERE p.pubname = %(publication)s
+    AND (p.puballtables OR EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = p.oid AND r.prrelid = roots.oid))
+  ) AS listed
+FROM roots
+"""
+)
+
+# A primary key that is deferrable does not serve as replica identity, nor do an index's INCLUDEd columns.
+_LEAVES = (
+    _WANTED
+    + """, leaves AS (
+  SELECT roots.schema, roots.name, tree.relid AS oid FROM roots, pg_partition_tree(roots.oid) tree
+  WHERE roots.relkind = 'p' AND tree.isleaf
+  UNION ALL SELECT schema, name, oid FROM roots WHERE relkind <> 'p'
+), published AS (
+  SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %(publication)s
+)
+SELECT leaves.schema AS root_schema, leaves.name AS root_name, n.nspname AS schema, c.relname AS name, c.oid,
+  CASE c.relpersistence WHEN 'p' THEN c.relkind ELSE c.relpersistence END::text AS kind,
+  ARRAY(SELECT attname::text FROM pg_attribute
+        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns,
+  ARRAY(SELECT attname::text FROM pg_attribute
+        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attgenerated <> '') AS generated,
+  CASE c.relreplident
+    WHEN 'f' THEN ARRAY(SELECT attname::text FROM pg_attribute
+                        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
+    WHEN 'n' THEN '{}'
+    ELSE ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid
+               AND attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])) END AS carried,
+  c.relreplident = 'f' OR (c.relreplident <> 'n' AND i.indexrelid IS NOT NULL) AS usable,
+  EXISTS (SELECT FROM published WHERE schemaname = n.nspname AND tablename = c.relname) AS published,
+  c.relkind = 'r' AND pg_relation_size(c.oid) > 0 AS filled
+FROM leaves JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+  AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END
+ORDER BY 1, 2, 3, 4
+"""
+)
+
+_ANCESTORS = """
+SELECT n.nspname AS schema, c.relname AS name
+FROM pg_partition_ancestors(%(oid)s::oid) WITH ORDINALITY above (oid, nearness)
+JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid <> %(oid)s::oid ORDER BY above.nearness
+"""
+
+
+def _leaf(row: Any) -> Leaf:
+    return Leaf(
+        table=Table(row.schema, row.name),
+        oid=row.oid,
+        kind=row.kind,
+        columns=frozenset(row.columns),
+        generated=frozenset(row.generated),
+        carried=frozenset(row.carried),
+        usable=row.usable,
+        published=row.published,
+        filled=row.filled,
+    )
+
+
+_NOT_TABLES = {
+    "v": "a view",
+    "m": "a materialized view",
+    "f": "a foreign table",
+    "u": "an unlogged table",
+    "t": "a temporary table",
+    "S": "a sequence",
+}
+
+
+def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> list[Problem]:
+    problems: list[Problem] = []
+
+    def add(rule: Rule, sentence: str) -> None:
+        problems.append(Problem(rule.place.file, rule.place.line, rule.place.column, sentence))
+
+    for leaf in leaves:
+        name = quoted(leaf.table)
+        if leaf.kind in _NOT_TABLES:
+            add(
+                rules[0],
+                f"{table} is {_NOT_TABLES[leaf.kind]}, whose changes PostgreSQL does not publish; name a table.",
+            )
+            continue
+        if not leaf.usable:
+            add(
+                rules[0],
+                f"{leaf.table} has no usable replica identity, and publishing it would make the application's "
+                f"UPDATE and DELETE fail; add a primary key, or run ALTER TABLE {name} REPLICA IDENTITY FULL.",
+            )
+            continue
+        for rule in rules:
+            for column in sorted((rule.key_columns | set(rule.columns)) - (leaf.columns - leaf.generated)):
+                add(rule, _no_column(rule, leaf, column))
+            unknown = _unknown_old(rule, leaf)
+            if unknown and rule.old_row == "require":
+                add(
+                    rule,
+                    f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of "
+                    f"{leaf.table} does not carry; run ALTER TABLE {name} REPLICA IDENTITY FULL, "
+                    "or set old_row to sweep or ignore.",
+                )
+    return problems
+
+
+def _no_column(rule: Rule, leaf: Leaf, column: str) -> str:
+    if column in leaf.generated:
+        return (
+            f"rule {rule.name} reads column {column} of {leaf.table}, a generated column, "
+            "which PostgreSQL does not publish; use the columns that it is generated from."
+        )
+    near = get_close_matches(column, leaf.columns, 1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(leaf.columns))}."
+    return f"rule {rule.name} reads column {column}, which {leaf.table} does not have; {hint}"
+
+
+def _unknown_old(rule: Rule, leaf: Leaf) -> list[str]:
+    """Give the key columns whose old values an UPDATE or DELETE of this table does not tell."""
+    unknown: set[str] = set()
+    if "delete" in rule.on:
+        unknown |= rule.key_columns - leaf.carried
+    if "update" in rule.on:
+        unknown |= rule.key_columns - leaf.carried - rule.immutable
+    return sorted(unknown & leaf.columns)
+
+
+def identifier(name: str) -> str:
+    """Give the name quoted for SQL."""
+    return sql.Identifier(name).as_string(None)
+
+
+def quoted(table: Table) -> str:
+    """Give the table's name quoted for SQL."""
+    return sql.Identifier(table.schema, table.name).as_string(None)

@@ -3,6 +3,9 @@
 A turn is: take, flush, flush again what readers could not see yet, one step of the sweeps that run, watermark.
 Whatever fails on Redis's side, the connection is thrown away and the same turn is tried again on a new one; a bust may
 be applied twice, which does no harm. Retries for Redis live here and nowhere else.
+
+What has been acknowledged is proven only by a watermark that covers it: a Redis that comes back may be an older one. So
+where the connection is lost in between, `errors.RedisLost` ends the session, and PostgreSQL sends it all again.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from cdc_invalidator.invalidation import Batch, Busts, Target
 from cdc_invalidator.log import KEYS_A_LINE, KeyDisplay
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.rules import RuleSet
-from cdc_invalidator.sweep import Request, Sweep, Sweeps
+from cdc_invalidator.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.watermark import Position, Watermark, gaps
 
 _log = structlog.get_logger()
@@ -34,8 +37,6 @@ FLUSH_WEIGHT = 10_000
 # The watermark moves at least once a second; the rest is for the round trip.
 HEARTBEAT_SECONDS = 0.8
 INFO_SECONDS = 10.0
-# How soon to ask again whether readers see a commit.
-EARLY_SECONDS = 0.002
 
 
 class Apply:
@@ -85,12 +86,16 @@ class Apply:
         # Busted, but to be busted again once readers see the commit.
         self._early: list[tuple[Batch, Ticket]] = []
         self._open_gaps = 0
+        # Whether something has been acknowledged that the watermark does not cover yet.
+        self._unrecorded = False
+        self._early_backoff = Backoff(first=0.002, most=0.1)
         self._replay_until = 0
         self._recorded: int | None = None
         self._recorded_at = float("-inf")
         self.recorded_at: float | None = None
         self._watermark_refused = False
         self._info_at = float("-inf")
+        self._info_refused = False
         self._children: dict[tuple[str, ...], tuple[Any, ...]] = {}
         self._finishing = False
         self.last_error: str | None = None
@@ -160,6 +165,8 @@ class Apply:
         cause = type(error.__cause__ or error).__name__
         self._metrics.redis_errors.labels(cause).inc()
         self.last_error = str(error)
+        if self._unrecorded:
+            raise errors.RedisLost(f"{error} What it has acknowledged lately is received and applied again.") from error
         delay = self._backoff.next()
         _log.warning("redis_unavailable", error=str(error), retry_in_s=round(delay, 2))
         await asyncio.sleep(delay)
@@ -205,23 +212,20 @@ class Apply:
         self._backlog.wake()
 
     def _sweep_gap(self, name: str, why: str) -> None:
-        ticket = self._checkpoint.track()
         # Until the sweep is over, the watermark must not say that this Redis has had anything.
         self._open_gaps += 1
-
-        def done() -> None:
-            self._open_gaps -= 1
-            self._checkpoint.resolve(ticket)
-
         self._sweeps.request(
             self._rules.caches[name],
-            Request("", "", why, "gap", self._position.start, None, None, done),
+            Cause("", "", why, "gap"),
+            Request(self._position.start, None, None),
+            self._checkpoint.track(),
         )
 
     # Flush: one round trip for all that has piled up.
 
     async def _flush(self, server: CacheServer, taken: Sequence[tuple[Batch, Ticket]]) -> None:
         hidden = await self._hidden({batch.xid for batch, _ in taken if batch.xid})
+        self._unrecorded = True
         lines = [line for batch, _ in taken for line in _lines(batch)]
         self._report(lines, await _bust(server, lines))
         for batch, ticket in taken:
@@ -237,6 +241,7 @@ class Apply:
         visible = [(batch, ticket) for batch, ticket in self._early if batch.xid not in hidden]
         if not visible:
             return
+        self._early_backoff.reset()
         await _bust(server, [line for batch, _ in visible for line in _lines(batch)])
         self._early = [item for item in self._early if item[0].xid in hidden]
         self._metrics.again.inc(len(visible))
@@ -248,17 +253,9 @@ class Apply:
         for target, busts in batch.busts.items():
             if busts.sweep:
                 ticket.parts += 1
-                request = Request(
-                    rule=target.rule,
-                    table=target.table,
-                    op=_ops(busts),
-                    reason=busts.reason,
-                    commit_lsn=batch.commit_lsn,
-                    xid=batch.xid,
-                    committed_at=batch.committed_at,
-                    done=lambda ticket=ticket: self._checkpoint.resolve(ticket),  # type: ignore[misc]
-                )
-                self._sweeps.request(target.cache, request)
+                cause = Cause(target.rule, target.table, _ops(busts), busts.reason)
+                request = Request(batch.commit_lsn, batch.xid, batch.committed_at)
+                self._sweeps.request(target.cache, cause, request, ticket)
         self._metrics.sweeps_running.set(len(self._sweeps))
 
     # Watermark and metrics.
@@ -287,6 +284,8 @@ class Apply:
         elif not self._watermark_refused:
             _log.warning("watermark_stalled", error="Redis is out of memory; busts go on, and a restart will sweep.")
         self._watermark_refused = not stored
+        # With nothing held back, the position has passed all that was acknowledged.
+        self._unrecorded = self._unrecorded and not (stored and not self._sweeps and not self._early)
         self._recorded, self._recorded_at = position, now
         self._checkpoint.record(position)
 
@@ -295,7 +294,7 @@ class Apply:
         if self._sweeps:
             return 0.0
         if self._early:
-            return EARLY_SECONDS
+            return self._early_backoff.next()
         return max(0.001, HEARTBEAT_SECONDS - (time.monotonic() - self._recorded_at))
 
     async def _inform(self, server: CacheServer) -> None:
@@ -303,6 +302,11 @@ class Apply:
             return
         self._info_at = time.monotonic()
         info = await server.info()
+        if info is None:
+            if not self._info_refused:
+                _log.warning("info_refused", error="Redis refuses INFO; grant it to see hits, misses and memory.")
+            self._info_refused = True
+            return
         self._metrics.redis_hits.set(info["keyspace_hits"])
         self._metrics.redis_misses.set(info["keyspace_misses"])
         self._metrics.redis_evicted.set(info["evicted_keys"])
@@ -355,33 +359,37 @@ class Apply:
         now_us = time.time_ns() // 1000
         for sweep in over:
             cache = sweep.cache
-            for request in sweep.requests:
-                self._metrics.sweeps.labels(cache.name, request.reason).inc()
-                busts, keys, found, lag = self._of(request.rule, cache.name, "sweep")
+            for cause, request in sweep.requests.items():
+                self._metrics.sweeps.labels(cache.name, cause.reason).inc()
+                busts, keys, found, lag = self._of(cause.rule, cache.name, "sweep")
                 busts.inc()
                 fields: dict[str, Any] = {}
                 if request.committed_at is not None:
                     lag_us = max(0, now_us - lsn.unix_us(request.committed_at))
                     lag.observe(lag_us / 1e6)
                     fields = {"committed_at": _iso(request.committed_at), "lag_ms": lag_us / 1000}
+                if cause.reason == "gap":
+                    self._open_gaps -= request.transactions
                 _log.info(
                     "bust",
-                    rule=request.rule or None,
+                    rule=cause.rule or None,
                     cache=cache.name,
                     action="sweep",
-                    table=request.table or None,
-                    op=request.op,
+                    table=cause.table or None,
+                    op=cause.op,
+                    transactions=request.transactions,
                     keys=sweep.tally.keys,
                     key_prefix=cache.target.prefix.decode(errors="replace"),
                     lsn=lsn.text(request.commit_lsn),
                     xid=request.xid,
                     existed=sweep.tally.existed,
-                    reason=request.reason,
+                    reason=cause.reason,
                     **fields,
                 )
-                request.done()
             keys.inc(sweep.tally.keys)
             found.inc(sweep.tally.existed)
+            for ticket in sweep.tickets:
+                self._checkpoint.resolve(ticket)
         self._metrics.sweeps_running.set(len(self._sweeps))
 
     def _of(self, rule: str, cache: str, action: str) -> tuple[Any, ...]:

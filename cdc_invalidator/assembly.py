@@ -18,8 +18,11 @@ from cdc_invalidator.invalidation import Batch, Plan, Target, out_of_place
 
 # A transaction's keys leave for Redis once they are this many.
 CHUNK = 1000
-# Keys of transactions in progress that are held in memory, some 150 bytes each.
+# Keys of transactions in progress that are held in memory, some 150 bytes each, and subtransactions, some 800.
 HELD = 300_000
+PARTS = 20_000
+# Rows of transactions in progress between two looks at what is held.
+UNCHECKED = 10_000
 
 Plans = dict[int, Plan | None]
 
@@ -30,10 +33,27 @@ class _Stream:
 
     parts: dict[int, Batch] = field(default_factory=dict)
     plans: Plans = field(default_factory=dict)
+    # Once there are too many parts, all goes into this one, and what a subtransaction adds to it stays.
+    merged: Batch | None = None
 
     @property
-    def weight(self) -> int:
-        return sum(part.weight for part in self.parts.values())
+    def keys(self) -> int:
+        return sum(len(busts.keys) for part in self.parts.values() for busts in part.busts.values())
+
+    def part(self, xid: int) -> Batch:
+        part = self.merged or self.parts.get(xid)
+        if part is None:
+            part = self.parts[xid] = Batch(0, 0, xid)
+        return part
+
+    def merge(self, xid: int) -> None:
+        """Make one part of all; it sweeps whatever one of them busts."""
+        merged = Batch(0, 0, xid)
+        for part in self.parts.values():
+            for target, busts in part.busts.items():
+                merged.sweep(target, busts.ops, busts.reason)
+        self.merged = merged
+        self.parts = {xid: merged}
 
 
 class Assembly:
@@ -51,6 +71,7 @@ class Assembly:
         self._open: Batch | None = None
         self._streams: dict[int, _Stream] = {}
         self._stream: _Stream | None = None
+        self._unchecked = 0
         self.widened = 0
         self._take: dict[type, Callable[[Any], Iterable[Batch]]] = {
             pgoutput.Begin: self._begin,
@@ -76,7 +97,7 @@ class Assembly:
     @property
     def held(self) -> int:
         """Keys of transactions in progress."""
-        return sum(stream.weight for stream in self._streams.values())
+        return sum(stream.keys for stream in self._streams.values())
 
     def relation(self, message: pgoutput.Relation, plan: Plan | None) -> None:
         """Take a Relation message with the plan that was compiled for it; ``None`` if no rule reads the relation."""
@@ -114,10 +135,7 @@ class Assembly:
 
     def _into(self, xid: int | None) -> Batch:
         if self._stream is not None and xid is not None:
-            part = self._stream.parts.get(xid)
-            if part is None:
-                part = self._stream.parts[xid] = Batch(0, 0, xid)
-            return part
+            return self._stream.part(xid)
         if self._open is None:
             raise out_of_place("a change outside a transaction")
         return self._open
@@ -163,8 +181,13 @@ class Assembly:
         return self._leave(batch)
 
     def _leave(self, batch: Batch) -> Iterable[Batch]:
-        """Let a transaction that has committed go in pieces."""
-        if batch.weight < self._chunk or batch is not self._open:
+        """Let a transaction that has committed go in pieces, and keep one in progress within bounds."""
+        if batch is not self._open:
+            self._unchecked += 1
+            if self._unchecked >= UNCHECKED:
+                self._bound()
+            return ()
+        if batch.weight < self._chunk:
             return ()
         self._open = Batch(batch.commit_lsn, batch.committed_at, batch.xid)
         return (batch,)
@@ -179,22 +202,35 @@ class Assembly:
 
     def _stream_stop(self, _message: pgoutput.StreamStop) -> Iterable[Batch]:
         self._stream = None
-        while self.held > self._held:
-            self._widen()
+        self._bound()
         return ()
 
-    def _widen(self) -> None:
-        """Trade the keys of the target that has most of them for a sweep of its cache."""
-        parts = [part for stream in self._streams.values() for part in stream.parts.values()]
+    def _bound(self) -> None:
+        """Widen until no more is held than may be."""
+        self._unchecked = 0
+        for xid, stream in self._streams.items():
+            if len(stream.parts) > PARTS:
+                stream.merge(xid)
+                self.widened += 1
+        while self.held > self._held and self._widen():
+            self.widened += 1
+
+    def _widen(self) -> bool:
+        """Trade the keys of the target that has most of them for a sweep of its cache; False if there is none."""
         counts: dict[Target, int] = {}
+        parts = [part for stream in self._streams.values() for part in stream.parts.values()]
         for part in parts:
             for target, busts in part.busts.items():
-                counts[target] = counts.get(target, 0) + len(busts.keys)
+                # A cache with a single key is no smaller for being swept.
+                if busts.keys and target.template.params:
+                    counts[target] = counts.get(target, 0) + len(busts.keys)
+        if not counts:
+            return False
         largest = max(counts, key=counts.__getitem__)
         for part in parts:
             if largest in part.busts and part.busts[largest].keys:
                 part.widen(part.busts[largest])
-        self.widened += 1
+        return True
 
     def _stream_commit(self, message: pgoutput.StreamCommit) -> Iterator[Batch]:
         stream = self._end(message.xid, "Stream Commit")
@@ -215,7 +251,7 @@ class Assembly:
     def _stream_abort(self, message: pgoutput.StreamAbort) -> Iterable[Batch]:
         if message.xid == message.subxid:
             self._end(message.xid, "Stream Abort")
-        elif message.xid in self._streams:
+        elif message.xid in self._streams and not self._streams[message.xid].merged:
             self._streams[message.xid].parts.pop(message.subxid, None)
         return ()
 

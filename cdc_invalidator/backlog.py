@@ -12,8 +12,9 @@ from collections import deque
 from cdc_invalidator.checkpoint import Ticket
 from cdc_invalidator.invalidation import Batch
 
-# Keys (and sweeps) that may wait; about 30 MB of memory.
+# Keys (and sweeps) that may wait: 10 to 20 MB of memory. A batch takes as much as a few keys, however small it is.
 CAPACITY = 100_000
+BATCH = 8
 
 
 class Backlog:
@@ -39,7 +40,7 @@ class Backlog:
     def put(self, batch: Batch, ticket: Ticket) -> None:
         """Add a batch. Never refuses: the writer asks `room` before it reads more."""
         self._batches.append((batch, ticket))
-        self.weight += batch.weight
+        self.weight += batch.weight + BATCH
         self._filled.set()
         if self.full:
             self._drained.clear()
@@ -54,8 +55,8 @@ class Backlog:
         while self._batches and weight > 0:
             item = self._batches.popleft()
             taken.append(item)
-            weight -= item[0].weight
-            self.weight -= item[0].weight
+            weight -= item[0].weight + BATCH
+            self.weight -= item[0].weight + BATCH
         if not self._batches:
             self._filled.clear()
         if not self.full:

@@ -112,8 +112,11 @@ class CacheServer:
                 protocol=2,
                 decode_responses=False,
             )
-        except ValueError as error:
-            raise errors.WrongSettings(f"CDC_REDIS_URL can't be read: {error}; write redis://host:port/db.") from None
+        except ValueError:
+            # The driver's words may repeat a part of the password.
+            raise errors.WrongSettings(
+                "CDC_REDIS_URL can't be read; write redis://user:password@host:port/db, the password percent-encoded."
+            ) from None
         self._delete = self._bump = ""
 
     async def connect(self) -> None:
@@ -190,10 +193,15 @@ class CacheServer:
             raise
         return True
 
-    async def info(self) -> dict[str, Any]:
-        """Give the sections ``stats`` and ``memory`` of INFO, for the metrics."""
-        stats = await self._guard(self._redis.info("stats"))
-        memory = await self._guard(self._redis.info("memory"))
+    async def info(self) -> dict[str, Any] | None:
+        """Give the sections ``stats`` and ``memory`` of INFO, for the metrics; ``None`` where the ACL refuses it."""
+        try:
+            stats = await self._guard(self._redis.info("stats"))
+            memory = await self._guard(self._redis.info("memory"))
+        except errors.RedisUnavailable as error:
+            if isinstance(error.__cause__, exceptions.NoPermissionError):
+                return None
+            raise
         return {**stats, **memory}
 
     async def _execute(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:

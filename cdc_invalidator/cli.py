@@ -62,7 +62,10 @@ def _takes(kind: type[settings.Database]) -> Callable[[Callable[..., None]], Cal
         ]
 
         def wrapped(**arguments: Any) -> None:
+            from cdc_invalidator import postgres
+
             given = settings.load(kind, {flag.name: arguments.pop(flag.name) for flag in flags})
+            postgres.check_dsn(given.postgres_dsn.get_secret_value())
             command(given, **arguments)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + flags
@@ -99,6 +102,7 @@ def run(given: settings.Settings) -> None:
     from prometheus_client import REGISTRY, disable_created_metrics
 
     from cdc_invalidator import log
+    from cdc_invalidator.cache import CacheServer
     from cdc_invalidator.daemon import Daemon
     from cdc_invalidator.metrics import Metrics
     from cdc_invalidator.session import Options
@@ -107,6 +111,8 @@ def run(given: settings.Settings) -> None:
     # OpenMetrics would carry a _created series beside each counter: noise that doubles them.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     secret = given.log_hash_key
+    # A URL that can't be used is told before PostgreSQL is touched.
+    CacheServer(given.redis_url.get_secret_value(), given.slot)
     options = Options(
         postgres_dsn=given.postgres_dsn.get_secret_value(),
         redis_url=given.redis_url.get_secret_value(),
@@ -152,7 +158,8 @@ def setup(
                 raise errors.WrongRules(problems)
             for table in survey.unknown:
                 typer.echo(f"-- {table} does not exist yet; run setup again, or let the daemon add it once it does.")
-            statements = publication.statements(survey) + slot.statements(await slot.state(), server)
+            statements = publication.statements(survey)
+            statements += slot.statements(await slot.state(), server, new_publication=not survey.exists)
             if not show:
                 await run_statements(connection, statements)
             return statements

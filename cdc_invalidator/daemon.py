@@ -25,6 +25,9 @@ from cdc_invalidator.session import STANDBY_SECONDS, Options, Role, Session
 
 _log = structlog.get_logger()
 
+# A session that lived so long did not fail for what made the one before it fail.
+SETTLED_SECONDS = 10.0
+
 
 class Daemon:
     """Busts caches until it is told to stop.
@@ -43,6 +46,7 @@ class Daemon:
         self._display = display
         self._stop = asyncio.Event()
         self._backoff = Backoff()
+        self._has_led = False
         self._role: Role = "connecting"
         self._session: Session | None = None
         self._last_error: str | None = None
@@ -63,7 +67,10 @@ class Daemon:
         _log.info("stopped")
 
     async def _attempt(self) -> None:
-        session = self._session = Session(self._options, self._rules, self._metrics, self._display, self._be)
+        session = self._session = Session(
+            self._options, self._rules, self._metrics, self._display, self._be, strict=not self._has_led
+        )
+        began = time.monotonic()
         try:
             await session.run(self._stop)
         except errors.SlotInUse:
@@ -74,21 +81,24 @@ class Daemon:
             self._be("connecting")
             self._last_error = str(error)
             await session.close()
-            await self._give_up(session)
+            await self._give_up(session, error)
+            await self._pause(self._backoff.next())
         except errors.Retryable as error:
+            if time.monotonic() - began > SETTLED_SECONDS:
+                self._backoff.reset()
             delay = self._backoff.next()
             self._be("connecting")
             self._last_error = str(error)
             self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
-            _log.warning("postgres_unavailable", error=str(error), retry_in_s=round(delay, 2))
+            _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
             await session.close()
             await self._pause(delay)
         finally:
             await session.close()
 
-    async def _give_up(self, session: Session) -> None:
+    async def _give_up(self, session: Session, reason: errors.PositionGivenUp) -> None:
         try:
-            await session.give_up()
+            await session.give_up(reason)
         except errors.Retryable as error:
             # Then the server has other troubles; if its WAL still grows, the next session comes here again.
             _log.warning("postgres_unavailable", error=str(error))
@@ -105,7 +115,7 @@ class Daemon:
         if role != self._role:
             _log.info("role", role=role)
         if role == "leader":
-            self._backoff.reset()
+            self._has_led = True
             self._last_error = None
         self._role = role
         self._metrics.leader.set(role == "leader")
@@ -142,11 +152,14 @@ def _signals(stop: asyncio.Event) -> Iterator[None]:
             os._exit(errors.InvalidatorError.exit_code)
         stop.set()
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, told)
+    def not_yet() -> None:
+        _log.warning("reload_not_supported", error="Rules are read at the start; restart the daemon.")
+
+    handlers = {signal.SIGTERM: told, signal.SIGINT: told, signal.SIGHUP: not_yet}
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     try:
         yield
     finally:
-        for number in numbers:
+        for number in handlers:
             loop.remove_signal_handler(number)

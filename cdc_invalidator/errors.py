@@ -5,13 +5,15 @@
     InvalidatorError                exit 1
     ├── WrongSettings               exit 2   settings or rule files are wrong
     │   └── WrongRules              exit 2   every mistake of the rule files at once
-    ├── ServerRefuses               exit 3   a server says no for good: privilege, wal_level, replica identity
+    ├── ServerRefuses               exit 3   a server says no for good: privilege, wal_level
     ├── MalformedMessage            exit 1   the bytes are not pgoutput (they are wrong)
     └── Retryable                            lost for now: throw the session away and build it anew
         ├── PostgresUnavailable
-        ├── PositionGivenUp                  the slot held too much WAL while Redis was away
+        ├── Locked                           a lock was not to be had in time
+        ├── PositionGivenUp                  the slot is of no use any more: drop it, and sweep
         ├── SlotInUse                        another daemon leads
-        └── RedisUnavailable
+        ├── RedisUnavailable
+        └── RedisLost                        with acknowledged busts that no watermark covers
 
 A message is one sentence that names the place, and ends with what the operator should do.
 """
@@ -80,9 +82,17 @@ class SlotInUse(Retryable):
     """Another daemon streams from the slot; this one stands by and takes over when that ends."""
 
 
+class Locked(Retryable):
+    """Somebody holds a lock for long; it is tried again."""
+
+
 class PositionGivenUp(Retryable):
-    """While Redis is away, the slot held more WAL than CDC_MAX_RETAINED_WAL: it is dropped, and the caches swept later."""
+    """Redis is away and the slot held more than CDC_MAX_RETAINED_WAL: it is dropped, and the caches swept later."""
 
 
 class RedisUnavailable(Retryable):
     """Redis cannot be reached or cannot take writes; check CDC_REDIS_URL and the server."""
+
+
+class RedisLost(Retryable):
+    """Redis went away before the watermark was written; what it acknowledged lately is received and applied again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h11
@@ -48,8 +49,7 @@ class Pages:
     def get(self, path: str, accept: str) -> Page:
         """Answer a request for a path (without its query); ``accept`` is the header of that name."""
         if path == "/metrics":
-            encoder, content_type = choose_encoder(accept)
-            return Page(200, content_type, encoder(self._registry))
+            return self._metrics(accept)
         if path == "/livez":
             # That this line runs is the answer: the loop turns. Whether a server is up is not its business, or every
             # outage would restart every Pod.
@@ -62,6 +62,15 @@ class Pages:
             return Page(200, "application/json", body)
         return Page(404, "text/plain; charset=utf-8", b"not found; try /metrics, /livez, /readyz or /status\n")
 
+    def _metrics(self, accept: str) -> Page:
+        try:
+            encoder, content_type = choose_encoder(accept)
+            return Page(200, content_type, encoder(self._registry))
+        except (TypeError, ValueError):
+            # The client trips over an escaping scheme that it does not know; the plain form suits everybody.
+            encoder, content_type = choose_encoder("")
+            return Page(200, content_type, encoder(self._registry))
+
 
 @asynccontextmanager
 async def serve(pages: Pages, host: str, port: int) -> AsyncIterator[int]:
@@ -70,13 +79,18 @@ async def serve(pages: Pages, host: str, port: int) -> AsyncIterator[int]:
     Raises:
         errors.WrongSettings: the address can't be listened on.
     """
+    answering: set[asyncio.Task[None]] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        answering.add(task)
+        task.add_done_callback(answering.discard)
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
                 await _answer(pages, reader, writer)
-        except (OSError, TimeoutError):
-            # The client went away or dawdled; the pages owe it nothing.
+        except (OSError, TimeoutError, asyncio.CancelledError):
+            # The client went away or dawdled, or the daemon ends: the pages owe nothing to anybody.
             writer.transport.abort()
         finally:
             writer.close()
@@ -91,6 +105,8 @@ async def serve(pages: Pages, host: str, port: int) -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
     finally:
         server.close()
+        for task in list(answering):
+            task.cancel()
 
 
 async def _answer(pages: Pages, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -106,6 +122,7 @@ async def _answer(pages: Pages, reader: asyncio.StreamReader, writer: asyncio.St
         page = _page(pages, event)
     response = h11.Response(
         status_code=page.status,
+        reason=HTTPStatus(page.status).phrase.encode(),
         headers=[
             ("Content-Type", page.content_type),
             ("Content-Length", str(len(page.body))),

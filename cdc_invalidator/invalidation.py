@@ -10,6 +10,7 @@ its columns, a TOAST value is not sent, a column is gone) the cache is swept, un
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from cdc_invalidator.pgoutput import UNCHANGED, Row
 from cdc_invalidator.rules import Bust, Cache, Rule, RuleSet, Table
 from cdc_invalidator.template import Template
 
+Counts = defaultdict[tuple[str, str], int]
 KeyOf = Callable[[Sequence[bytes | None]], bytes | None]
 
 
@@ -136,24 +138,26 @@ class Plan:
     Args:
         in_identity: for each column, whether an old key tuple carries it.
         rules: by kind of change.
-        changes: is counted up, by kind of change.
+        table: what rules know the relation by.
+        counts: is counted up, by table and kind of change.
     """
 
-    __slots__ = ("_in_identity", "_rules", "_watches", "changes")
+    __slots__ = ("_counts", "_in_identity", "_rules", "_table", "_watches")
 
     def __init__(
-        self, in_identity: tuple[bool, ...], rules: dict[str, list[_RulePlan]], changes: dict[str, int]
+        self, in_identity: tuple[bool, ...], rules: dict[str, list[_RulePlan]], table: str, counts: Counts
     ) -> None:
         self._in_identity = in_identity
         self._rules = rules
         self._watches = any(rule.watched for rule in rules["update"])
-        self.changes = changes
+        self._table = table
+        self._counts = counts
 
     def insert(self, batch: Batch, message: pgoutput.Insert) -> None:
         """Put what a new row makes stale into the batch."""
         new = message.new
         self._check_width(new)
-        self.changes["insert"] += 1
+        self._counts[self._table, "insert"] += 1
         for rule in self._rules["insert"]:
             for firing in rule.firings:
                 _bust(batch, firing, "insert", new)
@@ -164,7 +168,7 @@ class Plan:
         self._check_width(new)
         if old is not None:
             self._check_width(old)
-        self.changes["update"] += 1
+        self._counts[self._table, "update"] += 1
         known: Row = []
         if self._watches or UNCHANGED in new:
             known = self._known_old(message)
@@ -186,7 +190,7 @@ class Plan:
     def delete(self, batch: Batch, message: pgoutput.Delete) -> None:
         """Put what a deleted row makes stale into the batch."""
         self._check_width(message.old)
-        self.changes["delete"] += 1
+        self._counts[self._table, "delete"] += 1
         for rule in self._rules["delete"]:
             for firing in rule.firings:
                 if firing.old_of_delete == "given":
@@ -196,7 +200,7 @@ class Plan:
 
     def truncate(self, batch: Batch) -> None:
         """Put what an emptied table makes stale, whole caches, into the batch."""
-        self.changes["truncate"] += 1
+        self._counts[self._table, "truncate"] += 1
         for rule in self._rules["truncate"]:
             for firing in rule.firings:
                 batch.sweep(firing.target, ("truncate",), "truncate")
@@ -231,8 +235,7 @@ class Invalidation:
     def __init__(self, rules: RuleSet) -> None:
         self._by_table: dict[Table, list[Rule]] = {}
         self._targets: dict[tuple[str, int], Target] = {}
-        # How many changes of each table and operation were matched; the metrics read it.
-        self.changes: dict[Table, dict[str, int]] = {}
+        self._counts: Counts = defaultdict(int)
         for rule in rules.rules:
             self._by_table.setdefault(rule.table, []).append(rule)
             for position, bust in enumerate(rule.busts):
@@ -242,25 +245,30 @@ class Invalidation:
         """Tell whether a rule names the table."""
         return table in self._by_table
 
-    def compile(self, relation: pgoutput.Relation, table: Table) -> tuple[Plan, list[Complaint]]:
+    def counted(self) -> dict[tuple[str, str], int]:
+        """Give how many changes were matched since the last call, by table and kind of change."""
+        counts = dict(self._counts)
+        self._counts.clear()
+        return counts
+
+    def compile(self, relation: pgoutput.Relation, tables: Sequence[Table]) -> tuple[Plan, list[Complaint]]:
         """Compile the rules of a relation.
 
         Args:
             relation: its shape.
-            table: the table that rules know it by: itself, or for a partition an ancestor.
+            tables: what rules know it by: itself, and for a partition the tables above it.
 
         Returns:
             The plan, and what keeps rules from naming their keys.
         """
         complaints: list[Complaint] = []
         by_op: dict[str, list[_RulePlan]] = {"insert": [], "update": [], "delete": [], "truncate": []}
-        for rule in self._by_table[table]:
+        for rule in (rule for table in tables for rule in self._by_table[table]):
             plan, of_rule = self._compile(rule, relation)
             complaints += of_rule
             for op in rule.on:
                 by_op[op].append(plan)
-        counts = self.changes.setdefault(table, dict.fromkeys(by_op, 0))
-        return Plan(tuple(column.is_key for column in relation.columns), by_op, counts), complaints
+        return self._plan(relation, by_op, str(tables[0])), complaints
 
     def compile_unknown(self, relation: pgoutput.Relation, tables: Iterable[Table]) -> Plan:
         """Compile a relation that no rule names, while rules name tables that are not there: it may be one of those.
@@ -268,15 +276,18 @@ class Invalidation:
         A renamed table stays in the publication, under a name that tells nothing. Any change of it sweeps the caches
         of all rules on these tables.
         """
-        rules = [rule for table in tables for rule in self._by_table[table]]
         firings = [
             _Firing(self._targets[rule.name, position], _no_key, (), "sweep", "sweep")
-            for rule in rules
+            for table in tables
+            for rule in self._by_table[table]
             for position in range(len(rule.busts))
         ]
         plans = [_RulePlan(firings, (), frozenset())]
         by_op = dict.fromkeys(("insert", "update", "delete", "truncate"), plans)
-        return Plan(tuple(column.is_key for column in relation.columns), by_op, dict.fromkeys(by_op, 0))
+        return self._plan(relation, by_op, "")
+
+    def _plan(self, relation: pgoutput.Relation, by_op: dict[str, list[_RulePlan]], table: str) -> Plan:
+        return Plan(tuple(column.is_key for column in relation.columns), by_op, table, self._counts)
 
     def _compile(self, rule: Rule, relation: pgoutput.Relation) -> tuple[_RulePlan, list[Complaint]]:
         index = {column.name: position for position, column in enumerate(relation.columns)}
@@ -365,7 +376,9 @@ def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
             return True
     # The entry under the former key is stale even where none of the watched columns changed.
     return any(
-        new[column] is not UNCHANGED and old[column] is not UNCHANGED and old[column] != new[column]
+        new[column] is not UNCHANGED
+        and old[column] != new[column]
+        and (old[column] is not UNCHANGED or firing.old_of_update == "sweep")
         for firing in rule.firings
         for column in firing.columns
     )

@@ -15,25 +15,58 @@ from psycopg.rows import namedtuple_row
 
 from cdc_invalidator import errors
 
-# A server that vanished without a word is noticed in half a minute, not in two hours.
-KEEPALIVES: dict[str, Any] = {
+# Of every connection. A server that vanished without a word is noticed in half a minute, not in two hours.
+OPTIONS: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    # Names and keys are UTF-8 here, whatever the database is stored in.
+    "client_encoding": "UTF8",
 }
 # Ours never waits long for a lock, and never makes others wait behind it.
-_PATIENCE = "SET statement_timeout = '30s'; SET lock_timeout = '2s'"
+PATIENCE = "SET statement_timeout = '30s'; SET lock_timeout = '2s'"
+# Making a slot waits for all transactions that are running, and holds nobody up.
+ENDLESS = "SET statement_timeout = 0; SET lock_timeout = 0"
 
 # What never gets better by itself; the remedy is an administrator's.
 _REMEDIES: dict[str, str] = {
-    "42501": "grant the role of CDC_POSTGRES_DSN the privilege, or run what `cdc-invalidator setup --print` prints",
+    "42501": "grant the role of CDC_POSTGRES_DSN the privilege (to stream: ALTER ROLE … REPLICATION)",
     "28P01": "put the right user and password into CDC_POSTGRES_DSN",
     "28000": "allow the role in pg_hba.conf and give it LOGIN and REPLICATION",
     "3D000": "put the name of an existing database into CDC_POSTGRES_DSN",
     "53400": "raise max_replication_slots, or drop a slot that nobody uses",
     "0A000": "use PostgreSQL 14 or later with logical replication",
 }
+
+
+_WORDS = {
+    "password authentication failed": "28P01",
+    "no password supplied": "28P01",
+    "no pg_hba.conf entry": "28000",
+    "is not permitted to log in": "28000",
+    "permission denied to start WAL sender": "42501",
+    "must be superuser or replication role": "42501",
+    '" does not exist': "3D000",
+}
+
+
+def check_dsn(dsn: str) -> None:
+    """Refuse what can't be a connection string.
+
+    Raises:
+        errors.WrongSettings: without libpq's words, which may repeat the password.
+    """
+    try:
+        given = psycopg.conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        given = {}
+    if not given:
+        raise errors.WrongSettings(
+            "CDC_POSTGRES_DSN can't be read; write postgresql://user:password@host:port/database, "
+            "the password percent-encoded."
+        )
 
 
 async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
@@ -44,9 +77,9 @@ async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
             autocommit=True,
             application_name=application,
             row_factory=namedtuple_row,
-            **KEEPALIVES,
+            **OPTIONS,
         )
-        await connection.execute(_PATIENCE)
+        await connection.execute(PATIENCE)
         return connection
 
 
@@ -67,11 +100,17 @@ def translate(error: Exception) -> errors.InvalidatorError:
     state = getattr(error, "sqlstate", None) or ""
     if state == "55006":
         return errors.SlotInUse()
+    if state == "42704" and "publication" in str(error):
+        # The slot stands before the publication was made, and PostgreSQL can't decode from there.
+        return errors.PositionGivenUp("The publication was dropped; slot and publication are made anew.")
+    if state == "55P03":
+        return errors.Locked(f"PostgreSQL did not give a lock in time ({first_line(error)}); it is tried again.")
     if state in _REMEDIES:
         return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state]}.")
     # Before a session exists, psycopg gives no SQLSTATE: the server's words must do.
-    if "password authentication failed" in str(error) or "no pg_hba.conf entry" in str(error):
-        return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES['28000']}.")
+    for words, sqlstate in _WORDS.items():
+        if words in str(error):
+            return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[sqlstate]}.")
     return errors.PostgresUnavailable(
         f"PostgreSQL is not available ({first_line(error)}); check CDC_POSTGRES_DSN and the server."
     )

@@ -25,7 +25,8 @@ class Leaf(NamedTuple):
     """One table that holds rows: a rule's table, or a partition of it.
 
     ``carried``: columns that old rows carry; ``usable``: whether its replica identity lets it be published;
-    ``filled``: whether it takes any space.
+    ``limited``: whether a row filter or a column list
+    hides changes; ``filled``: whether it takes any space.
     """
 
     table: Table
@@ -36,31 +37,51 @@ class Leaf(NamedTuple):
     carried: frozenset[str]
     usable: bool
     published: bool
+    limited: bool
     filled: bool
 
 
 @dataclass(slots=True)
 class Subject:
-    """A table that a rule names, as the catalogs have it now. A plain table is its own only leaf."""
+    """A table that a rule names, as the catalogs have it now. A plain table is its own only leaf.
+
+    ``keyed``: it has a primary key; ``parent``: other tables inherit from it; ``listing``: the OID of its entry in the
+    publication, 0 where the publication has all tables.
+    """
 
     oid: int
-    listed: bool
+    partitioned: bool
+    keyed: bool
+    parent: bool
+    listing: int | None
     leaves: list[Leaf] = field(default_factory=list)
 
     @property
     def published(self) -> bool:
         """Whether all changes of it are in the stream."""
-        return all(leaf.published for leaf in self.leaves) if self.leaves else self.listed
+        return all(leaf.published for leaf in self.leaves) if self.leaves else self.listing is not None
 
     @property
     def usable(self) -> bool:
         """Whether publishing it hurts nobody."""
-        return all(leaf.usable and leaf.kind not in _NOT_TABLES for leaf in self.leaves)
+        return all(leaf.usable and leaf.kind not in _NOT_TABLES for leaf in self.leaves) and not self.refused
+
+    @property
+    def refused(self) -> str | None:
+        """Why the table as such must not be published."""
+        if self.parent:
+            return "other tables inherit from it, and changes of their rows would not be seen; name those tables"
+        if self.partitioned and not self.keyed:
+            return (
+                "it is partitioned without a primary key, so that a partition made later would have no replica "
+                "identity and the application's UPDATE and DELETE on it would fail; add a primary key"
+            )
+        return None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What changes when rows come or go without a row change: another table of the name, other partitions."""
-        return (self.oid, *sorted(leaf.oid for leaf in self.leaves))
+        """What changes when rows come or go unseen: another table of the name, other partitions, published anew."""
+        return (self.oid, self.listing or 0, *sorted(leaf.oid for leaf in self.leaves))
 
 
 @dataclass(slots=True)
@@ -86,16 +107,20 @@ class Survey:
     @property
     def harmful(self) -> list[Table]:
         """Tables that are published and must not be."""
-        return [
-            table
-            for table, subject in self.subjects.items()
-            if subject and not subject.usable and any(leaf.published for leaf in subject.leaves)
-        ]
+        return [table for table, subject in self.subjects.items() if subject and not subject.usable and subject.listing]
 
     @property
     def blind(self) -> list[Table]:
         """Tables that exist and whose changes are not seen."""
         return [table for table, subject in self.subjects.items() if subject and not subject.published]
+
+    def published_since(self, before: Survey) -> list[Table]:
+        """Give the tables whose changes are seen now and were not then, whoever published them."""
+        return [
+            table
+            for table, subject in self.subjects.items()
+            if subject and subject.published and not ((former := before.subjects[table]) and former.published)
+        ]
 
     def changed_since(self, before: Survey) -> list[Table]:
         """Give the tables where rows may have come or gone since then without a change in the stream."""
@@ -133,12 +158,16 @@ class Survey:
         problems: list[Problem] = []
         for table, subject in self.subjects.items():
             if subject is not None:
-                problems += _mistakes(table, subject.leaves, [rule for rule in rules.rules if rule.table == table])
+                of_table = [rule for rule in rules.rules if rule.table == table]
+                if subject.refused:
+                    place = of_table[0].place
+                    problems.append(Problem(*place, f"{table} can't be published: {subject.refused}."))
+                problems += _mistakes(table, subject.leaves, of_table)
         return problems
 
 
 def _shape(subject: Subject | None) -> set[int]:
-    return set(subject.shape) if subject else set()
+    return set(subject.shape) - {0} if subject else set()
 
 
 class Publication:
@@ -167,7 +196,9 @@ class Publication:
             leaves = await (await self._connection.execute(_LEAVES, given)).fetchall()
         subjects: dict[Table, Subject | None] = dict.fromkeys(tables)
         for row in roots:
-            subjects[Table(row.schema, row.name)] = Subject(row.oid, row.listed)
+            subjects[Table(row.schema, row.name)] = Subject(
+                row.oid, row.partitioned, row.keyed, row.parent, row.listing
+            )
         for row in leaves:
             subject = subjects[Table(row.root_schema, row.root_name)]
             if subject is not None:
@@ -178,9 +209,13 @@ class Publication:
     def statements(self, survey: Survey) -> list[str]:
         """Give the SQL that makes the publication what it must be; it takes an owner of the database and the tables."""
         name = identifier(self._name)
-        add = ", ".join(map(quoted, survey.unpublished))
+        # Without ONLY, PostgreSQL would publish the tables that inherit from it as well. A partitioned one has no rows.
+        add = [
+            quoted(table) if (subject := survey.subjects[table]) and subject.partitioned else f"ONLY {quoted(table)}"
+            for table in survey.unpublished
+        ]
         if not survey.exists:
-            return [f"CREATE PUBLICATION {name}{f' FOR TABLE {add}' if add else ''};"]
+            return [f"CREATE PUBLICATION {name}{' FOR TABLE ' if add else ''}{', '.join(add)};"]
         statements = []
         if not survey.suits:
             statements.append(
@@ -189,9 +224,8 @@ class Publication:
             )
         if survey.harmful:
             statements.append(f"ALTER PUBLICATION {name} DROP TABLE {', '.join(map(quoted, survey.harmful))};")
-        if add:
-            statements.append(f"ALTER PUBLICATION {name} ADD TABLE {add};")
-        return statements
+        # One by one: a rival that was faster with one of them must not keep the others out.
+        return statements + [f"ALTER PUBLICATION {name} ADD TABLE {table};" for table in add]
 
     async def drop(self) -> list[str]:
         """Drop the publication if it is there, and give what was run."""
@@ -220,7 +254,7 @@ async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str
         try:
             # Making a slot waits for the transactions that are running, which may take long.
             slow = "create_logical_replication_slot" in statement
-            await connection.execute("SET statement_timeout = 0" if slow else "RESET statement_timeout")
+            await connection.execute(postgres.ENDLESS if slow else postgres.PATIENCE)
             await connection.execute(statement.encode())
         except psycopg.errors.DuplicateObject:
             # Another daemon of the same rules was faster.
@@ -250,10 +284,12 @@ WITH roots AS (
 _ROOTS = (
     _WANTED
     + """
-SELECT schema, name, oid, EXISTS (
-    SELECT FROM pg_publication p WHERE p.pubname = %(publication)s
-    AND (p.puballtables OR EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = p.oid AND r.prrelid = roots.oid))
-  ) AS listed
+SELECT schema, name, oid, relkind = 'p' AS partitioned,
+  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = roots.oid AND i.indisprimary AND i.indimmediate) AS keyed,
+  relkind = 'r' AND EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = roots.oid) AS parent,
+  (SELECT coalesce(r.oid, 0) FROM pg_publication p
+   LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = roots.oid
+   WHERE p.pubname = %(publication)s AND (p.puballtables OR r.oid IS NOT NULL)) AS listing
 FROM roots
 """
 )
@@ -282,6 +318,11 @@ SELECT leaves.schema AS root_schema, leaves.name AS root_name, n.nspname AS sche
                AND attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])) END AS carried,
   c.relreplident = 'f' OR (c.relreplident <> 'n' AND i.indexrelid IS NOT NULL) AS usable,
   EXISTS (SELECT FROM published WHERE schemaname = n.nspname AND tablename = c.relname) AS published,
+  -- These two columns of the catalog came with PostgreSQL 15. A filter on a root holds for its partitions.
+  EXISTS (SELECT FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
+          WHERE p.pubname = %(publication)s
+          AND coalesce(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') IS NOT NULL
+          AND r.prrelid IN (SELECT c.oid UNION SELECT above.relid FROM pg_partition_ancestors(c.oid) above)) AS limited,
   c.relkind = 'r' AND pg_relation_size(c.oid) > 0 AS filled
 FROM leaves JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
@@ -308,6 +349,7 @@ def _leaf(row: Any) -> Leaf:
         carried=frozenset(row.carried),
         usable=row.usable,
         published=row.published,
+        limited=row.limited,
         filled=row.filled,
     )
 
@@ -343,6 +385,12 @@ def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> li
                 f"UPDATE and DELETE fail; add a primary key, or run ALTER TABLE {name} REPLICA IDENTITY FULL.",
             )
             continue
+        if leaf.limited:
+            add(
+                rules[0],
+                f"the publication has a row filter or a column list on {leaf.table}, which hides changes from the "
+                "rules; take the table out of the publication, and it is added without them.",
+            )
         for rule in rules:
             for column in sorted((rule.key_columns | set(rule.columns)) - (leaf.columns - leaf.generated)):
                 add(rule, _no_column(rule, leaf, column))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import structlog
 
-from cdc_invalidator import errors, pgoutput
+from cdc_invalidator import pgoutput
 from cdc_invalidator.assembly import Assembly
 from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.checkpoint import Checkpoint
@@ -27,8 +27,6 @@ _log = structlog.get_logger()
 # A confirmation says how much WAL PostgreSQL may drop: once a second is often enough, and it asks for the server's
 # position in return, which keeps the watermark of a quiet database moving.
 CONFIRM_SECONDS = 1.0
-# A server that has been asked every second and is silent for so long is gone.
-SILENCE_SECONDS = 30.0
 
 
 class Receive:
@@ -64,7 +62,6 @@ class Receive:
         self._checkpoint = checkpoint
         self._metrics = metrics
         self._decoder = pgoutput.Decoder()
-        self._counted: dict[tuple[Table, str], int] = {}
 
     async def run(self) -> None:
         """Receive until cancelled, or until the stream fails."""
@@ -100,10 +97,10 @@ class Receive:
             self._replication.status(self._checkpoint.confirmable, self._checkpoint.received_lsn)
 
     async def _relation(self, message: pgoutput.Relation) -> None:
-        table = await self._table(message)
+        tables = await self._tables(message)
         plan = None
-        if table is not None:
-            plan, complaints = self._invalidation.compile(message, table)
+        if tables:
+            plan, complaints = self._invalidation.compile(message, tables)
             for complaint in complaints:
                 self._metrics.rule_errors.labels(complaint.rule).inc()
                 _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)
@@ -113,34 +110,21 @@ class Receive:
             plan = self._invalidation.compile_unknown(message, unknown)
         self._assembly.relation(message, plan)
 
-    async def _table(self, message: pgoutput.Relation) -> Table | None:
-        """Find the table that rules know the relation by: itself, or for a partition one above it."""
-        itself = Table(message.schema, message.name)
-        above = [] if self._invalidation.names(itself) else await self._publication.ancestors(message.oid)
-        return next((named for named in (itself, *above) if self._invalidation.names(named)), None)
+    async def _tables(self, message: pgoutput.Relation) -> list[Table]:
+        """Find the tables that rules know the relation by: itself, and for a partition those above it."""
+        above = await self._publication.ancestors(message.oid)
+        return [table for table in (Table(message.schema, message.name), *above) if self._invalidation.names(table)]
 
     def _count(self) -> None:
-        for table, ops in self._invalidation.changes.items():
-            for op, total in ops.items():
-                new = total - self._counted.get((table, op), 0)
-                if new:
-                    self._metrics.changes.labels(str(table), op).inc(new)
-                    self._counted[table, op] = total
+        for (table, op), count in self._invalidation.counted().items():
+            self._metrics.changes.labels(table, op).inc(count)
         self._metrics.backlog.set(self._backlog.weight)
         self._metrics.received_lsn.set(self._checkpoint.received_lsn)
 
 
 async def confirm(replication: Replication, checkpoint: Checkpoint, metrics: Metrics) -> None:
-    """Confirm the position once a second until cancelled, also while Redis is down (the old one, then).
-
-    Raises:
-        errors.PostgresUnavailable: the server has been silent for long.
-    """
+    """Confirm the position once a second until cancelled, also while Redis is down (the old one, then)."""
     while True:
         await asyncio.sleep(CONFIRM_SECONDS)
         replication.status(checkpoint.confirmable, checkpoint.received_lsn, reply=True)
         metrics.confirmed_lsn.set(checkpoint.confirmable)
-        if replication.silence() > SILENCE_SECONDS:
-            raise errors.PostgresUnavailable(
-                f"PostgreSQL has been silent for {SILENCE_SECONDS:.0f} s; the session is built anew."
-            )

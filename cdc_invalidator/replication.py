@@ -53,7 +53,7 @@ class Replication:
     def __init__(self, connection: psycopg.AsyncConnection[tuple[object, ...]]) -> None:
         self._connection = connection
         self._pgconn = connection.pgconn
-        self._reading_since: float | None = None
+        self._end: errors.InvalidatorError | None = None
 
     @classmethod
     async def open(cls, dsn: str) -> Replication:
@@ -65,8 +65,7 @@ class Replication:
                     autocommit=True,
                     replication="database",
                     application_name="cdc-invalidator",
-                    client_encoding="UTF8",
-                    **postgres.KEEPALIVES,
+                    **postgres.OPTIONS,
                 )
             )
 
@@ -100,30 +99,30 @@ class Replication:
         frames: list[bytes | Keepalive] = []
         with postgres.translated():
             while not self._drain(frames):
-                self._reading_since = self._reading_since or time.monotonic()
                 await self._readable()
                 self._pgconn.consume_input()
-        self._reading_since = None
         return frames
 
-    def silence(self) -> float:
-        """Seconds for which `read` has waited in vain; 0 while nobody reads (the backlog is full)."""
-        return 0.0 if self._reading_since is None else time.monotonic() - self._reading_since
+    @property
+    def backend_pid(self) -> int:
+        """The process id of our walsender."""
+        return self._pgconn.backend_pid
 
     def _drain(self, frames: list[bytes | Keepalive]) -> bool:
         get = self._pgconn.get_copy_data
-        while len(frames) < FRAMES_A_READ:
+        while len(frames) < FRAMES_A_READ and self._end is None:
             size, view = get(1)
             if size > 0:
                 data = bytes(view)
                 frames.append(data if data[0] == _XLOGDATA else _keepalive(data))
             elif size == 0:
                 break
-            elif frames:
-                # The end of the stream comes up again at the next read.
-                break
             else:
-                raise self._ended()
+                # The end of the stream, told once: what came before it is given first.
+                self._end = self._ended()
+                break
+        if self._end is not None and not frames:
+            raise self._end
         return bool(frames)
 
     def _ended(self) -> errors.InvalidatorError:

@@ -36,6 +36,8 @@ _log = structlog.get_logger()
 # How often a standby looks whether the leader is gone, and how often the leader looks at its slot.
 STANDBY_SECONDS = 0.5
 WATCH_SECONDS = 3.0
+# Rivals with other rules may be setting up at the same time.
+ATTEMPTS = 3
 # How long the walsender may take to notice that we are gone.
 GIVE_UP_SECONDS = 10.0
 # SIGTERM: what has been received is applied within this time, or is received again at the next start.
@@ -66,16 +68,25 @@ class Session:
         metrics: what to count.
         display: how events show keys.
         be: is told the role.
+        strict: refuse rules that this database can't keep; else keep those that it can.
     """
 
     def __init__(
-        self, options: Options, rules: RuleSet, metrics: Metrics, display: KeyDisplay, be: Callable[[Role], None]
+        self,
+        options: Options,
+        rules: RuleSet,
+        metrics: Metrics,
+        display: KeyDisplay,
+        be: Callable[[Role], None],
+        *,
+        strict: bool,
     ) -> None:
         self._options = options
         self._rules = rules
         self._metrics = metrics
         self._display = display
         self._be = be
+        self._strict = strict
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._slot: Slot | None = None
         self._publication: Publication | None = None
@@ -146,15 +157,16 @@ class Session:
 
     async def close(self) -> None:
         """End everything that the session began."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Connections first: a task that is cancelled in the middle of a query would wait for the server.
         if self._replication is not None:
             self._replication.close()
         if self._connection is not None:
-            await self._connection.close()
+            self._connection.pgconn.finish()
         if self._snapshots is not None:
-            await self._snapshots.close()
+            self._snapshots.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _open(self) -> None:
         options = self._options
@@ -162,16 +174,15 @@ class Session:
         slot = self._slot = Slot(connection, options.slot)
         publication = self._publication = Publication(connection, options.publication)
         server = await slot.server()
-        survey = self._survey = await publication.survey(self._rules)
-        problems = survey.mistakes(self._rules)
-        if problems:
-            raise errors.WrongRules(problems)
-        if survey.unknown:
-            _log.warning("tables_missing", tables=[str(table) for table in survey.unknown])
-        added = survey.unpublished
-        await self._set_up(publication.statements(survey))
-        survey = self._survey = await publication.survey(self._rules)
-        new_slot = await self._own_slot(slot, server)
+        while True:
+            before, survey = await self._published(publication)
+            state = await slot.state()
+            if state is None or not state.active:
+                break
+            # What the catalogs said may be hours old once it is our turn: they are asked again then.
+            await self._stand_by(slot)
+        new_slot = await self._streamable(slot, state, server, new_publication=not before.exists)
+        added = [] if new_slot else survey.published_since(before)
         replication = self._replication = await Replication.open(options.postgres_dsn)
         system = await replication.identify()
         await replication.start(options.slot, options.publication)
@@ -181,7 +192,7 @@ class Session:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
         snapshots = self._snapshots = await Snapshots.open(options.postgres_dsn)
         # Making a slot waits for all transactions, so that with a new one nothing is left to settle.
-        added = [] if new_slot else await self._settled(added)
+        added = await self._settled(added)
         self._digests = survey.digests(self._rules, self._settling)
         self.checkpoint = Checkpoint(state.confirmed)
         self.apply = Apply(
@@ -207,20 +218,39 @@ class Session:
         self._be("leader")
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
 
-    async def _own_slot(self, slot: Slot, server: Server) -> bool:
-        """Wait until nobody streams from the slot, and make it if it can't be streamed from; True if it is new."""
+    async def _published(self, publication: Publication) -> tuple[Survey, Survey]:
+        """Make the publication what it must be, and give how the tables were before and are now."""
+        before = survey = await publication.survey(self._rules)
+        problems = survey.mistakes(self._rules)
+        if problems and self._strict:
+            raise errors.WrongRules(problems)
+        if survey.unknown:
+            _log.warning("tables_missing", tables=[str(table) for table in survey.unknown])
+        for _ in range(ATTEMPTS):
+            statements = publication.statements(survey)
+            if not statements or not await self._set_up(statements):
+                break
+            survey = await publication.survey(self._rules)
+        self._survey = survey
+        return before, survey
+
+    async def _stand_by(self, slot: Slot) -> None:
+        self._be("standby")
         while True:
-            state = await slot.state()
-            statements = slot.statements(state, server)
-            if statements:
-                # A slot holds WAL back: none is made for a Redis that is not there to take the busts.
-                await self._redis_there()
-                await self._set_up(statements)
-                return True
-            if state is None or not state.active:
-                return False
-            self._be("standby")
             await asyncio.sleep(STANDBY_SECONDS)
+            state = await slot.state()
+            if state is None or not state.active:
+                return
+
+    async def _streamable(self, slot: Slot, state: State | None, server: Server, *, new_publication: bool) -> bool:
+        """Make the slot if there is none, or anew if it can't be streamed from; True if it is new."""
+        statements = slot.statements(state, server, new_publication=new_publication)
+        if not statements:
+            return False
+        # A slot holds WAL back: none is made for a Redis that is not there to take the busts.
+        await self._redis_there()
+        await self._set_up(statements)
+        return True
 
     async def _redis_there(self) -> None:
         backoff = Backoff()
@@ -237,21 +267,37 @@ class Session:
             finally:
                 await server.close()
 
-    async def _set_up(self, statements: list[str]) -> None:
+    async def _set_up(self, statements: list[str]) -> bool:
+        """Run set-up statements; False if they could not be run now and the stream can do without."""
         assert self._connection is not None
-        if statements:
-            _log.info("setting_up", statements=statements)
+        _log.info("setting_up", statements=statements)
+        try:
             await run_statements(self._connection, statements)
+        except errors.Locked as error:
+            _log.warning("not_set_up", error=str(error))
+            return False
+        except errors.ServerRefuses as error:
+            # At the first start somebody looks on. Later, what can be busted is busted.
+            if self._strict:
+                raise
+            _log.error("not_set_up", error=str(error))
+            return False
+        return True
 
     # Watch: what happens to slot, publication and tables while we stream.
 
     async def _watch(self, slot: Slot, publication: Publication, apply: Apply) -> None:
+        assert self._replication is not None
+        # What was right enough to start with goes on, whatever becomes of it.
+        self._strict = False
         while True:
             state = await slot.state()
-            if state is not None:
-                self._show(state)
-                if state.retained > self._options.max_retained_wal and not apply.connected:
-                    raise errors.PositionGivenUp
+            if state is None or state.active_pid != self._replication.backend_pid:
+                # Our walsender is gone, whether we have heard of it or not; somebody else may lead by now.
+                raise errors.PostgresUnavailable(f"Slot {self._options.slot} is not ours any more.")
+            self._show(state)
+            if state.retained > self._options.max_retained_wal and not apply.connected:
+                raise errors.PositionGivenUp
             activity = await slot.activity()
             self._metrics.database_commits.set(activity.commits)
             self._metrics.database_rollbacks.set(activity.rollbacks)
@@ -268,15 +314,14 @@ class Session:
         """Keep the publication in step with the tables, and sweep where rows may have come or gone unseen."""
         assert self._survey is not None
         before, now = self._survey, await publication.survey(self._rules)
-        added = now.unpublished
+        if now.harmful:
+            _log.error("table_taken_out", error="; ".join(map(str, now.mistakes(self._rules))))
         statements = publication.statements(now)
-        if statements:
-            if now.harmful:
-                _log.error("table_taken_out", error="; ".join(map(str, now.mistakes(self._rules))))
-            await self._set_up(statements)
+        if statements and await self._set_up(statements):
             now = await publication.survey(self._rules)
+        added = await self._settled(now.published_since(before))
         broken = dict.fromkeys(_caches(self._rules, now.changed_since(before)), "table_changed")
-        broken |= dict.fromkeys(_caches(self._rules, await self._settled(added)), "table_added")
+        broken |= dict.fromkeys(_caches(self._rules, added), "table_added")
         # What happens to a table that can't be published is not seen: its caches are kept empty until it can be.
         broken |= dict.fromkeys(_caches(self._rules, now.blind), "table_unpublished")
         self._survey = now
@@ -302,7 +347,7 @@ class Session:
         self._settling.update(dict.fromkeys(added, now))
         return added + over
 
-    async def give_up(self) -> None:
+    async def give_up(self, reason: errors.PositionGivenUp) -> None:
         """Drop the slot, so that PostgreSQL may drop the WAL: the next session makes a new one and sweeps.
 
         Call it after `close`.
@@ -316,9 +361,9 @@ class Session:
             return
         finally:
             await connection.close()
-        self._metrics.gaps.labels("wal_limit").inc()
+        self._metrics.gaps.labels("position_given_up").inc()
         caches = sorted(self._rules.caches)
-        _log.error("gap", reason="wal_limit", caches=caches, swept=False, error=str(errors.PositionGivenUp()))
+        _log.error("gap", reason="position_given_up", caches=caches, swept=False, error=str(reason))
 
     async def _farewell(self, replication: Replication, checkpoint: Checkpoint, receiving: asyncio.Task[None]) -> None:
         """Confirm what is applied, so that the next daemon need not apply it again."""

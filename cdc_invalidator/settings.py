@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from cdc_invalidator import errors
 
@@ -84,6 +84,8 @@ def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     try:
         return kind(_secrets_dir=os.environ.get("CDC_SECRETS_DIR"), **given)  # type: ignore[call-arg]  # of BaseSettings
+    except SettingsError as error:
+        raise errors.WrongSettings(f"The settings can't be read ({error}); check CDC_SECRETS_DIR.") from None
     except ValidationError as error:
         raise errors.WrongSettings("\n".join(map(_sentence, error.errors(include_input=False)))) from None
 

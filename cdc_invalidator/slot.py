@@ -16,6 +16,7 @@ class State(NamedTuple):
     """The slot's row in pg_replication_slots; LSNs as numbers, ``retained`` in bytes of WAL."""
 
     active: bool
+    active_pid: int | None
     confirmed: int
     wal_status: str
     retained: int
@@ -89,10 +90,13 @@ class Slot:
             raise errors.ServerRefuses(
                 f"Slot {self._name} belongs to another database or plugin; set CDC_SLOT to a name of your own."
             )
-        return State(row.active, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
+        return State(row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
 
-    def statements(self, state: State | None, server: Server) -> list[str]:
-        """Give the SQL that makes the slot what it must be: nothing if it can be streamed from."""
+    def statements(self, state: State | None, server: Server, *, new_publication: bool) -> list[str]:
+        """Give the SQL that makes the slot what it must be: nothing if it can be streamed from.
+
+        A slot that stands before the publication was made can't: PostgreSQL before 18 fails to decode from there.
+        """
         name = sql.Literal(self._name).as_string(None)
         drop = [f"SELECT pg_drop_replication_slot({name});"]
         # A slot that is synchronized to the standbys survives a failover; a standby's own can't be.
@@ -101,7 +105,7 @@ class Slot:
         if state is None:
             return make
         # Of a lost slot PostgreSQL has removed the WAL: only a new one can go on, and that is a gap.
-        return drop + make if state.lost and not state.active else []
+        return drop + make if (state.lost or new_publication) and not state.active else []
 
     async def drop(self) -> list[str]:
         """Drop the slot if it is there, and give what was run.
@@ -144,7 +148,7 @@ SELECT current_setting('server_version_num')::int AS version, current_setting('w
 """
 
 _STATE = """
-SELECT active, plugin, database = current_database() AS here, confirmed_flush_lsn::text AS confirmed,
+SELECT active, active_pid, plugin, database = current_database() AS here, confirmed_flush_lsn::text AS confirmed,
   coalesce(wal_status, 'lost') AS wal_status,
   coalesce(pg_wal_lsn_diff(
     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn

@@ -32,9 +32,9 @@ class Snapshots:
         """Connect."""
         return cls(await postgres.connect(dsn, "cdc-invalidator snapshots"))
 
-    async def close(self) -> None:
-        """Disconnect."""
-        await self._connection.close()
+    def close(self) -> None:
+        """Drop the connection at once."""
+        self._connection.pgconn.finish()
 
     async def take(self) -> str:
         """Take a snapshot and give its text form, ``xmin:xmax:xip,xip…``, in 64 bits.

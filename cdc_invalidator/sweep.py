@@ -8,25 +8,32 @@ loads what the sweep was for. Version counters need a single pass: a bump overta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cdc_invalidator.cache import LOCK_SUFFIX, CacheServer
+from cdc_invalidator.checkpoint import Ticket
 from cdc_invalidator.rules import Cache
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Somebody who waits for a sweep: what the event says of it, and what happens at its end."""
+class Cause(NamedTuple):
+    """Why a sweep was asked for; those with the same cause share one event."""
 
     rule: str
     table: str
     op: str
     reason: str
+
+
+@dataclass(slots=True)
+class Request:
+    """What the event says of the transactions with one cause: the newest of them, and how many they were."""
+
     commit_lsn: int
     xid: int | None
     committed_at: int | None
-    done: Callable[[], None]
+    transactions: int = 1
 
 
 @dataclass(slots=True)
@@ -38,13 +45,22 @@ class Tally:
 
 
 class Sweep:
-    """One sweep of one cache for all who asked before it began."""
+    """One sweep of one cache for all who asked before it began; ``tickets`` are resolved when it is over."""
 
-    def __init__(self, cache: Cache, requests: list[Request]) -> None:
+    def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self.requests = requests
+        self.requests: dict[Cause, Request] = {}
+        self.tickets: list[Ticket] = []
         self.tally = Tally()
         self.restart()
+
+    def add(self, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> None:
+        """Let somebody else wait for it as well; only before it has begun."""
+        known = self.requests.get(cause)
+        if known is not None:
+            request.transactions += known.transactions
+        self.requests[cause] = request
+        self.tickets += tickets
 
     def restart(self) -> None:
         """Begin anew: a cursor means nothing to another server."""
@@ -88,19 +104,19 @@ class Sweeps:
     def __len__(self) -> int:
         return len(self._running) + len(self._waiting)
 
-    def request(self, cache: Cache, request: Request) -> None:
+    def request(self, cache: Cache, cause: Cause, request: Request, ticket: Ticket) -> None:
         """Ask for a sweep of the cache that begins after now."""
-        if cache.name not in self._running:
-            self._running[cache.name] = Sweep(cache, [request])
-        elif cache.name in self._waiting:
-            self._waiting[cache.name].requests.append(request)
-        else:
-            self._waiting[cache.name] = Sweep(cache, [request])
+        queue = self._waiting if cache.name in self._running else self._running
+        if cache.name not in queue:
+            queue[cache.name] = Sweep(cache)
+        queue[cache.name].add(cause, request, [ticket])
 
     def restart(self) -> None:
         """Begin all anew, on another connection; who waited behind a sweep joins it."""
-        for name, sweep in self._waiting.items():
-            self._running[name].requests += sweep.requests
+        for name, waiting in self._waiting.items():
+            for cause, request in waiting.requests.items():
+                self._running[name].add(cause, request, ())
+            self._running[name].tickets += waiting.tickets
         self._waiting.clear()
         for sweep in self._running.values():
             sweep.restart()

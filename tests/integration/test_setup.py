@@ -55,7 +55,7 @@ def test_setup_makes_slot_and_publication_once_and_teardown_drops_them(
     printed = command("setup", "--print", **given)
     assert printed.returncode == 0
     assert printed.stdout.splitlines() == [
-        'CREATE PUBLICATION "p" FOR TABLE "public"."things";',
+        'CREATE PUBLICATION "p" FOR TABLE ONLY "public"."things";',
         f"SELECT pg_create_logical_replication_slot('{slot_name}', 'pgoutput', failover => true);",
     ]
     assert rows(database, "SELECT 1 FROM pg_publication") == []
@@ -144,7 +144,7 @@ def test_a_role_without_privileges_is_told_what_an_administrator_must_run(
         dsn = postgres.dsn_for(name, user=slot_name, password="pw")
         refused = command("setup", postgres_dsn=dsn, rules=rule_file(tmp_path, THING), slot=slot_name)
         assert refused.returncode == 3
-        assert "have an administrator run: CREATE PUBLICATION" in refused.stderr
+        assert "have an administrator run, on the primary: CREATE PUBLICATION" in refused.stderr
         assert "pg_create_logical_replication_slot" in refused.stderr
         assert "pw@" not in refused.stderr
     finally:

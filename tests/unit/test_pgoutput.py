@@ -280,12 +280,20 @@ def test_what_is_not_pgoutput_is_malformed(in_stream: bool, payload: bytes) -> N
 def test_a_block_opens_and_closes_and_a_malformed_message_does_neither() -> None:
     decoder = Decoder()
     states = [decoder.in_stream]
-    for payload in (b"S" + XID + b"\x02", b"S" + XID + b"\x01", b"E\0", b"S" + XID + b"\0", b"E", b"E"):
+    for payload in (
+        b"S" + XID + b"\x02",
+        b"S" + XID + b"\x01\0",
+        b"S" + XID + b"\x01",
+        b"E\0",
+        b"S" + XID + b"\0",
+        b"E",
+        b"E",
+    ):
         with contextlib.suppress(errors.MalformedMessage):
             decoder.decode(payload)
         states.append(decoder.in_stream)
 
-    assert states == [False, False, True, True, True, False, False]
+    assert states == [False, False, False, True, True, True, False, False]
 
 
 def test_the_error_names_tag_and_length_and_shows_nothing_of_the_row() -> None:

@@ -14,17 +14,16 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import structlog
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.backoff import Backoff
-from cdc_invalidator.cache import BUMP_MISSING, CacheServer, Outcome
+from cdc_invalidator.cache import CacheServer, Outcome
 from cdc_invalidator.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.invalidation import Batch, Busts, Target
-from cdc_invalidator.log import KEYS_A_LINE, KeyDisplay
+from cdc_invalidator.events import Events, Line, lines_of
+from cdc_invalidator.invalidation import Batch
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.rules import RuleSet
 from cdc_invalidator.sweep import Cause, Request, Sweep, Sweeps
@@ -52,7 +51,7 @@ class Apply:
         digests: for each cache that the stream keeps, what the watermark says of its rules.
         sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
         metrics: what to count.
-        display: how events show keys.
+        events: where busts are told.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Apply:
         digests: Mapping[str, str],
         sweep_gaps: bool,
         metrics: Metrics,
-        display: KeyDisplay,
+        events: Events,
     ) -> None:
         self._open_server = open_server
         self._hidden = hidden
@@ -78,7 +77,7 @@ class Apply:
         self._position = position
         self._sweep_gaps = sweep_gaps
         self._metrics = metrics
-        self._display = display
+        self._events = events
         self._backoff = Backoff()
         self._server: CacheServer | None = None
         self._sweeps = Sweeps()
@@ -96,7 +95,6 @@ class Apply:
         self._watermark_refused = False
         self._info_at = float("-inf")
         self._info_refused = False
-        self._children: dict[tuple[str, ...], tuple[Any, ...]] = {}
         self._finishing = False
         self.last_error: str | None = None
 
@@ -126,6 +124,7 @@ class Apply:
     async def _turn(self) -> None:
         try:
             server = self._server or await self._connect()
+            await self._events.room()
             if not self._taken:
                 self._taken = self._backlog.take(FLUSH_WEIGHT)
             if self._taken:
@@ -226,8 +225,8 @@ class Apply:
     async def _flush(self, server: CacheServer, taken: Sequence[tuple[Batch, Ticket]]) -> None:
         hidden = await self._hidden({batch.xid for batch, _ in taken if batch.xid})
         self._unrecorded = True
-        lines = [line for batch, _ in taken for line in _lines(batch)]
-        self._report(lines, await _bust(server, lines))
+        lines = [line for batch, _ in taken for line in lines_of(batch)]
+        self._events.busted(lines, await _bust(server, lines), self._replay_until)
         for batch, ticket in taken:
             if batch.xid in hidden:
                 self._early.append((batch, ticket))
@@ -242,7 +241,7 @@ class Apply:
         if not visible:
             return
         self._early_backoff.reset()
-        await _bust(server, [line for batch, _ in visible for line in _lines(batch)])
+        await _bust(server, [line for batch, _ in visible for line in lines_of(batch)])
         self._early = [item for item in self._early if item[0].xid in hidden]
         self._metrics.again.inc(len(visible))
         for batch, ticket in visible:
@@ -253,9 +252,19 @@ class Apply:
         for target, busts in batch.busts.items():
             if busts.sweep:
                 ticket.parts += 1
-                cause = Cause(target.rule, target.table, _ops(busts), busts.reason)
+                cause = Cause(target.rule, target.table, ",".join(busts.ops), busts.reason)
                 request = Request(batch.commit_lsn, batch.xid, batch.committed_at)
                 self._sweeps.request(target.cache, cause, request, ticket)
+        self._metrics.sweeps_running.set(len(self._sweeps))
+
+    def _finish(self, over: Iterable[Sweep]) -> None:
+        for sweep in over:
+            self._events.swept(sweep)
+            self._open_gaps -= sum(
+                request.transactions for cause, request in sweep.requests.items() if cause.reason == "gap"
+            )
+            for ticket in sweep.tickets:
+                self._checkpoint.resolve(ticket)
         self._metrics.sweeps_running.set(len(self._sweeps))
 
     # Watermark and metrics.
@@ -313,129 +322,8 @@ class Apply:
         self._metrics.redis_expired.set(info["expired_keys"])
         self._metrics.redis_memory.set(info["used_memory"])
 
-    # Events.
 
-    def _report(self, lines: Iterable[_Line], outcome: Outcome) -> None:
-        now_us = time.time_ns() // 1000
-        existed_of_deletes = iter(outcome.existed)
-        for line in lines:
-            target, batch = line.target, line.batch
-            fields: dict[str, Any] = {}
-            if target.cache.version is None:
-                existed = next(existed_of_deletes)
-            else:
-                versions = [outcome.versions[key] for key in line.keys]
-                existed = sum(version != BUMP_MISSING for version in versions)
-                fields["versions"] = versions
-            lag_us = max(0, now_us - lsn.unix_us(batch.committed_at))
-            reason = line.reason
-            if reason == "change" and batch.commit_lsn < self._replay_until:
-                reason = "replay"
-            busts, keys, found, lag = self._of(target.rule, target.cache.name, target.action)
-            busts.inc()
-            keys.inc(len(line.keys))
-            found.inc(existed)
-            lag.observe(lag_us / 1e6)
-            _log.info(
-                "bust",
-                rule=target.rule,
-                cache=target.cache.name,
-                action=target.action,
-                table=target.table,
-                op=line.op,
-                keys=len(line.keys),
-                key_prefix=target.template.prefix.decode(errors="replace"),
-                **self._display.fields(line.keys),
-                **fields,
-                lsn=lsn.text(batch.commit_lsn),
-                xid=batch.xid,
-                committed_at=_iso(batch.committed_at),
-                lag_ms=lag_us / 1000,
-                existed=existed,
-                reason=reason,
-            )
-
-    def _finish(self, over: Iterable[Sweep]) -> None:
-        now_us = time.time_ns() // 1000
-        for sweep in over:
-            cache = sweep.cache
-            for cause, request in sweep.requests.items():
-                self._metrics.sweeps.labels(cache.name, cause.reason).inc()
-                busts, keys, found, lag = self._of(cause.rule, cache.name, "sweep")
-                busts.inc()
-                fields: dict[str, Any] = {}
-                if request.committed_at is not None:
-                    lag_us = max(0, now_us - lsn.unix_us(request.committed_at))
-                    lag.observe(lag_us / 1e6)
-                    fields = {"committed_at": _iso(request.committed_at), "lag_ms": lag_us / 1000}
-                if cause.reason == "gap":
-                    self._open_gaps -= request.transactions
-                _log.info(
-                    "bust",
-                    rule=cause.rule or None,
-                    cache=cache.name,
-                    action="sweep",
-                    table=cause.table or None,
-                    op=cause.op,
-                    transactions=request.transactions,
-                    keys=sweep.tally.keys,
-                    key_prefix=cache.target.prefix.decode(errors="replace"),
-                    lsn=lsn.text(request.commit_lsn),
-                    xid=request.xid,
-                    existed=sweep.tally.existed,
-                    reason=cause.reason,
-                    **fields,
-                )
-            keys.inc(sweep.tally.keys)
-            found.inc(sweep.tally.existed)
-            for ticket in sweep.tickets:
-                self._checkpoint.resolve(ticket)
-        self._metrics.sweeps_running.set(len(self._sweeps))
-
-    def _of(self, rule: str, cache: str, action: str) -> tuple[Any, ...]:
-        # Looking a child up costs more than counting on it.
-        children = self._children.get((rule, cache, action))
-        if children is None:
-            metrics, labels = self._metrics, (rule, cache, action)
-            children = self._children[labels] = (
-                metrics.busts.labels(*labels),
-                metrics.keys.labels(*labels),
-                metrics.existed.labels(*labels),
-                metrics.lag.labels(cache),
-            )
-        return children
-
-
-class _Line:
-    """One bust event to be: up to KEYS_A_LINE keys of one target in one batch."""
-
-    __slots__ = ("batch", "keys", "op", "reason", "target")
-
-    def __init__(self, batch: Batch, target: Target, busts: Busts, keys: list[bytes]) -> None:
-        self.batch = batch
-        self.target = target
-        self.keys = keys
-        self.op = _ops(busts)
-        self.reason = busts.reason
-
-
-async def _bust(server: CacheServer, lines: Sequence[_Line]) -> Outcome:
+async def _bust(server: CacheServer, lines: Sequence[Line]) -> Outcome:
     deletes = [line.keys for line in lines if line.target.cache.version is None]
     bumps = {key: line.target.cache.version_ttl for line in lines if line.target.cache.version for key in line.keys}
     return await server.bust(deletes, bumps)
-
-
-def _lines(batch: Batch) -> Iterable[_Line]:
-    for target, busts in batch.busts.items():
-        keys = list(busts.keys)
-        for start in range(0, len(keys), KEYS_A_LINE):
-            yield _Line(batch, target, busts, keys[start : start + KEYS_A_LINE])
-
-
-def _ops(busts: Busts) -> str:
-    return ",".join(busts.ops)
-
-
-def _iso(postgres_us: int) -> str:
-    seconds, us = divmod(lsn.unix_us(postgres_us), 1_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{us:06d}Z"

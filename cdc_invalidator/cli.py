@@ -104,10 +104,11 @@ def run(given: settings.Settings) -> None:
     from cdc_invalidator import log
     from cdc_invalidator.cache import CacheServer
     from cdc_invalidator.daemon import Daemon
+    from cdc_invalidator.events import Events
     from cdc_invalidator.metrics import Metrics
     from cdc_invalidator.session import Options
 
-    log.configure(given.log_format, given.log_level)
+    output = log.configure(given.log_format, given.log_level)
     # OpenMetrics would carry a _created series beside each counter: noise that doubles them.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     secret = given.log_hash_key
@@ -121,16 +122,17 @@ def run(given: settings.Settings) -> None:
         sweep_gaps=given.on_gap == "sweep",
         max_retained_wal=given.max_retained_wal,
     )
-    daemon = Daemon(
-        options,
-        _rules(given),
-        Metrics(REGISTRY),
-        log.KeyDisplay(given.log_keys, secret.get_secret_value().encode() if secret else None),
-    )
+    rules, metrics = _rules(given), Metrics(REGISTRY)
+    display = log.KeyDisplay(given.log_keys, secret.get_secret_value().encode() if secret else None)
+    events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level))
+    daemon = Daemon(options, rules, metrics, events)
     # What is loaded by now stays: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    asyncio.run(daemon.run(given.http_host, given.http_port))
+    try:
+        asyncio.run(daemon.run(given.http_host, given.http_port))
+    finally:
+        output.close()
 
 
 @app.command()

@@ -18,7 +18,7 @@ import structlog
 
 from cdc_invalidator import errors, http, lsn
 from cdc_invalidator.backoff import Backoff
-from cdc_invalidator.log import KeyDisplay
+from cdc_invalidator.events import Events
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.rules import RuleSet
 from cdc_invalidator.session import STANDBY_SECONDS, Options, Role, Session
@@ -36,14 +36,14 @@ class Daemon:
         options: where the servers are, and what is ours there.
         rules: what to bust.
         metrics: what to count.
-        display: how events show keys.
+        events: where busts are told.
     """
 
-    def __init__(self, options: Options, rules: RuleSet, metrics: Metrics, display: KeyDisplay) -> None:
+    def __init__(self, options: Options, rules: RuleSet, metrics: Metrics, events: Events) -> None:
         self._options = options
         self._rules = rules
         self._metrics = metrics
-        self._display = display
+        self._events = events
         self._stop = asyncio.Event()
         self._backoff = Backoff()
         self._has_led = False
@@ -68,7 +68,7 @@ class Daemon:
 
     async def _attempt(self) -> None:
         session = self._session = Session(
-            self._options, self._rules, self._metrics, self._display, self._be, strict=not self._has_led
+            self._options, self._rules, self._metrics, self._events, self._be, strict=not self._has_led
         )
         began = time.monotonic()
         try:

@@ -7,6 +7,7 @@
     │   └── WrongRules              exit 2   every mistake of the rule files at once
     ├── ServerRefuses               exit 3   a server says no for good: privilege, wal_level
     ├── MalformedMessage            exit 1   the bytes are not pgoutput (they are wrong)
+    ├── OutputLost                  exit 1   nobody takes the events
     └── Retryable                            lost for now: throw the session away and build it anew
         ├── PostgresUnavailable
         ├── Locked                           a lock was not to be had in time
@@ -68,6 +69,10 @@ class ServerRefuses(InvalidatorError):
 
 class MalformedMessage(InvalidatorError):
     """The replication stream holds a message that is not pgoutput; report it with the server's version."""
+
+
+class OutputLost(InvalidatorError):
+    """Standard output was closed, and busts must not go untold; start the daemon with its output going somewhere."""
 
 
 class Retryable(InvalidatorError):

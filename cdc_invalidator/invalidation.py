@@ -30,16 +30,16 @@ class Target:
     rule: str
     cache: Cache
     table: str
+    # The keys that a bust names: those of the version counters, where the cache has them.
+    template: Template = field(init=False)
+    action: str = field(init=False)
+    prefix: str = field(init=False)
 
-    @property
-    def template(self) -> Template:
-        """The keys that a bust names: those of the version counters, where the cache has them."""
-        return self.cache.target
-
-    @property
-    def action(self) -> str:
-        """How single keys of it are busted: ``delete`` or ``bump``."""
-        return "delete" if self.cache.version is None else "bump"
+    def __post_init__(self) -> None:
+        set_once = object.__setattr__
+        set_once(self, "template", self.cache.target)
+        set_once(self, "action", "delete" if self.cache.version is None else "bump")
+        set_once(self, "prefix", self.cache.target.prefix.decode(errors="replace"))
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Batch:
     """
 
     commit_lsn: int
-    committed_at: int
+    committed_at: int | None
     xid: int
     end_lsn: int | None = None
     busts: dict[Target, Busts] = field(default_factory=dict)

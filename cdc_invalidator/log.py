@@ -1,52 +1,166 @@
-"""What the daemon writes: JSON lines or text on standard output. Owns the shape of the bust events.
+"""What the daemon writes: JSON lines or text on standard output.
+
+A reader of the output who dawdles holds up nobody: lines are written by a thread of their own. Only the busts wait,
+and only once much is unwritten, so that none of them goes untold.
 
 No raw key, row value, password or DSN secret is written unless `KeyDisplay` was told to show keys.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
+import os
 import secrets
 import sys
+import threading
+from collections import deque
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import orjson
 import structlog
 
-# No bust goes unlogged, and no line grows without bound.
-KEYS_A_LINE = 1000
+from cdc_invalidator import errors
 
+# Bytes that may wait to be written before the busts wait.
+UNWRITTEN = 8 << 20
+LAST_WORDS_SECONDS = 1.0
+
+Form = Literal["json", "console"]
 KeyForm = Literal["prefix", "hash", "raw"]
 
 
-def configure(form: Literal["json", "console"], level: str) -> None:
-    """Set structlog up for the process: one line an event on standard output."""
+class Output:
+    """A file descriptor that is written to by a thread; takes whole lines as bytes, and never blocks.
+
+    Args:
+        descriptor: where to write, usually standard output.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lines: deque[bytes] = deque()
+        self._filled = threading.Event()
+        self._written = threading.Event()
+        self._written.set()
+        # Two counters with one writer each: the event loop's and the thread's.
+        self._bytes_taken = 0
+        self._bytes_written = 0
+        self.failure: OSError | None = None
+        threading.Thread(target=self._run, name="output", daemon=True).start()
+
+    @property
+    def full(self) -> bool:
+        """Whether so much is unwritten that whoever can wait should."""
+        return self._bytes_taken - self._bytes_written > UNWRITTEN
+
+    def write(self, line: bytes) -> int:
+        """Take a line."""
+        if self.failure is None:
+            self._bytes_taken += len(line)
+            self._lines.append(line)
+            self._written.clear()
+            self._filled.set()
+        return len(line)
+
+    def flush(self) -> None:
+        """Do nothing: the thread writes as soon as it can."""
+
+    def close(self) -> None:
+        """Give what is unwritten a last chance."""
+        self._written.wait(LAST_WORDS_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            self._filled.wait()
+            self._filled.clear()
+            lines = []
+            while self._lines:
+                lines.append(self._lines.popleft())
+            data = memoryview(b"".join(lines))
+            size = len(data)
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError as error:
+                self.failure = error
+                self._written.set()
+                return
+            self._bytes_written += size
+            if not self._lines:
+                self._written.set()
+
+
+def configure(form: Form, level: str) -> Output:
+    """Set structlog up for the process: one line an event on standard output.
+
+    Raises:
+        errors.WrongSettings: there is no standard output.
+    """
+    if sys.stdout is None:
+        raise errors.WrongSettings("Standard output is closed; start the daemon with its output going somewhere.")
+    output = Output(sys.stdout.fileno())
     shared: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
+        structlog.processors.format_exc_info,
     ]
-    threshold = logging.getLevelNamesMapping()[level.upper()]
-    wrapper = structlog.make_filtering_bound_logger(threshold)
     if form == "json":
-        structlog.configure(
-            processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_dumps)],
-            wrapper_class=wrapper,
-            logger_factory=structlog.BytesLoggerFactory(sys.stdout.buffer),
-            cache_logger_on_first_use=True,
-        )
+        shared.append(structlog.processors.JSONRenderer(_dumps))
     else:
-        structlog.configure(
-            processors=[*shared, structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), timestamp_key="ts")],
-            wrapper_class=wrapper,
-            logger_factory=structlog.PrintLoggerFactory(sys.stdout),
-            cache_logger_on_first_use=True,
-        )
+        console = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), timestamp_key="ts")
+        shared += [console, lambda _logger, _name, text: text.encode()]
+    structlog.configure(
+        processors=shared,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.BytesLoggerFactory(output),  # type: ignore[arg-type]  # it writes and flushes
+        cache_logger_on_first_use=True,
+    )
+    return output
 
 
 def _dumps(value: Any, **_kwargs: Any) -> bytes:
     return orjson.dumps(value, default=str)
+
+
+class EventLog:
+    """Where bust events go: the same output, in the same form, by the shortest way.
+
+    Args:
+        output: what `configure` gave.
+        form: how lines look.
+        level: nothing is written above ``info``.
+    """
+
+    def __init__(self, output: Output, form: Form, level: str) -> None:
+        self._output = output
+        self._log = structlog.get_logger()
+        self._direct = form == "json"
+        self._silent = logging.getLevelNamesMapping()[level.upper()] > logging.INFO
+
+    def bust(self, fields: dict[str, Any]) -> None:
+        """Write one bust event."""
+        if self._silent:
+            return
+        if self._direct:
+            line = {"event": "bust", "level": "info", "ts": datetime.now(UTC), **fields}
+            self._output.write(orjson.dumps(line, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE))
+        else:
+            self._log.info("bust", **fields)
+
+    async def room(self) -> None:
+        """Wait while too much is unwritten.
+
+        Raises:
+            errors.OutputLost: nobody reads any more.
+        """
+        while self._output.full and self._output.failure is None:  # noqa: ASYNC110  a thread empties it
+            await asyncio.sleep(0.05)
+        if self._output.failure is not None:
+            raise errors.OutputLost
 
 
 class KeyDisplay:

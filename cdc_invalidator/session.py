@@ -20,8 +20,8 @@ from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.cache import CacheServer
 from cdc_invalidator.checkpoint import Checkpoint
+from cdc_invalidator.events import Events
 from cdc_invalidator.invalidation import Invalidation
-from cdc_invalidator.log import KeyDisplay
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.publication import Publication, Survey
 from cdc_invalidator.publication import run as run_statements
@@ -66,7 +66,7 @@ class Session:
         options: where to connect.
         rules: what to bust.
         metrics: what to count.
-        display: how events show keys.
+        events: where busts are told.
         be: is told the role.
         strict: refuse rules that this database can't keep; else keep those that it can.
     """
@@ -76,7 +76,7 @@ class Session:
         options: Options,
         rules: RuleSet,
         metrics: Metrics,
-        display: KeyDisplay,
+        events: Events,
         be: Callable[[Role], None],
         *,
         strict: bool,
@@ -84,7 +84,7 @@ class Session:
         self._options = options
         self._rules = rules
         self._metrics = metrics
-        self._display = display
+        self._events = events
         self._be = be
         self._strict = strict
         self._connection: psycopg.AsyncConnection[Any] | None = None
@@ -211,7 +211,7 @@ class Session:
             ),
             sweep_gaps=options.sweep_gaps,
             metrics=self._metrics,
-            display=self._display,
+            events=self._events,
         )
         self.apply.gap(dict.fromkeys(_caches(self._rules, added), "table_added"))
         self._metrics.postgres_connects.inc()

@@ -105,6 +105,15 @@ class Assembly:
         plans = self._plans if self._stream is None else self._stream.plans
         plans[message.oid] = plan
 
+    def manual(self, message: pgoutput.Message, target: Target, key: bytes | None) -> Iterable[Batch]:
+        """Take a bust by hand: in order with the rows of its transaction, or at once if it is in none."""
+        batch = self._into(message.xid) if message.transactional else Batch(message.lsn, None, 0)
+        if key is None:
+            batch.sweep(target, ("message",), "manual")
+        else:
+            batch.add(target, ("message",), key, "manual")
+        return self._leave(batch) if message.transactional else (batch,)
+
     def feed(self, message: pgoutput.AnyMessage) -> Iterable[Batch]:
         """Take the next message, other than a Relation.
 
@@ -244,7 +253,7 @@ class Assembly:
                     if batch.weight >= self._chunk:
                         yield batch
                         batch = Batch(message.lsn, message.committed_at, message.xid)
-                    batch.add(target, busts.ops, key)
+                    batch.add(target, busts.ops, key, busts.reason)
         batch.end_lsn = message.end_lsn
         yield batch
 

@@ -195,6 +195,46 @@ def teardown(given: settings.Database) -> None:
 
 
 @app.command()
+@_takes(settings.Stream)
+def bust(
+    given: settings.Stream,
+    cache: Annotated[str, typer.Argument(help="Name of the cache, as in the rule files.")],
+    parameter: Annotated[
+        list[str] | None,
+        typer.Argument(help="name=value, for each parameter of its key; without any, the whole cache."),
+    ] = None,
+) -> None:
+    """Bust by hand, through PostgreSQL's WAL: in order with all writes, and recorded like them."""
+    import orjson
+
+    from cdc_invalidator import postgres
+    from cdc_invalidator.invalidation import Invalidation
+    from cdc_invalidator.receive import MESSAGE_PREFIX
+
+    order: dict[str, Any] = {"cache": cache}
+    if parameter:
+        if not all("=" in word for word in parameter):
+            raise errors.WrongSettings("A parameter lacks its value; write name=value.")
+        order["params"] = dict(word.split("=", 1) for word in parameter)
+    content = orjson.dumps(order)
+    try:
+        Invalidation(_rules(given)).manual(content)
+    except errors.WrongMessage as error:
+        raise errors.WrongSettings(str(error)) from error
+
+    async def work() -> str:
+        connection = await postgres.connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator bust")
+        async with connection:
+            with postgres.translated():
+                cursor = await connection.execute(
+                    "SELECT pg_logical_emit_message(true, %s, %s)::text AS lsn", [MESSAGE_PREFIX, content.decode()]
+                )
+                return str((await cursor.fetchall())[0].lsn)
+
+    typer.echo(f"written at {asyncio.run(work())}; it is done once the watermark has passed that")
+
+
+@app.command()
 def healthcheck(
     http_port: Annotated[int, typer.Option(help="Port of the daemon's pages.", envvar="CDC_HTTP_PORT")] = 9479,
 ) -> None:

@@ -76,6 +76,8 @@ class Daemon:
         except errors.SlotInUse:
             # Another standby was faster.
             self._be("standby")
+            # Those who wait hold no walsender: there are few of them.
+            await session.close()
             await self._pause(STANDBY_SECONDS)
         except errors.PositionGivenUp as error:
             self._be("connecting")

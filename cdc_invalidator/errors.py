@@ -7,6 +7,7 @@
     │   └── WrongRules              exit 2   every mistake of the rule files at once
     ├── ServerRefuses               exit 3   a server says no for good: privilege, wal_level
     ├── MalformedMessage            exit 1   the bytes are not pgoutput (they are wrong)
+    ├── WrongMessage                         a manual bust can't be read: it is reported and skipped
     ├── OutputLost                  exit 1   nobody takes the events
     └── Retryable                            lost for now: throw the session away and build it anew
         ├── PostgresUnavailable
@@ -69,6 +70,10 @@ class ServerRefuses(InvalidatorError):
 
 class MalformedMessage(InvalidatorError):
     """The replication stream holds a message that is not pgoutput; report it with the server's version."""
+
+
+class WrongMessage(InvalidatorError):
+    """A manual bust can't be read; write it as the README shows."""
 
 
 class OutputLost(InvalidatorError):

@@ -10,6 +10,7 @@ its columns, a TOAST value is not sent, a column is gone) the cache is swept, un
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,9 +75,10 @@ class Batch:
             busts = self.busts[target] = Busts()
         return busts
 
-    def add(self, target: Target, ops: Iterable[str], key: bytes) -> None:
+    def add(self, target: Target, ops: Iterable[str], key: bytes, reason: str) -> None:
         """Bust one key, unless the whole cache goes anyway."""
         busts = self.of(target)
+        busts.reason = reason
         busts.ops.update(dict.fromkeys(ops))
         if not busts.sweep and key not in busts.keys:
             busts.keys[key] = None
@@ -84,11 +86,11 @@ class Batch:
 
     def sweep(self, target: Target, ops: Iterable[str], reason: str) -> None:
         """Bust all keys of the target; a template without parameters has just one, which needs no search."""
+        if not target.template.params:
+            self.add(target, ops, target.template.prefix, reason)
+            return
         busts = self.of(target)
         busts.reason = reason
-        if not target.template.params:
-            self.add(target, ops, target.template.prefix)
-            return
         busts.ops.update(dict.fromkeys(ops))
         if not busts.sweep:
             busts.sweep = True
@@ -236,10 +238,36 @@ class Invalidation:
         self._by_table: dict[Table, list[Rule]] = {}
         self._targets: dict[tuple[str, int], Target] = {}
         self._counts: Counts = defaultdict(int)
+        self._manual = {name: Target("", cache, "") for name, cache in rules.caches.items()}
         for rule in rules.rules:
             self._by_table.setdefault(rule.table, []).append(rule)
             for position, bust in enumerate(rule.busts):
                 self._targets[rule.name, position] = Target(rule.name, bust.cache, str(rule.table))
+
+    def manual(self, content: bytes) -> tuple[Target, bytes | None]:
+        """Read a bust that somebody wrote by hand, with pg_logical_emit_message.
+
+        Args:
+            content: JSON, ``{"cache": "user", "params": {"id": 42}}``; without ``params``, the whole cache is meant.
+
+        Returns:
+            The target, and its key; ``None`` for all keys.
+
+        Raises:
+            errors.WrongMessage: it can't be read, or no cache of the rules fits it.
+        """
+        try:
+            order = json.loads(content)
+        except ValueError as error:
+            raise errors.WrongMessage('A manual bust is not JSON; write {"cache": "user", "params": {…}}.') from error
+        if not isinstance(order, dict) or not isinstance(order.get("cache"), str) or order.keys() - {"cache", "params"}:
+            raise errors.WrongMessage("A manual bust must be an object with `cache`, and `params` if not all is meant.")
+        target = self._manual.get(order["cache"])
+        if target is None:
+            raise errors.WrongMessage(f"A manual bust names cache {order['cache']!r}, which the rules do not have.")
+        if "params" not in order:
+            return target, None
+        return target, _manual_key(target, order["params"])
 
     def names(self, table: Table) -> bool:
         """Tell whether a rule names the table."""
@@ -382,6 +410,29 @@ def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
         for firing in rule.firings
         for column in firing.columns
     )
+
+
+def _manual_key(target: Target, params: object) -> bytes:
+    wanted = target.template.params
+    name = target.cache.name
+    if not isinstance(params, dict) or set(params) != set(wanted):
+        raise errors.WrongMessage(
+            f"A manual bust of {name} must give just its parameters: {', '.join(wanted) or 'none'}."
+        )
+    values = {}
+    for parameter, value in params.items():
+        if isinstance(value, bool):
+            values[parameter] = "t" if value else "f"
+        elif isinstance(value, (str, int)):
+            values[parameter] = str(value)
+        else:
+            # A float has no text form that is sure to be PostgreSQL's.
+            raise errors.WrongMessage(
+                f"A manual bust of {name} gives {parameter} as neither text nor integer; quote it."
+            )
+    key = target.template.render(values)
+    assert key is not None
+    return key
 
 
 def out_of_place(what: str) -> errors.MalformedMessage:

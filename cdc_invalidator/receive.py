@@ -8,11 +8,11 @@ own.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import structlog
 
-from cdc_invalidator import pgoutput
+from cdc_invalidator import errors, lsn, pgoutput
 from cdc_invalidator.assembly import Assembly
 from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.checkpoint import Checkpoint
@@ -27,6 +27,8 @@ _log = structlog.get_logger()
 # A confirmation says how much WAL PostgreSQL may drop: once a second is often enough, and it asks for the server's
 # position in return, which keeps the watermark of a quiet database moving.
 CONFIRM_SECONDS = 1.0
+# Of the logical messages that are busts by hand; all others are none of ours.
+MESSAGE_PREFIX = "cdc_invalidator"
 
 
 class Receive:
@@ -76,11 +78,26 @@ class Receive:
                 if isinstance(message, pgoutput.Relation):
                     await self._relation(message)
                     continue
-                for batch in self._assembly.feed(message):
+                if isinstance(message, pgoutput.Message):
+                    batches = self._manual(message)
+                else:
+                    batches = self._assembly.feed(message)
+                for batch in batches:
                     if self._backlog.full:
                         await self._backlog.room()
                     self._put(batch)
             self._count()
+
+    def _manual(self, message: pgoutput.Message) -> Iterable[Batch]:
+        if message.prefix != MESSAGE_PREFIX:
+            return ()
+        try:
+            target, key = self._invalidation.manual(message.content)
+        except errors.WrongMessage as error:
+            self._metrics.rule_errors.labels("").inc()
+            _log.error("manual_bust_skipped", lsn=lsn.text(message.lsn), error=str(error))
+            return ()
+        return self._assembly.manual(message, target, key)
 
     def _put(self, batch: Batch) -> None:
         if batch.busts:

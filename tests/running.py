@@ -40,6 +40,20 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = SECONDS
         time.sleep(0.01)
 
 
+def command(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line with these settings and no others."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")}
+    env |= {f"CDC_{name.upper()}": str(value) for name, value in settings.items()}
+    return subprocess.run(
+        [sys.executable, "-m", "cdc_invalidator", *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 class RunningDaemon:
     """``python -m cdc_invalidator run`` with its output collected; use it as a context manager."""
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-from running import RunningDaemon, eventually, execute, settled
+from running import RunningDaemon, command, eventually, execute, settled
 
 from cdc_invalidator import embedded
 
@@ -17,20 +14,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import redis
-
-
-def command(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line with these settings and no others."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")}
-    env |= {f"CDC_{name.upper()}": str(value) for name, value in settings.items()}
-    return subprocess.run(
-        [sys.executable, "-m", "cdc_invalidator", *words],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 def rule_file(folder: Path, *rules: str, caches: str = "  thing: {key: 't:thing:{id}', ttl: 1m}\n") -> Path:

@@ -206,6 +206,8 @@ class Assembly:
     def _stream_start(self, message: pgoutput.StreamStart) -> Iterable[Batch]:
         if self.in_transaction:
             raise out_of_place("Stream Start")
+        if not message.first and message.xid not in self._streams:
+            raise out_of_place("a later block of a transaction whose first one is missing")
         self._stream = self._streams.setdefault(message.xid, _Stream())
         return ()
 

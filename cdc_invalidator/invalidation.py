@@ -78,7 +78,9 @@ class Batch:
     def add(self, target: Target, ops: Iterable[str], key: bytes, reason: str) -> None:
         """Bust one key, unless the whole cache goes anyway."""
         busts = self.of(target)
-        busts.reason = reason
+        if not busts.sweep:
+            # The first reason stays: a TRUNCATE is not made a change by what follows it.
+            busts.reason = reason
         busts.ops.update(dict.fromkeys(ops))
         if not busts.sweep and key not in busts.keys:
             busts.keys[key] = None
@@ -90,7 +92,9 @@ class Batch:
             self.add(target, ops, target.template.prefix, reason)
             return
         busts = self.of(target)
-        busts.reason = reason
+        if not busts.sweep:
+            # The first reason stays: a TRUNCATE is not made a change by what follows it.
+            busts.reason = reason
         busts.ops.update(dict.fromkeys(ops))
         if not busts.sweep:
             busts.sweep = True
@@ -321,12 +325,13 @@ class Invalidation:
         index = {column.name: position for position, column in enumerate(relation.columns)}
         carried = {column.name for column in relation.columns if column.is_key}
         missing = sorted((rule.key_columns | set(rule.columns)) - index.keys())
+        name = str(Table(relation.schema, relation.name))
         complaints = []
         if missing:
             complaints.append(
                 Complaint(
                     rule.name,
-                    f"{relation.schema}.{relation.name} has no column {', '.join(missing)}; until the rule or the "
+                    f"{name} has no column {', '.join(missing)}; until the rule or the "
                     "table is put right, its caches are swept where a key needs it, and every UPDATE counts.",
                 )
             )
@@ -339,9 +344,9 @@ class Invalidation:
                 complaints.append(
                     Complaint(
                         rule.name,
-                        f"the replica identity of {relation.schema}.{relation.name} does not carry "
+                        f"the replica identity of {name} does not carry "
                         f"{', '.join(unknown)}, so cache {bust.cache.name} is swept where the old row is needed; "
-                        f"run ALTER TABLE {relation.schema}.{relation.name} REPLICA IDENTITY FULL.",
+                        f"run ALTER TABLE {name} REPLICA IDENTITY FULL.",
                     )
                 )
         watched = tuple(index[name] for name in rule.columns if name in index)
@@ -406,7 +411,7 @@ def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
     return any(
         new[column] is not UNCHANGED
         and old[column] != new[column]
-        and (old[column] is not UNCHANGED or firing.old_of_update == "sweep")
+        and (old[column] is not UNCHANGED or firing.old_of_update in {"sweep", "ignore"})
         for firing in rule.firings
         for column in firing.columns
     )

@@ -353,7 +353,8 @@ class Decoder:
 
 def _string(data: bytes, pos: int) -> tuple[str, int]:
     end = data.index(0, pos)
-    return data[pos:end].decode(), end + 1
+    # A SQL_ASCII database may hold names and prefixes in any encoding, and the server converts none of them.
+    return data[pos:end].decode("utf-8", "surrogateescape"), end + 1
 
 
 def _row(data: bytes, pos: int) -> tuple[Row, int]:

@@ -24,7 +24,7 @@ def rule_file(folder: Path, *rules: str, caches: str = "  thing: {key: 't:thing:
 
 def rows(dsn: str, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
     with psycopg.connect(dsn, autocommit=True) as connection:
-        return connection.execute(query, parameters).fetchall()  # type: ignore[call-overload, no-any-return]
+        return connection.execute(query, parameters).fetchall()
 
 
 THING = "{name: thing-changed, table: public.things, bust: [thing]}"

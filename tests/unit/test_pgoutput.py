@@ -245,7 +245,6 @@ def test_every_kind_of_message_has_a_row_here() -> None:
         pytest.param(False, b"b" + LSN + END_LSN + AT + XID + b"gid\0", id="a_tag_of_protocol_3"),
         pytest.param(False, b"C\x01" + LSN + END_LSN + AT, id="commit_flags"),
         pytest.param(False, b"c" + XID + b"\x01" + LSN + END_LSN + AT, id="stream_commit_flags"),
-        pytest.param(False, b"O" + LSN + b"\xff\0", id="a_name_that_is_not_utf8"),
         pytest.param(False, b"O" + LSN + b"a\0b\0", id="two_names"),
         pytest.param(False, b"R" + OID + b"s\0t\0x\0\0", id="an_unknown_identity"),
         pytest.param(False, b"R" + OID + b"s\0t\0d\0\x01\x02a\0" + INT4, id="column_flags"),
@@ -780,3 +779,10 @@ def test_a_recorded_message_read_in_the_other_state_decodes_or_is_malformed(serv
 )
 def test_any_bytes_decode_or_are_malformed(tag: bytes, rest: bytes, in_stream: bool) -> None:
     decodes_or_is_malformed(tag + rest, in_stream=in_stream)
+
+
+def test_a_name_that_is_not_utf8_is_taken_as_it_is() -> None:
+    message = Decoder().decode(b"O" + LSN + b"caf\xe9\0")
+
+    assert isinstance(message, Origin)
+    assert message.name.encode("utf-8", "surrogateescape") == b"caf\xe9"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from cdc_invalidator import lsn
@@ -41,6 +42,16 @@ def lines_of(batch: Batch) -> Iterable[Line]:
             yield Line(batch, target, busts, keys[start : start + KEYS_A_LINE])
 
 
+@dataclass(slots=True)
+class _Total:
+    """What one flush adds to the counters of one target; lags in seconds."""
+
+    lines: int = 0
+    keys: int = 0
+    existed: int = 0
+    lags: list[float] = field(default_factory=list)
+
+
 class Events:
     """Tells and counts busts.
 
@@ -72,76 +83,82 @@ class Events:
         """
         now_us = time.time_ns() // 1000
         existed_of_deletes = iter(outcome.existed)
+        totals: dict[Target, _Total] = {}
+        told = []
         for line in lines:
             target, batch, count = line.target, line.batch, len(line.keys)
-            if target.cache.version is None:
-                versions = None
+            own = self._display.fields(line.keys)
+            if target.action == "delete":
                 existed = next(existed_of_deletes)
             else:
-                versions = [outcome.versions[key] for key in line.keys]
+                own["versions"] = versions = [outcome.versions[key] for key in line.keys]
                 existed = count - versions.count(BUMP_MISSING)
             reason = line.reason
             if reason == "change" and batch.commit_lsn < replay_until:
                 reason = "replay"
-            busts, keys, found, lag = self._of(target.rule, target.cache.name, target.action)
-            busts.inc()
-            keys.inc(count)
-            found.inc(existed)
-            fields: dict[str, Any] = {
-                "rule": target.rule or None,
-                "cache": target.cache.name,
-                "action": target.action,
-                "table": target.table or None,
-                "op": line.op,
-                "keys": count,
-                "key_prefix": target.prefix,
-                **self._display.fields(line.keys),
-                "lsn": lsn.text(batch.commit_lsn),
-                "xid": batch.xid,
-                "existed": existed,
-                "reason": reason,
-            }
-            if versions is not None:
-                fields["versions"] = versions
-            self._time(fields, batch.committed_at, now_us, lag)
-            self._log.bust(fields)
+            own["op"] = line.op
+            own["keys"] = count
+            own["lsn"] = lsn.text(batch.commit_lsn)
+            own["xid"] = batch.xid
+            own["existed"] = existed
+            own["reason"] = reason
+            total = totals.get(target) or totals.setdefault(target, _Total())
+            total.lines += 1
+            total.keys += count
+            total.existed += existed
+            if batch.committed_at is not None:
+                total.lags.append(self._time(own, batch.committed_at, now_us))
+            told.append((target.shown, own))
+        self._log.write(told)
+        for target, total in totals.items():
+            self._count(target.rule, target.cache.name, target.action, total)
 
     def swept(self, sweep: Sweep) -> None:
         """Tell that a sweep is over: a line for each cause, and its transactions in it."""
         now_us = time.time_ns() // 1000
         cache, tally = sweep.cache, sweep.tally
-        for number, (cause, request) in enumerate(sweep.requests.items()):
+        total = _Total(keys=tally.keys, existed=tally.existed)
+        for cause, request in sweep.requests.items():
             self._metrics.sweeps.labels(cache.name, cause.reason).inc()
-            busts, keys, found, lag = self._of(cause.rule, cache.name, "sweep")
-            busts.inc()
-            if number == 0:
-                keys.inc(tally.keys)
-                found.inc(tally.existed)
-            fields: dict[str, Any] = {
+            shown = {
                 "rule": cause.rule or None,
                 "cache": cache.name,
                 "action": "sweep",
                 "table": cause.table or None,
+                "key_prefix": cache.target.prefix.decode(errors="replace"),
+            }
+            own = {
                 "op": cause.op,
                 "transactions": request.transactions,
                 "keys": tally.keys,
-                "key_prefix": cache.target.prefix.decode(errors="replace"),
                 "lsn": lsn.text(request.commit_lsn),
                 "xid": request.xid,
                 "existed": tally.existed,
                 "reason": cause.reason,
             }
-            self._time(fields, request.committed_at, now_us, lag)
-            self._log.bust(fields)
+            total.lines = 1
+            if request.committed_at is not None:
+                total.lags.append(self._time(own, request.committed_at, now_us))
+            self._log.write([(shown, own)])
+            self._count(cause.rule, cache.name, "sweep", total)
+            # What was swept is counted once, whoever asked for it.
+            total = _Total()
 
-    def _time(self, fields: dict[str, Any], committed_at: int | None, now_us: int, lag: Any) -> None:
-        if committed_at is None:
-            return
+    def _count(self, rule: str, cache: str, action: str, total: _Total) -> None:
+        busts, keys, existed = self._of(rule, cache, action)
+        busts.inc(total.lines)
+        keys.inc(total.keys)
+        existed.inc(total.existed)
+        if total.lags:
+            self._metrics.lag.observe(cache, total.lags)
+
+    def _time(self, own: dict[str, Any], committed_at: int, now_us: int) -> float:
+        """Show when the transaction was committed, and give the seconds since then."""
         committed_us = lsn.unix_us(committed_at)
         lag_us = max(0, now_us - committed_us)
-        lag.observe(lag_us / 1e6)
-        fields["committed_at"] = self._iso(committed_us)
-        fields["lag_ms"] = lag_us / 1000
+        own["committed_at"] = self._iso(committed_us)
+        own["lag_ms"] = lag_us / 1000
+        return lag_us / 1e6
 
     def _iso(self, unix_us: int) -> str:
         seconds, us = divmod(unix_us, 1_000_000)
@@ -160,6 +177,5 @@ class Events:
                 metrics.busts.labels(*labels),
                 metrics.keys.labels(*labels),
                 metrics.existed.labels(*labels),
-                metrics.lag.labels(cache),
             )
         return children

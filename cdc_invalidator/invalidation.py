@@ -34,13 +34,21 @@ class Target:
     # The keys that a bust names: those of the version counters, where the cache has them.
     template: Template = field(init=False)
     action: str = field(init=False)
-    prefix: str = field(init=False)
+    # What every event about it says.
+    shown: dict[str, str | None] = field(init=False)
 
     def __post_init__(self) -> None:
         set_once = object.__setattr__
         set_once(self, "template", self.cache.target)
         set_once(self, "action", "delete" if self.cache.version is None else "bump")
-        set_once(self, "prefix", self.cache.target.prefix.decode(errors="replace"))
+        shown = {
+            "rule": self.rule or None,
+            "cache": self.cache.name,
+            "action": self.action,
+            "table": self.table or None,
+            "key_prefix": self.cache.target.prefix.decode(errors="replace"),
+        }
+        set_once(self, "shown", shown)
 
 
 @dataclass(slots=True)

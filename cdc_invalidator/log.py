@@ -16,7 +16,7 @@ import secrets
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -141,15 +141,28 @@ class EventLog:
         self._direct = form == "json"
         self._silent = logging.getLevelNamesMapping()[level.upper()] > logging.INFO
 
-    def bust(self, fields: dict[str, Any]) -> None:
-        """Write one bust event."""
+    def write(self, events: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Write bust events.
+
+        Args:
+            events: for each, the fields that it shares with many others (one object for all of them), and its own.
+        """
         if self._silent:
             return
-        if self._direct:
-            line = {"event": "bust", "level": "info", "ts": datetime.now(UTC), **fields}
-            self._output.write(orjson.dumps(line, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE))
-        else:
-            self._log.info("bust", **fields)
+        if not self._direct:
+            for shared, own in events:
+                self._log.info("bust", **shared, **own)
+            return
+        head = orjson.dumps({"event": "bust", "level": "info", "ts": datetime.now(UTC)}, option=orjson.OPT_UTC_Z)[:-1]
+        rendered: dict[int, bytes] = {}
+        lines = []
+        for shared, own in events:
+            start = rendered.get(id(shared))
+            if start is None:
+                start = rendered[id(shared)] = head + b"," + orjson.dumps(shared)[1:-1] + b","
+            lines.append(start + orjson.dumps(own)[1:])
+        if lines:
+            self._output.write(b"\n".join(lines) + b"\n")
 
     async def room(self) -> None:
         """Wait while too much is unwritten.

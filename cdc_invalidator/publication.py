@@ -2,7 +2,8 @@
 
 Promise 4 holds here: a table is published only with a replica identity that PostgreSQL can use, because publishing it
 without one makes the application's UPDATE and DELETE fail; and it is taken out again when it loses that. Statements
-wait for locks only briefly, and none of them blocks reads or writes.
+wait for locks only briefly, and none of them blocks reads or writes. A look at the catalogs takes no lock on a table,
+so that nobody who has locked one keeps the daemon from the others.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Leaf(NamedTuple):
     """One table that holds rows: a rule's table, or a partition of it.
 
     ``carried``: columns that old rows carry; ``usable``: whether its replica identity lets it be published;
-    ``limited``: whether a row filter or a column list
-    hides changes; ``filled``: whether it takes any space.
+    ``carriers``: the OIDs of the publication's entries that have it, also as a partition or by its schema, and of the
+    publication itself where that has all tables; ``limited``: whether a row filter or a column list hides changes.
     """
 
     table: Table
@@ -36,30 +37,35 @@ class Leaf(NamedTuple):
     generated: frozenset[str]
     carried: frozenset[str]
     usable: bool
-    published: bool
+    carriers: tuple[int, ...]
     limited: bool
-    filled: bool
+
+    @property
+    def published(self) -> bool:
+        """Whether all changes of it are in the stream."""
+        return bool(self.carriers) and not self.limited and self.kind not in _NOT_TABLES
 
 
 @dataclass(slots=True)
 class Subject:
     """A table that a rule names, as the catalogs have it now. A plain table is its own only leaf.
 
-    ``keyed``: it has a primary key; ``parent``: other tables inherit from it; ``listing``: the OID of its entry in the
-    publication, 0 where the publication has all tables.
+    ``keyed``: it has a primary key; ``parent``: other tables inherit from it; ``listed``: the publication has an entry
+    for it and nothing else; ``carriers``: as of a `Leaf`.
     """
 
     oid: int
     partitioned: bool
     keyed: bool
     parent: bool
-    listing: int | None
+    listed: bool
+    carriers: tuple[int, ...]
     leaves: list[Leaf] = field(default_factory=list)
 
     @property
     def published(self) -> bool:
         """Whether all changes of it are in the stream."""
-        return all(leaf.published for leaf in self.leaves) if self.leaves else self.listing is not None
+        return all(leaf.published for leaf in self.leaves) if self.leaves else bool(self.carriers)
 
     @property
     def usable(self) -> bool:
@@ -79,18 +85,29 @@ class Subject:
         return None
 
     @property
+    def limited(self) -> bool:
+        """Whether somebody hides changes of it."""
+        return any(leaf.limited for leaf in self.leaves)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """What changes when rows come or go unseen: another table of the name, other partitions, published anew."""
-        return (self.oid, self.listing or 0, *sorted(leaf.oid for leaf in self.leaves))
+        carriers = {*self.carriers, *(oid for leaf in self.leaves for oid in leaf.carriers)}
+        return (self.oid, *sorted(carriers), *sorted(leaf.oid for leaf in self.leaves))
 
 
 @dataclass(slots=True)
 class Survey:
-    """The publication and all tables of the rules; ``None`` for a table that does not exist."""
+    """The publication and all tables of the rules; ``None`` for a table that does not exist.
+
+    ``without_identity``: tables that the publication lists, whether rules name them or not, and whose rows the
+    application can't update because of that.
+    """
 
     exists: bool
     suits: bool
     subjects: dict[Table, Subject | None]
+    without_identity: list[Table]
 
     @property
     def unknown(self) -> list[Table]:
@@ -101,13 +118,19 @@ class Survey:
     def unpublished(self) -> list[Table]:
         """Tables that can be published and are not."""
         return [
-            table for table, subject in self.subjects.items() if subject and subject.usable and not subject.published
+            table
+            for table, subject in self.subjects.items()
+            if subject and subject.usable and not subject.published and not subject.limited
         ]
 
     @property
     def harmful(self) -> list[Table]:
         """Tables that are published and must not be."""
-        return [table for table, subject in self.subjects.items() if subject and not subject.usable and subject.listing]
+        refused = [
+            table for table, subject in self.subjects.items() if subject and not subject.usable and subject.listed
+        ]
+        # A table that was renamed away is still listed, under a name that no rule knows.
+        return list(dict.fromkeys(refused + self.without_identity))
 
     @property
     def blind(self) -> list[Table]:
@@ -122,13 +145,35 @@ class Survey:
             if subject and subject.published and not ((former := before.subjects[table]) and former.published)
         ]
 
-    def changed_since(self, before: Survey) -> list[Table]:
-        """Give the tables where rows may have come or gone since then without a change in the stream."""
+    def known_as(self, oid: int) -> list[Table]:
+        """Give the tables of rules that a table was or was a partition of, whatever it is called now."""
+        return [
+            table
+            for table, subject in self.subjects.items()
+            if subject and (subject.oid == oid or any(leaf.oid == oid for leaf in subject.leaves))
+        ]
+
+    def leaves_since(self, before: Survey) -> list[int]:
+        """Give the OIDs of the tables that hold rows and did not then."""
+        return [
+            leaf.oid
+            for table, subject in self.subjects.items()
+            for leaf in (subject.leaves if subject else ())
+            if leaf.oid not in _shape(before.subjects[table])
+        ]
+
+    def changed_since(self, before: Survey, filled: Container[int]) -> list[Table]:
+        """Give the tables where rows may have come or gone since then without a change in the stream.
+
+        Args:
+            before: an earlier survey.
+            filled: which of `leaves_since` brought rows.
+        """
         changed = []
         for table, subject in self.subjects.items():
             former, now = _shape(before.subjects[table]), _shape(subject)
             leaves = subject.leaves if subject else []
-            if former - now or any(leaf.filled for leaf in leaves if leaf.oid not in former):
+            if former - now or any(leaf.oid in filled for leaf in leaves if leaf.oid not in former):
                 changed.append(table)
         return changed
 
@@ -167,7 +212,7 @@ class Survey:
 
 
 def _shape(subject: Subject | None) -> set[int]:
-    return set(subject.shape) - {0} if subject else set()
+    return set(subject.shape) if subject else set()
 
 
 class Publication:
@@ -185,6 +230,7 @@ class Publication:
     async def survey(self, rules: RuleSet) -> Survey:
         """Look at the publication and at the tables of the rules."""
         tables = rules.tables
+        kin = _KIN.format(schemas=_SCHEMAS if self._connection.info.server_version >= 150000 else _NO_SCHEMAS)
         given = {
             "publication": self._name,
             "schemas": [table.schema for table in tables],
@@ -192,19 +238,31 @@ class Publication:
         }
         with postgres.translated():
             publications = await (await self._connection.execute(_PUBLICATION, given)).fetchall()
-            roots = await (await self._connection.execute(_ROOTS, given)).fetchall()
-            leaves = await (await self._connection.execute(_LEAVES, given)).fetchall()
+            roots = await (await self._connection.execute((kin + _ROOTS).encode(), given)).fetchall()
+            leaves = await (await self._connection.execute((kin + _LEAVES).encode(), given)).fetchall()
+            harmed = await (await self._connection.execute(_WITHOUT_IDENTITY, given)).fetchall()
         subjects: dict[Table, Subject | None] = dict.fromkeys(tables)
         for row in roots:
             subjects[Table(row.schema, row.name)] = Subject(
-                row.oid, row.partitioned, row.keyed, row.parent, row.listing
+                row.oid, row.partitioned, row.keyed, row.parent, row.listed, tuple(row.carriers)
             )
         for row in leaves:
             subject = subjects[Table(row.root_schema, row.root_name)]
             if subject is not None:
                 subject.leaves.append(_leaf(row))
         suits = bool(publications) and publications[0].suits
-        return Survey(bool(publications), suits, subjects)
+        return Survey(bool(publications), suits, subjects, [Table(row.schema, row.name) for row in harmed])
+
+    async def filled(self, oids: Sequence[int]) -> set[int]:
+        """Give those of these tables that take any space, or may: one that is locked is not waited for long."""
+        if not oids:
+            return set()
+        try:
+            with postgres.translated():
+                cursor = await self._connection.execute(_FILLED, {"oids": oids})
+                return {row.oid for row in await cursor.fetchall()}
+        except errors.Locked:
+            return set(oids)
 
     def statements(self, survey: Survey) -> list[str]:
         """Give the SQL that makes the publication what it must be; it takes an owner of the database and the tables."""
@@ -222,10 +280,12 @@ class Publication:
                 f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate',"
                 " publish_via_partition_root = false);"
             )
-        if survey.harmful:
-            statements.append(f"ALTER PUBLICATION {name} DROP TABLE {', '.join(map(quoted, survey.harmful))};")
-        # One by one: a rival that was faster with one of them must not keep the others out.
-        return statements + [f"ALTER PUBLICATION {name} ADD TABLE {table};" for table in add]
+        # One by one: what fails for one of them must not keep the others in or out.
+        return statements + self.removals(survey) + [f"ALTER PUBLICATION {name} ADD TABLE {table};" for table in add]
+
+    def removals(self, survey: Survey) -> list[str]:
+        """Give the SQL that takes out the tables that must not be published."""
+        return [f"ALTER PUBLICATION {identifier(self._name)} DROP TABLE {quoted(table)};" for table in survey.harmful]
 
     async def drop(self) -> list[str]:
         """Drop the publication if it is there, and give what was run."""
@@ -249,16 +309,20 @@ async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str
 
     Raises:
         errors.ServerRefuses: the role may not; the message holds what an administrator must run.
+        errors.Locked: a lock was not to be had for one of them; all others have been run.
     """
+    locked: psycopg.errors.LockNotAvailable | None = None
     for number, statement in enumerate(statements):
+        # Making a slot waits for the transactions that are running, which may take long.
+        slow = "create_logical_replication_slot" in statement
         try:
-            # Making a slot waits for the transactions that are running, which may take long.
-            slow = "create_logical_replication_slot" in statement
             await connection.execute(postgres.ENDLESS if slow else postgres.PATIENCE)
             await connection.execute(statement.encode())
         except psycopg.errors.DuplicateObject:
             # Another daemon of the same rules was faster.
             continue
+        except psycopg.errors.LockNotAvailable as error:
+            locked = error
         except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
             raise errors.ServerRefuses(
                 f"The stream can't be set up with CDC_POSTGRES_DSN ({postgres.first_line(error)}); "
@@ -266,6 +330,12 @@ async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str
             ) from error
         except psycopg.Error as error:
             raise postgres.translate(error) from error
+        finally:
+            if slow and connection.pgconn.status == psycopg.pq.ConnStatus.OK:
+                with postgres.translated():
+                    await connection.execute(postgres.PATIENCE)
+    if locked is not None:
+        raise postgres.translate(locked) from locked
 
 
 _PUBLICATION = """
@@ -273,38 +343,61 @@ SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot 
 FROM pg_publication WHERE pubname = %(publication)s
 """
 
-_WANTED = """
-WITH roots AS (
+# No function that looks at a table itself (pg_publication_tables, pg_partition_tree, pg_relation_size): it would wait
+# for whoever has locked that table.
+_KIN = """
+WITH RECURSIVE entries (oid, relation, schema) AS (
+  SELECT p.oid, NULL::oid, NULL::oid FROM pg_publication p WHERE p.pubname = %(publication)s AND p.puballtables
+  UNION ALL
+  SELECT r.oid, r.prrelid, NULL FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
+  WHERE p.pubname = %(publication)s
+  UNION ALL
+  {schemas}
+), roots AS (
   SELECT n.nspname AS schema, c.relname AS name, c.oid, c.relkind
   FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
   JOIN pg_namespace n ON n.nspname = wanted.schema
   JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
-)"""
+), tree (schema, name, oid, relkind) AS (
+  SELECT schema, name, oid, relkind FROM roots
+  UNION ALL
+  SELECT tree.schema, tree.name, c.oid, c.relkind FROM tree
+  JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending JOIN pg_class c ON c.oid = i.inhrelid
+  WHERE tree.relkind = 'p'
+), carriers (relation, oids) AS (
+  SELECT tree.oid, array_agg(DISTINCT entries.oid) FROM tree
+  CROSS JOIN LATERAL (SELECT tree.oid UNION SELECT above.relid FROM pg_partition_ancestors(tree.oid) above) AS kin (oid)
+  JOIN pg_class c ON c.oid = kin.oid
+  JOIN entries ON coalesce(entries.relation, kin.oid) = kin.oid
+    AND coalesce(entries.schema, c.relnamespace) = c.relnamespace
+  GROUP BY tree.oid
+)
+"""
 
-_ROOTS = (
-    _WANTED
-    + """
+_SCHEMAS = """SELECT s.oid, NULL, s.pnnspid FROM pg_publication p JOIN pg_publication_namespace s ON s.pnpubid = p.oid
+  WHERE p.pubname = %(publication)s"""
+# PostgreSQL 14 has no such catalog.
+_NO_SCHEMAS = "SELECT NULL::oid, NULL::oid, NULL::oid WHERE false"
+
+_ROOTS = """
 SELECT schema, name, oid, relkind = 'p' AS partitioned,
   EXISTS (SELECT FROM pg_index i WHERE i.indrelid = roots.oid AND i.indisprimary AND i.indimmediate) AS keyed,
   relkind = 'r' AND EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = roots.oid) AS parent,
-  (SELECT coalesce(r.oid, 0) FROM pg_publication p
-   LEFT JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = roots.oid
-   WHERE p.pubname = %(publication)s AND (p.puballtables OR r.oid IS NOT NULL)) AS listing
-FROM roots
+  EXISTS (SELECT FROM entries WHERE entries.relation = roots.oid) AS listed,
+  coalesce(carriers.oids, '{}') AS carriers
+FROM roots LEFT JOIN carriers ON carriers.relation = roots.oid
 """
-)
 
-# A primary key that is deferrable does not serve as replica identity, nor do an index's INCLUDEd columns.
-_LEAVES = (
-    _WANTED
-    + """, leaves AS (
-  SELECT roots.schema, roots.name, tree.relid AS oid FROM roots, pg_partition_tree(roots.oid) tree
-  WHERE roots.relkind = 'p' AND tree.isleaf
-  UNION ALL SELECT schema, name, oid FROM roots WHERE relkind <> 'p'
-), published AS (
-  SELECT schemaname, tablename FROM pg_publication_tables WHERE pubname = %(publication)s
-)
-SELECT leaves.schema AS root_schema, leaves.name AS root_name, n.nspname AS schema, c.relname AS name, c.oid,
+# A primary key that is deferrable does not serve as replica identity.
+_IDENTITY = """
+LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+  AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END
+"""
+_USABLE = "(c.relreplident = 'f' OR (c.relreplident <> 'n' AND i.indexrelid IS NOT NULL))"
+
+# Of an index, INCLUDEd columns are not part of the identity.
+_LEAVES = f"""
+SELECT tree.schema AS root_schema, tree.name AS root_name, n.nspname AS schema, c.relname AS name, c.oid,
   CASE c.relpersistence WHEN 'p' THEN c.relkind ELSE c.relpersistence END::text AS kind,
   ARRAY(SELECT attname::text FROM pg_attribute
         WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns,
@@ -313,23 +406,35 @@ SELECT leaves.schema AS root_schema, leaves.name AS root_name, n.nspname AS sche
   CASE c.relreplident
     WHEN 'f' THEN ARRAY(SELECT attname::text FROM pg_attribute
                         WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
-    WHEN 'n' THEN '{}'
+    WHEN 'n' THEN '{{}}'
     ELSE ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid
                AND attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])) END AS carried,
-  c.relreplident = 'f' OR (c.relreplident <> 'n' AND i.indexrelid IS NOT NULL) AS usable,
-  EXISTS (SELECT FROM published WHERE schemaname = n.nspname AND tablename = c.relname) AS published,
+  {_USABLE} AS usable,
+  coalesce(carriers.oids, '{{}}') AS carriers,
   -- These two columns of the catalog came with PostgreSQL 15. A filter on a root holds for its partitions.
-  EXISTS (SELECT FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
-          WHERE p.pubname = %(publication)s
-          AND coalesce(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') IS NOT NULL
-          AND r.prrelid IN (SELECT c.oid UNION SELECT above.relid FROM pg_partition_ancestors(c.oid) above)) AS limited,
-  c.relkind = 'r' AND pg_relation_size(c.oid) > 0 AS filled
-FROM leaves JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
-LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
-  AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END
+  EXISTS (SELECT FROM pg_publication_rel r WHERE r.oid = ANY (carriers.oids)
+          AND coalesce(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') IS NOT NULL) AS limited
+FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN carriers ON carriers.relation = c.oid {_IDENTITY}
+WHERE tree.relkind <> 'p'
 ORDER BY 1, 2, 3, 4
 """
+
+_WITHOUT_IDENTITY = f"""
+WITH RECURSIVE tree (root, oid) AS (
+  SELECT r.prrelid, r.prrelid FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
+  WHERE p.pubname = %(publication)s
+  UNION ALL
+  SELECT tree.root, i.inhrelid FROM tree
+  JOIN pg_class c ON c.oid = tree.oid AND c.relkind = 'p' JOIN pg_inherits i ON i.inhparent = tree.oid
 )
+SELECT DISTINCT n.nspname AS schema, root.relname AS name
+FROM tree JOIN pg_class root ON root.oid = tree.root JOIN pg_namespace n ON n.oid = root.relnamespace
+JOIN pg_class c ON c.oid = tree.oid AND c.relkind = 'r' {_IDENTITY}
+WHERE NOT {_USABLE}
+"""
+
+_FILLED = "SELECT oid FROM pg_class WHERE oid = ANY (%(oids)s::oid[]) AND pg_relation_size(oid) > 0"
 
 _ANCESTORS = """
 SELECT n.nspname AS schema, c.relname AS name
@@ -348,9 +453,8 @@ def _leaf(row: Any) -> Leaf:
         generated=frozenset(row.generated),
         carried=frozenset(row.carried),
         usable=row.usable,
-        published=row.published,
+        carriers=tuple(row.carriers),
         limited=row.limited,
-        filled=row.filled,
     )
 
 

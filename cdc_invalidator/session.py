@@ -223,14 +223,20 @@ class Session:
         before = survey = await publication.survey(self._rules)
         problems = survey.mistakes(self._rules)
         if problems and self._strict:
+            # What hurts the application does not wait until somebody has put the rules right.
+            self._strict = False
+            await self._set_up_each(publication.removals(survey))
             raise errors.WrongRules(problems)
         if survey.unknown:
             _log.warning("tables_missing", tables=[str(table) for table in survey.unknown])
         for _ in range(ATTEMPTS):
             statements = publication.statements(survey)
-            if not statements or not await self._set_up(statements):
+            if not statements:
                 break
+            done = await (self._set_up(statements) if self._strict else self._set_up_each(statements))
             survey = await publication.survey(self._rules)
+            if not done:
+                break
         self._survey = survey
         return before, survey
 
@@ -284,6 +290,10 @@ class Session:
             return False
         return True
 
+    async def _set_up_each(self, statements: list[str]) -> bool:
+        """Run each set-up statement whatever becomes of the others; True if any could be run."""
+        return any([await self._set_up([statement]) for statement in statements])
+
     # Watch: what happens to slot, publication and tables while we stream.
 
     async def _watch(self, slot: Slot, publication: Publication, apply: Apply) -> None:
@@ -302,6 +312,7 @@ class Session:
             self._metrics.database_commits.set(activity.commits)
             self._metrics.database_rollbacks.set(activity.rollbacks)
             await self._look_at_tables(publication, apply)
+            self._metrics.watches.inc()
             await asyncio.sleep(WATCH_SECONDS)
 
     def _show(self, state: State) -> None:
@@ -315,12 +326,13 @@ class Session:
         assert self._survey is not None
         before, now = self._survey, await publication.survey(self._rules)
         if now.harmful:
-            _log.error("table_taken_out", error="; ".join(map(str, now.mistakes(self._rules))))
-        statements = publication.statements(now)
-        if statements and await self._set_up(statements):
+            mistakes = "; ".join(map(str, now.mistakes(self._rules)))
+            _log.error("table_taken_out", tables=[str(table) for table in now.harmful], error=mistakes)
+        if await self._set_up_each(publication.statements(now)):
             now = await publication.survey(self._rules)
+        filled = await publication.filled(now.leaves_since(before))
         added = await self._settled(now.published_since(before))
-        broken = dict.fromkeys(_caches(self._rules, now.changed_since(before)), "table_changed")
+        broken = dict.fromkeys(_caches(self._rules, now.changed_since(before, filled)), "table_changed")
         broken |= dict.fromkeys(_caches(self._rules, added), "table_added")
         # What happens to a table that can't be published is not seen: its caches are kept empty until it can be.
         broken |= dict.fromkeys(_caches(self._rules, now.blind), "table_unpublished")

@@ -206,12 +206,17 @@ def settled(dsn: str, client: redis.Redis, slot: str) -> None:
 
 
 def confirmed(dsn: str, slot: str) -> int:
-    """What the slot has been confirmed to."""
+    """What the slot has been confirmed to.
+
+    Raises:
+        LookupError: there is no such slot.
+    """
     with psycopg.connect(dsn, autocommit=True) as connection:
         row = connection.execute(
             "SELECT (confirmed_flush_lsn - '0/0')::bigint FROM pg_replication_slots WHERE slot_name = %s", [slot]
         ).fetchone()
-    assert row is not None
+    if row is None:
+        raise LookupError(slot)
     return int(row[0])
 
 

@@ -108,6 +108,11 @@ class Apply:
         """True when all that was put is in Redis, and the watermark says so."""
         return self._checkpoint.idle and not self._open_gaps and self._checkpoint.position == self._recorded
 
+    @property
+    def sweeps_a_gap(self) -> bool:
+        """Whether the sweep of a gap holds the watermark back."""
+        return self._open_gaps > 0
+
     def finish(self) -> None:
         """Let `run` end as soon as all that was put is in Redis."""
         self._finishing = True

@@ -95,6 +95,7 @@ class CacheServer:
     """
 
     def __init__(self, url: str, slot: str, *, timeout: float = 5.0) -> None:
+        self._connected = False
         self.watermark_key = f"cdc:{slot}:watermark"
         if url.partition("://")[0] not in {"redis", "rediss", "unix"}:
             raise errors.WrongSettings(
@@ -103,7 +104,7 @@ class CacheServer:
         try:
             self._redis = redis_asyncio.Redis.from_url(
                 url,
-                single_connection_client=True,
+                redis_connect_func=self._connect_once,
                 # A failed command is retried by apply, with the whole batch: the driver must not do it behind our back.
                 retry=Retry(NoBackoff(), 0),
                 socket_timeout=timeout,
@@ -118,6 +119,14 @@ class CacheServer:
                 "CDC_REDIS_URL can't be read; write redis://user:password@host:port/db, the password percent-encoded."
             ) from None
         self._delete = self._bump = ""
+
+    async def _connect_once(self, connection: Any) -> None:
+        # The driver's pool replaces a connection that has ended without a word. Behind it may be an older snapshot, or
+        # another server, whose watermark nobody has looked at: one connection, and when it is gone, it is lost.
+        if self._connected:
+            raise exceptions.ConnectionError("the connection has ended")
+        self._connected = True
+        await connection.on_connect()
 
     async def connect(self) -> None:
         """Open the connection and load the scripts."""

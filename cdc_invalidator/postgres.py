@@ -6,6 +6,7 @@ Every failure leaves an edge as `errors.PostgresUnavailable` (come back later), 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,7 @@ _REMEDIES: dict[str, str] = {
 }
 
 
+_PUBLICATION_GONE = re.compile(r'publication ".*" does not exist')
 _WORDS = {
     "password authentication failed": "28P01",
     "no password supplied": "28P01",
@@ -100,7 +102,7 @@ def translate(error: Exception) -> errors.InvalidatorError:
     state = getattr(error, "sqlstate", None) or ""
     if state == "55006":
         return errors.SlotInUse()
-    if state == "42704" and "publication" in str(error):
+    if state == "42704" and _PUBLICATION_GONE.search(str(error)):
         # The slot stands before the publication was made, and PostgreSQL can't decode from there.
         return errors.PositionGivenUp("The publication was dropped; slot and publication are made anew.")
     if state == "55P03":

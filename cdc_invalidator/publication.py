@@ -285,7 +285,10 @@ class Publication:
 
     def removals(self, survey: Survey) -> list[str]:
         """Give the SQL that takes out the tables that must not be published."""
-        return [f"ALTER PUBLICATION {identifier(self._name)} DROP TABLE {quoted(table)};" for table in survey.harmful]
+        # Without ONLY, PostgreSQL would look for the tables that inherit from it, and not find them.
+        return [
+            f"ALTER PUBLICATION {identifier(self._name)} DROP TABLE ONLY {quoted(table)};" for table in survey.harmful
+        ]
 
     async def drop(self) -> list[str]:
         """Drop the publication if it is there, and give what was run."""
@@ -318,8 +321,8 @@ async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str
         try:
             await connection.execute(postgres.ENDLESS if slow else postgres.PATIENCE)
             await connection.execute(statement.encode())
-        except psycopg.errors.DuplicateObject:
-            # Another daemon of the same rules was faster.
+        except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject):
+            # Another daemon of the same rules was faster, or an administrator.
             continue
         except psycopg.errors.LockNotAvailable as error:
             locked = error

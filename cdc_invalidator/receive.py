@@ -18,7 +18,7 @@ from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.checkpoint import Checkpoint
 from cdc_invalidator.invalidation import Batch, Invalidation
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.publication import Publication
+from cdc_invalidator.publication import Publication, Survey
 from cdc_invalidator.replication import PAYLOAD, Keepalive, Replication
 from cdc_invalidator.rules import Table
 
@@ -38,7 +38,7 @@ class Receive:
         replication: a started stream.
         publication: to find the table above a partition.
         invalidation: the rules.
-        unknown: gives the tables of rules that don't exist now.
+        survey: gives the tables of the rules as they were seen last.
         backlog: where batches go.
         checkpoint: is told what is in flight and what has been received.
         metrics: what to count.
@@ -49,7 +49,7 @@ class Receive:
         replication: Replication,
         publication: Publication,
         invalidation: Invalidation,
-        unknown: Callable[[], list[Table]],
+        survey: Callable[[], Survey],
         *,
         backlog: Backlog,
         checkpoint: Checkpoint,
@@ -58,7 +58,7 @@ class Receive:
         self._replication = replication
         self._publication = publication
         self._invalidation = invalidation
-        self._unknown = unknown
+        self._survey = survey
         self._assembly = Assembly()
         self._backlog = backlog
         self._checkpoint = checkpoint
@@ -114,14 +114,15 @@ class Receive:
             self._replication.status(self._checkpoint.confirmable, self._checkpoint.received_lsn)
 
     async def _relation(self, message: pgoutput.Relation) -> None:
-        tables = await self._tables(message)
+        # A table that was renamed a moment ago, or only within its transaction, is still the one of the rule.
+        tables = await self._tables(message) or self._survey().known_as(message.oid)
         plan = None
         if tables:
             plan, complaints = self._invalidation.compile(message, tables)
             for complaint in complaints:
                 self._metrics.rule_errors.labels(complaint.rule).inc()
                 _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)
-        elif unknown := self._unknown():
+        elif unknown := self._survey().unknown:
             name = f"{message.schema}.{message.name}"
             _log.error("unknown_table", table=name, error=f"It may be {', '.join(map(str, unknown))}, renamed.")
             plan = self._invalidation.compile_unknown(message, unknown)

@@ -127,7 +127,7 @@ class Session:
             self._replication,
             self._publication,
             Invalidation(self._rules),
-            lambda: self._survey.unknown if self._survey else [],
+            self._surveyed,
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             metrics=self._metrics,
@@ -149,6 +149,10 @@ class Session:
         else:
             _log.warning("not_drained", error="Redis did not take the rest in time; the next start receives it again.")
         await self._farewell(self._replication, self.checkpoint, receiving)
+
+    def _surveyed(self) -> Survey:
+        assert self._survey is not None
+        return self._survey
 
     def _start(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
@@ -335,7 +339,9 @@ class Session:
         broken = dict.fromkeys(_caches(self._rules, now.changed_since(before, filled)), "table_changed")
         broken |= dict.fromkeys(_caches(self._rules, added), "table_added")
         # What happens to a table that can't be published is not seen: its caches are kept empty until it can be.
-        broken |= dict.fromkeys(_caches(self._rules, now.blind), "table_unpublished")
+        # One sweep after the other, with the watermark written in between: else the slot would never move on.
+        if not apply.sweeps_a_gap:
+            broken |= dict.fromkeys(_caches(self._rules, now.blind), "table_unpublished")
         self._survey = now
         digests = now.digests(self._rules, self._settling)
         if broken or digests != self._digests:

@@ -1,0 +1,589 @@
+"""Where continuity can't be proven: what was missed is swept before the watermark goes on, and it is said.
+
+In each of these the application caches rows and changes them while something else happens to the slot, to the database
+or to Redis.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import redis
+from writing import assert_nothing_confirmed_too_early
+from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RULES = """
+version: 1
+caches:
+  thing: {key: "t:thing:{id}", ttl: 5m}
+  other: {key: "t:other:{id}", ttl: 5m}
+rules:
+  - {name: thing-changed, table: public.things, bust: [thing]}
+  - {name: other-changed, table: public.others, bust: [other]}
+"""
+SCHEMA = (
+    "CREATE TABLE things (id int PRIMARY KEY, n int)",
+    "CREATE TABLE others (id int PRIMARY KEY, n int)",
+    "CREATE TABLE junk (n int)",
+    "INSERT INTO things SELECT n, 0 FROM generate_series(1, 99) n",
+    "INSERT INTO others SELECT n, 0 FROM generate_series(1, 99) n",
+)
+# A sweep over so many strangers takes a second or two.
+STRANGERS = 1_000_000
+
+
+class Stage:
+    """An application with a cache, and its daemon; it remembers which entries its changes have made stale."""
+
+    def __init__(self, dsn: str, redis_url: str, daemon: RunningDaemon, rules: Path) -> None:
+        self.dsn = dsn
+        self.client = redis.Redis.from_url(redis_url)
+        self.daemon = daemon
+        self.slot = daemon.slot
+        self.rules = rules
+        self._stale: set[str] = set()
+        self._next = 1
+
+    def cached(self, key: str) -> bool:
+        return bool(self.client.exists(key))
+
+    def cache(self, *keys: str) -> None:
+        for key in keys:
+            self.client.set(key, "cached")
+
+    def crowd(self) -> None:
+        """Let strangers in, so that a sweep takes long."""
+        for group in range(10):
+            words = ("DEBUG", "POPULATE", STRANGERS // 10, f"stranger-{group}", 1)
+            self.client.execute_command(*words)  # type: ignore[no-untyped-call]
+
+    def change(self, dsn: str | None = None) -> str:
+        """Cache a thing, change its row, and give the key, which must go now."""
+        number, self._next = self._next, self._next + 1
+        key = f"t:thing:{number}"
+        self.cache(key)
+        execute(dsn or self.dsn, f"UPDATE things SET n = n + 1 WHERE id = {number}")
+        self._stale.add(key)
+        return key
+
+    def forget(self) -> None:
+        """Let go of what the daemon has said so far."""
+        self.daemon.events.clear()
+
+    def start(self) -> None:
+        self.forget()
+        self.daemon.start()
+
+    def stop(self) -> None:
+        self.settle()
+        assert self.daemon.terminate() == 0
+
+    def settle(self) -> None:
+        settled(self.dsn, self.client, self.slot)
+
+    def gap(self, reason: str, *caches: str) -> None:
+        """Wait for a gap of that reason, and for the end of the sweeps of its caches."""
+        event = self.daemon.seen("gap", reason=reason)
+        assert event["caches"] == sorted(caches or ("thing", "other"))
+        for cache in event["caches"]:
+            self.daemon.seen("bust", reason="gap", action="sweep", cache=cache)
+        assert self.daemon.metric("cdc_invalidator_gaps_total", reason=reason) >= 1
+
+    def assert_all_gone(self) -> None:
+        """The key of every committed change is gone, and the stream goes on: the next one goes as well."""
+        self.settle()
+        assert {key for key in self._stale if self.cached(key)} == set()
+        key = self.change()
+        self.settle()
+        assert not self.cached(key)
+        assert_nothing_confirmed_too_early(self.dsn, self.client, self.slot)
+        assert not self.daemon.errors
+
+
+@contextmanager
+def staged(dsn: str, redis_url: str, folder: Path, slot: str, **settings: str) -> Iterator[Stage]:
+    execute(dsn, *SCHEMA)
+    rules = folder / "rules.yaml"
+    rules.write_text(RULES)
+    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
+        stage = Stage(dsn, redis_url, daemon, rules)
+        daemon.ready()
+        stage.gap("new_slot")
+        stage.settle()
+        stage.forget()
+        yield stage
+        stage.client.close()
+
+
+@pytest.fixture
+def stage(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+    with staged(database, redis_url, tmp_path, slot_name) as stage:
+        yield stage
+
+
+def value(dsn: str, query: str, *parameters: Any) -> Any:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        row = connection.execute(query.encode(), parameters).fetchone()
+    return row[0] if row else None
+
+
+# The slot.
+
+
+def test_a_slot_dropped_while_the_daemon_was_away_is_made_anew_and_everything_is_swept(stage: Stage) -> None:
+    stage.stop()
+    stage.change()
+    execute(stage.dsn, f"SELECT pg_drop_replication_slot('{stage.slot}')")
+    stage.change()
+    stage.start()
+    stage.gap("new_slot")
+    stage.assert_all_gone()
+
+
+def test_a_slot_made_anew_under_the_same_name_while_the_daemon_was_away_is_noticed(stage: Stage) -> None:
+    stage.stop()
+    stage.change()
+    execute(
+        stage.dsn,
+        f"SELECT pg_drop_replication_slot('{stage.slot}')",
+        f"SELECT pg_create_logical_replication_slot('{stage.slot}', 'pgoutput')",
+    )
+    stage.change()
+    stage.start()
+    stage.gap("missed_changes")
+    stage.assert_all_gone()
+
+
+def test_a_slot_that_somebody_advanced_while_the_daemon_was_away_is_noticed(stage: Stage) -> None:
+    stage.stop()
+    stage.change()
+    execute(stage.dsn, f"SELECT pg_replication_slot_advance('{stage.slot}', pg_current_wal_lsn())")
+    stage.start()
+    stage.gap("missed_changes")
+    stage.assert_all_gone()
+
+
+def test_nothing_is_swept_when_the_daemon_was_away_and_nothing_else_happened(stage: Stage) -> None:
+    stage.stop()
+    stage.change()
+    stage.cache("t:thing:99", "t:other:99")
+    stage.start()
+    stage.assert_all_gone()
+    assert stage.cached("t:thing:99")
+    assert stage.cached("t:other:99")
+    assert not stage.daemon.named("gap")
+
+
+def test_a_slot_dropped_under_a_frozen_daemon_is_made_anew_and_everything_is_swept(stage: Stage) -> None:
+    stage.daemon.send(signal.SIGSTOP)
+    stage.change()
+    with psycopg.connect(stage.dsn, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(active_pid, 10000) FROM pg_replication_slots WHERE slot_name = %s",
+            [stage.slot],
+        )
+        connection.execute("SELECT pg_drop_replication_slot(%s)", [stage.slot])
+    stage.change()
+    stage.daemon.send(signal.SIGCONT)
+    stage.gap("new_slot")
+    stage.assert_all_gone()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["away", "frozen"])
+def test_a_slot_that_postgresql_gave_up_is_made_anew_and_everything_is_swept(
+    redis_url: str, tmp_path: Path, slot_name: str, frozen: bool
+) -> None:
+    small = {"max_slot_wal_keep_size": "1MB", "max_wal_size": "32MB", "min_wal_size": "32MB"}
+    with (
+        embedded.Postgres(settings=small) as server,
+        staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
+    ):
+        if frozen:
+            stage.daemon.send(signal.SIGSTOP)
+        else:
+            stage.stop()
+        stage.change()
+
+        def lost() -> bool:
+            for _ in range(3):
+                execute(stage.dsn, "INSERT INTO junk VALUES (1)", "SELECT pg_switch_wal()")
+            execute(stage.dsn, "CHECKPOINT")
+            status = value(stage.dsn, "SELECT wal_status FROM pg_replication_slots WHERE slot_name = %s", slot_name)
+            return bool(status == "lost")
+
+        eventually(lost, "the slot is lost")
+        stage.change()
+        if frozen:
+            stage.forget()
+            stage.daemon.send(signal.SIGCONT)
+        else:
+            stage.start()
+        stage.gap("new_slot")
+        stage.assert_all_gone()
+
+
+# Another database, or another history of the same one.
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["without a slot", "with a slot"])
+def test_another_server_behind_the_same_address_is_noticed(
+    redis_url: str, tmp_path: Path, slot_name: str, prepared: bool
+) -> None:
+    with ExitStack() as stack:
+        first = stack.enter_context(embedded.Postgres())
+        stage = stack.enter_context(staged(first.dsn, redis_url, tmp_path, slot_name))
+        second = embedded.Postgres(own_identity=True)
+        stack.callback(second.close)
+        stage.stop()
+        stage.cache("t:thing:50")
+        first.stop()
+        second._port = first.port
+        second.start()
+        execute(second.dsn, *SCHEMA, "UPDATE things SET n = 50 WHERE id = 50")
+        if prepared:
+            execute(
+                second.dsn,
+                f"CREATE PUBLICATION {slot_name} FOR TABLE things, others",
+                f"SELECT pg_create_logical_replication_slot('{slot_name}', 'pgoutput')",
+            )
+        stage.change()
+        stage.start()
+        stage.gap("other_system" if prepared else "new_slot")
+        assert not stage.cached("t:thing:50")
+        stage.assert_all_gone()
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["away", "running"])
+def test_a_database_restored_from_an_older_copy_is_noticed(
+    redis_url: str, tmp_path: Path, slot_name: str, running: bool
+) -> None:
+    with (
+        embedded.Postgres() as server,
+        staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
+    ):
+        stage.stop()
+        server.stop()
+        copy = server.folder / "copy"
+        shutil.copytree(server.data, copy)
+        server.start()
+        stage.start()
+        execute(stage.dsn, *("INSERT INTO junk SELECT generate_series(1, 10000)",) * 3)
+        stage.change()
+        stage.settle()
+        # What readers have loaded since then, nobody has written any more.
+        stage.cache("t:thing:1", "t:thing:2")
+        stage.forget()
+        if not running:
+            stage.stop()
+        server.stop()
+        shutil.rmtree(server.data)
+        copy.rename(server.data)
+        embedded._hand_over(server.data)
+        server.start()
+        if not running:
+            stage.start()
+        stage.gap("database_went_back")
+        assert not stage.cached("t:thing:2")
+        stage.assert_all_gone()
+
+
+def test_a_promoted_standby_that_has_the_slot_is_noticed_by_its_timeline(
+    redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    with (
+        embedded.Postgres() as server,
+        staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
+    ):
+        stage.stop()
+        server.stop()
+        (server.data / "standby.signal").touch()
+        server.start()
+        execute(server.dsn, "SELECT pg_promote()")
+        stage.change()
+        stage.start()
+        stage.gap("other_timeline")
+        stage.assert_all_gone()
+
+
+def test_a_promoted_standby_without_the_slot_is_taken_on_and_everything_is_swept(
+    redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    with ExitStack() as stack:
+        primary = stack.enter_context(embedded.Postgres())
+        standby = stack.enter_context(_standby(primary))
+        both = f"{embedded.HOST}:{primary.port},{embedded.HOST}:{standby.port}"
+        dsn = primary.dsn.replace(f"{embedded.HOST}:{primary.port}", both) + "?target_session_attrs=read-write"
+        stage = stack.enter_context(staged(dsn, redis_url, tmp_path, slot_name))
+        stage.change()
+        stage.settle()
+        end = value(primary.dsn, "SELECT pg_current_wal_lsn()::text")
+        eventually(lambda: value(standby.dsn, "SELECT pg_last_wal_replay_lsn() >= %s::pg_lsn", end), "it is replayed")
+        # The standby never receives the last change: on it, the reader's entry is stale.
+        standby.pause()
+        stage.change()
+        stage.settle()
+        stage.cache("t:thing:2")
+        stage.forget()
+        primary.kill()
+        standby.resume()
+        execute(standby.dsn, "SELECT pg_promote()")
+        stage.gap("new_slot")
+        assert not stage.cached("t:thing:2")
+        stage.assert_all_gone()
+
+
+@contextmanager
+def _standby(primary: embedded.Postgres) -> Iterator[embedded.Postgres]:
+    folder = Path(tempfile.mkdtemp(prefix="standby-", dir=embedded.scratch()))
+    embedded._hand_over(folder)
+    try:
+        subprocess.run(  # type: ignore[call-overload]
+            [primary.bin_dir / "pg_basebackup", "-d", primary.dsn, "-D", folder / "data", "-R", "-c", "fast"],
+            **embedded._as_nobody(),
+            cwd=folder,
+            env=embedded.plain_environment(),
+            check=True,
+            capture_output=True,
+        )
+        with embedded.Postgres(folder) as standby:
+            yield standby
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# Redis.
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["its key deleted", "FLUSHDB"])
+def test_a_watermark_that_vanished_while_the_daemon_was_away_sweeps_everything(stage: Stage, everything: bool) -> None:
+    stage.stop()
+    if everything:
+        stage.client.flushdb()
+    else:
+        stage.client.delete(f"cdc:{stage.slot}:watermark")
+    stage.change()
+    stage.start()
+    stage.gap("no_watermark")
+    stage.assert_all_gone()
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["its key deleted", "FLUSHDB"])
+def test_a_watermark_that_vanishes_while_the_daemon_streams_is_written_anew(stage: Stage, everything: bool) -> None:
+    stage.change()
+    if everything:
+        stage.client.flushdb()
+    else:
+        stage.client.delete(f"cdc:{stage.slot}:watermark")
+    stage.change()
+    eventually(lambda: watermark(stage.client, stage.slot), "there is a watermark again")
+    stage.assert_all_gone()
+
+
+@pytest.fixture
+def valkey_with_snapshots() -> Iterator[embedded.Valkey]:
+    """It saves when told to, and not when it is killed."""
+    with embedded.Valkey(settings={"save": "3600 100000000", "enable-debug-command": "yes"}) as valkey:
+        yield valkey
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["away", "running"])
+def test_a_redis_that_comes_back_with_an_older_snapshot_is_noticed(
+    database: str, valkey_with_snapshots: embedded.Valkey, tmp_path: Path, slot_name: str, running: bool
+) -> None:
+    valkey = valkey_with_snapshots
+    with staged(database, valkey.url, tmp_path, slot_name) as stage:
+        stage.cache("t:thing:50", "t:thing:1")
+        stage.client.save()
+        execute(database, "UPDATE things SET n = 50 WHERE id = 50")
+        stage.change()
+        stage.settle()
+        assert not stage.cached("t:thing:50")
+        # What is not confirmed yet would be received again: no gap.
+        end = wal_position(database)
+        eventually(lambda: confirmed(database, slot_name) >= end, "PostgreSQL will not send it again")
+        if not running:
+            stage.stop()
+        valkey.kill()
+        valkey.start()
+        if not running:
+            assert stage.cached("t:thing:50")
+            stage.start()
+        stage.gap("missed_changes")
+        assert not stage.cached("t:thing:50")
+        stage.assert_all_gone()
+
+
+def test_busts_acknowledged_while_a_long_sweep_holds_the_watermark_back_survive_an_older_snapshot(
+    database: str, valkey_with_snapshots: embedded.Valkey, tmp_path: Path, slot_name: str
+) -> None:
+    valkey = valkey_with_snapshots
+    with staged(database, valkey.url, tmp_path, slot_name) as stage:
+        stage.crowd()
+        stage.cache("t:thing:1")
+        execute(database, "TRUNCATE others")
+        eventually(lambda: stage.daemon.metric("cdc_invalidator_sweeps_running"), "the sweep has begun")
+        stage.client.save()
+        key = stage.change()
+        eventually(lambda: not stage.cached(key), "the bust is acknowledged")
+        assert stage.daemon.metric("cdc_invalidator_sweeps_running"), "more strangers, please"
+        valkey.kill()
+        valkey.start()
+        stage.assert_all_gone()
+
+
+# Rules.
+
+
+def test_only_caches_whose_rules_are_new_or_changed_are_swept(stage: Stage) -> None:
+    stage.stop()
+    stage.cache("t:thing:98", "t:thing:99", "t:other:99", "t:both:99")
+    rules = RULES.replace("  other:", '  both: {key: "t:both:{id}", ttl: 5m}\n  other:')
+    stage.rules.write_text(rules.replace("bust: [thing]", "old_row: sweep, bust: [thing, both]"))
+    stage.start()
+    stage.gap("rules_changed", "both", "thing")
+    assert not stage.cached("t:thing:98")
+    assert not stage.cached("t:both:99")
+    assert stage.cached("t:other:99")
+    stage.assert_all_gone()
+    stage.stop()
+    stage.cache("t:thing:97", "t:both:97")
+    stage.start()
+    stage.assert_all_gone()
+    assert stage.cached("t:thing:97")
+    assert stage.cached("t:both:97")
+    assert not stage.daemon.named("gap")
+
+
+# What is done about a gap.
+
+
+def test_with_on_gap_warn_a_gap_is_reported_once_and_nothing_is_swept(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, *SCHEMA)
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES)
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name, on_gap="warn") as daemon:
+        stage = Stage(database, redis_url, daemon, rules)
+        daemon.ready()
+        stage.stop()
+        stage.cache("t:thing:99")
+        execute(
+            database,
+            f"SELECT pg_drop_replication_slot('{slot_name}')",
+            "UPDATE things SET n = 1 WHERE id = 99",
+        )
+        stage.start()
+        assert daemon.seen("gap", reason="new_slot")["swept"] is False
+        stage.settle()
+        assert daemon.metric("cdc_invalidator_gaps_total", reason="new_slot") == 1
+        assert stage.cached("t:thing:99"), "that is what warn means"
+        assert not daemon.named("bust", reason="gap")
+        stage.assert_all_gone()
+        stage.stop()
+        stage.start()
+        stage.assert_all_gone()
+        assert not daemon.named("gap")
+
+
+def test_a_daemon_killed_in_the_middle_of_a_gaps_sweep_sweeps_again(
+    database: str, valkey_with_snapshots: embedded.Valkey, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, valkey_with_snapshots.url, tmp_path, slot_name) as stage:
+        stage.stop()
+        stage.crowd()
+        execute(database, f"SELECT pg_drop_replication_slot('{slot_name}')")
+        for _ in range(10):
+            stage.change()
+        stage.start()
+        stage.daemon.seen("gap", reason="new_slot")
+        stage.daemon.kill()
+        assert not stage.daemon.named("bust", reason="gap")
+        stage.start()
+        stage.gap("missed_changes")
+        stage.assert_all_gone()
+
+
+# The publication, which PostgreSQL before 18 can't decode without.
+
+
+@pytest.fixture(params=sorted(embedded.postgres_bin_dirs(), reverse=True), ids=lambda version: f"PostgreSQL {version}")
+def any_stage(
+    request: pytest.FixtureRequest, servers: Callable[[int], embedded.Postgres], redis_url: str, tmp_path: Path
+) -> Iterator[Stage]:
+    slot = f"{request.node.originalname[:40]}_{request.param}"
+    server = servers(request.param)
+    dsn = server.create_database(slot)
+    with staged(dsn, redis_url, tmp_path, slot) as stage:
+        yield stage
+    server.drop_database(slot)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Callable[[int], embedded.Postgres]]:
+    with ExitStack() as stack:
+        started: dict[int, embedded.Postgres] = {}
+
+        def of(version: int) -> embedded.Postgres:
+            if version not in started:
+                started[version] = stack.enter_context(embedded.Postgres(bin_dir=embedded.postgres_bin_dirs()[version]))
+            return started[version]
+
+        yield of
+
+
+def test_a_publication_dropped_while_the_daemon_streams_is_made_anew(any_stage: Stage) -> None:
+    stage = any_stage
+    execute(stage.dsn, f"DROP PUBLICATION {stage.slot}")
+    key = stage.change()
+    eventually(lambda: not stage.cached(key), "what was changed meanwhile is swept")
+    assert stage.daemon.named("gap")
+    eventually(lambda: _published(stage) == 2, "both tables are published again")
+    stage.assert_all_gone()
+    stage.assert_all_gone()
+
+
+def test_a_publication_dropped_while_the_daemon_was_away_is_made_anew(any_stage: Stage) -> None:
+    stage = any_stage
+    stage.stop()
+    stage.change()
+    execute(stage.dsn, f"DROP PUBLICATION {stage.slot}")
+    stage.change()
+    stage.start()
+    stage.gap("new_slot")
+    stage.assert_all_gone()
+
+
+@pytest.mark.parametrize("tables", ["TABLE things, others", "ALL TABLES"])
+def test_a_publication_made_anew_by_somebody_while_the_daemon_was_away_is_noticed(
+    any_stage: Stage, tables: str
+) -> None:
+    stage = any_stage
+    stage.stop()
+    execute(stage.dsn, f"DROP PUBLICATION {stage.slot}", f"CREATE PUBLICATION {stage.slot} FOR {tables}")
+    stage.start()
+    stage.assert_all_gone()
+    stage.stop()
+    execute(stage.dsn, f"DROP PUBLICATION {stage.slot}")
+    stage.change()
+    execute(stage.dsn, f"CREATE PUBLICATION {stage.slot} FOR {tables}")
+    stage.start()
+    stage.daemon.seen("gap")
+    stage.assert_all_gone()
+
+
+def _published(stage: Stage) -> int:
+    return int(value(stage.dsn, "SELECT count(*) FROM pg_publication_tables WHERE pubname = %s", stage.slot))

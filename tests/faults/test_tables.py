@@ -1,0 +1,711 @@
+"""Tables come, go and change while the daemon streams: no key is missed, and no statement of the application fails.
+
+What the stream can't tell (rows that come and go with a table or a partition) is swept as soon as the daemon has looked
+at the catalogs, which it does every few seconds; those assertions wait. All others hold once the watermark has passed.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import psycopg
+import pytest
+import redis
+from writing import assert_nothing_confirmed_too_early
+from running import RunningDaemon, eventually, execute, settled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from cdc_invalidator import embedded
+
+    Start = Callable[..., "Stage"]
+
+THINGS = "CREATE TABLE things (id int PRIMARY KEY, n int)"
+OTHERS = "CREATE TABLE others (id int PRIMARY KEY, n int)"
+THING = ("thing", "public.things")
+OTHER = ("other", "public.others")
+ROWS = "INSERT INTO {} SELECT n, 0 FROM generate_series(1, 99) n"
+# Longer than the daemon waits for a lock.
+LONG_SECONDS = 5.0
+
+
+def rule_file(folder: Path, *rules: tuple[str, ...]) -> Path:
+    """A rule for each (cache, table), or (cache, table, column that is the key)."""
+    caches, lines = "", ""
+    for cache, table, *column in rules:
+        parameter = json.dumps({"id": column[0] if column else "id"}, ensure_ascii=False)
+        caches += f"  {cache}: {{key: 't:{cache}:{{id}}', ttl: 1m}}\n"
+        name = json.dumps(table, ensure_ascii=False)
+        lines += f"  - {{name: {cache}-changed, table: {name}, bust: [{cache}: {parameter}]}}\n"
+    path = folder / "rules.yaml"
+    path.write_text(f"version: 1\ncaches:\n{caches}rules:\n{lines}")
+    return path
+
+
+class Stage:
+    """A database, a cache and the daemon between them."""
+
+    def __init__(self, dsn: str, client: redis.Redis, daemon: RunningDaemon) -> None:
+        self.dsn = dsn
+        self.client = client
+        self.daemon = daemon
+        self.slot = daemon.slot
+
+    def settle(self) -> None:
+        settled(self.dsn, self.client, self.slot)
+
+    def cache(self, *keys: str) -> None:
+        for key in keys:
+            self.client.set(key, "cached")
+
+    def cached(self, *keys: str) -> list[str]:
+        return [key for key in keys if self.client.exists(key)]
+
+    def busts(self, keys: list[str], *statements: str) -> None:
+        """Cache the keys, run the statements: the keys are gone once the watermark has passed."""
+        self.cache(*keys)
+        execute(self.dsn, *statements)
+        self.settle()
+        assert self.cached(*keys) == []
+
+    def sweeps(self, keys: list[str], *statements: str) -> None:
+        """Cache the keys, run the statements: the keys go within seconds."""
+        self.cache(*keys)
+        execute(self.dsn, *statements)
+        eventually(lambda: not self.cached(*keys), f"{keys} are swept")
+
+    def published(self) -> list[str]:
+        query = "SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = %s ORDER BY 1"
+        return [row[0] for row in rows(self.dsn, query, self.slot)]
+
+    def publishes(self, *tables: str) -> None:
+        """Wait until the publication has these tables and no others."""
+        eventually(lambda: self.published() == sorted(tables), f"{tables} are published")
+
+    def calm(self) -> None:
+        """Wait until the daemon keeps all tables without sweeping again and again."""
+
+        def quiet() -> bool:
+            before = len(self.daemon.named("gap"))
+            looks = self.looks()
+            eventually(lambda: self.looks() > looks + 1, "the daemon looks at the tables twice")
+            self.settle()
+            return len(self.daemon.named("gap")) == before
+
+        eventually(quiet, "there are no more sweeps")
+
+    def looks(self) -> float:
+        """How often the daemon has looked at the catalogs."""
+        return self.daemon.metric("cdc_invalidator_watches_total")
+
+    def gap(self, reason: str) -> None:
+        self.daemon.seen("gap", reason=reason)
+        assert self.daemon.metric("cdc_invalidator_gaps_total", reason=reason) >= 1
+
+    def assert_well(self) -> None:
+        """The stream goes on as it was, in one session, and nothing was confirmed too early."""
+        self.settle()
+        assert_nothing_confirmed_too_early(self.dsn, self.client, self.slot)
+        assert self.daemon.alive()
+        assert not self.daemon.named("session_lost")
+        assert not self.daemon.errors
+
+
+def rows(dsn: str, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        return connection.execute(query.encode(), parameters).fetchall()
+
+
+class Application:
+    """Goes on writing, and never waits long for a lock: no statement of it may fail."""
+
+    def __init__(self, dsn: str, *statements: str) -> None:
+        self._dsn = dsn
+        self._statements = statements
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.failures: list[str] = []
+        self.slowest = 0.0
+        self.rounds = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with psycopg.connect(self._dsn, autocommit=True) as connection:
+            connection.execute("SET lock_timeout = '500ms'")
+            while not self._stop.wait(0.01):
+                for statement in self._statements:
+                    began = time.monotonic()
+                    try:
+                        connection.execute(statement.encode())
+                    except psycopg.Error as error:
+                        self.failures.append(str(error))
+                    self.slowest = max(self.slowest, time.monotonic() - began)
+                self.rounds += 1
+
+
+@pytest.fixture
+def start(database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str) -> Iterator[Start]:
+    """Run the statements, then start a daemon for the rules and wait until it streams and has swept."""
+    daemons: list[RunningDaemon] = []
+
+    def start(*statements: str, rules: tuple[tuple[str, ...], ...] = (THING,), dsn: str = database) -> Stage:
+        execute(dsn, *statements)
+        path = rule_file(tmp_path, *rules)
+        daemon = RunningDaemon(dsn=dsn, redis_url=redis_url, rules=path, slot=slot_name)
+        daemons.append(daemon)
+        daemon.start().ready()
+        settled(dsn, redis_client, slot_name)
+        daemon.events.clear()
+        return Stage(dsn, redis_client, daemon)
+
+    yield start
+    for daemon in daemons:
+        daemon.__exit__()
+
+
+# The replica identity.
+
+
+def test_an_identity_made_full_and_back_fails_no_statement_and_loses_no_key(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    with Application(stage.dsn, "UPDATE things SET n = n + 1 WHERE id = 99", "DELETE FROM things WHERE id > 99") as app:
+        stage.busts(["t:thing:1"], "ALTER TABLE things REPLICA IDENTITY FULL", "UPDATE things SET n = 1 WHERE id = 1")
+        stage.busts(["t:thing:2"], "DELETE FROM things WHERE id = 2")
+        stage.busts(["t:thing:3"], "ALTER TABLE things REPLICA IDENTITY DEFAULT", "DELETE FROM things WHERE id = 3")
+        stage.busts(["t:thing:4", "t:thing:400"], "UPDATE things SET id = 400 WHERE id = 4")
+    assert app.failures == []
+    stage.assert_well()
+
+
+def test_a_table_that_loses_its_identity_is_taken_out_and_swept_until_it_has_one_again(start: Start) -> None:
+    stage = start(THINGS, OTHERS, ROWS.format("things"), ROWS.format("others"), rules=(THING, OTHER))
+    execute(stage.dsn, "ALTER TABLE things REPLICA IDENTITY NOTHING")
+
+    def writable() -> bool:
+        try:
+            execute(stage.dsn, "UPDATE things SET n = n + 1", "DELETE FROM things WHERE id = 99")
+        except psycopg.errors.ObjectNotInPrerequisiteState:
+            return False
+        return True
+
+    eventually(writable, "the application may write again", 6)
+    stage.gap("table_unpublished")
+    stage.daemon.seen("table_taken_out")
+    for number in (1, 2):
+        stage.sweeps([f"t:thing:{number}"], f"UPDATE things SET n = -1 WHERE id = {number}")
+    stage.busts(["t:other:1"], "UPDATE others SET n = 1 WHERE id = 1")
+    stage.cache("t:thing:3")
+    execute(stage.dsn, "ALTER TABLE things REPLICA IDENTITY DEFAULT", "UPDATE things SET n = 2 WHERE id = 3")
+    stage.gap("table_added")
+    eventually(lambda: not stage.cached("t:thing:3"), "what happened unseen is swept")
+    stage.publishes("public.others", "public.things")
+    stage.busts(["t:thing:4"], "UPDATE things SET n = 3 WHERE id = 4")
+    stage.assert_well()
+
+
+def test_an_identity_by_index_that_does_not_carry_the_key_sweeps_and_its_drop_takes_the_table_out(
+    start: Start,
+) -> None:
+    stage = start(
+        "CREATE TABLE things (id int PRIMARY KEY, n int NOT NULL)", "CREATE UNIQUE INDEX by_n ON things (n)",
+        "INSERT INTO things SELECT n, n FROM generate_series(1, 99) n",
+    )  # fmt: skip
+    update = "UPDATE things SET id = id + 1000 WHERE id = {}"
+    stage.busts(["t:thing:1"], "ALTER TABLE things REPLICA IDENTITY USING INDEX by_n", update.format(1))
+    stage.daemon.seen("rule_broken")
+    stage.busts(["t:thing:2"], "DELETE FROM things WHERE id = 2")
+    execute(stage.dsn, "DROP INDEX by_n")
+    stage.publishes()
+    execute(stage.dsn, update.format(3))
+    stage.sweeps(["t:thing:4"], update.format(4))
+    stage.assert_well()
+
+
+def test_a_table_that_lost_its_identity_while_the_daemon_was_away_is_taken_out_before_the_start_is_refused(
+    start: Start,
+) -> None:
+    stage = start(THINGS, OTHERS, ROWS.format("things"), rules=(THING, OTHER))
+    assert stage.daemon.terminate() == 0
+    execute(stage.dsn, "ALTER TABLE things REPLICA IDENTITY NOTHING")
+    stage.daemon.start()
+    assert stage.daemon.wait() == 2
+    assert "no usable replica identity" in "\n".join(stage.daemon.errors)
+    execute(stage.dsn, "UPDATE things SET n = 1")
+    assert stage.published() == ["public.others"]
+
+
+def test_a_table_renamed_away_that_loses_its_identity_is_taken_out(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    execute(stage.dsn, "ALTER TABLE things RENAME TO former", THINGS)
+    stage.publishes("public.former", "public.things")
+    execute(stage.dsn, "ALTER TABLE former REPLICA IDENTITY NOTHING")
+    stage.publishes("public.things")
+    execute(stage.dsn, "UPDATE former SET n = 1")
+    stage.assert_well()
+
+
+# Names.
+
+
+@pytest.mark.parametrize("in_one_transaction", [False, True], ids=["step by step", "in one transaction"])
+def test_a_table_dropped_and_made_anew_is_swept_and_published(start: Start, in_one_transaction: bool) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    steps = ["DROP TABLE things", THINGS, "INSERT INTO things VALUES (1, 1)"]
+    stage.sweeps(["t:thing:1", "t:thing:2"], *(["; ".join(steps)] if in_one_transaction else steps))
+    stage.publishes("public.things")
+    stage.calm()
+    stage.cache("t:thing:50")
+    stage.busts(["t:thing:1"], "UPDATE things SET n = 2")
+    assert stage.cached("t:thing:50")
+    stage.gap("table_changed")
+    stage.assert_well()
+
+
+def test_a_table_renamed_and_renamed_back_loses_no_key(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    stage.sweeps(["t:thing:1"], "ALTER TABLE things RENAME TO former", "UPDATE former SET n = 1 WHERE id = 1")
+    stage.sweeps(["t:thing:2"], "DELETE FROM former WHERE id = 2", "ALTER TABLE former RENAME TO things")
+    stage.publishes("public.things")
+    stage.busts(["t:thing:3"], "UPDATE things SET n = 3 WHERE id = 3")
+    stage.assert_well()
+
+
+def test_a_table_renamed_and_back_in_one_transaction_loses_no_key(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    stage.busts(
+        ["t:thing:1"],
+        "ALTER TABLE things RENAME TO briefly; UPDATE briefly SET n = 1 WHERE id = 1;"
+        "ALTER TABLE briefly RENAME TO things",
+    )
+    stage.busts(["t:thing:2"], "UPDATE things SET n = 2 WHERE id = 2")
+    stage.assert_well()
+
+
+def test_tables_that_swap_their_names_in_one_transaction_are_swept_and_the_new_one_is_published(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    execute(stage.dsn, "CREATE TABLE fresh (LIKE things INCLUDING ALL)", "INSERT INTO fresh VALUES (1, 1), (2, 2)")
+    stage.sweeps(["t:thing:1", "t:thing:3"], "ALTER TABLE things RENAME TO former; ALTER TABLE fresh RENAME TO things")
+    stage.publishes("public.former", "public.things")
+    stage.busts(["t:thing:1"], "UPDATE things SET n = 2 WHERE id = 1")
+    execute(stage.dsn, "UPDATE former SET n = 3", "DELETE FROM former WHERE id = 3", "DROP TABLE former")
+    stage.busts(["t:thing:2"], "DELETE FROM things WHERE id = 2")
+    stage.assert_well()
+
+
+def test_a_table_moved_to_another_schema_and_back_loses_no_key(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"), "CREATE SCHEMA elsewhere")
+    stage.sweeps(["t:thing:1"], "ALTER TABLE things SET SCHEMA elsewhere", "UPDATE elsewhere.things SET n = 1")
+    stage.sweeps(["t:thing:2"], "UPDATE elsewhere.things SET n = 2", "ALTER TABLE elsewhere.things SET SCHEMA public")
+    stage.publishes("public.things")
+    stage.busts(["t:thing:3"], "UPDATE things SET n = 3 WHERE id = 3")
+    stage.assert_well()
+
+
+def test_quoted_reserved_and_other_names_are_taken_as_they_are(start: Start) -> None:
+    stage = start(
+        'CREATE TABLE "order" (id int PRIMARY KEY, "select" text)',
+        'CREATE SCHEMA "Größe.x"',
+        'CREATE TABLE "Größe.x"."Ta""bel le" ("Schlüssel ""x""" text PRIMARY KEY, n int)',
+        'CREATE TABLE "it\'s" (id int PRIMARY KEY, n int)',
+        rules=(
+            ("order", 'public."order"'),
+            ("size", '"Größe.x"."Ta""bel le"', 'Schlüssel "x"'),
+            ("its", 'public."it\'s"'),
+        ),
+    )
+    stage.busts(["t:order:1"], 'INSERT INTO "order" VALUES (1)', 'UPDATE "order" SET "select" = 1')
+    stage.busts(["t:size:ä b"], """INSERT INTO "Größe.x"."Ta""bel le" VALUES ('ä b', 1)""")
+    stage.busts(["t:size:ä b"], """DELETE FROM "Größe.x"."Ta""bel le" """)
+    stage.busts(["t:its:1"], 'INSERT INTO "it\'s" VALUES (1, 1)')
+    stage.assert_well()
+
+
+def test_a_latin1_database_gives_the_same_keys(start: Start, postgres: embedded.Postgres, slot_name: str) -> None:
+    name = f"latin_{slot_name}"
+    execute(postgres.dsn, f"CREATE DATABASE {name} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    try:
+        stage = start(
+            'CREATE TABLE "Größe" ("Schlüssel" text PRIMARY KEY, n int)',
+            dsn=postgres.dsn_for(name),
+            rules=(("thing", 'public."Größe"', "Schlüssel"),),
+        )
+        stage.busts(["t:thing:süß"], """INSERT INTO "Größe" VALUES ('süß', 1)""")
+        stage.busts(["t:thing:süß"], """UPDATE "Größe" SET n = 2""")
+        stage.assert_well()
+    finally:
+        postgres.drop_database(name)
+
+
+# Columns.
+
+
+def test_columns_that_no_rule_reads_come_go_and_change_without_a_sweep(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    stage.cache("t:thing:50")
+    with Application(stage.dsn, "UPDATE things SET id = id WHERE id = 99") as app:
+        stage.busts(
+            ["t:thing:1"], "ALTER TABLE things ADD COLUMN more int DEFAULT 1", "UPDATE things SET more = 2 WHERE id = 1"
+        )
+        stage.busts(["t:thing:2"], "ALTER TABLE things RENAME COLUMN more TO less", "DELETE FROM things WHERE id = 2")
+        stage.busts(["t:thing:3"], "ALTER TABLE things DROP COLUMN n", "UPDATE things SET less = 3 WHERE id = 3")
+    assert app.failures == []
+    assert stage.cached("t:thing:50")
+    stage.assert_well()
+
+
+def test_a_keys_column_of_another_type_gives_the_new_text(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    stage.busts(["t:thing:1"], "ALTER TABLE things ALTER id TYPE bigint", "UPDATE things SET n = 1 WHERE id = 1")
+    stage.busts(["t:thing:2.00"], "ALTER TABLE things ALTER id TYPE numeric(9, 2)", "DELETE FROM things WHERE id = 2")
+    stage.assert_well()
+
+
+def test_a_keys_column_that_is_renamed_or_dropped_sweeps_at_each_change_until_it_is_back(start: Start) -> None:
+    stage = start(
+        "CREATE TABLE things (nr int PRIMARY KEY, id int, n int)", "ALTER TABLE things REPLICA IDENTITY FULL",
+        "INSERT INTO things SELECT n, n, 0 FROM generate_series(1, 99) n",
+    )  # fmt: skip
+    update = "UPDATE things SET n = n + 1 WHERE nr = {}"
+    stage.busts(["t:thing:1"], "ALTER TABLE things RENAME id TO number", update.format(1))
+    stage.daemon.seen("rule_broken", rule="thing-changed")
+    stage.busts(["t:thing:2"], update.format(2))
+    stage.busts(["t:thing:3"], "ALTER TABLE things RENAME number TO id", update.format(3))
+    stage.cache("t:thing:50")
+    stage.busts(["t:thing:4"], update.format(4))
+    assert stage.cached("t:thing:50")
+    stage.busts(["t:thing:5"], "ALTER TABLE things DROP COLUMN id", update.format(5))
+    stage.busts(["t:thing:6"], "INSERT INTO things VALUES (1000, 1)")
+    stage.assert_well()
+
+
+# Partitions.
+
+EVENTS = (
+    "CREATE TABLE events (id int, day int, n int, PRIMARY KEY (id, day)) PARTITION BY RANGE (day)",
+    "CREATE TABLE events_1 PARTITION OF events FOR VALUES FROM (0) TO (100)",
+    "CREATE TABLE events_2 PARTITION OF events FOR VALUES FROM (100) TO (200) PARTITION BY RANGE (id)",
+    "CREATE TABLE events_2a PARTITION OF events_2 FOR VALUES FROM (0) TO (100)",
+    "INSERT INTO events SELECT n, 50, 0 FROM generate_series(1, 20) n",
+    "INSERT INTO events SELECT n, 150, 0 FROM generate_series(21, 40) n",
+)
+EVENT = ("event", "public.events")
+
+
+def test_changes_and_truncates_of_partitions_at_every_level_bust_by_the_roots_rule(start: Start) -> None:
+    stage = start(*EVENTS, rules=(EVENT,))
+    stage.cache("t:event:50")
+    stage.busts(["t:event:1", "t:event:21"], "UPDATE events SET n = 1 WHERE id IN (1, 21)")
+    stage.busts(["t:event:2"], "UPDATE events SET day = 150 WHERE id = 2")
+    stage.busts(["t:event:22"], "DELETE FROM events_2a WHERE id = 22")
+    assert stage.cached("t:event:50")
+    stage.busts(["t:event:23"], "TRUNCATE events_2a")
+    stage.busts(["t:event:3"], "TRUNCATE events_1")
+    execute(stage.dsn, *EVENTS[-2:])
+    stage.busts(["t:event:21"], "TRUNCATE events_2")
+    stage.busts(["t:event:1"], "TRUNCATE events")
+    stage.assert_well()
+
+
+def test_partitions_that_come_empty_carry_on_and_those_that_bring_or_take_rows_sweep(start: Start) -> None:
+    stage = start(*EVENTS, rules=(EVENT,))
+    with Application(stage.dsn, "UPDATE events SET n = n + 1 WHERE id = 20", "DELETE FROM events WHERE id = -1") as app:
+        stage.cache("t:event:60")
+        stage.busts(
+            ["t:event:50"],
+            "CREATE TABLE events_3 PARTITION OF events FOR VALUES FROM (200) TO (300)",
+            "INSERT INTO events VALUES (50, 250, 1)",
+        )
+        like = "CREATE TABLE {} (LIKE events_1 INCLUDING ALL)"
+        attach = "ALTER TABLE events ATTACH PARTITION {} FOR VALUES FROM ({}) TO ({})"
+        execute(stage.dsn, like.format("empty"), attach.format("empty", 300, 400))
+        stage.busts(["t:event:51"], "INSERT INTO events VALUES (51, 350, 1)", "UPDATE empty SET n = 2")
+        looks = stage.looks()
+        eventually(lambda: stage.looks() > looks + 1, "the daemon looks at the tables")
+        execute(stage.dsn, like.format("filled"), "INSERT INTO filled VALUES (52, 450, 1)")
+        stage.sweeps(["t:event:52"], attach.format("filled", 400, 500))
+        stage.busts(["t:event:52"], "UPDATE events SET n = 2 WHERE id = 52")
+        stage.sweeps(["t:event:52"], "ALTER TABLE events DETACH PARTITION filled")
+        execute(stage.dsn, "UPDATE filled SET n = 3", "DELETE FROM filled")
+        stage.sweeps(["t:event:50"], "DROP TABLE events_3")
+        stage.busts(["t:event:51"], "DELETE FROM events WHERE id = 51")
+    assert app.failures == []
+    stage.gap("table_changed")
+    stage.assert_well()
+
+
+def test_a_partition_attached_or_detached_while_the_daemon_was_away_sweeps(start: Start) -> None:
+    stage = start(*EVENTS, OTHERS, rules=(EVENT, OTHER))
+    assert stage.daemon.terminate() == 0
+    stage.cache("t:event:1", "t:other:1")
+    execute(stage.dsn, "ALTER TABLE events DETACH PARTITION events_1")
+    stage.daemon.start().ready()
+    stage.gap("rules_changed")
+    stage.settle()
+    assert stage.cached("t:event:1", "t:other:1") == ["t:other:1"]
+    stage.busts(["t:event:21"], "UPDATE events SET n = 1 WHERE id = 21")
+    stage.assert_well()
+
+
+def test_a_partition_without_identity_takes_the_whole_table_out_until_it_has_one(start: Start) -> None:
+    stage = start(*EVENTS, rules=(EVENT,))
+    execute(stage.dsn, "ALTER TABLE events_2a REPLICA IDENTITY NOTHING")
+    stage.publishes()
+    execute(stage.dsn, "UPDATE events SET n = 2")
+    stage.sweeps(["t:event:1"], "UPDATE events SET n = 3 WHERE id = 1")
+    execute(stage.dsn, "ALTER TABLE events_2a REPLICA IDENTITY FULL")
+    stage.publishes("public.events_1", "public.events_2a")
+    stage.busts(["t:event:1", "t:event:21"], "UPDATE events SET n = 4 WHERE id IN (1, 21)")
+    stage.assert_well()
+
+
+def test_rules_on_a_root_and_on_its_partition_both_bust(start: Start) -> None:
+    stage = start(*EVENTS, rules=(EVENT, ("leaf", "public.events_1"), ("middle", "public.events_2")))
+    stage.cache("t:leaf:21", "t:middle:1")
+    stage.busts(["t:event:1", "t:leaf:1"], "UPDATE events SET n = 1 WHERE id = 1")
+    stage.busts(["t:event:21", "t:middle:21"], "UPDATE events SET n = 1 WHERE id = 21")
+    assert stage.cached("t:leaf:21", "t:middle:1") == ["t:leaf:21", "t:middle:1"]
+    stage.busts(["t:event:2", "t:leaf:2"], "TRUNCATE events_1")
+    stage.assert_well()
+
+
+# What must not be published.
+
+
+@pytest.mark.parametrize(
+    ("statements", "sentence"),
+    [
+        (("CREATE TABLE things (id int PRIMARY KEY)", "CREATE TABLE children () INHERITS (things)"), "inherit from it"),
+        (("CREATE TABLE things (id int) PARTITION BY RANGE (id)",), "partitioned without a primary key"),
+        ((THINGS, "CREATE PUBLICATION {} FOR TABLE things WHERE (id > 10)"), "row filter or a column list"),
+        ((THINGS, "CREATE PUBLICATION {} FOR TABLE things (id)"), "row filter or a column list"),
+    ],
+    ids=["inheritance", "partitioned without a primary key", "row filter", "column list"],
+)
+def test_a_table_that_would_hurt_or_hide_is_refused_at_the_start(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str, statements: tuple[str, ...], sentence: str
+) -> None:
+    execute(database, *(statement.format(slot_name) for statement in statements))
+    rules = rule_file(tmp_path, THING)
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
+        assert daemon.wait() == 2
+    assert sentence in "\n".join(daemon.errors)
+    execute(database, "UPDATE things SET id = id", "DELETE FROM things")
+
+
+def test_a_table_that_others_come_to_inherit_from_is_taken_out_and_kept_swept(start: Start) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    execute(stage.dsn, "CREATE TABLE children () INHERITS (things)", "INSERT INTO children VALUES (1000, 1)")
+    with Application(stage.dsn, "UPDATE things SET n = 1 WHERE id >= 99", "UPDATE children SET n = 2") as app:
+        stage.gap("table_unpublished")
+        stage.sweeps(["t:thing:1000"], "UPDATE children SET n = 3", "DELETE FROM children")
+        stage.sweeps(["t:thing:1"], "UPDATE things SET n = 3")
+    assert app.failures == []
+    execute(stage.dsn, "DROP TABLE children")
+    stage.publishes("public.things")
+    stage.busts(["t:thing:2"], "UPDATE things SET n = 4 WHERE id = 2")
+    stage.assert_well()
+
+
+@pytest.mark.parametrize("limit", ["WHERE (id > 10)", "(id)"], ids=["row filter", "column list"])
+def test_a_table_whose_changes_somebody_comes_to_filter_is_kept_swept(start: Start, limit: str) -> None:
+    stage = start(THINGS, OTHERS, ROWS.format("things"), ROWS.format("others"), rules=(THING, OTHER))
+    execute(stage.dsn, f"ALTER PUBLICATION {stage.slot} SET TABLE others, things {limit}")
+    stage.sweeps(["t:thing:1"], "UPDATE things SET n = 1 WHERE id = 1")
+    stage.gap("table_unpublished")
+    stage.busts(["t:other:1"], "UPDATE others SET n = 1 WHERE id = 1")
+    stage.cache("t:thing:2")
+    execute(
+        stage.dsn,
+        "UPDATE things SET n = 2 WHERE id = 2",
+        f"ALTER PUBLICATION {stage.slot} SET TABLE others, things",
+    )
+    eventually(lambda: not stage.cached("t:thing:2"), "what was filtered is swept")
+    stage.busts(["t:thing:3"], "UPDATE things SET n = 3 WHERE id = 3")
+    stage.assert_well()
+
+
+# New tables.
+
+
+def test_a_transaction_older_than_the_publishing_of_its_table_is_swept_for_when_it_commits(start: Start) -> None:
+    stage = start(OTHERS, rules=(THING, OTHER))
+    with psycopg.connect(stage.dsn) as older:
+        execute(stage.dsn, THINGS, ROWS.format("things"))
+        older.execute("UPDATE things SET n = 1 WHERE id = 1")
+        stage.gap("table_added")
+        stage.daemon.seen("bust", reason="gap", cache="thing")
+        stage.settle()
+        # What a reader loads now is what was committed before.
+        stage.cache("t:thing:1", "t:other:1")
+        older.commit()
+    eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+    assert stage.cached("t:other:1")
+    stage.assert_well()
+
+
+def test_a_table_that_somebody_else_publishes_first_is_swept_all_the_same(start: Start) -> None:
+    stage = start(OTHERS, rules=(THING, OTHER))
+    stage.sweeps(
+        ["t:thing:1"],
+        f"{THINGS}; INSERT INTO things VALUES (1, 1)",
+        f"UPDATE things SET n = 2; ALTER PUBLICATION {stage.slot} ADD TABLE things",
+    )
+    stage.gap("table_added")
+    stage.publishes("public.others", "public.things")
+    stage.busts(["t:thing:1"], "UPDATE things SET n = 3")
+    stage.assert_well()
+
+
+def test_a_table_of_somebody_else_does_not_end_the_daemon_and_keeps_no_other_out(
+    start: Start, database: str, postgres: embedded.Postgres, slot_name: str
+) -> None:
+    name = database.rpartition("/")[2]
+    execute(
+        database,
+        f"CREATE ROLE {slot_name} LOGIN REPLICATION PASSWORD 'pw'",
+        f"ALTER DATABASE {name} OWNER TO {slot_name}",
+        OTHERS,
+        ROWS.format("others"),
+        f"ALTER TABLE others OWNER TO {slot_name}",
+    )
+    try:
+        dsn = postgres.dsn_for(name, user=slot_name, password="pw")
+        stage = start(rules=(THING, OTHER, ("mine", "public.zz_mine")), dsn=dsn)
+        execute(
+            database, "CREATE TABLE zz_mine (id int PRIMARY KEY)", f"ALTER TABLE zz_mine OWNER TO {slot_name}", THINGS
+        )
+        stage.daemon.seen("not_set_up", level="error")
+        stage.busts(["t:other:1"], "UPDATE others SET n = 1 WHERE id = 1")
+        eventually(
+            lambda: stage.published() == ["public.others", "public.zz_mine"], "the table that may be is published"
+        )
+        stage.cache("t:thing:1")
+        execute(database, "INSERT INTO things VALUES (1, 1)")
+        eventually(lambda: not stage.cached("t:thing:1"), "it is kept swept")
+        stage.gap("table_unpublished")
+        execute(database, f"ALTER TABLE things OWNER TO {slot_name}")
+        stage.publishes("public.others", "public.things", "public.zz_mine")
+        stage.busts(["t:thing:1"], "UPDATE things SET n = 2")
+        stage.assert_well()
+        stage.daemon.kill()
+    finally:
+        execute(database, f"REASSIGN OWNED BY {slot_name} TO postgres", f"DROP OWNED BY {slot_name}")
+        eventually(lambda: _dropped(database, slot_name), "the role is dropped")
+
+
+def _dropped(dsn: str, role: str) -> bool:
+    try:
+        execute(dsn, f"DROP ROLE {role}")
+    except psycopg.errors.DependentObjectsStillExist:
+        return False
+    return True
+
+
+# Locks: ours never wait long, hold up nobody, and others' hold up only their own table.
+
+
+def test_a_lock_on_a_new_table_holds_up_no_other_table(start: Start) -> None:
+    stage = start(OTHERS, ROWS.format("others"), rules=(THING, OTHER, ("last", "public.zz_last")))
+    with psycopg.connect(stage.dsn) as locker, Application(stage.dsn, "UPDATE others SET n = 1 WHERE id = 99") as app:
+        locker.execute(f"{THINGS}; CREATE TABLE zz_last (id int PRIMARY KEY)")
+        locker.commit()
+        locker.execute("LOCK TABLE things IN SHARE UPDATE EXCLUSIVE MODE")
+        stage.daemon.seen("not_set_up", level="warning")
+        eventually(lambda: "public.zz_last" in stage.published(), "the next new table is published")
+        stage.busts(["t:other:1"], "UPDATE others SET n = 1 WHERE id = 1")
+        # What it holds up is swept.
+        stage.sweeps(["t:thing:1"], "INSERT INTO things VALUES (1, 1)")
+        locker.rollback()
+    assert app.failures == []
+    stage.publishes("public.others", "public.things", "public.zz_last")
+    stage.busts(["t:thing:1"], "UPDATE things SET n = 1")
+    stage.assert_well()
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "at the start"])
+def test_an_exclusive_lock_on_a_table_holds_up_no_other_table(start: Start, running: bool) -> None:
+    tables = (THINGS, OTHERS, ROWS.format("things"), ROWS.format("others"), *EVENTS)
+    stage = start(*tables, rules=(THING, OTHER, EVENT))
+    if not running:
+        assert stage.daemon.terminate() == 0
+    with psycopg.connect(stage.dsn) as locker:
+        locker.execute("LOCK TABLE things, events IN ACCESS EXCLUSIVE MODE")
+        until = time.monotonic() + LONG_SECONDS
+        if not running:
+            stage.daemon.start().ready()
+            stage.settle()
+        eventually(lambda: time.monotonic() > until or _busted(stage), "others are busted all the while", 60)
+        stage.settle()
+        assert not stage.daemon.named("session_lost")
+    stage.busts(["t:thing:1", "t:event:1"], "UPDATE things SET n = 1", "UPDATE events SET n = 1")
+    stage.assert_well()
+
+
+def _busted(stage: Stage) -> bool:
+    stage.cache("t:other:1")
+    execute(stage.dsn, "UPDATE others SET n = n + 1 WHERE id = 1")
+    eventually(lambda: not stage.cached("t:other:1"), "the bust", 1.5)
+    return False
+
+
+def test_a_start_beside_a_long_transaction_waits_for_it_and_blocks_no_writer(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, THINGS, OTHERS, ROWS.format("things"), ROWS.format("others"))
+    rules = rule_file(tmp_path, THING, OTHER)
+    with (
+        RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon,
+        psycopg.connect(database) as older,
+        Application(database, "UPDATE things SET n = n + 1 WHERE id = 99", "INSERT INTO others VALUES (500, 1)",
+                    "DELETE FROM others WHERE id = 500", "DELETE FROM things WHERE id = -1") as app,
+    ):  # fmt: skip
+        older.execute("UPDATE things SET n = 1 WHERE id = 1")
+        daemon.seen("setting_up")
+        until = time.monotonic() + LONG_SECONDS
+        eventually(
+            lambda: daemon.alive() and time.monotonic() > until, "time passes, longer than any lock is waited for"
+        )
+        assert not daemon.named("session_lost")
+        assert not daemon.named("streaming")
+        redis_client.set("t:thing:1", "cached before the commit")
+        older.commit()
+        daemon.ready()
+        settled(database, redis_client, slot_name)
+        assert not redis_client.exists("t:thing:1")
+        rounds = app.rounds
+        eventually(lambda: app.rounds > rounds, "the application goes on")
+        older.execute("UPDATE things SET n = 2 WHERE id = 2")
+    assert app.failures == []
+    assert app.slowest < 0.5
+
+
+def test_a_start_that_waits_for_a_long_transaction_can_be_stopped(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, THINGS)
+    rules = rule_file(tmp_path, THING)
+    with (
+        psycopg.connect(database) as older,
+        RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon,
+    ):
+        older.execute("INSERT INTO things VALUES (1, 1)")
+        eventually(lambda: len(daemon.named("setting_up")) == 2, "the slot is being made")
+        daemon.send(signal.SIGTERM)
+        assert daemon.wait(5) == 0
+    eventually(
+        lambda: not rows(database, "SELECT 1 FROM pg_replication_slots WHERE slot_name = %s AND active", slot_name),
+        "nobody holds the slot",
+    )

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 import redis
-from writing import assert_nothing_confirmed_too_early
 from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
+from writing import assert_nothing_confirmed_too_early
 
 from cdc_invalidator import embedded
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import psycopg
 import pytest
 import redis
-from writing import assert_nothing_confirmed_too_early
 from running import RunningDaemon, eventually, execute, settled
+from writing import assert_nothing_confirmed_too_early
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -50,6 +50,7 @@ class Apply:
         position: where the stream goes on.
         digests: for each cache that the stream keeps, what the watermark says of its rules.
         sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
+        away_since: since when Redis is away, by the monotonic clock; ``None`` if it was not away.
         metrics: what to count.
         events: where busts are told.
     """
@@ -65,6 +66,7 @@ class Apply:
         position: Position,
         digests: Mapping[str, str],
         sweep_gaps: bool,
+        away_since: float | None = None,
         metrics: Metrics,
         events: Events,
     ) -> None:
@@ -97,11 +99,7 @@ class Apply:
         self._info_refused = False
         self._finishing = False
         self.last_error: str | None = None
-
-    @property
-    def connected(self) -> bool:
-        """Whether the connection to Redis stands, as far as is known."""
-        return self._server is not None
+        self.away_since = away_since
 
     @property
     def drained(self) -> bool:
@@ -161,7 +159,7 @@ class Apply:
         _log.info("redis_connected")
         self._prove(found)
         self._sweeps.restart()
-        self.last_error = None
+        self.last_error = self.away_since = None
         return server
 
     async def _lost(self, error: errors.RedisUnavailable) -> None:
@@ -169,6 +167,7 @@ class Apply:
         cause = type(error.__cause__ or error).__name__
         self._metrics.redis_errors.labels(cause).inc()
         self.last_error = str(error)
+        self.away_since = self.away_since or time.monotonic()
         if self._unrecorded:
             raise errors.RedisLost(f"{error} What it has acknowledged lately is received and applied again.") from error
         delay = self._backoff.next()

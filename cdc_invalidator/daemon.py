@@ -50,6 +50,7 @@ class Daemon:
         self._role: Role = "connecting"
         self._session: Session | None = None
         self._last_error: str | None = None
+        self._away_since: float | None = None
 
     async def run(self, http_host: str, http_port: int) -> None:
         """Run until SIGTERM or SIGINT, with the pages on that address.
@@ -68,8 +69,15 @@ class Daemon:
 
     async def _attempt(self) -> None:
         session = self._session = Session(
-            self._options, self._rules, self._metrics, self._events, self._be, strict=not self._has_led
+            self._options,
+            self._rules,
+            self._metrics,
+            self._events,
+            self._be,
+            strict=not self._has_led,
+            away_since=self._away_since,
         )
+        self._away_since = None
         began = time.monotonic()
         try:
             await session.run(self._stop)
@@ -93,6 +101,8 @@ class Daemon:
             self._last_error = str(error)
             self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
             _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
+            if isinstance(error, errors.RedisLost) and session.apply:
+                self._away_since = session.apply.away_since
             await session.close()
             await self._pause(delay)
         finally:

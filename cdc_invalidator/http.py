@@ -111,6 +111,7 @@ async def serve(pages: Pages, host: str, port: int) -> AsyncIterator[int]:
 
 async def _answer(pages: Pages, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     connection = h11.Connection(h11.SERVER)
+    with_body = True
     try:
         while (event := connection.next_event()) is h11.NEED_DATA:
             connection.receive_data(await reader.read(65536))
@@ -120,6 +121,8 @@ async def _answer(pages: Pages, reader: asyncio.StreamReader, writer: asyncio.St
         if not isinstance(event, h11.Request):
             return
         page = _page(pages, event)
+        # A HEAD gets the length of what it does not get.
+        with_body = event.method != b"HEAD"
     response = h11.Response(
         status_code=page.status,
         reason=HTTPStatus(page.status).phrase.encode(),
@@ -129,7 +132,7 @@ async def _answer(pages: Pages, reader: asyncio.StreamReader, writer: asyncio.St
             ("Connection", "close"),
         ],
     )
-    for part in (response, h11.Data(data=page.body), h11.EndOfMessage()):
+    for part in (response, h11.Data(data=page.body if with_body else b""), h11.EndOfMessage()):
         writer.write(connection.send(part) or b"")
     await writer.drain()
 

@@ -7,6 +7,7 @@ Redis has had. Then the named tasks run: receive, apply, confirm, and watch, whi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,8 +37,12 @@ _log = structlog.get_logger()
 # How often a standby looks whether the leader is gone, and how often the leader looks at its slot.
 STANDBY_SECONDS = 0.5
 WATCH_SECONDS = 3.0
+# A server that has not answered for so long is not going to; statements of ours end sooner by themselves.
+SILENCE_SECONDS = 60.0
 # Rivals with other rules may be setting up at the same time.
 ATTEMPTS = 3
+# A Redis that is away for so long while WAL piles up has its position given up.
+AWAY_SECONDS = 2.0
 # How long the walsender may take to notice that we are gone.
 GIVE_UP_SECONDS = 10.0
 # SIGTERM: what has been received is applied within this time, or is received again at the next start.
@@ -69,6 +74,7 @@ class Session:
         events: where busts are told.
         be: is told the role.
         strict: refuse rules that this database can't keep; else keep those that it can.
+        away_since: since when Redis is away, where the session before this one ended for that.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Session:
         be: Callable[[Role], None],
         *,
         strict: bool,
+        away_since: float | None = None,
     ) -> None:
         self._options = options
         self._rules = rules
@@ -87,6 +94,8 @@ class Session:
         self._events = events
         self._be = be
         self._strict = strict
+        self._away_since = away_since
+        self._watched_at = 0.0
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._slot: Slot | None = None
         self._publication: Publication | None = None
@@ -135,9 +144,11 @@ class Session:
         receiving = self._start(receiver.run(), "receive")
         applying = self._start(self.apply.run(), "apply")
         confirming = self._start(receive.confirm(self._replication, self.checkpoint, self._metrics), "confirm")
+        self._watched_at = time.monotonic()
         watching = self._start(self._watch(self._slot, self._publication, self.apply), "watch")
+        alarm = self._start(self._alarm(), "alarm")
         done, _ = await asyncio.wait(
-            {receiving, applying, confirming, watching, stopping}, return_when=asyncio.FIRST_COMPLETED
+            {receiving, applying, confirming, watching, alarm, stopping}, return_when=asyncio.FIRST_COMPLETED
         )
         for task in done:
             task.result()
@@ -168,8 +179,13 @@ class Session:
             self._connection.pgconn.finish()
         if self._snapshots is not None:
             self._snapshots.close()
-        for task in self._tasks:
-            task.cancel()
+        # Told again until they end: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it
+        # returns, and the driver of Redis uses it.
+        pending = set(self._tasks)
+        while pending:
+            for task in pending:
+                task.cancel()
+            _, pending = await asyncio.wait(pending, timeout=0.1)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _open(self) -> None:
@@ -214,6 +230,7 @@ class Session:
                 new_slot=new_slot,
             ),
             sweep_gaps=options.sweep_gaps,
+            away_since=self._away_since,
             metrics=self._metrics,
             events=self._events,
         )
@@ -310,14 +327,22 @@ class Session:
                 # Our walsender is gone, whether we have heard of it or not; somebody else may lead by now.
                 raise errors.PostgresUnavailable(f"Slot {self._options.slot} is not ours any more.")
             self._show(state)
-            if state.retained > self._options.max_retained_wal and not apply.connected:
+            if state.retained > self._options.max_retained_wal and _long_ago(apply.away_since):
                 raise errors.PositionGivenUp
             activity = await slot.activity()
             self._metrics.database_commits.set(activity.commits)
             self._metrics.database_rollbacks.set(activity.rollbacks)
             await self._look_at_tables(publication, apply)
             self._metrics.watches.inc()
+            self._watched_at = time.monotonic()
             await asyncio.sleep(WATCH_SECONDS)
+
+    async def _alarm(self) -> None:
+        """End the session when the watch has not come round for long: the server is frozen, or the network deaf."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            if time.monotonic() - self._watched_at > SILENCE_SECONDS:
+                raise errors.PostgresUnavailable(f"PostgreSQL has not answered for {SILENCE_SECONDS:.0f} s.")
 
     def _show(self, state: State) -> None:
         self._metrics.slot_active.set(state.active)
@@ -392,6 +417,10 @@ class Session:
                 await replication.finish()
         except (errors.Retryable, TimeoutError) as error:
             _log.warning("not_confirmed", error=str(error) or "PostgreSQL did not answer in time.")
+
+
+def _long_ago(since: float | None) -> bool:
+    return since is not None and time.monotonic() - since > AWAY_SECONDS
 
 
 async def _wait(event: asyncio.Event) -> None:

@@ -95,7 +95,10 @@ class Scene:
 
     def cut_network(self) -> None:
         proxy = self.dice.choice([self.to_postgres, self.to_valkey])
-        self.dice.choice([proxy.cut, lambda: proxy.cut_after(self.dice.randrange(20_000))])()
+        if self.dice.random() < 0.5:
+            proxy.cut()
+        else:
+            proxy.cut_after(self.dice.randrange(20_000))
 
     def lose_network(self) -> None:
         proxy = self.dice.choice([self.to_postgres, self.to_valkey])

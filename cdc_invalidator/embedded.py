@@ -28,6 +28,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Self
 
@@ -375,7 +376,7 @@ def _wait_until(condition: Callable[[], bool], what: str, seconds: float = START
         time.sleep(0.01)
 
 
-class _Server:
+class _Server(ABC):
     """What PostgreSQL and Valkey have in common: a folder, a port, a child process, and their course of life.
 
     A server can be started again after each way of ending; port and data stay.
@@ -435,9 +436,9 @@ class _Server:
         self.stop()
         self.start()
 
+    @abstractmethod
     def stop(self) -> None:
         """Stop the server in order; its data stays, and it can be started again."""
-        raise NotImplementedError
 
     def kill(self) -> None:
         """SIGKILL the server with all its processes, as a crash does; it can be started again."""
@@ -472,11 +473,13 @@ class _Server:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @abstractmethod
     def _spawn(self) -> Child:
-        raise NotImplementedError
+        """Start the process."""
 
+    @abstractmethod
     def _answers(self) -> bool:
-        raise NotImplementedError
+        """Whether it takes queries."""
 
     def _start_once(self) -> bool:
         """Start the server; False when somebody took the port between our look and its start."""

@@ -1,30 +1,34 @@
 """The apply task: takes what has piled up, busts it in Redis, records the watermark. Only this task talks to Redis.
 
-A turn is: take, flush, flush again what readers could not see yet, one step of the sweeps that run, watermark.
-Whatever fails on Redis's side, the connection is thrown away and the same turn is tried again on a new one; a bust may
-be applied twice, which does no harm. Retries for Redis live here and nowhere else.
+A turn is: take, flush, bust again what was too early, one step of the sweeps that run, watermark. Whatever fails on
+Redis's side, the connection is thrown away and the same turn is tried again on a new one; a bust may be applied twice,
+which does no harm. Retries for Redis live here and nowhere else.
 
-What has been acknowledged is proven only by a watermark that covers it: a Redis that comes back may be an older one. So
-where the connection is lost in between, `errors.RedisLost` ends the session, and PostgreSQL sends it all again.
+What Redis has acknowledged it may have lost when it comes back. So at each connection its watermark is compared with
+what was applied: what it lacks is applied anew from `Recent`, or the caches are swept.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
 
 from cdc_invalidator import errors, lsn
+from cdc_invalidator.again import Again, Waiting
 from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.cache import CacheServer, Outcome
 from cdc_invalidator.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.events import Events, Line, lines_of
-from cdc_invalidator.invalidation import Batch
+from cdc_invalidator.invalidation import Batch, Target
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.recent import Recent
+from cdc_invalidator.replicas import Replicas
 from cdc_invalidator.rules import RuleSet
 from cdc_invalidator.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.watermark import Position, Watermark, gaps
@@ -36,6 +40,7 @@ FLUSH_WEIGHT = 10_000
 # The watermark moves at least once a second; the rest is for the round trip.
 HEARTBEAT_SECONDS = 0.8
 INFO_SECONDS = 10.0
+_NEVER = 2**64
 
 
 class Apply:
@@ -46,11 +51,13 @@ class Apply:
         hidden: tells which of some committed transactions readers can't see yet.
         backlog: where batches come from.
         checkpoint: is told what is resolved and recorded.
+        recent: remembers what was applied.
+        replicas: the standbys that busts wait for.
         rules: the rule set, for the digests in the watermark and the sweeps of gaps.
         position: where the stream goes on.
         digests: for each cache that the stream keeps, what the watermark says of its rules.
         sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
-        away_since: since when Redis is away, by the monotonic clock; ``None`` if it was not away.
+        sweep_rate: how many keys a second sweeps may look at; 0 for as many as there are.
         metrics: what to count.
         events: where busts are told.
     """
@@ -62,11 +69,13 @@ class Apply:
         *,
         backlog: Backlog,
         checkpoint: Checkpoint,
+        recent: Recent,
+        replicas: Replicas,
         rules: RuleSet,
         position: Position,
         digests: Mapping[str, str],
         sweep_gaps: bool,
-        away_since: float | None = None,
+        sweep_rate: int,
         metrics: Metrics,
         events: Events,
     ) -> None:
@@ -74,6 +83,8 @@ class Apply:
         self._hidden = hidden
         self._backlog = backlog
         self._checkpoint = checkpoint
+        self._recent = recent
+        self._replicas = replicas
         self._rules = rules
         self._digests = digests
         self._position = position
@@ -82,13 +93,15 @@ class Apply:
         self._events = events
         self._backoff = Backoff()
         self._server: CacheServer | None = None
-        self._sweeps = Sweeps()
+        self._sweeps = Sweeps(metrics, rate=sweep_rate)
+        self._asks_again = any(cache.again_after for cache in rules.caches.values())
+        self._again = Again(checkpoint.resolve)
+        # In the hands of this turn until Redis has acknowledged them.
         self._taken: list[tuple[Batch, Ticket]] = []
-        # Busted, but to be busted again once readers see the commit.
-        self._early: list[tuple[Batch, Ticket]] = []
+        self._due: list[tuple[str, Waiting]] = []
+        # Applied before, and lost by a Redis that came back older.
+        self._anew: deque[Batch] = deque()
         self._open_gaps = 0
-        # Whether something has been acknowledged that the watermark does not cover yet.
-        self._unrecorded = False
         self._early_backoff = Backoff(first=0.002, most=0.1)
         self._replay_until = 0
         self._recorded: int | None = None
@@ -99,17 +112,23 @@ class Apply:
         self._info_refused = False
         self._finishing = False
         self.last_error: str | None = None
-        self.away_since = away_since
+        self.away_since: float | None = None
+        recent.begin((position.system_id, position.timeline), position.start)
 
     @property
     def drained(self) -> bool:
         """True when all that was put is in Redis, and the watermark says so."""
-        return self._checkpoint.idle and not self._open_gaps and self._checkpoint.position == self._recorded
+        return self._recordable and self._checkpoint.idle and self._checkpoint.position == self._recorded
 
     @property
     def sweeps_a_gap(self) -> bool:
         """Whether the sweep of a gap holds the watermark back."""
         return self._open_gaps > 0
+
+    @property
+    def waits_for_replicas(self) -> bool:
+        """Whether a standby that lags holds the position back."""
+        return self._again.unreplayed_since is not None
 
     def finish(self) -> None:
         """Let `run` end as soon as all that was put is in Redis."""
@@ -128,13 +147,17 @@ class Apply:
         try:
             server = self._server or await self._connect()
             await self._events.room()
+            if self._anew:
+                await self._apply_anew(server)
             if not self._taken:
                 self._taken = self._backlog.take(FLUSH_WEIGHT)
             if self._taken:
                 await self._flush(server, self._taken)
                 self._taken = []
-            if self._early:
-                await self._flush_again(server)
+            if self._again or self._due:
+                await self._bust_again(server)
+            if self._replicas.returned():
+                self.gap(dict.fromkeys(self._digests, "replica_returned"))
             if self._sweeps:
                 self._finish(await self._sweeps.step(server))
             await self._record(server)
@@ -149,7 +172,7 @@ class Apply:
         server = self._open_server()
         try:
             await server.connect()
-            found = await server.read_watermark()
+            found = await server.read_watermarks()
         except errors.RedisUnavailable:
             await server.close()
             raise
@@ -164,14 +187,12 @@ class Apply:
 
     async def _lost(self, error: errors.RedisUnavailable) -> None:
         await self._close()
-        cause = type(error.__cause__ or error).__name__
-        self._metrics.redis_errors.labels(cause).inc()
+        self._metrics.redis_errors.labels(error.code).inc()
         self.last_error = str(error)
         self.away_since = self.away_since or time.monotonic()
-        if self._unrecorded:
-            raise errors.RedisLost(f"{error} What it has acknowledged lately is received and applied again.") from error
         delay = self._backoff.next()
-        _log.warning("redis_unavailable", error=str(error), retry_in_s=round(delay, 2))
+        tell = _log.error if error.report else _log.warning
+        tell("redis_unavailable", error=str(error), code=error.code, retry_in_s=round(delay, 2))
         await asyncio.sleep(delay)
 
     async def _close(self) -> None:
@@ -182,19 +203,59 @@ class Apply:
 
     # Gaps: is this Redis the one that has had all busts?
 
-    def _prove(self, found: Watermark | None) -> None:
-        if self._recorded is None:
-            position = self._position
-            if found is not None:
-                self._replay_until = found.lsn
-        else:
+    def _prove(self, found: Sequence[Watermark | None]) -> None:
+        position = self._position
+        if self._recorded is not None:
             # The stream has been going: this Redis must have had what was recorded, and can't have had more than
             # what was received.
-            flushed = max(self._position.flushed, self._checkpoint.received_lsn)
-            position = replace(self._position, start=self._recorded, flushed=flushed, new_slot=False)
-        broken = gaps(found, position, self._digests)
+            flushed = max(position.flushed, self._checkpoint.received_lsn)
+            position = replace(position, start=self._recorded, flushed=flushed, new_slot=False)
+        broken: dict[str, str] = {}
+        lowest = _NEVER
+        for mark in found:
+            broken |= self._broken(mark, position)
+            lowest = min(lowest, mark.lsn if mark else 0)
+        if self._recorded is None:
+            self._replay_until = lowest
+        self._anew.clear()
+        # Where all is swept anyway, nothing need be applied anew.
+        if not broken.keys() >= self._digests.keys():
+            self._anew.extend(self._recent.since(lowest))
+        if self._anew and lowest < position.start:
+            self._metrics.gaps.labels("redis_behind").inc()
+            caches = sorted({target.cache.name for batch in self._anew for target in batch.busts})
+            _log.warning("gap", reason="redis_behind", caches=caches, swept=False, lsn=lsn.text(lowest))
         if broken:
             self.gap(broken)
+
+    def _broken(self, mark: Watermark | None, position: Position) -> dict[str, str]:
+        if mark is not None:
+            if self._replicas.recall(mark.dropped):
+                return dict.fromkeys(self._digests, "replica_removed")
+            if self._recorded is not None and mark.lsn > position.flushed:
+                raise errors.Superseded
+            if self._recent.reaches(mark.lsn):
+                position = replace(position, start=min(position.start, mark.lsn))
+            elif self._recorded is not None:
+                # What was acknowledged after the watermark may be lost as well.
+                position = replace(position, start=max(position.start, mark.lsn + 1))
+        return gaps(mark, position, self._digests)
+
+    async def _apply_anew(self, server: CacheServer) -> None:
+        """Apply a part of what Redis has lost; the watermark waits until it has had all of it."""
+        some, weight = [], 0
+        for batch in self._anew:
+            some.append(batch)
+            weight += batch.weight
+            if weight >= FLUSH_WEIGHT:
+                break
+        lines = [line for batch in some for line in lines_of(batch)]
+        self._events.busted(lines, await _bust(server, lines), _NEVER)
+        self._metrics.anew.inc(len(some))
+        for batch in some:
+            self._anew.popleft()
+            for name in {target.cache.name for target, busts in batch.busts.items() if busts.sweep}:
+                self._sweep_gap(name, "redis_behind")
 
     def redigest(self, digests: Mapping[str, str], broken: Mapping[str, str]) -> None:
         """Take other digests, after sweeping the caches that this is a gap for."""
@@ -217,40 +278,52 @@ class Apply:
     def _sweep_gap(self, name: str, why: str) -> None:
         # Until the sweep is over, the watermark must not say that this Redis has had anything.
         self._open_gaps += 1
-        self._sweeps.request(
-            self._rules.caches[name],
-            Cause("", "", why, "gap"),
-            Request(self._position.start, None, None),
-            self._checkpoint.track(),
-        )
+        cache, ticket, at = self._rules.caches[name], self._checkpoint.track(), self._position.start
+        if cache.again_after:
+            second = Batch(at, None, 0)
+            second.sweep(Target("", cache, ""), (why,), "gap_again")
+            self._again.until_later(second, ticket, time.monotonic())
+        self._sweeps.request(cache, Cause("", "", why, "gap"), Request(at, None, None), ticket)
 
     # Flush: one round trip for all that has piled up.
 
     async def _flush(self, server: CacheServer, taken: Sequence[tuple[Batch, Ticket]]) -> None:
         hidden = await self._hidden({batch.xid for batch, _ in taken if batch.xid})
-        self._unrecorded = True
         lines = [line for batch, _ in taken for line in lines_of(batch)]
         self._events.busted(lines, await _bust(server, lines), self._replay_until)
+        now = time.monotonic()
         for batch, ticket in taken:
+            self._recent.note(batch)
             if batch.xid in hidden:
-                self._early.append((batch, ticket))
+                # Its sweeps begin when readers see it: once is enough for them.
+                self._again.until_visible(batch, ticket, now)
             else:
                 self._request_sweeps(batch, ticket)
-                self._checkpoint.resolve(ticket)
+            if self._replicas.awaited:
+                self._again.until_replayed(batch, ticket, now)
+            if self._asks_again:
+                self._again.until_later(batch, ticket, now)
+            self._checkpoint.resolve(ticket)
         self._metrics.backlog.set(self._backlog.weight)
 
-    async def _flush_again(self, server: CacheServer) -> None:
-        hidden = await self._hidden({batch.xid for batch, _ in self._early})
-        visible = [(batch, ticket) for batch, ticket in self._early if batch.xid not in hidden]
-        if not visible:
+    async def _bust_again(self, server: CacheServer) -> None:
+        if not self._due:
+            hidden = await self._hidden(self._again.hidden) if self._again.hidden else set()
+            if self._again.unreplayed_since is None:
+                self._replicas.rest()
+            else:
+                self._replicas.want()
+                self._replicas.overdue(self._again.unreplayed_since)
+            self._due = list(self._again.ready(hidden.__contains__, self._replicas.replayed, time.monotonic()))
+        if not self._due:
             return
         self._early_backoff.reset()
-        await _bust(server, [line for batch, _ in visible for line in lines_of(batch)])
-        self._early = [item for item in self._early if item[0].xid in hidden]
-        self._metrics.again.inc(len(visible))
-        for batch, ticket in visible:
-            self._request_sweeps(batch, ticket)
-            self._checkpoint.resolve(ticket)
+        await _bust(server, [line for _, waiting in self._due for line in lines_of(waiting.batch)])
+        for reason, waiting in self._due:
+            self._metrics.again.labels(reason).inc()
+            self._request_sweeps(waiting.batch, waiting.ticket)
+            self._checkpoint.resolve(waiting.ticket)
+        self._due = []
 
     def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
         for target, busts in batch.busts.items():
@@ -273,8 +346,12 @@ class Apply:
 
     # Watermark and metrics.
 
+    @property
+    def _recordable(self) -> bool:
+        return not self._open_gaps and not self._anew
+
     async def _record(self, server: CacheServer) -> None:
-        if self._open_gaps:
+        if not self._recordable:
             return
         position = self._checkpoint.position
         now = time.monotonic()
@@ -288,6 +365,7 @@ class Apply:
                 system_id=self._position.system_id,
                 timeline=self._position.timeline,
                 rules=self._digests,
+                dropped=self._replicas.dropped,
             )
         )
         if stored:
@@ -297,18 +375,27 @@ class Apply:
         elif not self._watermark_refused:
             _log.warning("watermark_stalled", error="Redis is out of memory; busts go on, and a restart will sweep.")
         self._watermark_refused = not stored
-        # With nothing held back, the position has passed all that was acknowledged.
-        self._unrecorded = self._unrecorded and not (stored and not self._sweeps and not self._early)
+        self._metrics.watermark_stalled.set(not stored)
         self._recorded, self._recorded_at = position, now
+        self._recent.recorded(position)
         self._checkpoint.record(position)
 
     def _patience(self) -> float:
         """Seconds until there is something to do though nothing is put."""
-        if self._sweeps:
+        if self._anew:
             return 0.0
-        if self._early:
-            return self._early_backoff.next()
-        return max(0.001, HEARTBEAT_SECONDS - (time.monotonic() - self._recorded_at))
+        now = time.monotonic()
+        patience = HEARTBEAT_SECONDS - (now - self._recorded_at)
+        if self._sweeps:
+            patience = min(patience, self._sweeps.patience()) if self._recordable else self._sweeps.patience()
+            if patience <= 0:
+                return 0.0
+        if self._again.hidden:
+            patience = min(patience, self._early_backoff.next())
+        due = self._again.next_due()
+        if due is not None:
+            patience = min(patience, due - now)
+        return max(0.001, patience)
 
     async def _inform(self, server: CacheServer) -> None:
         if time.monotonic() - self._info_at < INFO_SECONDS:

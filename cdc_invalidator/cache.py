@@ -1,22 +1,18 @@
-"""The edge to Redis: what is written there, and the look at every reply. Nothing else imports the driver.
+"""What is written to the cache, whichever kind of Redis it is: the commands, the scripts, and `Single`, one server.
 
 Every method either has had a good reply to each of its commands or raises `errors.RedisUnavailable`; after that the
-connection is thrown away. An error inside a pipeline or a script is a failure, never a bust.
+server is closed and another one is opened. An error inside a pipeline or a script is a failure, never a bust.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import redis.asyncio as redis_asyncio
-from redis import exceptions
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
 from cdc_invalidator import errors
+from cdc_invalidator.node import Command, Node
 from cdc_invalidator.watermark import Watermark
 
 LOCK_SUFFIX = b":lock"
@@ -67,7 +63,28 @@ end
 return versions
 """
 
+# KEYS: the watermark. ARGV: the LSN that was read or written last (empty: whatever is there), a field that is not there
+# any more, then fields and values.
+# What is there must be what we left there, else this is another data set than the one that has had the busts: a
+# snapshot was loaded, or another daemon leads. A missing one may have been evicted; the connection tells that the
+# server is the same. Gives 1; 0 when another watermark is there; -1 when memory is full.
+_MARK = """
+local found = redis.call('HGET', KEYS[1], 'lsn')
+if found and ARGV[1] ~= '' and found ~= ARGV[1] then return 0 end
+local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, 3))
+if type(stored) ~= 'table' or not stored.err then
+  redis.call('HDEL', KEYS[1], ARGV[2])
+  return 1
+end
+if string.find(stored.err, 'OOM', 1, true) then return -1 end
+return redis.error_reply(stored.err)
+"""
+
 BUMP_MISSING, BUMP_DELETED = 0, -1
+_MARKED, _OTHER_MARK = 1, 0
+
+Cursor = Any
+"""Where a search for keys stands; ``None`` is its beginning and its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,152 +99,242 @@ class Outcome:
     versions: dict[bytes, int]
 
 
-class CacheServer:
-    """One connection to one Redis or Valkey.
+class Scripts:
+    """The digests that a server knows our scripts by; they are the same everywhere."""
+
+    delete = bump = mark = ""
+
+    async def load(self, node: Node) -> None:
+        """Load them into a server, which forgets them when it ends."""
+        loaded = await node.ask(*(("SCRIPT LOAD", script) for script in (_DELETE, _BUMP, _MARK)))
+        self.delete, self.bump, self.mark = (str(reply, "ascii") for reply in loaded)
+
+
+class CacheServer(ABC):
+    """Where the caches live. Make it, `connect`, use it until it fails, `close` it, make another one.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``.
         slot: name of the replication slot; it names the watermark.
-        timeout: seconds until a server that does not answer counts as lost.
-
-    Raises:
-        errors.WrongSettings: the URL can't be used.
     """
 
-    def __init__(self, url: str, slot: str, *, timeout: float = 5.0) -> None:
-        self._connected = False
-        self.watermark_key = f"cdc:{slot}:watermark"
-        if url.partition("://")[0] not in {"redis", "rediss", "unix"}:
-            raise errors.WrongSettings(
-                "CDC_REDIS_URL has a scheme that is not supported; it must start with redis://, rediss:// or unix://."
-            )
-        try:
-            self._redis = redis_asyncio.Redis.from_url(
-                url,
-                redis_connect_func=self._connect_once,
-                # A failed command is retried by apply, with the whole batch: the driver must not do it behind our back.
-                retry=Retry(NoBackoff(), 0),
-                socket_timeout=timeout,
-                socket_connect_timeout=timeout,
-                client_name="cdc-invalidator",
-                protocol=2,
-                decode_responses=False,
-            )
-        except ValueError:
-            # The driver's words may repeat a part of the password.
-            raise errors.WrongSettings(
-                "CDC_REDIS_URL can't be read; write redis://user:password@host:port/db, the password percent-encoded."
-            ) from None
-        self._delete = self._bump = ""
+    def __init__(self, slot: str) -> None:
+        self.watermark_key = f"cdc:{slot}:watermark".encode()
+        self.scripts = Scripts()
 
-    async def _connect_once(self, connection: Any) -> None:
-        # The driver's pool replaces a connection that has ended without a word. Behind it may be an older snapshot, or
-        # another server, whose watermark nobody has looked at: one connection, and when it is gone, it is lost.
-        if self._connected:
-            raise exceptions.ConnectionError("the connection has ended")
-        self._connected = True
-        await connection.on_connect()
-
+    @abstractmethod
     async def connect(self) -> None:
-        """Open the connection and load the scripts."""
-        self._delete, self._bump = (
-            _text(reply) for reply in await self._execute([("SCRIPT LOAD", _DELETE), ("SCRIPT LOAD", _BUMP)])
-        )
+        """Find the servers and open a connection to each."""
 
+    @abstractmethod
     async def close(self) -> None:
-        """Drop the connection; what was sent and not answered may or may not have been done."""
-        try:
-            await self._redis.aclose()
-        except (exceptions.RedisError, OSError):
-            # It is being thrown away: how it goes does not matter, and what was in flight is applied again.
-            return
+        """Drop the connections; what was sent and not answered may or may not have been done."""
 
+    @abstractmethod
     async def bust(self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int]) -> Outcome:
         """Delete keys with their locks and bump versions.
 
         Args:
-            deletes: groups of keys; each key is deleted with its lock.
+            deletes: groups of keys; each key is deleted with its lock, the lock no later than the key.
             bumps: from a version counter's key to the milliseconds that it is kept.
         """
-        commands: list[tuple[Any, ...]] = []
-        groups: list[int] = []  # which group each count of each delete command belongs to
-        spans: list[int] = []
-        for keys, counts, numbers in _chunks(deletes):
-            locks = [key + LOCK_SUFFIX for key in keys]
-            commands.append(("EVALSHA", self._delete, 2 * len(keys), *locks, *keys, *counts))
-            groups += numbers
-            spans.append(len(counts))
-        counters = list(bumps)
-        for start in range(0, len(counters), KEYS_A_COMMAND):
-            some = counters[start : start + KEYS_A_COMMAND]
-            commands.append(("EVALSHA", self._bump, len(some), *some, *(bumps[key] for key in some)))
-        replies = await self._execute(commands) if commands else []
-        existed = [0] * len(deletes)
-        counts_of = [count for reply in replies[: len(spans)] for count in reply]
-        for group, count in zip(groups, counts_of, strict=True):
-            existed[group] += count
-        versions = [version for reply in replies[len(spans) :] for version in reply]
-        return Outcome(existed, dict(zip(counters, versions, strict=True)))
 
-    async def scan(self, cursor: int, pattern: bytes) -> tuple[int, list[bytes]]:
-        """Take one step of a search for keys; it is over when the cursor that it gives is 0."""
-        (reply,) = await self._execute([("SCAN", cursor, "MATCH", pattern, "COUNT", SCAN_COUNT)])
-        return int(reply[0]), list(reply[1])
-
+    @abstractmethod
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """Delete keys as they are, without their locks, and give how many were there."""
-        commands = [("UNLINK", *keys[start : start + KEYS_A_COMMAND]) for start in range(0, len(keys), KEYS_A_COMMAND)]
-        return sum(await self._execute(commands)) if commands else 0
 
-    async def read_watermark(self) -> Watermark | None:
-        """Read what this Redis says it has had; ``None`` when it says nothing, or nothing that we wrote."""
-        (fields,) = await self._execute([("HGETALL", self.watermark_key)])
-        if isinstance(fields, list):
-            fields = dict(zip(fields[::2], fields[1::2], strict=True))
-        return Watermark.read(fields)
+    @abstractmethod
+    async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
+        """Look at about ``count`` keys more for those of a pattern.
 
+        A search begins with the cursor ``None``, and is over when that comes back.
+        """
+
+    @abstractmethod
+    async def size(self) -> int | None:
+        """Give how many keys there are, of everybody's; ``None`` where the ACL refuses it."""
+
+    @abstractmethod
+    async def read_watermarks(self) -> list[Watermark | None]:
+        """Read what each server says it has had; ``None`` when it says nothing, or nothing that we wrote."""
+
+    @abstractmethod
     async def write_watermark(self, watermark: Watermark) -> bool:
-        """Write what this Redis has had.
+        """Write what all servers have had, over the one that was read or written last.
 
         Returns:
             False when Redis is out of memory: deletes still work then, so the stream may go on without it. A restart
             finds the old watermark, and sweeps.
         """
-        pairs = [part for item in watermark.fields().items() for part in item]
-        try:
-            await self._execute([("HSET", self.watermark_key, *pairs)])
-        except errors.RedisUnavailable as error:
-            if isinstance(error.__cause__, exceptions.OutOfMemoryError):
-                return False
-            raise
-        return True
 
-    async def info(self) -> dict[str, Any] | None:
-        """Give the sections ``stats`` and ``memory`` of INFO, for the metrics; ``None`` where the ACL refuses it."""
-        try:
-            stats = await self._guard(self._redis.info("stats"))
-            memory = await self._guard(self._redis.info("memory"))
-        except errors.RedisUnavailable as error:
-            if isinstance(error.__cause__, exceptions.NoPermissionError):
-                return None
-            raise
-        return {**stats, **memory}
+    @abstractmethod
+    async def info(self) -> dict[str, int] | None:
+        """Give what INFO says under `INFO`, summed up over the servers; ``None`` where the ACL refuses it."""
 
-    async def _execute(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        pipeline = self._redis.pipeline(transaction=False)
-        for command in commands:
-            pipeline.execute_command(*command)
-        replies: list[Any] = await self._guard(pipeline.execute(raise_on_error=False))
-        for command, reply in zip(commands, replies, strict=True):
-            if isinstance(reply, Exception):
-                raise _unavailable(str(command[0]), reply) from reply
-        return replies
 
-    async def _guard(self, call: Any) -> Any:
-        try:
-            return await call
-        except (exceptions.RedisError, OSError, asyncio.IncompleteReadError) as error:
-            raise _unavailable("the connection", error) from error
+INFO = ("keyspace_hits", "keyspace_misses", "evicted_keys", "expired_keys", "used_memory")
+
+
+class Single(CacheServer):
+    """One server at a time: at a URL, or wherever Sentinel says that the master is.
+
+    Args:
+        slot: name of the replication slot.
+        find: opens a connection to the server.
+        left: tells, at once, why this server is not the one to write to any more; ``None`` while it is.
+        close: ends what finding the server needed.
+    """
+
+    def __init__(
+        self,
+        slot: str,
+        find: Callable[[], Awaitable[Node]],
+        *,
+        left: Callable[[], str | None] = lambda: None,
+        close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(slot)
+        self._find = find
+        self._left = left
+        self._close = close
+        self._node: Node | None = None
+        self._marked: int | None = None
+
+    async def connect(self) -> None:
+        """See `CacheServer`."""
+        self._node = await self._find()
+        await self.scripts.load(self._node)
+
+    async def close(self) -> None:
+        """See `CacheServer`."""
+        if self._close is not None:
+            await self._close()
+        if self._node is not None:
+            await self._node.close()
+
+    async def bust(self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int]) -> Outcome:
+        """See `CacheServer`."""
+        commands: list[Command] = []
+        groups: list[int] = []  # which group each count of each delete command belongs to
+        for keys, counts, numbers in _chunks(deletes):
+            locks = [key + LOCK_SUFFIX for key in keys]
+            commands.append(("EVALSHA", self.scripts.delete, 2 * len(keys), *locks, *keys, *counts))
+            groups += numbers
+        deleting = len(commands)
+        counters = list(bumps)
+        for start in range(0, len(counters), KEYS_A_COMMAND):
+            some = counters[start : start + KEYS_A_COMMAND]
+            commands.append(("EVALSHA", self.scripts.bump, len(some), *some, *(bumps[key] for key in some)))
+        answers = await self._ask(*commands) if commands else []
+        existed = [0] * len(deletes)
+        counts_of = [count for answer in answers[:deleting] for count in answer]
+        for group, count in zip(groups, counts_of, strict=True):
+            existed[group] += count
+        versions = [version for answer in answers[deleting:] for version in answer]
+        return Outcome(existed, dict(zip(counters, versions, strict=True)))
+
+    async def unlink(self, keys: Sequence[bytes]) -> int:
+        """See `CacheServer`."""
+        commands = [("UNLINK", *keys[start : start + KEYS_A_COMMAND]) for start in range(0, len(keys), KEYS_A_COMMAND)]
+        return sum(await self._ask(*commands)) if commands else 0
+
+    async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
+        """See `CacheServer`."""
+        (answer,) = await self._ask(scanning(cursor or 0, pattern, count))
+        return int(answer[0]) or None, list(answer[1])
+
+    async def size(self) -> int | None:
+        """See `CacheServer`."""
+        return await read_size(self._opened)
+
+    async def read_watermarks(self) -> list[Watermark | None]:
+        """See `CacheServer`."""
+        (fields,) = await self._ask(("HGETALL", self.watermark_key))
+        found, self._marked = read_mark(fields)
+        return [found]
+
+    async def write_watermark(self, watermark: Watermark) -> bool:
+        """See `CacheServer`."""
+        (answer,) = await self._ask(marking(self.scripts, self.watermark_key, self._marked, watermark))
+        stored = marked(answer)
+        if stored:
+            self._marked = watermark.lsn
+        return stored
+
+    async def info(self) -> dict[str, int] | None:
+        """See `CacheServer`."""
+        return await read_info(self._opened)
+
+    @property
+    def _opened(self) -> Node:
+        assert self._node is not None
+        return self._node
+
+    async def _ask(self, *commands: Command) -> list[Any]:
+        left = self._left()
+        if left is not None:
+            raise errors.RedisUnavailable(left, code="MOVED_AWAY")
+        return await self._opened.ask(*commands)
+
+
+# What a cluster does on each of its servers as well.
+
+
+def scanning(cursor: int, pattern: bytes, count: int) -> Command:
+    """Give the command that takes one step of a search."""
+    return ("SCAN", cursor, "MATCH", pattern, "COUNT", count)
+
+
+def read_mark(fields: Any) -> tuple[Watermark | None, int | None]:
+    """Read a watermark's hash as HGETALL gives it, and the LSN that the next one is written over."""
+    pairs = dict(zip(fields[::2], fields[1::2], strict=True)) if isinstance(fields, list) else fields
+    found = Watermark.read(pairs)
+    return found, found.lsn if found else None
+
+
+def marking(scripts: Scripts, key: bytes, over: int | None, watermark: Watermark) -> Command:
+    """Give the command that writes a watermark over the one with that LSN; ``None``: over whatever is there."""
+    pairs = [part for item in watermark.fields().items() for part in item]
+    return ("EVALSHA", scripts.mark, 1, key, "" if over is None else over, "" if watermark.dropped else "dropped", *pairs)
+
+
+def marked(answer: int) -> bool:
+    """Read the answer to `marking`: False when memory is full.
+
+    Raises:
+        errors.RedisUnavailable: somebody else's watermark is there.
+    """
+    if answer == _OTHER_MARK:
+        raise errors.RedisUnavailable(
+            "Redis holds another watermark than the one written last, so its data are others; they are compared anew.",
+            code="OTHER_DATA",
+        )
+    return answer == _MARKED
+
+
+async def read_size(node: Node) -> int | None:
+    """Give how many keys one server has; ``None`` where the ACL refuses it."""
+    answers = await _if_granted(node, ("DBSIZE",))
+    return int(answers[0]) if answers else None
+
+
+async def read_info(node: Node) -> dict[str, int] | None:
+    """Give what INFO of one server says under `INFO`; ``None`` where the ACL refuses it."""
+    sections = await _if_granted(node, ("INFO", "stats"), ("INFO", "memory"))
+    if not sections:
+        return None
+    lines = b"\n".join(sections).split()
+    values = dict(line.split(b":", 1) for line in lines if b":" in line)
+    return {name: int(values[name.encode()]) for name in INFO}
+
+
+async def _if_granted(node: Node, *commands: Command) -> list[Any]:
+    """Ask what is good to know and not needed; nothing where the ACL refuses it."""
+    try:
+        return await node.ask(*commands)
+    except errors.RedisUnavailable as error:
+        if error.code == "NOPERM":
+            return []
+        raise
 
 
 def _chunks(groups: Sequence[Sequence[bytes]]) -> list[tuple[list[bytes], list[int], list[int]]]:
@@ -250,23 +357,3 @@ def _chunks(groups: Sequence[Sequence[bytes]]) -> list[tuple[list[bytes], list[i
     if keys:
         chunks.append((keys, counts, numbers))
     return chunks
-
-
-def _unavailable(what: str, error: BaseException) -> errors.RedisUnavailable:
-    if isinstance(error, exceptions.NoPermissionError):
-        remedy = "grant the command to the ACL user that CDC_REDIS_URL names"
-    elif isinstance(error, exceptions.AuthenticationError):
-        remedy = "put the right user and password into CDC_REDIS_URL"
-    else:
-        remedy = "check CDC_REDIS_URL and the server"
-    return errors.RedisUnavailable(f"Redis failed at {what} ({_without_keys(error)}); {remedy}.")
-
-
-def _without_keys(error: BaseException) -> str:
-    # Some replies repeat the arguments (unknown command, script errors): only the first words are safe to show.
-    text = str(error).split("'", 1)[0].strip()
-    return f"{type(error).__name__}: {text[:120]}" if text else type(error).__name__
-
-
-def _text(reply: Any) -> str:
-    return reply.decode() if isinstance(reply, bytes) else str(reply)

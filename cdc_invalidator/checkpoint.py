@@ -12,6 +12,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+# Tickets behind one that is not resolved, before those among them that are resolved are forgotten.
+CROWD = 10_000
+
 
 @dataclass(slots=True, eq=False)
 class Ticket:
@@ -33,11 +36,16 @@ class Checkpoint:
         self._position = start
         self._confirmable = start
         self._in_flight: deque[Ticket] = deque()
+        self._crowd = CROWD
 
     def track(self) -> Ticket:
         """Note work, in one part, that must be resolved before any position after now may be confirmed."""
         ticket = Ticket(self._received)
         self._in_flight.append(ticket)
+        if len(self._in_flight) > self._crowd:
+            # One that is held up must not make those behind it pile up that are done.
+            self._in_flight = deque(held for held in self._in_flight if held.parts)
+            self._crowd = max(CROWD, 2 * len(self._in_flight))
         return ticket
 
     def received(self, lsn: int) -> None:

@@ -102,30 +102,36 @@ def run(given: settings.Settings) -> None:
     from prometheus_client import REGISTRY, disable_created_metrics
 
     from cdc_invalidator import log
-    from cdc_invalidator.cache import CacheServer
     from cdc_invalidator.daemon import Daemon
+    from cdc_invalidator.endpoint import Endpoint
     from cdc_invalidator.events import Events
     from cdc_invalidator.metrics import Metrics
+    from cdc_invalidator.replicas import Replicas
     from cdc_invalidator.session import Options
+    from cdc_invalidator.topology import cache_server
 
     output = log.configure(given.log_format, given.log_level)
     # OpenMetrics would carry a _created series beside each counter: noise that doubles them.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     secret = given.log_hash_key
     # A URL that can't be used is told before PostgreSQL is touched.
-    CacheServer(given.redis_url.get_secret_value(), given.slot)
+    redis = Endpoint.parse(given.redis_url.get_secret_value())
+    cache_server(redis, given.slot)
     options = Options(
         postgres_dsn=given.postgres_dsn.get_secret_value(),
-        redis_url=given.redis_url.get_secret_value(),
+        redis=redis,
         slot=given.slot,
         publication=given.publication,
         sweep_gaps=given.on_gap == "sweep",
+        sweep_rate=given.sweep_rate,
         max_retained_wal=given.max_retained_wal,
     )
     rules, metrics = _rules(given), Metrics(REGISTRY)
     display = log.KeyDisplay(given.log_keys, secret.get_secret_value().encode() if secret else None)
     events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level))
-    daemon = Daemon(options, rules, metrics, events)
+    dsns = given.postgres_replicas.get_secret_value().split()
+    replicas = Replicas(dsns, limit=given.replica_limit, metrics=metrics)
+    daemon = Daemon(options, rules, metrics, events, replicas)
     # What is loaded by now stays: the collector need not look at it again.
     gc.collect()
     gc.freeze()

@@ -20,6 +20,8 @@ from cdc_invalidator import errors, http, lsn
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.events import Events
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.recent import Recent
+from cdc_invalidator.replicas import Replicas
 from cdc_invalidator.rules import RuleSet
 from cdc_invalidator.session import STANDBY_SECONDS, Options, Role, Session
 
@@ -37,9 +39,10 @@ class Daemon:
         rules: what to bust.
         metrics: what to count.
         events: where busts are told.
+        replicas: the standbys that busts wait for.
     """
 
-    def __init__(self, options: Options, rules: RuleSet, metrics: Metrics, events: Events) -> None:
+    def __init__(self, options: Options, rules: RuleSet, metrics: Metrics, events: Events, replicas: Replicas) -> None:
         self._options = options
         self._rules = rules
         self._metrics = metrics
@@ -50,7 +53,8 @@ class Daemon:
         self._role: Role = "connecting"
         self._session: Session | None = None
         self._last_error: str | None = None
-        self._away_since: float | None = None
+        self._recent = Recent()
+        self._replicas = replicas
 
     async def run(self, http_host: str, http_port: int) -> None:
         """Run until SIGTERM or SIGINT, with the pages on that address.
@@ -63,9 +67,22 @@ class Daemon:
         with _signals(self._stop):
             async with http.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
+                self._check_hash_tags()
                 while not self._stop.is_set():
                     await self._attempt()
         _log.info("stopped")
+
+    def _check_hash_tags(self) -> None:
+        if self._options.redis.kind != "cluster":
+            return
+        untagged = [cache.name for cache in self._rules.caches.values() if not cache.version and not cache.key.tagged]
+        if untagged:
+            _log.warning(
+                "no_hash_tag",
+                caches=sorted(untagged),
+                error="A key and its lock lie in different slots, so that no reader's script can store under the lock; "
+                'write a hash tag into `key`, as in "user:{{{id}}}".',
+            )
 
     async def _attempt(self) -> None:
         session = self._session = Session(
@@ -74,10 +91,10 @@ class Daemon:
             self._metrics,
             self._events,
             self._be,
+            recent=self._recent,
+            replicas=self._replicas,
             strict=not self._has_led,
-            away_since=self._away_since,
         )
-        self._away_since = None
         began = time.monotonic()
         try:
             await session.run(self._stop)
@@ -101,8 +118,6 @@ class Daemon:
             self._last_error = str(error)
             self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
             _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
-            if isinstance(error, errors.RedisLost) and session.apply:
-                self._away_since = session.apply.away_since
             await session.close()
             await self._pause(delay)
         finally:
@@ -147,6 +162,7 @@ class Daemon:
             "watermark_age_s": round(time.time() - recorded_at, 3) if recorded_at else None,
             "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
             "backlog_keys": session.backlog.weight if session else 0,
+            "dropped_replicas": list(self._replicas.dropped),
             "unpublished_tables": [str(table) for table in session.unpublished] if session else [],
             "rules": {"digest": self._rules.digest, "caches": len(self._rules.caches), "rules": len(self._rules.rules)},
             "last_error": (apply.last_error if apply else None) or self._last_error,

@@ -14,8 +14,8 @@
         ├── Locked                           a lock was not to be had in time
         ├── PositionGivenUp                  the slot is of no use any more: drop it, and sweep
         ├── SlotInUse                        another daemon leads
-        ├── RedisUnavailable
-        └── RedisLost                        with acknowledged busts that no watermark covers
+        ├── Superseded                       Redis holds a later watermark than ours: another daemon leads
+        └── RedisUnavailable
 
 A message is one sentence that names the place, and ends with what the operator should do.
 """
@@ -100,9 +100,22 @@ class PositionGivenUp(Retryable):
     """Redis is away and the slot held more than CDC_MAX_RETAINED_WAL: it is dropped, and the caches swept later."""
 
 
+class Superseded(Retryable):
+    """Redis holds a later watermark of this slot: another daemon leads it, and this session ends."""
+
+
 class RedisUnavailable(Retryable):
-    """Redis cannot be reached or cannot take writes; check CDC_REDIS_URL and the server."""
+    """Redis cannot be reached or cannot take writes; check CDC_REDIS_URL and the server.
 
+    Args:
+        message: the sentence.
+        code: the failure's row in `replies.TABLE`, or ``ERR``.
+        report: whether only an operator can help.
+    """
 
-class RedisLost(Retryable):
-    """Redis went away before the watermark was written; what it acknowledged lately is received and applied again."""
+    def __init__(self, message: str | None = None, *, code: str = "ERR", report: bool = False) -> None:
+        super().__init__(
+            message or "Redis cannot be reached or cannot take writes; check CDC_REDIS_URL and the server."
+        )
+        self.code = code
+        self.report = report

@@ -58,12 +58,19 @@ class Metrics:
         self.keys = counter("busted_keys_total", "Keys deleted and versions bumped.", "rule", "cache", "action")
         self.existed = counter("busted_keys_existed_total", "Busted keys that were there.", "rule", "cache", "action")
         self.again = counter(
-            "early_transactions_total", "Transactions busted before readers could see them, and therefore again."
+            "busted_again_total",
+            "Transactions busted a second time: visible (at the first, no reader saw them), replica (a standby had not "
+            "replayed them), again_after (the cache asks for it).",
+            "reason",
+        )
+        self.anew = counter(
+            "redis_behind_transactions_total", "Transactions busted anew in a Redis that came back older."
         )
         self.lag = Lags()
         registry.register(self.lag)
         self.sweeps = counter("sweeps_total", "Whole caches busted by their key pattern.", "cache", "reason")
         self.sweeps_running = gauge("sweeps_running", "Sweeps begun and not finished.")
+        self.swept = counter("sweep_scanned_keys_total", "Keys looked at by sweeps, of everybody's.", "cache")
         self.gaps = counter("gaps_total", "Times continuity could not be proven.", "reason")
         self.rule_errors = counter("rule_errors_total", "Relations on which a rule can't name its keys.", "rule")
 
@@ -73,9 +80,19 @@ class Metrics:
             "watermark_timestamp_seconds", "When the watermark was last written; its age is time() minus this."
         )
 
+        self.watermark_stalled = gauge("watermark_stalled", "1 while Redis has no memory for the watermark.")
+
+        # The standbys that readers use.
+        self.replica_replayed = gauge("replica_replayed_lsn", "LSN that the standby has replayed.", "replica")
+        self.replica_awaited = gauge(
+            "replica_awaited", "1 while busts wait for the standby, 0 once dropped.", "replica"
+        )
+
         # Redis.
         self.redis_up = gauge("redis_up", "1 while the connection to Redis stands.")
-        self.redis_errors = counter("redis_errors_total", "Failed flushes and lost connections.", "error")
+        self.redis_errors = counter(
+            "redis_errors_total", "Failures of Redis, by the first word of its reply, or TIMEOUT, CLOSED, …", "error"
+        )
         self.redis_connects = counter("redis_connects_total", "Connections to Redis opened.")
         self.redis_hits = gauge("redis_keyspace_hits", "keyspace_hits of INFO.")
         self.redis_misses = gauge("redis_keyspace_misses", "keyspace_misses of INFO.")

@@ -54,7 +54,7 @@ _WORDS = {
 }
 
 
-def check_dsn(dsn: str) -> None:
+def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
     """Refuse what can't be a connection string.
 
     Raises:
@@ -66,7 +66,7 @@ def check_dsn(dsn: str) -> None:
         given = {}
     if not given:
         raise errors.WrongSettings(
-            "CDC_POSTGRES_DSN can't be read; write postgresql://user:password@host:port/database, "
+            f"{setting} can't be read; write postgresql://user:password@host:port/database, "
             "the password percent-encoded."
         )
 

@@ -44,6 +44,7 @@ MAX_BYTES = 1 << 20
 MAX_NODES = 200_000
 MAX_DEPTH = 40
 DEFAULT_VERSION_TTL = 30 * 86_400_000
+LONGEST_AGAIN = 60_000
 
 
 # ── What the rest of the program uses ────────────────────────────────────────────────────────────────────────────────
@@ -86,6 +87,7 @@ class Cache:
     jitter: int
     ttl_only: bool
     digest: str
+    again_after: int | None = None
 
     @property
     def target(self) -> Template:
@@ -320,6 +322,8 @@ def _read(name: str, text: str) -> _Document:
         tags = _check_events(name, text)
         root = yaml.compose(text, Loader=_LOADER)
     except yaml.YAMLError as error:
+        if "nesting depth" in str(error):  # libyaml reads ahead, and has a limit of its own
+            raise _too_deep(_place(name, getattr(error, "problem_mark", None))) from error
         sentence = f"this is not YAML ({_reason(error)}); check quotes, brackets and indentation"
         raise _wrong(_place(name, getattr(error, "problem_mark", None)), sentence) from error
     if root is None:
@@ -351,12 +355,16 @@ def _check_events(name: str, text: str) -> list[Problem]:
         documents += isinstance(event, yaml.DocumentStartEvent)
         place, tag = _place(name, event.start_mark), getattr(event, "tag", None)
         if depth > MAX_DEPTH:
-            raise _wrong(place, f"this is nested deeper than {MAX_DEPTH} levels; rule files need few")
+            raise _too_deep(place)
         if documents > 1:
             raise _wrong(place, "a second document begins here; put it in a file of its own")
         if tag is not None:
             tags.append(Problem(*place, f"the tag {shown(tag)} is not allowed in a rule file; remove it"))
     return tags
+
+
+def _too_deep(place: Place) -> WrongRules:
+    return _wrong(place, f"this is nested deeper than {MAX_DEPTH} levels; rule files need few")
 
 
 def _place(name: str, mark: Any) -> Place:
@@ -506,6 +514,9 @@ class CacheEntry(_Entry):
     ttl: Duration | None = Field(None, description="How long readers store a value.")
     jitter: Duration | None = Field(None, description="Up to how much is added to the ttl, at random.")
     ttl_only: bool = Field(default=False, description="A decision written down: no rule busts this cache.")
+    again_after: Duration | None = Field(
+        None, description="Bust a second time, that long after the first: for readers without the fill contract."
+    )
 
 
 class RuleEntry(_Entry):
@@ -544,7 +555,7 @@ _SECTIONS: dict[int | str, tuple[str, type[BaseModel], frozenset[str]]] = {
     "caches": (
         "a cache",
         CacheEntry,
-        frozenset({"bump_over", "again_after", "negative_ttl", "stale_for", "max_keys_hint"}),
+        frozenset({"bump_over", "negative_ttl", "stale_for", "max_keys_hint"}),
     ),
     "rules": ("a rule", RuleEntry, frozenset({"when", "debounce"})),
 }
@@ -742,6 +753,7 @@ def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
         jitter=entry.jitter or 0,
         ttl_only=entry.ttl_only,
         digest=_digest(_canonical_parts(key), version and _canonical_parts(version), sorted(busts)),
+        again_after=entry.again_after,
     )
 
 
@@ -796,6 +808,9 @@ def _check_cache(draft: _CacheDraft) -> None:
         document.complain((*loc, "key"), sentence)
     if entry.version is None and entry.version_ttl is not None:
         document.complain((*loc, "version_ttl"), "`version_ttl` needs a `version`; remove it, or add one", of_key=True)
+    if entry.again_after is not None and entry.again_after > LONGEST_AGAIN:
+        sentence = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
+        document.complain((*loc, "again_after"), sentence)
     if entry.ttl is None and entry.jitter is not None:
         document.complain((*loc, "jitter"), "`jitter` needs a `ttl`; remove it, or add one", of_key=True)
 

@@ -19,17 +19,20 @@ from cdc_invalidator import errors, lsn, postgres, receive
 from cdc_invalidator.apply import Apply
 from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.backoff import Backoff
-from cdc_invalidator.cache import CacheServer
 from cdc_invalidator.checkpoint import Checkpoint
+from cdc_invalidator.endpoint import Endpoint
 from cdc_invalidator.events import Events
 from cdc_invalidator.invalidation import Invalidation
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.publication import Publication
+from cdc_invalidator.recent import Recent
+from cdc_invalidator.replicas import Replicas
 from cdc_invalidator.replication import Replication
 from cdc_invalidator.rules import RuleSet, Table
 from cdc_invalidator.slot import Server, Slot, State
 from cdc_invalidator.snapshot import Snapshots
 from cdc_invalidator.tables import Tables
+from cdc_invalidator.topology import cache_server
 from cdc_invalidator.watermark import Position
 
 _log = structlog.get_logger()
@@ -55,10 +58,11 @@ class Options:
     """Where the servers are, and what is ours there."""
 
     postgres_dsn: str
-    redis_url: str
+    redis: Endpoint
     slot: str
     publication: str
     sweep_gaps: bool
+    sweep_rate: int
     max_retained_wal: int
 
 
@@ -71,8 +75,9 @@ class Session:
         metrics: what to count.
         events: where busts are told.
         be: is told the role.
+        recent: remembers what was applied, across sessions.
+        replicas: the standbys that busts wait for.
         strict: refuse rules that this database can't keep; else keep those that it can.
-        away_since: since when Redis is away, where the session before this one ended for that.
     """
 
     def __init__(
@@ -83,16 +88,19 @@ class Session:
         events: Events,
         be: Callable[[Role], None],
         *,
+        recent: Recent,
+        replicas: Replicas,
         strict: bool,
-        away_since: float | None = None,
     ) -> None:
         self._options = options
         self._rules = rules
         self._metrics = metrics
         self._events = events
         self._be = be
+        self._recent = recent
+        self._replicas = replicas
         self._strict = strict
-        self._away_since = away_since
+        self._system_id = ""
         self._watched_at = 0.0
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._slot: Slot | None = None
@@ -145,8 +153,10 @@ class Session:
         self._watched_at = time.monotonic()
         watching = self._start(self._watch(self._slot, self._tables, self.apply), "watch")
         alarm = self._start(self._alarm(), "alarm")
+        following = self._start(self._follow(self.checkpoint), "replicas")
         done, _ = await asyncio.wait(
-            {receiving, applying, confirming, watching, alarm, stopping}, return_when=asyncio.FIRST_COMPLETED
+            {receiving, applying, confirming, watching, alarm, following, stopping},
+            return_when=asyncio.FIRST_COMPLETED,
         )
         for task in done:
             task.result()
@@ -164,6 +174,14 @@ class Session:
         self._tasks.append(task)
         return task
 
+    async def _follow(self, checkpoint: Checkpoint) -> None:
+        await self._replicas.run(
+            system_id=self._system_id,
+            position=lambda: checkpoint.position,
+            received=lambda: checkpoint.received_lsn,
+            wake=self.backlog.wake,
+        )
+
     async def close(self) -> None:
         """End everything that the session began."""
         # Connections first: a task that is cancelled in the middle of a query would wait for the server.
@@ -173,6 +191,7 @@ class Session:
             self._connection.pgconn.finish()
         if self._snapshots is not None:
             self._snapshots.close()
+        self._replicas.close()
         # Told again until they end: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it
         # returns, and the driver of Redis uses it.
         pending = set(self._tasks)
@@ -200,6 +219,7 @@ class Session:
         added = [] if new_slot else survey.published_since(before)
         replication = self._replication = await Replication.open(options.postgres_dsn)
         system = await replication.identify()
+        self._system_id = system.system_id
         await replication.start(options.slot, options.publication)
         # From here on the slot is ours: nobody else moves it.
         state = await slot.state()
@@ -210,10 +230,12 @@ class Session:
         gap = await tables.settled(added, snapshots)
         self.checkpoint = Checkpoint(state.confirmed)
         self.apply = Apply(
-            lambda: CacheServer(options.redis_url, options.slot),
+            lambda: cache_server(options.redis, options.slot),
             snapshots.hidden,
             backlog=self.backlog,
             checkpoint=self.checkpoint,
+            recent=self._recent,
+            replicas=self._replicas,
             rules=self._rules,
             digests=tables.digests(),
             position=Position(
@@ -224,7 +246,7 @@ class Session:
                 new_slot=new_slot,
             ),
             sweep_gaps=options.sweep_gaps,
-            away_since=self._away_since,
+            sweep_rate=options.sweep_rate,
             metrics=self._metrics,
             events=self._events,
         )
@@ -255,7 +277,7 @@ class Session:
     async def _redis_there(self) -> None:
         backoff = Backoff()
         while True:
-            server = CacheServer(self._options.redis_url, self._options.slot)
+            server = cache_server(self._options.redis, self._options.slot)
             try:
                 await server.connect()
             except errors.RedisUnavailable as error:
@@ -280,6 +302,8 @@ class Session:
             self._show(state)
             if state.retained > self._options.max_retained_wal and _long_ago(apply.away_since):
                 raise errors.PositionGivenUp
+            if state.retained > self._options.max_retained_wal and apply.waits_for_replicas:
+                self._replicas.relent("the slot holds more than CDC_MAX_RETAINED_WAL")
             activity = await slot.activity()
             self._metrics.database_commits.set(activity.commits)
             self._metrics.database_rollbacks.set(activity.rollbacks)

@@ -44,7 +44,19 @@ class Stream(Database):
 class Settings(Stream):
     """Every setting of the daemon."""
 
-    redis_url: SecretStr = Field(description="Where the cache lives: redis://, rediss:// or unix://.")
+    redis_url: SecretStr = Field(
+        description="Where the cache lives: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
+    )
+    postgres_replicas: SecretStr = Field(
+        default=SecretStr(""),
+        description="Connection strings of the standbys that readers use, with spaces between: busts wait for them.",
+    )
+    replica_limit: float = Field(
+        default=60.0, gt=0, description="Seconds that busts wait for a standby before it is dropped from the wait."
+    )
+    sweep_rate: int = Field(
+        default=0, ge=0, description="Keys a second that sweeps look at; 0 for as many as the server gives."
+    )
     http_host: str = Field(default="0.0.0.0", description="Address of /metrics, /livez, /readyz and /status.")  # noqa: S104  a Pod's probes come from outside
     http_port: int = Field(default=9479, ge=0, le=65535, description="Port of these pages; 0 takes a free one.")
     log_format: Literal["json", "console"] = Field(default="json", description="One JSON object a line, or text.")

@@ -8,13 +8,22 @@ loads what the sweep was for. Version counters need a single pass: a bump overta
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cdc_invalidator.cache import LOCK_SUFFIX, CacheServer
+import structlog
+
+from cdc_invalidator.cache import LOCK_SUFFIX, SCAN_COUNT, CacheServer, Cursor
 from cdc_invalidator.checkpoint import Ticket
+from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.rules import Cache
+
+_log = structlog.get_logger()
+
+# How often a long sweep says how far it is.
+PROGRESS_SECONDS = 5.0
 
 
 class Cause(NamedTuple):
@@ -38,8 +47,9 @@ class Request:
 
 @dataclass(slots=True)
 class Tally:
-    """What a sweep has done so far."""
+    """What a sweep has done so far; ``scanned``: keys looked at, some 1,000 a step."""
 
+    scanned: int = 0
     keys: int = 0
     existed: int = 0
 
@@ -52,6 +62,7 @@ class Sweep:
         self.requests: dict[Cause, Request] = {}
         self.tickets: list[Ticket] = []
         self.tally = Tally()
+        self.told_at = time.monotonic()
         self.restart()
 
     def add(self, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> None:
@@ -65,18 +76,32 @@ class Sweep:
     def restart(self) -> None:
         """Begin anew: a cursor means nothing to another server."""
         pattern = self.cache.target.glob()
-        self._cursor = 0
+        self._cursor: Cursor = None
         self._passes = [pattern + LOCK_SUFFIX, pattern] if self.cache.version is None else [pattern]
 
-    async def step(self, server: CacheServer) -> bool:
-        """Search a little further and bust what was found; True when the sweep is over."""
-        cursor, keys = await server.scan(self._cursor, self._passes[0])
+    async def step(self, server: CacheServer, count: int) -> bool:
+        """Look at about ``count`` more keys and bust those that are meant; True when the sweep is over."""
+        cursor, keys = await server.scan(self._cursor, self._passes[0], count)
         if keys:
             await self._bust(server, keys)
+        self.tally.scanned += count
         self._cursor = cursor
-        if cursor == 0:
+        if cursor is None:
             self._passes.pop(0)
         return not self._passes
+
+    async def tell(self, server: CacheServer) -> None:
+        """Say how far it is."""
+        self.told_at = time.monotonic()
+        _log.info(
+            "sweep_progress",
+            cache=self.cache.name,
+            passes_left=len(self._passes),
+            scanned=self.tally.scanned,
+            all_keys=await server.size(),
+            keys=self.tally.keys,
+            existed=self.tally.existed,
+        )
 
     async def _bust(self, server: CacheServer, keys: list[bytes]) -> None:
         if self.cache.version is not None:
@@ -92,9 +117,19 @@ class Sweep:
 
 
 class Sweeps:
-    """The sweeps that run and those that wait: at most one of a cache runs, and one more waits behind it."""
+    """The sweeps that run and those that wait: at most one of a cache runs, and one more waits behind it.
 
-    def __init__(self) -> None:
+    Args:
+        metrics: what to count.
+        rate: how many keys a second may be looked at, all sweeps together; 0 for as many as there are.
+    """
+
+    def __init__(self, metrics: Metrics, *, rate: int = 0) -> None:
+        self._metrics = metrics
+        self._rate = rate
+        # Small steps make a slow pace even.
+        self._count = min(SCAN_COUNT, max(10, rate // 10)) if rate else SCAN_COUNT
+        self._next_at = 0.0
         self._running: dict[str, Sweep] = {}
         self._waiting: dict[str, Sweep] = {}
 
@@ -121,9 +156,26 @@ class Sweeps:
         for sweep in self._running.values():
             sweep.restart()
 
+    def patience(self) -> float:
+        """Seconds until the next step may be taken."""
+        return max(0.0, self._next_at - time.monotonic())
+
     async def step(self, server: CacheServer) -> list[Sweep]:
-        """Take one step of each running sweep, and give those that are over."""
-        over = [sweep for sweep in list(self._running.values()) if await sweep.step(server)]
+        """Take one step of each running sweep, if the pace allows, and give those that are over."""
+        over = []
+        for sweep in list(self._running.values()):
+            now = time.monotonic()
+            if now < self._next_at:
+                break
+            if self._rate:
+                self._next_at = max(now - 1, self._next_at) + self._count / self._rate
+            if await sweep.step(server, self._count):
+                over.append(sweep)
+            elif now - sweep.told_at > PROGRESS_SECONDS:
+                await sweep.tell(server)
+            self._metrics.swept.labels(sweep.cache.name).inc(self._count)
+            # Its turn comes again after the others'.
+            self._running[sweep.cache.name] = self._running.pop(sweep.cache.name)
         for sweep in over:
             name = sweep.cache.name
             del self._running[name]

@@ -95,6 +95,16 @@ class Template:
         """The literal text up to the first parameter: what a log line may show of a key."""
         return self.parts[0] if isinstance(self.parts[0], bytes) else b""
 
+    @property
+    def tagged(self) -> bool:
+        """Whether keys have a hash tag (``user:{{{id}}}:name``): a key of Redis Cluster is then in its lock's slot.
+
+        What is hashed is the text between the first ``{`` and the first ``}`` after it, if there is any.
+        """
+        shape = b"".join(part if isinstance(part, bytes) else b"?" for part in self.parts)
+        tag, closed, _ = shape.partition(b"{")[2].partition(b"}")
+        return bool(tag and closed)
+
     def glob(self) -> bytes:
         r"""The pattern for ``SCAN … MATCH`` that finds every key of this template.
 

@@ -29,30 +29,39 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Watermark:
-    """The hash ``cdc:{slot}:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970)."""
+    """The hash ``cdc:{slot}:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970).
+
+    ``rules``: the caches that this is said of, each with a digest of what busts it; ``dropped``: standbys that it is
+    not said of, because the busts do not wait for them.
+    """
 
     lsn: int
     at: int
     system_id: str
     timeline: int
     rules: Mapping[str, str]
+    dropped: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, str | int]:
-        """Give the hash's fields; ``rules`` is JSON, from each cache's name to a digest of what busts it."""
-        return {
+        """Give the hash's fields; ``rules`` and ``dropped`` are JSON, the latter left out where there is none."""
+        fields: dict[str, str | int] = {
             "lsn": self.lsn,
             "at": self.at,
             "system_id": self.system_id,
             "timeline": self.timeline,
             "rules": json.dumps(dict(self.rules), separators=(",", ":"), sort_keys=True),
         }
+        if self.dropped:
+            fields["dropped"] = json.dumps(self.dropped, separators=(",", ":"))
+        return fields
 
     @classmethod
     def read(cls, fields: Mapping[bytes, bytes]) -> Watermark | None:
         """Read the hash as Redis gives it; ``None`` when a field is missing or is not what we write."""
         try:
             rules = json.loads(fields[b"rules"])
-            if not isinstance(rules, dict):
+            dropped = json.loads(fields.get(b"dropped", b"[]"))
+            if not isinstance(rules, dict) or not isinstance(dropped, list):
                 return None
             return cls(
                 lsn=int(fields[b"lsn"]),
@@ -60,6 +69,7 @@ class Watermark:
                 system_id=fields[b"system_id"].decode(),
                 timeline=int(fields[b"timeline"]),
                 rules={str(cache): str(digest) for cache, digest in rules.items()},
+                dropped=tuple(map(str, dropped)),
             )
         except (KeyError, ValueError, RecursionError):  # the last one: JSON nested too deep
             return None

@@ -286,7 +286,7 @@ A_TABLE = "write `schema.table`, names with capitals or signs in double quotes"
 CHECK_YAML = "check quotes, brackets and indentation"
 UNCLOSED = "did not find expected ',' or ']'"
 NO_SUCH_FILE = "this file cannot be read (No such file or directory); check CDC_RULES and its permissions"
-CACHE_FIELDS = "key, version, version_ttl, ttl, jitter, ttl_only"
+CACHE_FIELDS = "key, version, version_ttl, ttl, jitter, ttl_only, again_after"
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_a_mistake_is_told_with_its_place_and_remedy(old: str, new: str, mistake
         ("# nothing\n", "1:1: the file is empty; begin it with `version: 1`"),
         ("~", "1:1: the file is empty; give it a value or remove it"),
         ("hello", "1:1: the file must be a mapping; write `name: value` on each line"),
-        ("[" * 500_000 + "]" * 500_000, "1:41: this is nested deeper than 40 levels; rule files need few"),
+        ("[" * 900 + "]" * 900, "1:41: this is nested deeper than 40 levels; rule files need few"),
         ("- " * 100_000 + "a", "1:81: this is nested deeper than 40 levels; rule files need few"),
         (
             "a: &a {b: *a}",
@@ -486,6 +486,11 @@ def test_a_mistake_is_told_with_its_place_and_remedy(old: str, new: str, mistake
 def test_a_file_that_cannot_be_used_at_all_is_one_mistake(text: str, mistake: str) -> None:
     text = text + "#" if text.startswith("#" * 9) else text
     assert mistakes(text) == [f"a.yaml:{mistake}"]
+
+
+def test_nesting_without_end_is_one_mistake_whichever_libyaml_reads_it() -> None:
+    (mistake,) = mistakes("[" * 500_000 + "]" * 500_000)
+    assert mistake.endswith(": this is nested deeper than 40 levels; rule files need few")
 
 
 def test_aliases_that_multiply_are_refused_before_they_fill_the_memory() -> None:

@@ -29,6 +29,7 @@ def test_its_fields_are_those_of_the_design() -> None:
         "timeline": 1,
         "rules": '{"dashboard":"d2","user":"d1"}',
     }
+    assert replace(FOUND, dropped=("a:1", "b:2")).fields()["dropped"] == '["a:1","b:2"]'
 
 
 @given(
@@ -39,6 +40,7 @@ def test_its_fields_are_those_of_the_design() -> None:
         system_id=st.integers(0, 2**64 - 1).map(str),
         timeline=st.integers(1, 2**32 - 1),
         rules=st.dictionaries(st.text(), st.text()),
+        dropped=st.lists(st.text()).map(tuple),
     )
 )
 def test_what_is_written_is_read_again(written: Watermark) -> None:

@@ -1,0 +1,145 @@
+"""Busts that are applied a second time: what waits for that, and when it is due. Pure.
+
+A bust may come too early for a reader who loads the old row after it and caches that again: because the commit is not
+visible on the primary yet, because a standby that the reader uses has not replayed it, or because the reader does not
+keep the fill contract (``again_after``). The position does not pass what waits here, so a restart applies it again.
+
+What waits is bounded: past ``capacity`` keys, those that wait for standbys or for their time are widened to sweeps, and
+of their tickets only the oldest stays, which holds the position back for all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from cdc_invalidator.backlog import BATCH
+from cdc_invalidator.checkpoint import Ticket
+from cdc_invalidator.invalidation import Batch
+
+# Keys that may wait, some 150 bytes each.
+CAPACITY = 100_000
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A batch that is due again at ``due`` (its queue says what that is), and then resolves its ticket."""
+
+    batch: Batch
+    ticket: Ticket
+    since: float
+    due: float
+    widened: bool = False
+
+
+class _Queue:
+    """Batches in the order in which they become due."""
+
+    def __init__(self, reason: str, capacity: int, resolve: Callable[[Ticket], None]) -> None:
+        self.reason = reason
+        self.waiting: deque[Waiting] = deque()
+        self._capacity = capacity
+        self._resolve = resolve
+        self._weight = 0
+
+    def append(self, item: Waiting) -> None:
+        self.waiting.append(item)
+        self._weight += item.batch.weight + BATCH
+        if self._weight > self._capacity:
+            self._widen()
+
+    def ready(self, reached: float) -> Iterator[Waiting]:
+        while self.waiting and self.waiting[0].due < reached:
+            item = self.waiting.popleft()
+            if not item.widened:
+                self._weight -= item.batch.weight + BATCH
+            yield item
+
+    def _widen(self) -> None:
+        """Make one of all that is not widened yet: sweeps of their caches, when the last of them is due."""
+        last = self.waiting[-1]
+        whole = Batch(last.batch.commit_lsn, last.batch.committed_at, last.batch.xid)
+        while self.waiting and not self.waiting[-1].widened:
+            item = self.waiting.pop()
+            for target, busts in item.batch.busts.items():
+                whole.sweep(target, busts.ops, busts.reason)
+            if self.waiting and not self.waiting[-1].widened:
+                self._resolve(item.ticket)
+        # What was widened before stays apart: else it would never become due while more and more comes.
+        self.waiting.append(Waiting(whole, item.ticket, item.since, last.due, widened=True))
+        self._weight = 0
+
+
+class Again:
+    """All that is to be busted again; times are of the monotonic clock, in seconds.
+
+    Args:
+        resolve: ends a part of a ticket whose work another ticket stands for.
+        capacity: how many keys may wait for standbys, and for each `again_after`.
+    """
+
+    def __init__(self, resolve: Callable[[Ticket], None], capacity: int = CAPACITY) -> None:
+        self._resolve = resolve
+        self._capacity = capacity
+        self._hidden: list[Waiting] = []
+        self._unreplayed = _Queue("replica", capacity, resolve)
+        # By the milliseconds that they wait: each queue is in order then.
+        self._later: dict[int, _Queue] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._hidden or self._unreplayed.waiting or any(queue.waiting for queue in self._later.values()))
+
+    @property
+    def hidden(self) -> set[int]:
+        """Transactions that readers of the primary don't see yet."""
+        return {item.batch.xid for item in self._hidden}
+
+    @property
+    def unreplayed_since(self) -> float | None:
+        """Since when the oldest one waits for standbys; ``None`` if nothing does."""
+        waiting = self._unreplayed.waiting
+        return waiting[0].since if waiting else None
+
+    def until_visible(self, batch: Batch, ticket: Ticket, now: float) -> None:
+        """Let a batch wait until its transaction is visible."""
+        ticket.parts += 1
+        self._hidden.append(Waiting(batch, ticket, now, now))
+
+    def until_replayed(self, batch: Batch, ticket: Ticket, now: float) -> None:
+        """Let a batch wait until the standbys have replayed its commit record."""
+        ticket.parts += 1
+        self._unreplayed.append(Waiting(batch, ticket, now, batch.commit_lsn))
+
+    def until_later(self, batch: Batch, ticket: Ticket, now: float) -> None:
+        """Let those busts of a batch wait whose caches ask for it with ``again_after``."""
+        for delay in {target.cache.again_after for target in batch.busts if target.cache.again_after is not None}:
+            part = Batch(batch.commit_lsn, batch.committed_at, batch.xid)
+            for target, busts in batch.busts.items():
+                if target.cache.again_after == delay:
+                    part.busts[target] = busts
+                    part.weight += len(busts.keys) + busts.sweep
+            ticket.parts += 1
+            queue = self._later.setdefault(delay, _Queue("again_after", self._capacity, self._resolve))
+            queue.append(Waiting(part, ticket, now, now + delay / 1000))
+
+    def ready(self, hidden: Callable[[int], bool], replayed: int, now: float) -> Iterable[tuple[str, Waiting]]:
+        """Take what is due, each with why it had to wait.
+
+        Args:
+            hidden: tells of a transaction whether readers of the primary still don't see it.
+            replayed: the LSN that all standbys have replayed.
+            now: the time.
+        """
+        visible = [item for item in self._hidden if not hidden(item.batch.xid)]
+        if visible:
+            self._hidden = [item for item in self._hidden if hidden(item.batch.xid)]
+        yield from (("visible", item) for item in visible)
+        # A record is replayed when the position has passed its beginning.
+        for queue, reached in chain([(self._unreplayed, replayed)], ((later, now) for later in self._later.values())):
+            yield from ((queue.reason, item) for item in queue.ready(reached))
+
+    def next_due(self) -> float | None:
+        """Give when the next one is due whose time is known."""
+        return min((queue.waiting[0].due for queue in self._later.values() if queue.waiting), default=None)

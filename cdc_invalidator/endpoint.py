@@ -1,0 +1,133 @@
+"""CDC_REDIS_URL: one setting that says which Redis, of which kind. Pure.
+
+::
+
+    redis://user:password@host:port/db                  one server; rediss:// with TLS, unix:///path?db=0 by a socket
+    redis+sentinel://host:port,host:port/service/db     the master of a service, which Sentinel names
+    redis+cluster://host:port,host:port                 a cluster; the hosts are where to ask for the others
+
+User and password are those of the servers that hold the caches; Sentinels have their own (``sentinel_username``,
+``sentinel_password``). What else stands behind ``?`` (``ssl_ca_certs``, …) is the driver's, and holds for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+from cdc_invalidator import errors
+
+Kind = Literal["server", "sentinel", "cluster"]
+
+_KINDS: dict[str, Kind] = {"": "server", "sentinel": "sentinel", "cluster": "cluster"}
+_PORTS = {"server": 6379, "cluster": 6379, "sentinel": 26379}
+_SENTINELS_OWN = {"sentinel_username": "username", "sentinel_password": "password"}
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Address:
+    """Where a server listens."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @classmethod
+    def parse(cls, text: str, port: int = 6379) -> Self:
+        """Read ``host:port``, ``[v6]:port`` or ``host``.
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        host, _, tail = text.rpartition("]") if text.startswith("[") else text.partition(":")
+        number = tail.removeprefix(":")
+        host = host.removeprefix("[")
+        if not host or (number and not number.isdecimal()):
+            raise ValueError(text)
+        return cls(host, int(number or port))
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What the URL says.
+
+    ``url``: for ``server``, the driver's URL; ``addresses``: for the other kinds, the Sentinels or nodes to ask;
+    ``service``: what Sentinel calls the master. Its text form shows no password.
+    """
+
+    kind: Kind
+    url: str
+    addresses: tuple[Address, ...] = ()
+    service: str = ""
+    _scheme: str = "redis"
+    _user: str = ""
+    _path: str = ""
+    _query: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, url: str) -> Self:
+        """Read the setting.
+
+        Raises:
+            errors.WrongSettings: it can't be read; without its words, which may hold the password.
+        """
+        scheme, _, rest = url.partition("://")
+        transport, _, name = scheme.partition("+")
+        if transport not in {"redis", "rediss", "unix"} or name not in _KINDS or (transport == "unix" and name):
+            raise errors.WrongSettings(
+                "CDC_REDIS_URL has a scheme that is not supported; it must start with redis://, rediss://, unix://, "
+                "redis+sentinel:// or redis+cluster://."
+            )
+        kind = _KINDS[name]
+        if kind == "server":
+            return cls(kind, url)
+        try:
+            parts = urlsplit(f"{transport}://{rest}")
+            user, _, hosts = parts.netloc.rpartition("@")
+            addresses = tuple(Address.parse(host.strip(), _PORTS[kind]) for host in hosts.split(","))
+        except ValueError:
+            raise errors.WrongSettings(_UNREADABLE[kind]) from None
+        service, _, database = parts.path.strip("/").partition("/")
+        if kind == "cluster":
+            service, database = "", service
+        if (kind == "sentinel" and not service) or (database and not database.isdecimal()):
+            raise errors.WrongSettings(_UNREADABLE[kind])
+        if kind == "cluster" and int(database or 0):
+            raise errors.WrongSettings("CDC_REDIS_URL names a database of a cluster, which has only 0; leave it out.")
+        return cls(
+            kind,
+            url,
+            addresses,
+            service,
+            _scheme=transport,
+            _user=f"{user}@" if user else "",
+            _path=f"/{database}" if database else "",
+            _query=tuple(parse_qsl(parts.query)),
+        )
+
+    def at(self, address: Address) -> str:
+        """Give the driver's URL of a server that holds caches, at this address."""
+        query = urlencode([(name, value) for name, value in self._query if name not in _SENTINELS_OWN])
+        return f"{self._scheme}://{self._user}{address}{self._path}" + (f"?{query}" if query else "")
+
+    def of_sentinel(self, address: Address) -> str:
+        """Give the driver's URL of a Sentinel."""
+        own = dict(self._query)
+        user = ":".join(quote(own.get(name, ""), safe="") for name in _SENTINELS_OWN)
+        return replace(self, _user=f"{user}@" if user != ":" else "", _path="").at(address)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {','.join(map(str, self.addresses))}".strip()
+
+    __repr__ = __str__
+
+
+_UNREADABLE: dict[Kind, str] = {
+    "sentinel": "CDC_REDIS_URL can't be read; write redis+sentinel://user:password@host:port,host:port/service/db, the "
+    "password percent-encoded.",
+    "cluster": "CDC_REDIS_URL can't be read; write redis+cluster://user:password@host:port,host:port, the password "
+    "percent-encoded.",
+}

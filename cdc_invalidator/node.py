@@ -1,0 +1,179 @@
+"""The edge to one Redis or Valkey server: one connection, commands out, every reply looked at.
+
+When the connection is gone, it is gone: the driver's pool and its retries are not used, since they would put another
+server, or an older snapshot, in its place without a word. Nothing else imports the driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from redis import exceptions
+from redis.asyncio.connection import AbstractConnection, Connection, parse_url
+
+from cdc_invalidator import errors, replies
+
+Command = tuple[Any, ...]
+
+# What the driver takes off an error reply, by the class that it makes of it.
+_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (exceptions.MovedError, "MOVED"),
+    (exceptions.AskError, "ASK"),
+    (exceptions.TryAgainError, "TRYAGAIN"),
+    (exceptions.MasterDownError, "MASTERDOWN"),
+    (exceptions.ClusterDownError, "CLUSTERDOWN"),
+    (exceptions.ClusterCrossSlotError, "CROSSSLOT"),
+    (exceptions.ReadOnlyError, "READONLY"),
+    (exceptions.OutOfMemoryError, "OOM"),
+    (exceptions.NoScriptError, "NOSCRIPT"),
+    (exceptions.NoPermissionError, "NOPERM"),
+    (exceptions.BusyLoadingError, "LOADING"),
+    (exceptions.InvalidResponse, "GARBLED"),
+    (exceptions.TimeoutError, "TIMEOUT"),
+    (TimeoutError, "TIMEOUT"),
+    (exceptions.ConnectionError, "CLOSED"),
+    (OSError, "CLOSED"),
+)
+
+
+class Node:
+    """One connection to one server. Make it, `connect`, then `ask` or `send`; `close` in the end.
+
+    Args:
+        url: the driver's: ``redis://``, ``rediss://`` or ``unix://``.
+        timeout: seconds until a server that does not answer counts as lost.
+
+    Raises:
+        errors.WrongSettings: the URL can't be used.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 5.0) -> None:
+        options: dict[str, Any] = {
+            "socket_timeout": timeout,
+            "socket_connect_timeout": timeout,
+            "client_name": "cdc-invalidator",
+            "protocol": 2,
+        }
+        try:
+            options |= parse_url(url)
+            made: type[AbstractConnection] = options.pop("connection_class", Connection)
+            self._connection = made(**options)
+        except (ValueError, TypeError, exceptions.RedisError):
+            # The driver's words may repeat a part of the password.
+            raise errors.WrongSettings(
+                "CDC_REDIS_URL can't be read; write redis://user:password@host:port/db, the password percent-encoded, "
+                "and behind `?` only options that redis-py knows."
+            ) from None
+        # A round trip is whole: nobody else's replies may come in between.
+        self._turn = asyncio.Lock()
+
+    async def connect(self) -> None:
+        """Open the connection.
+
+        Raises:
+            errors.RedisUnavailable: it can't be opened.
+        """
+        try:
+            await self._connection.connect()  # type: ignore[no-untyped-call]  # of redis-py
+        except (exceptions.RedisError, OSError) as error:
+            raise failed("the connection", error) from error
+
+    @property
+    def host(self) -> str:
+        """The host that the URL names; empty for a socket."""
+        return str(getattr(self._connection, "host", ""))
+
+    async def ask(self, *commands: Command) -> list[Any]:
+        """Send commands in one go and give their replies.
+
+        Raises:
+            errors.RedisUnavailable: the connection is lost, or one of the replies is an error.
+        """
+        answers = await self.send(commands)
+        for command, answer in zip(commands, answers, strict=True):
+            if isinstance(answer, Exception):
+                raise failed(str(command[0]), answer) from answer
+        return answers
+
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
+        """As `ask`, but give an error reply (an exception of the driver) in its place: see `code`.
+
+        Raises:
+            errors.RedisUnavailable: the connection is lost.
+        """
+        connection = self._connection
+        answers: list[Any] = []
+        try:
+            async with self._turn:
+                if not connection.is_connected:
+                    raise exceptions.ConnectionError("the connection has ended")  # noqa: TRY301
+                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                for _ in commands:
+                    try:
+                        answers.append(await connection.read_response())
+                    except exceptions.ResponseError as error:
+                        answers.append(error)
+        except (exceptions.RedisError, OSError, asyncio.IncompleteReadError) as error:
+            await self.close()
+            raise failed("the connection", error) from error
+        except BaseException:
+            # Whoever comes next must not be given the replies of a round trip that was broken off.
+            await self.close()
+            raise
+        return answers
+
+    async def close(self) -> None:
+        """Drop the connection; what was sent and not answered may or may not have been done."""
+        try:
+            await self._connection.disconnect(nowait=True)
+        except (exceptions.RedisError, OSError):
+            # It is being thrown away: how it goes does not matter, and what was in flight is applied again.
+            return
+
+
+def code(error: BaseException) -> str:
+    """Give the row of `replies.TABLE` that an error of the driver belongs to; ``ERR`` for one of no row."""
+    if isinstance(error, exceptions.AuthenticationError):
+        return "NOAUTH" if "required" in str(error).lower() else "WRONGPASS"
+    for kind, name in _CODES:
+        if isinstance(error, kind):
+            return name
+    word = str(error).split(" ", 1)[0]
+    return word if word in replies.TABLE else "ERR"
+
+
+class Redirection(NamedTuple):
+    """Where a reply of a cluster points: ``MOVED`` for good, or ``ASK`` for this once; the host may be empty."""
+
+    code: str
+    host: str
+    port: int
+
+
+def redirection(error: BaseException) -> Redirection | None:
+    """Give where an error reply points; ``None`` if nowhere."""
+    if not isinstance(error, exceptions.AskError):  # MovedError is one of these
+        return None
+    return Redirection(code(error), str(error.host or ""), int(error.port))
+
+
+def failed(what: str, error: BaseException) -> errors.RedisUnavailable:
+    """Make our error of the driver's, with the remedy, and without keys."""
+    name = code(error)
+    row = replies.of(name)
+    # A redirection that nobody followed is as final as a wrong password.
+    report = row.does in {replies.Does.REPORT, replies.Does.REDIRECT}
+    sentence = f"Redis failed at {what} ({_without_keys(name, error)}); {row.remedy}."
+    return errors.RedisUnavailable(sentence, code=name, report=report)
+
+
+def _without_keys(name: str, error: BaseException) -> str:
+    # Some replies repeat the arguments (unknown command, script errors): only the first words are safe to show.
+    text = str(error).split("'", 1)[0].strip().removeprefix(name).strip()
+    if isinstance(error, (socket.gaierror, ssl.SSLError)):
+        text = error.strerror or text
+    return f"{name}: {text[:120].rstrip('.')}" if text else name

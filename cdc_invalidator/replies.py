@@ -1,0 +1,75 @@
+"""What is done about each way in which Redis fails: one table, and nothing else decides it. Pure.
+
+The rule that holds here: nothing that failed counts as done. Whatever a row says, the busts concerned are applied
+again; the rows differ in where, how soon, and who is told.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Does(StrEnum):
+    """What a failure leads to."""
+
+    RETRY = "retry"
+    """The connection is thrown away; the same is applied on a new one, after a pause."""
+    REDIRECT = "redirect"
+    """In a cluster, the command goes where the reply points; elsewhere it is told to the operator."""
+    WIDEN = "widen"
+    """Less exact work is done in its place: a version is deleted instead of bumped, a watermark left to age."""
+    REPORT = "report"
+    """As RETRY, and an error that says what the operator must do: it does not get better by itself."""
+
+
+class Reply(NamedTuple):
+    """One row: what is done, and the remedy that the error tells."""
+
+    does: Does
+    remedy: str
+
+
+_A_CLUSTER = "CDC_REDIS_URL names a node of a cluster; write redis+cluster://host:port"
+_WAIT = "it is tried again until the server is ready"
+
+TABLE: dict[str, Reply] = {
+    # Another server is the one to write to.
+    "MOVED": Reply(Does.REDIRECT, _A_CLUSTER),
+    "ASK": Reply(Does.REDIRECT, _A_CLUSTER),
+    "TRYAGAIN": Reply(Does.REDIRECT, _A_CLUSTER),
+    "CROSSSLOT": Reply(Does.REPORT, _A_CLUSTER),
+    "READONLY": Reply(Does.RETRY, "it is a replica; the master is looked for again, or CDC_REDIS_URL must name it"),
+    # Not now.
+    "LOADING": Reply(Does.RETRY, _WAIT),
+    "BUSY": Reply(Does.RETRY, "a script of somebody else runs for too long; it is tried again until that ends"),
+    "MASTERDOWN": Reply(Does.RETRY, "it is a replica that lost its master; the master is looked for again"),
+    "CLUSTERDOWN": Reply(Does.RETRY, "slots of the cluster are not served; it is tried again until they are"),
+    "NOREPLICAS": Reply(Does.RETRY, "min-replicas-to-write is not met; it is tried again until it is"),
+    "MISCONF": Reply(Does.REPORT, "Redis can't save its snapshot and refuses writes; look at its log and its disk"),
+    "NOSCRIPT": Reply(Does.RETRY, "somebody flushed the scripts; the next connection loads them again"),
+    "UNBLOCKED": Reply(Does.RETRY, _WAIT),
+    # Memory is full. UNLINK is allowed then; a bump deletes its version, and the watermark stays as it is.
+    "OOM": Reply(Does.WIDEN, "raise maxmemory, or set a policy that evicts"),
+    # Only an operator can help.
+    "NOPERM": Reply(Does.REPORT, "grant the ACL user of CDC_REDIS_URL what the README lists"),
+    "NOAUTH": Reply(Does.REPORT, "put a user and a password into CDC_REDIS_URL"),
+    "WRONGPASS": Reply(Does.REPORT, "put the right user and password into CDC_REDIS_URL"),
+    "WRONGTYPE": Reply(Does.REPORT, "a key of cdc-invalidator holds something else; delete it, or set CDC_SLOT"),
+    "NOPROTO": Reply(Does.REPORT, "use Redis 6.2 or later, or Valkey"),
+    # No reply at all.
+    "TIMEOUT": Reply(Does.RETRY, "check CDC_REDIS_URL and the server, which does not answer"),
+    "CLOSED": Reply(Does.RETRY, "check CDC_REDIS_URL and the server"),
+    "GARBLED": Reply(Does.REPORT, "what answers does not speak Redis's protocol; check CDC_REDIS_URL"),
+    # Ours: the server answers, and is not the one that we mean.
+    "MOVED_AWAY": Reply(Does.RETRY, "the one that took over is looked for"),
+    "OTHER_DATA": Reply(Does.RETRY, "what it has had is compared anew"),
+}
+"""By the first word of an error reply; the last ones stand for what is no reply."""
+
+UNKNOWN = Reply(Does.REPORT, "look at the server's log; it is tried again")
+
+
+def of(code: str) -> Reply:
+    """Give the row of a failure; of one that the table does not have, that of any other error."""
+    return TABLE.get(code, UNKNOWN)

@@ -294,7 +294,8 @@ def read_mark(fields: Any) -> tuple[Watermark | None, int | None]:
 def marking(scripts: Scripts, key: bytes, over: int | None, watermark: Watermark) -> Command:
     """Give the command that writes a watermark over the one with that LSN; ``None``: over whatever is there."""
     pairs = [part for item in watermark.fields().items() for part in item]
-    return ("EVALSHA", scripts.mark, 1, key, "" if over is None else over, "" if watermark.dropped else "dropped", *pairs)
+    gone = "" if watermark.dropped else "dropped"
+    return ("EVALSHA", scripts.mark, 1, key, "" if over is None else over, gone, *pairs)
 
 
 def marked(answer: int) -> bool:

@@ -7,6 +7,7 @@ server, or an older snapshot, in its place without a word. Nothing else imports 
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
     (exceptions.ConnectionError, "CLOSED"),
     (OSError, "CLOSED"),
 )
+
+_IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+)\b")
+_NO_RIGHT = re.compile(r"ACL failure in script|The user executing the script can't")
 
 
 class Node:
@@ -142,8 +146,15 @@ def code(error: BaseException) -> str:
     for kind, name in _CODES:
         if isinstance(error, kind):
             return name
-    word = str(error).split(" ", 1)[0]
-    return word if word in replies.TABLE else "ERR"
+    text = str(error)
+    word = text.split(" ", 1)[0]
+    if word in replies.TABLE:
+        return word
+    if _NO_RIGHT.search(text):
+        return "NOPERM"
+    # Redis before 7 wraps what a command of a script answers.
+    inside = _IN_SCRIPT.search(text)
+    return inside[1] if inside and inside[1] in replies.TABLE else "ERR"
 
 
 class Redirection(NamedTuple):
@@ -172,8 +183,10 @@ def failed(what: str, error: BaseException) -> errors.RedisUnavailable:
 
 
 def _without_keys(name: str, error: BaseException) -> str:
-    # Some replies repeat the arguments (unknown command, script errors): only the first words are safe to show.
-    text = str(error).split("'", 1)[0].strip().removeprefix(name).strip()
+    text = str(error).removeprefix(name).strip()
+    if name != "NOPERM":  # which names the command that must be granted, and no key
+        # Some replies repeat the arguments (unknown command, script errors): only the first words are safe to show.
+        text = text.split("'", 1)[0].strip()
     if isinstance(error, (socket.gaierror, ssl.SSLError)):
         text = error.strerror or text
     return f"{name}: {text[:120].rstrip('.')}" if text else name

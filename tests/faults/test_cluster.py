@@ -1,0 +1,203 @@
+"""A cluster whose slots move and whose masters die, under writers and readers: nothing stale is left."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import reading
+from clusters import Cluster, slot_of
+from running import RunningDaemon, eventually, execute, settled
+from writing import assert_nothing_confirmed_too_early
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with Cluster() as cluster:
+        yield cluster
+
+
+class Stage:
+    def __init__(self, dsn: str, cluster: Cluster, daemon: RunningDaemon) -> None:
+        self.dsn = dsn
+        self.cluster = cluster
+        self.daemon = daemon
+        self.app = reading.Application(dsn, cluster.client, writers=2, readers=4)
+
+    def assert_nothing_stale(self) -> None:
+        self.app.stop_writing()
+        self.app.stop()
+        with contextlib.closing(self.cluster.client()) as client:
+            settled(self.dsn, client, self.daemon.slot)  # type: ignore[arg-type]
+            assert reading.stale(self.dsn, client) == {}
+            assert reading.entries(client) > 0
+            assert_nothing_confirmed_too_early(self.dsn, client, self.daemon.slot)  # type: ignore[arg-type]
+        assert self.app.hits > 0
+        assert self.app.refused >= 0
+        assert not self.daemon.errors
+        print(f"written {self.app.written}, read {self.app.reads}, hits {self.app.hits}, refused {self.app.refused}")
+
+
+@pytest.fixture
+def stage(database: str, cluster: Cluster, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+    reading.create(database)
+    rules = reading.rules_file(tmp_path)
+    with RunningDaemon(dsn=database, redis_url=cluster.url, rules=rules, slot=slot_name) as daemon:
+        daemon.ready()
+        stage = Stage(database, cluster, daemon)
+        with stage.app:
+            yield stage
+        for event in [event for event in daemon.events if event["event"] != "bust"][-20:]:
+            print("   ", event)
+
+
+def test_slots_move_while_busts_flow_and_then_a_master_dies(stage: Stage) -> None:
+    stage.app.run(1)
+    target = stage.cluster.masters()[1]
+    used = sorted({slot_of(f"t:{{{number}}}:count") for number in range(1, reading.ROWS + 1)})
+    moving = [slot for slot in used if stage.cluster.master_of_slot(slot) is not target][:12]
+    for slot in moving:
+        stage.cluster.move_slots(slot, slot, target, pause=0.1)
+    assert all(stage.cluster.master_of_slot(slot) is target for slot in moving)
+    stage.app.run(1)
+    stage.cluster.kill(target)
+    stage.cluster.failed_over(target)
+    stage.app.run(2)
+    stage.assert_nothing_stale()
+
+
+def test_a_master_fails_over_to_a_replica_that_has_not_had_the_last_busts(stage: Stage) -> None:
+    stage.app.run(1)
+    victim = stage.cluster.masters()[0]
+    replica = stage.cluster.replica_of(victim)
+    with contextlib.closing(stage.cluster.client()) as client:
+        settled(stage.dsn, client, stage.daemon.slot)  # type: ignore[arg-type]
+    replica.pause()
+    # What is sent to a frozen process waits in the kernel: it would be read after all.
+    victim.ask("CLIENT", "KILL", "TYPE", "replica")
+    stage.app.run(2)
+    busted = stage.daemon.metric("cdc_invalidator_busted_keys_total")
+    assert busted > 0
+    stage.cluster.kill(victim)
+    replica.resume()
+    stage.cluster.failed_over(victim)
+    stage.app.run(1)
+    stage.assert_nothing_stale()
+    assert stage.daemon.named("gap", reason="redis_behind")
+    assert not stage.daemon.named("bust", action="sweep", op="missed_changes")
+
+
+def test_a_new_master_is_taken_in_and_nothing_is_swept_for_it(stage: Stage) -> None:
+    stage.app.run(0.5)
+    before = len(stage.daemon.named("bust", action="sweep"))
+    newcomer = stage.cluster.add_master()
+    stage.app.run(2.5)
+    slot = slot_of("t:{7}:count")
+    stage.cluster.move_slots(slot, slot, newcomer, pause=0.05)
+    stage.app.run(1)
+    stage.assert_nothing_stale()
+    assert len(stage.daemon.named("bust", action="sweep")) == before
+
+
+def test_keys_of_a_slot_that_stays_open_are_busted_on_either_side(
+    database: str, cluster: Cluster, tmp_path: Path, slot_name: str
+) -> None:
+    reading.create(database)
+    rules = reading.rules_file(tmp_path)
+    with (
+        RunningDaemon(dsn=database, redis_url=cluster.url, rules=rules, slot=slot_name) as daemon,
+        contextlib.closing(cluster.client()) as client,
+    ):
+        daemon.ready()
+        settled(database, client, slot_name)  # type: ignore[arg-type]
+        here, there = "t:{7}:count", "t:{7}:ver"
+        client.set(here, 0)
+        client.set(there, 1)
+        slot = slot_of(here)
+        source = cluster.master_of_slot(slot)
+        target = next(node for node in cluster.masters() if node is not source)
+        cluster.open_slot(slot, target)
+        cluster.move_key(there, target)
+        execute(database, "UPDATE counters SET n = 1 WHERE id = 7")
+        settled(database, client, slot_name)  # type: ignore[arg-type]
+        assert source.ask("CLUSTER", "COUNTKEYSINSLOT", slot) == 0
+        assert int(client.get(there)) > 1  # type: ignore[arg-type]
+        # A sweep finds them on both sides as well.
+        client.set(there, 1)
+        execute(database, "TRUNCATE counters")
+        settled(database, client, slot_name)  # type: ignore[arg-type]
+        assert int(client.get(there)) > 1  # type: ignore[arg-type]
+        cluster.move_slots(slot, slot, target)
+
+
+def test_a_node_of_a_cluster_under_a_plain_url_is_told_to_the_operator(
+    database: str, cluster: Cluster, tmp_path: Path, slot_name: str
+) -> None:
+    reading.create(database)
+    url = f"redis://127.0.0.1:{cluster.nodes[0].port}/0"
+    with RunningDaemon(dsn=database, redis_url=url, rules=reading.rules_file(tmp_path), slot=slot_name) as daemon:
+        daemon.ready()
+        execute(database, "UPDATE counters SET n = 1")
+        event = daemon.seen("redis_unavailable", level="error")
+        assert "redis+cluster://" in event["error"]
+        assert event["code"] in {"MOVED", "CROSSSLOT"}
+
+
+def test_keys_without_a_hash_tag_are_busted_and_the_operator_is_warned(
+    database: str, cluster: Cluster, tmp_path: Path, slot_name: str
+) -> None:
+    reading.create(database)
+    rules = reading.rules_file(tmp_path, reading.RULES.replace('"t:{{{id}}}:count"', '"t:{id}:count"'))
+    with (
+        RunningDaemon(dsn=database, redis_url=cluster.url, rules=rules, slot=slot_name) as daemon,
+        contextlib.closing(cluster.client()) as client,
+    ):
+        daemon.ready()
+        assert daemon.seen("no_hash_tag")["caches"] == ["count"]
+        settled(database, client, slot_name)  # type: ignore[arg-type]
+        for number in range(1, 31):
+            client.set(f"t:{number}:count", 0)
+            client.set(f"t:{number}:count:lock", "token")
+        execute(database, "UPDATE counters SET n = n + 1 WHERE id <= 20")
+        settled(database, client, slot_name)  # type: ignore[arg-type]
+        left = {number for number in range(1, 31) if client.exists(f"t:{number}:count")}
+        locks = {number for number in range(1, 31) if client.exists(f"t:{number}:count:lock")}
+        assert left == locks == set(range(21, 31))
+        execute(database, "TRUNCATE counters")
+        settled(database, client, slot_name)  # type: ignore[arg-type]
+        assert not any(client.exists(f"t:{number}:count", f"t:{number}:count:lock") for number in left)
+
+
+def test_while_a_shard_is_down_the_watermark_stands_and_afterwards_goes_on(
+    database: str, tmp_path: Path, slot_name: str
+) -> None:
+    reading.create(database)
+    with (
+        Cluster(replicas=False) as cluster,
+        RunningDaemon(
+            dsn=database, redis_url=cluster.url, rules=reading.rules_file(tmp_path), slot=slot_name
+        ) as daemon,
+        contextlib.closing(cluster.client()) as client,
+    ):
+        daemon.ready()
+        settled(database, client, slot_name)  # type: ignore[arg-type]
+        victim = cluster.master_of("t:{7}:count")
+        client.set("t:{7}:count", 0)
+        victim.pause()
+        execute(database, "UPDATE counters SET n = 1 WHERE id = 7")
+        daemon.seen("redis_unavailable")
+        victim.resume()
+        eventually(lambda: not _exists(client, "t:{7}:count"), "it is busted when the shard is back")
+        settled(database, client, slot_name)  # type: ignore[arg-type]
+
+
+def _exists(client: Any, key: str) -> bool:
+    try:
+        return bool(client.exists(key))
+    except Exception:  # noqa: BLE001  the cluster is not whole yet
+        return True

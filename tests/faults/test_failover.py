@@ -1,0 +1,255 @@
+"""Redis comes back without busts that it had acknowledged: what it lacks is busted anew, and nothing stale is left."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import reading
+import redis
+from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
+from sentinels import Sentinels
+from writing import assert_nothing_confirmed_too_early
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+class Stage:
+    """A database, a daemon and an application; its cache is wherever ``where`` says."""
+
+    def __init__(self, dsn: str, daemon: RunningDaemon, where: Any) -> None:
+        self.dsn = dsn
+        self.daemon = daemon
+        self._where = where
+        self.app = reading.Application(dsn, self.client, writers=2, readers=4)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis.from_url(self._where(), socket_timeout=2)
+
+    def settle(self) -> None:
+        with self.client() as client:
+            settled(self.dsn, client, self.daemon.slot)
+
+    def assert_nothing_stale(self) -> None:
+        self.app.stop()
+        self.settle()
+        with self.client() as client:
+            assert reading.stale(self.dsn, client) == {}
+            assert reading.entries(client) > 0
+            assert_nothing_confirmed_too_early(self.dsn, client, self.daemon.slot)
+        assert self.app.hits > 0
+        assert not self.daemon.errors
+
+    def sweeps(self) -> int:
+        return len(self.daemon.named("bust", action="sweep"))
+
+
+def staged(dsn: str, url: str, folder: Path, slot: str, where: Any) -> contextlib.AbstractContextManager[Stage]:
+    @contextlib.contextmanager
+    def manager() -> Iterator[Stage]:
+        reading.create(dsn)
+        rules = reading.rules_file(folder)
+        with RunningDaemon(dsn=dsn, redis_url=url, rules=rules, slot=slot) as daemon:
+            daemon.ready()
+            stage = Stage(dsn, daemon, where)
+            stage.settle()
+            yield stage
+            for event in [event for event in daemon.events if event["event"] != "bust"][-20:]:
+                print("   ", event)
+
+    return manager()
+
+
+# Sentinel.
+
+
+@pytest.fixture
+def sentinels() -> Iterator[Sentinels]:
+    with Sentinels() as sentinels:
+        yield sentinels
+
+
+def test_a_replica_that_lagged_is_promoted_and_is_given_the_busts_that_it_lacks(
+    database: str, sentinels: Sentinels, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, sentinels.url, tmp_path, slot_name, sentinels.current_url) as stage:
+        with stage.app:
+            stage.app.run(1)
+            sentinels.hold_back()
+            swept = stage.sweeps()
+            stage.app.run(2)
+            sentinels.lose_master()
+            sentinels.promoted()
+            stage.app.run(1)
+        stage.assert_nothing_stale()
+        stage.daemon.seen("gap", reason="redis_behind", swept=False)
+        assert stage.daemon.metric("cdc_invalidator_redis_behind_transactions_total") > 0
+        assert stage.sweeps() == swept, "what it lacked was known key by key"
+
+
+def test_without_a_memory_of_the_busts_a_promoted_replica_is_swept(
+    database: str, sentinels: Sentinels, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, sentinels.url, tmp_path, slot_name, sentinels.current_url) as stage:
+        with stage.app:
+            stage.app.run(1)
+            sentinels.hold_back()
+            stage.app.run(1)
+            stage.app.stop()
+            stage.settle()
+            # The next daemon knows nothing of what this one has busted.
+            stage.daemon.kill()
+            sentinels.lose_master()
+            sentinels.promoted()
+            with stage.client() as client:
+                assert reading.stale(database, client), "the replica has old values"
+            stage.daemon.start()
+            stage.daemon.ready()
+        stage.daemon.seen("gap", reason="missed_changes")
+        stage.settle()
+        with stage.client() as client:
+            assert reading.stale(database, client) == {}
+
+
+def test_an_old_master_that_goes_on_alone_is_left_for_the_one_that_sentinel_names(
+    database: str, sentinels: Sentinels, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, sentinels.url, tmp_path, slot_name, sentinels.current_url) as stage:
+        with stage.app:
+            stage.app.run(0.5)
+            # To the Sentinels it seems dead; to us it answers as before once it wakes up.
+            sentinels.master.pause()
+            sentinels.promoted()
+            sentinels.master.resume()
+            stage.app.run(3)
+            with redis.Redis.from_url(sentinels.replica.url) as client:
+                eventually(lambda: reading.entries(client), "readers have found the new master")
+        stage.assert_nothing_stale()
+        with redis.Redis.from_url(sentinels.replica.url) as client:
+            assert watermark(client, slot_name)
+
+
+def test_sentinels_that_are_all_away_stop_nothing_while_the_master_is_there(
+    database: str, sentinels: Sentinels, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, sentinels.url, tmp_path, slot_name, lambda: sentinels.master.url) as stage:
+        for sentinel in sentinels.sentinels:
+            sentinel.kill()
+        with stage.app:
+            stage.app.run(2)
+        stage.assert_nothing_stale()
+        assert not stage.daemon.named("redis_unavailable")
+
+
+# One server.
+
+
+@pytest.fixture
+def valkey() -> Iterator[embedded.Valkey]:
+    """A Valkey of the test's own, that saves when it is told to."""
+    with embedded.Valkey(settings={"save": "3600 100000000", "enable-debug-command": "yes"}) as valkey:
+        yield valkey
+
+
+def test_a_restored_snapshot_is_given_the_busts_that_it_lacks(
+    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
+        with stage.app:
+            stage.app.run(1)
+            with stage.client() as client:
+                client.save()
+            stage.app.run(1.5)
+            valkey.kill()
+            valkey.start()
+            stage.app.run(1)
+        stage.assert_nothing_stale()
+        stage.daemon.seen("gap", reason="redis_behind")
+
+
+def test_a_snapshot_older_than_the_memory_is_swept(
+    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
+        execute(database, "CREATE TABLE IF NOT EXISTS junk (n int)")
+        with stage.client() as client:
+            client.set("t:{1}:count", 0)
+            client.save()
+            execute(
+                database,
+                "UPDATE counters SET n = 1 WHERE id = 1",
+                # More keys than are remembered, which pushes the one before out.
+                "INSERT INTO counters SELECT id, 0 FROM generate_series(1000, 120000) id",
+            )
+            settled(database, client, slot_name)
+            valkey.kill()
+            valkey.start()
+            assert client.get("t:{1}:count")
+            stage.daemon.seen("gap", reason="missed_changes")
+            settled(database, client, slot_name)
+            assert not client.exists("t:{1}:count")
+
+
+@pytest.mark.parametrize("running", [True, False], ids=["running", "away"])
+def test_a_flushed_redis_is_no_harm(
+    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str, running: bool
+) -> None:
+    with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
+        with stage.app:
+            stage.app.run(0.5)
+            if not running:
+                stage.daemon.kill()
+            with stage.client() as client:
+                client.flushall()
+            stage.app.run(0.5)
+            if not running:
+                stage.daemon.start().ready()
+                stage.daemon.seen("gap", reason="no_watermark")
+            stage.app.run(0.5)
+        stage.assert_nothing_stale()
+
+
+def test_another_instance_under_the_same_address_is_noticed(
+    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
+        with embedded.Valkey(settings={"save": "3600 100000000"}) as other:
+            with redis.Redis.from_url(other.url) as client:
+                client.mset({f"t:{{{number}}}:count": -1 for number in range(1, 61)})
+                client.save()
+            snapshot = (other.folder / "dump.rdb").read_bytes()
+        with stage.app:
+            stage.app.run(0.5)
+            valkey.kill()
+            (valkey.folder / "dump.rdb").write_bytes(snapshot)
+            valkey.start()
+            stage.app.run(1)
+        stage.assert_nothing_stale()
+        stage.daemon.seen("gap", reason="no_watermark")
+
+
+def test_another_data_set_under_a_connection_that_stands_is_noticed(
+    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage, stage.client() as client:
+        client.set("t:{1}:count", 0)
+        client.save()
+        shutil.copy(valkey.folder / "dump.rdb", tmp_path / "older.rdb")
+        execute(database, "UPDATE counters SET n = 1 WHERE id = 1")
+        settled(database, client, slot_name)
+        assert not client.exists("t:{1}:count")
+        shutil.copy(tmp_path / "older.rdb", valkey.folder / "dump.rdb")
+        # It loads the file and drops nobody's connection.
+        client.execute_command("DEBUG", "RELOAD", "NOSAVE")
+        assert client.exists("t:{1}:count")
+        stage.daemon.seen("redis_unavailable", code="OTHER_DATA")
+        stage.daemon.seen("gap", reason="redis_behind")
+        end = wal_position(database)
+        eventually(lambda: int(watermark(client, slot_name).get(b"lsn", 0)) >= end, "the watermark goes on")
+        assert not client.exists("t:{1}:count")

@@ -1,0 +1,297 @@
+"""Readers on standbys that lag: stale only until the standby has replayed; one that is lost holds up nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+import reading
+import redis
+from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
+from standby import Standby
+from writing import assert_nothing_confirmed_too_early
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def primary() -> Iterator[embedded.Postgres]:
+    with embedded.Postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def dsn(primary: embedded.Postgres, slot_name: str) -> Iterator[str]:
+    dsn = primary.create_database(slot_name)
+    reading.create(dsn)
+    yield dsn
+    primary.drop_database(slot_name)
+
+
+@pytest.fixture
+def standby(primary: embedded.Postgres, dsn: str) -> Iterator[Standby]:
+    with Standby(primary) as standby:
+        standby.catch_up()
+        yield standby
+
+
+class Stage:
+    def __init__(self, dsn: str, standby: Standby, daemon: RunningDaemon, client: redis.Redis, url: str) -> None:
+        self.dsn = dsn
+        self.standby = standby
+        self.daemon = daemon
+        self.client = client
+        self.read_dsn = standby.dsn_for(daemon.slot)
+        self.name = f"{embedded.HOST}:{standby.port}"
+        self.url = url
+
+    def application(self) -> reading.Application:
+        return reading.Application(
+            self.dsn, lambda: redis.Redis.from_url(self.url), read_dsn=self.read_dsn, writers=2, readers=4
+        )
+
+    def settle(self, seconds: float = 60) -> None:
+        position = wal_position(self.dsn)
+        eventually(lambda: self.lsn() >= position, "the watermark passes the last commit", seconds)
+
+    def lsn(self) -> int:
+        return int(watermark(self.client, self.daemon.slot).get(b"lsn", 0))
+
+    def dropped(self) -> list[str]:
+        found: list[str] = json.loads(watermark(self.client, self.daemon.slot).get(b"dropped", b"[]"))
+        return found
+
+    def fill_from_standby(self, number: int) -> int:
+        """Cache what a reader of the standby sees."""
+        with psycopg.connect(self.read_dsn, autocommit=True) as connection:
+            row = connection.execute("SELECT n FROM counters WHERE id = %s", [number]).fetchone()
+        assert row is not None
+        self.client.set(f"t:{{{number}}}:count", row[0])
+        return int(row[0])
+
+    def assert_nothing_stale(self) -> None:
+        self.settle()
+        assert reading.stale(self.dsn, self.client) == {}
+        assert_nothing_confirmed_too_early(self.dsn, self.client, self.daemon.slot)
+        assert not self.daemon.errors
+
+
+@contextlib.contextmanager
+def staged(
+    dsn: str, standby: Standby, redis_url: str, client: redis.Redis, folder: Path, slot: str, **settings: str
+) -> Iterator[Stage]:
+    rules = reading.rules_file(folder)
+    settings = {"postgres_replicas": standby.dsn_for(slot), **settings}
+    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
+        daemon.ready()
+        settled(dsn, client, slot)
+        yield Stage(dsn, standby, daemon, client, redis_url)
+        for event in [event for event in daemon.events if event["event"] != "bust"][-20:]:
+            print("   ", event)
+
+
+@pytest.fixture
+def stage(
+    dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> Iterator[Stage]:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name) as stage:
+        yield stage
+
+
+def test_what_a_lagging_standbys_readers_cache_is_stale_until_its_replay_goes_on(stage: Stage) -> None:
+    with stage.application() as app:
+        app.run(0.5)
+        stage.standby.pause_replay()
+        before = stage.lsn()
+        app.run(1.5)
+        position = wal_position(stage.dsn)
+        assert stage.lsn() < position, "the watermark waits for the standby"
+        app.stop_writing()
+        eventually(lambda: reading.stale(stage.dsn, stage.client), "readers of the standby cache old rows")
+        assert confirmed(stage.dsn, stage.daemon.slot) <= stage.lsn()
+        assert stage.lsn() >= before
+        stage.standby.resume_replay()
+        stage.assert_nothing_stale()
+        app.run(0.5)
+    stage.assert_nothing_stale()
+    assert reading.entries(stage.client) > 0
+    assert stage.daemon.metric("cdc_invalidator_busted_again_total", reason="replica") > 0
+
+
+def test_without_being_named_a_lagging_standby_leaves_stale_entries(
+    dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    """What the others are about: this is what they would find, were the second bust not there."""
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, postgres_replicas="") as stage:
+        standby.pause_replay()
+        execute(dsn, "UPDATE counters SET n = n + 1 WHERE id = 1")
+        stage.settle()
+        assert stage.fill_from_standby(1) == 0
+        standby.resume_replay()
+        standby.catch_up()
+        stage.settle()
+        assert reading.stale(dsn, redis_client)
+
+
+def test_busts_are_applied_at_once_and_again_after_the_replay(stage: Stage) -> None:
+    stage.standby.pause_replay()
+    stage.client.set("t:{1}:count", 0)
+    execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+    eventually(lambda: not stage.client.exists("t:{1}:count"), "it is busted at once")
+    assert stage.fill_from_standby(1) == 0
+    stage.standby.resume_replay()
+    eventually(lambda: not stage.client.exists("t:{1}:count"), "it is busted again")
+    stage.assert_nothing_stale()
+
+
+def test_a_sweep_is_repeated_after_the_replay(stage: Stage) -> None:
+    stage.standby.pause_replay()
+    execute(stage.dsn, "TRUNCATE counters")
+    stage.daemon.seen("bust", action="sweep", reason="truncate")
+    assert stage.fill_from_standby(1) == 0
+    stage.standby.resume_replay()
+    eventually(lambda: not stage.client.exists("t:{1}:count"), "it is swept again")
+
+
+def test_a_standby_that_lags_too_long_is_dropped_loudly_and_swept_for_when_it_is_back(
+    dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+        standby.pause_replay()
+        execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+        stage.settle()
+        event = stage.daemon.seen("replica_dropped", replica=stage.name, level="error")
+        assert "wait no longer" in event["error"]
+        assert stage.daemon.metric("cdc_invalidator_replica_awaited", replica=stage.name) == 0
+        assert stage.daemon.status()["dropped_replicas"] == [stage.name]
+        assert stage.dropped() == [stage.name]
+        # What is read from it meanwhile is stale, and stays so until it is back.
+        assert stage.fill_from_standby(1) == 0
+        standby.resume_replay()
+        stage.daemon.seen("replica_returned", replica=stage.name)
+        stage.daemon.seen("gap", reason="replica_returned")
+        eventually(lambda: not stage.client.exists("t:{1}:count"), "what its readers cached is swept")
+        eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
+        stage.assert_nothing_stale()
+        assert stage.daemon.metric("cdc_invalidator_replica_awaited", replica=stage.name) == 1
+        # It is waited for again.
+        standby.pause_replay()
+        position = wal_position(dsn)
+        execute(dsn, "UPDATE counters SET n = 2 WHERE id = 1")
+        eventually(lambda: stage.lsn() >= position, "all before is in")
+        standby.resume_replay()
+        stage.assert_nothing_stale()
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_a_standby_that_is_down_is_dropped_and_taken_back(
+    dsn: str,
+    standby: Standby,
+    redis_url: str,
+    redis_client: redis.Redis,
+    tmp_path: Path,
+    slot_name: str,
+    how: str,
+) -> None:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+        standby.kill() if how == "killed" else standby.pause()
+        execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+        stage.settle()
+        stage.daemon.seen("replica_dropped", replica=stage.name)
+        standby.start() if how == "killed" else standby.resume()
+        stage.daemon.seen("gap", reason="replica_returned")
+        eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
+        stage.assert_nothing_stale()
+
+
+def test_a_daemon_that_starts_later_knows_which_standby_was_dropped(
+    dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+        standby.pause_replay()
+        execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+        stage.settle()
+        eventually(lambda: stage.dropped() == [stage.name], "the watermark says so")
+        stage.daemon.kill()
+        assert stage.fill_from_standby(1) == 0
+        standby.resume_replay()
+        standby.catch_up()
+        stage.daemon.events.clear()
+        stage.daemon.start().ready()
+        stage.daemon.seen("gap", reason="replica_returned")
+        eventually(lambda: not stage.client.exists("t:{1}:count"), "what its readers cached is swept")
+        stage.assert_nothing_stale()
+
+
+def test_a_dropped_standby_that_is_not_named_any_more_is_swept_for_at_once(
+    dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+        standby.pause_replay()
+        execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+        stage.settle()
+        eventually(lambda: stage.dropped() == [stage.name], "the watermark says so")
+        assert stage.fill_from_standby(1) == 0
+        stage.daemon.kill()
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, postgres_replicas="") as stage:
+        stage.daemon.seen("gap", reason="replica_removed")
+        eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
+        stage.assert_nothing_stale()
+
+
+def test_what_waits_for_a_standby_is_bounded_by_widening(stage: Stage) -> None:
+    stage.standby.pause_replay()
+    execute(stage.dsn, "INSERT INTO counters SELECT id, 0 FROM generate_series(1000, 250000) id")
+    execute(stage.dsn, "UPDATE counters SET n = n + 1 WHERE id = 1")
+    eventually(
+        lambda: stage.daemon.metric("cdc_invalidator_busted_keys_total", cache="count") > 240_000, "it is busted"
+    )
+    stage.fill_from_standby(1)
+    stage.standby.resume_replay()
+    stage.settle()
+    assert not stage.client.exists("t:{1}:count")
+    assert stage.daemon.named("bust", action="sweep", reason="change")
+
+
+def test_a_server_that_is_no_standby_of_the_database_is_told_and_dropped(
+    dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    # Servers of one version are copies of one data directory here: another version has another identifier.
+    *others, _ = embedded.postgres_bin_dirs().values()
+    if not others:
+        pytest.skip("only one version of PostgreSQL is here")
+    with embedded.Postgres(bin_dir=others[-1]) as stranger:
+        settings = {"postgres_replicas": stranger.dsn, "replica_limit": "1"}
+        with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, **settings) as stage:
+            execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+            assert "CDC_POSTGRES_REPLICAS" in stage.daemon.seen("replica_unavailable")["error"]
+            stage.daemon.seen("replica_dropped", replica=f"{embedded.HOST}:{stranger.port}")
+            stage.settle()
+
+
+def test_a_standby_that_is_promoted_holds_up_nobody(stage: Stage) -> None:
+    stage.standby.promote()
+    for number in range(1, 6):
+        execute(stage.dsn, f"UPDATE counters SET n = n + 1 WHERE id = {number}")
+        time.sleep(0)
+    stage.settle(90)
+
+
+def test_a_daemon_killed_while_a_standby_lags_busts_again_after_its_restart(stage: Stage) -> None:
+    stage.standby.pause_replay()
+    execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+    eventually(lambda: stage.daemon.named("bust", cache="count", op="update"), "it is busted at once")
+    stage.daemon.kill()
+    assert stage.fill_from_standby(1) == 0
+    stage.daemon.start().ready()
+    stage.fill_from_standby(1)
+    stage.standby.resume_replay()
+    stage.assert_nothing_stale()

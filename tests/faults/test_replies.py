@@ -1,0 +1,199 @@
+"""Every way in which Redis answers with an error, or does not answer: no bust is lost, and each shows in metrics."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+import resp
+from running import RunningDaemon, eventually, execute, settled
+from writing import Writer, assert_all_is_well, create, rules_file
+
+from cdc_invalidator import embedded, replies
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+WORDS = {
+    "MOVED": "1 127.0.0.1:1",
+    "ASK": "1 127.0.0.1:1",
+    "TRYAGAIN": "Multiple keys request during rehashing of slot",
+    "CROSSSLOT": "Keys in request don't hash to the same slot",
+    "READONLY": "You can't write against a read only replica.",
+    "LOADING": "Redis is loading the dataset in memory",
+    "BUSY": "Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+    "MASTERDOWN": "Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+    "CLUSTERDOWN": "The cluster is down",
+    "NOREPLICAS": "Not enough good replicas to write.",
+    "MISCONF": "Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.",
+    "NOSCRIPT": "No matching script. Please use EVAL.",
+    "UNBLOCKED": "force unblock from blocking operation",
+    "OOM": "command not allowed when used memory > 'maxmemory'.",
+    "NOPERM": "this user has no permissions to run the 'evalsha' command",
+    "NOAUTH": "Authentication required.",
+    "WRONGPASS": "invalid username-password pair or user is disabled.",
+    "WRONGTYPE": "Operation against a key holding the wrong kind of value",
+    "NOPROTO": "unsupported protocol version",
+    "ERR": "unknown command 'evalsha', with args beginning with: 't:thing:42'",
+}
+NOT_A_REPLY = {"TIMEOUT", "CLOSED", "GARBLED", "MOVED_AWAY", "OTHER_DATA"}
+
+
+def test_the_table_has_a_test_for_each_of_its_rows() -> None:
+    assert WORDS.keys() | NOT_A_REPLY == replies.TABLE.keys() | {"ERR"}
+
+
+@pytest.fixture
+def valkey() -> Iterator[embedded.Valkey]:
+    with embedded.Valkey() as valkey:
+        yield valkey
+
+
+class Stage:
+    def __init__(self, dsn: str, valkey: embedded.Valkey, proxy: resp.RespProxy, daemon: RunningDaemon) -> None:
+        self.dsn = dsn
+        self.valkey = valkey
+        self.proxy = proxy
+        self.daemon = daemon
+
+
+@pytest.fixture
+def stage(database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+    create(database)
+    with (
+        resp.RespProxy(valkey.port, seed=1) as proxy,
+        RunningDaemon(dsn=database, redis_url=proxy.url, rules=rules_file(tmp_path), slot=slot_name) as daemon,
+        redis.Redis.from_url(valkey.url) as client,
+    ):
+        daemon.ready()
+        settled(database, client, slot_name)
+        yield Stage(database, valkey, proxy, daemon)
+
+
+def errors_of(daemon: RunningDaemon, code: str) -> float:
+    return daemon.metric("cdc_invalidator_redis_errors_total", error=code)
+
+
+@pytest.mark.parametrize("code", WORDS)
+def test_an_error_reply_at_any_place_of_a_pipeline_loses_no_bust(stage: Stage, code: str) -> None:
+    reply = f"-{code} {WORDS[code]}\r\n".encode()
+    with redis.Redis.from_url(stage.valkey.url) as client:
+        with Writer(stage.dsn, stage.valkey.url, rows=1500) as writer:
+            writer.goes_on()
+            for _ in range(3):
+                stage.proxy.fail_next(20, reply, resp.named("EVALSHA"))
+                eventually(lambda: not stage.proxy.armed, "the error is injected")
+                writer.goes_on()
+        assert_all_is_well(stage.dsn, client, stage.daemon)
+        assert stage.proxy.injected == 3
+        assert errors_of(stage.daemon, code) == 3
+        row = replies.of(code)
+        events = stage.daemon.named("redis_unavailable", code=code)
+        reported = row.does in {replies.Does.REPORT, replies.Does.REDIRECT}
+        assert {event["level"] for event in events} == {"error" if reported else "warning"}
+        assert all(row.remedy in event["error"] for event in events)
+        assert not any("t:thing:" in str(event) for event in events)
+
+
+@pytest.mark.parametrize("command", ["SCRIPT", "HGETALL", "INFO", "SCAN", "UNLINK"])
+def test_an_error_reply_to_any_other_command_loses_no_bust(stage: Stage, command: str) -> None:
+    reply = f"-READONLY {WORDS['READONLY']}\r\n".encode()
+    with redis.Redis.from_url(stage.valkey.url) as client:
+        client.mset({f"t:thing:{number}": "cached" for number in range(1_000_000, 1_003_000)})
+        client.mset({f"t:thing:{number}:lock": "token" for number in range(1_000_000, 1_001_000)})
+        with Writer(stage.dsn, stage.valkey.url) as writer:
+            writer.goes_on()
+            stage.proxy.fail_next(1, reply, resp.named(command))
+            if command in {"SCRIPT", "HGETALL"}:
+                stage.proxy.cut()
+            if command in {"SCAN", "UNLINK"}:
+                execute(stage.dsn, "TRUNCATE things")
+            eventually(lambda: not stage.proxy.armed, "the error is injected", 60)
+            writer.goes_on()
+            execute(stage.dsn, "TRUNCATE things")
+        assert_all_is_well(stage.dsn, client, stage.daemon)
+        assert errors_of(stage.daemon, "READONLY") >= 1
+
+
+def test_a_reply_that_ends_in_its_middle_loses_no_bust(stage: Stage) -> None:
+    with redis.Redis.from_url(stage.valkey.url) as client:
+        with Writer(stage.dsn, stage.valkey.url, rows=1500) as writer:
+            writer.goes_on()
+            for n in range(1, 6):
+                stage.proxy.half(n, resp.named("EVALSHA"))
+                eventually(lambda: not stage.proxy.armed, "the reply is cut")
+                writer.goes_on()
+        assert_all_is_well(stage.dsn, client, stage.daemon)
+        assert stage.proxy.halved == 5
+        assert errors_of(stage.daemon, "CLOSED") == 5
+
+
+@pytest.mark.parametrize("executing", [False, True])
+def test_a_server_that_accepts_and_never_answers_loses_no_bust(stage: Stage, executing: bool) -> None:
+    with redis.Redis.from_url(stage.valkey.url) as client:
+        with Writer(stage.dsn, stage.valkey.url) as writer:
+            writer.goes_on()
+            stage.proxy.silent(executing=executing)
+            eventually(lambda: errors_of(stage.daemon, "TIMEOUT"), "the silence is noticed")
+            stage.proxy.mend()
+            writer.goes_on()
+        assert_all_is_well(stage.dsn, client, stage.daemon)
+
+
+def test_a_server_that_speaks_another_protocol_is_told_to_the_operator(
+    database: str, postgres: embedded.Postgres, tmp_path: Path, slot_name: str
+) -> None:
+    create(database)
+    url = f"redis://127.0.0.1:{postgres.port}"
+    with RunningDaemon(dsn=database, redis_url=url, rules=rules_file(tmp_path), slot=slot_name) as daemon:
+        assert "check CDC_REDIS_URL" in daemon.seen("slot_waits_for_redis")["error"]
+
+
+def test_a_password_that_becomes_wrong_and_right_again_loses_no_bust(
+    database: str, tmp_path: Path, slot_name: str
+) -> None:
+    create(database)
+    with embedded.Valkey() as valkey, redis.Redis.from_url(valkey.url) as client:
+        _grant(client, "first")
+        url = valkey.url.replace("redis://", "redis://app:first@")
+        with RunningDaemon(dsn=database, redis_url=url, rules=rules_file(tmp_path), slot=slot_name) as daemon:
+            daemon.ready()
+            settled(database, client, slot_name)
+            _grant(client, "second")
+            client.client_kill_filter(user="app")
+            with Writer(database, valkey.url) as writer:
+                writer.goes_on()
+                event = daemon.seen("redis_unavailable", code="WRONGPASS", level="error")
+                assert "CDC_REDIS_URL" in event["error"]
+                assert "first" not in str(daemon.events)
+                _grant(client, "first")
+                writer.goes_on()
+            assert_all_is_well(database, client, daemon)
+
+
+def _grant(client: redis.Redis, password: str) -> None:
+    client.acl_setuser("app", enabled=True, reset=True, passwords=[f"+{password}"], keys=["*"], categories=["+@all"])
+
+
+def test_busts_wait_while_a_script_of_somebody_else_blocks_the_server(
+    database: str, tmp_path: Path, slot_name: str
+) -> None:
+    create(database)
+    with (
+        embedded.Valkey(settings={"busy-reply-threshold": "100"}) as valkey,
+        RunningDaemon(dsn=database, redis_url=valkey.url, rules=rules_file(tmp_path), slot=slot_name) as daemon,
+        redis.Redis.from_url(valkey.url) as client,
+        socket.create_connection((embedded.HOST, valkey.port)) as blocker,
+    ):
+        daemon.ready()
+        execute(database, "INSERT INTO things VALUES (1, 'new')")
+        settled(database, client, slot_name)
+        client.set("t:thing:1", "cached")
+        blocker.sendall(b"EVAL 'while true do end' 0\r\n")
+        execute(database, "UPDATE things SET body = 'changed' WHERE id = 1")
+        daemon.seen("redis_unavailable", code="BUSY")
+        client.script_kill()
+        assert_all_is_well(database, client, daemon)

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 
 from cdc_invalidator import errors, pgoutput
 from cdc_invalidator.pgoutput import UNCHANGED, Row
-from cdc_invalidator.rules import Bust, Cache, Rule, RuleSet, Table
+from cdc_invalidator.rulefile import Table
+from cdc_invalidator.rules import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.template import Template
 
 Counts = defaultdict[tuple[str, str], int]

@@ -19,7 +19,8 @@ from psycopg import sql
 
 from cdc_invalidator import errors, postgres
 from cdc_invalidator.errors import Problem
-from cdc_invalidator.rules import Rule, RuleSet, Table
+from cdc_invalidator.rulefile import Table
+from cdc_invalidator.rules import Rule, RuleSet
 
 
 class Leaf(NamedTuple):

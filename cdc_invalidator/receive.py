@@ -20,7 +20,7 @@ from cdc_invalidator.invalidation import Batch, Invalidation
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.publication import Publication, Survey
 from cdc_invalidator.replication import PAYLOAD, Keepalive, Replication
-from cdc_invalidator.rules import Table
+from cdc_invalidator.rulefile import Table
 
 _log = structlog.get_logger()
 

@@ -28,7 +28,8 @@ from cdc_invalidator.publication import Publication
 from cdc_invalidator.recent import Recent
 from cdc_invalidator.replicas import Replicas
 from cdc_invalidator.replication import Replication
-from cdc_invalidator.rules import RuleSet, Table
+from cdc_invalidator.rulefile import Table
+from cdc_invalidator.rules import RuleSet
 from cdc_invalidator.slot import Server, Slot, State
 from cdc_invalidator.snapshot import Snapshots
 from cdc_invalidator.tables import Tables

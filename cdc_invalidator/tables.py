@@ -15,7 +15,8 @@ import structlog
 from cdc_invalidator import errors
 from cdc_invalidator.publication import Publication, Survey
 from cdc_invalidator.publication import run as run_statements
-from cdc_invalidator.rules import RuleSet, Table
+from cdc_invalidator.rulefile import Table
+from cdc_invalidator.rules import RuleSet
 from cdc_invalidator.snapshot import Snapshots, all_over
 
 _log = structlog.get_logger()

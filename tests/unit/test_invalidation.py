@@ -17,7 +17,8 @@ from cdc_invalidator import assembly, errors, pgoutput, rules
 from cdc_invalidator.assembly import Assembly
 from cdc_invalidator.invalidation import Batch, Complaint, Invalidation
 from cdc_invalidator.pgoutput import UNCHANGED, Begin, Commit, Delete, Insert, Relation, Row, Truncate, Update, Value
-from cdc_invalidator.rules import RuleSet, Table
+from cdc_invalidator.rulefile import Table
+from cdc_invalidator.rules import RuleSet
 
 USERS, ORDERS, OTHER, LEAF = 16385, 16390, 16400, 16410
 COLUMNS = ("id", "team_id", "name", "bio")

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cdc_invalidator import rules
+from cdc_invalidator import rulefile, rules
 from cdc_invalidator.errors import WrongRules
-from cdc_invalidator.rules import RuleFile, RuleSet, Table
+from cdc_invalidator.rulefile import RuleFile, Table
+from cdc_invalidator.rules import RuleSet
 from cdc_invalidator.template import Param
 
 if TYPE_CHECKING:
@@ -682,8 +683,8 @@ VALUES = st.recursive(
 
 
 @given(
-    st.dictionaries(st.sampled_from([*rules.CacheEntry.model_fields, "x"]), VALUES),
-    st.dictionaries(st.sampled_from([*rules.RuleEntry.model_fields, "when"]), VALUES),
+    st.dictionaries(st.sampled_from([*rulefile.CacheEntry.model_fields, "x"]), VALUES),
+    st.dictionaries(st.sampled_from([*rulefile.RuleEntry.model_fields, "when"]), VALUES),
 )
 def test_any_value_in_any_field_is_wrong_rules_or_right(cache: dict[str, object], rule: dict[str, object]) -> None:
     assert_told(json.dumps({"version": 1, "caches": {"user": cache}, "rules": [rule]}))

@@ -4,14 +4,14 @@ A bust may come too early for a reader who loads the old row after it and caches
 visible on the primary yet, because a standby that the reader uses has not replayed it, or because the reader does not
 keep the fill contract (``again_after``). The position does not pass what waits here, so a restart applies it again.
 
-What waits is bounded: past ``capacity`` keys, those that wait for standbys or for their time are widened to sweeps, and
-of their tickets only the oldest stays, which holds the position back for all.
+What waits is bounded: past ``capacity`` keys they are widened to sweeps, and of their tickets only the oldest stays,
+which holds the position back for all.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -59,17 +59,27 @@ class _Queue:
 
     def _widen(self) -> None:
         """Make one of all that is not widened yet: sweeps of their caches, when the last of them is due."""
-        last = self.waiting[-1]
-        whole = Batch(last.batch.commit_lsn, last.batch.committed_at, last.batch.xid)
-        while self.waiting and not self.waiting[-1].widened:
-            item = self.waiting.pop()
-            for target, busts in item.batch.busts.items():
-                whole.sweep(target, busts.ops, busts.reason)
-            if self.waiting and not self.waiting[-1].widened:
-                self._resolve(item.ticket)
+        some: list[Waiting] = []
         # What was widened before stays apart: else it would never become due while more and more comes.
-        self.waiting.append(Waiting(whole, item.ticket, item.since, last.due, widened=True))
+        while self.waiting and not self.waiting[-1].widened:
+            some.append(self.waiting.pop())
+        some.reverse()
+        self.waiting.append(_widened(some, self._resolve))
         self._weight = 0
+
+
+def _widened(some: Sequence[Waiting], resolve: Callable[[Ticket], None]) -> Waiting:
+    """Make one of several, due with the last of them; of their tickets the one stays that holds back most."""
+    last = some[-1]
+    whole = Batch(last.batch.commit_lsn, last.batch.committed_at, last.batch.xid)
+    for item in some:
+        for target, busts in item.batch.busts.items():
+            whole.sweep(target, busts.ops, busts.reason)
+    oldest = min(some, key=lambda item: item.ticket.below)
+    for item in some:
+        if item is not oldest:
+            resolve(item.ticket)
+    return Waiting(whole, oldest.ticket, some[0].since, last.due, widened=True)
 
 
 class Again:
@@ -77,13 +87,14 @@ class Again:
 
     Args:
         resolve: ends a part of a ticket whose work another ticket stands for.
-        capacity: how many keys may wait for standbys, and for each `again_after`.
+        capacity: how many keys may wait to be visible, for standbys, and for each `again_after`.
     """
 
     def __init__(self, resolve: Callable[[Ticket], None], capacity: int = CAPACITY) -> None:
         self._resolve = resolve
         self._capacity = capacity
         self._hidden: list[Waiting] = []
+        self._hidden_weight = 0
         self._unreplayed = _Queue("replica", capacity, resolve)
         # By the milliseconds that they wait: each queue is in order then.
         self._later: dict[int, _Queue] = {}
@@ -97,19 +108,30 @@ class Again:
         return {item.batch.xid for item in self._hidden}
 
     @property
-    def unreplayed_since(self) -> float | None:
-        """Since when the oldest one waits for standbys; ``None`` if nothing does."""
+    def unreplayed(self) -> Waiting | None:
+        """The oldest one that waits for standbys; its ``due`` is an LSN."""
         waiting = self._unreplayed.waiting
-        return waiting[0].since if waiting else None
+        return waiting[0] if waiting else None
 
     def until_visible(self, batch: Batch, ticket: Ticket, now: float) -> None:
         """Let a batch wait until its transaction is visible."""
         ticket.parts += 1
         self._hidden.append(Waiting(batch, ticket, now, now))
+        self._hidden_weight += batch.weight + BATCH
+        if self._hidden_weight > self._capacity:
+            self._widen_hidden()
+
+    def _widen_hidden(self) -> None:
+        by_xid: dict[int, list[Waiting]] = {}
+        for item in self._hidden:
+            by_xid.setdefault(item.batch.xid, []).append(item)
+        self._hidden = [_widened(some, self._resolve) if len(some) > 1 else some[0] for some in by_xid.values()]
+        self._hidden_weight = sum(item.batch.weight + BATCH for item in self._hidden)
 
     def until_replayed(self, batch: Batch, ticket: Ticket, now: float) -> None:
         """Let a batch wait until the standbys have replayed its commit record."""
         ticket.parts += 1
+        # A record is replayed when the position has passed its beginning.
         self._unreplayed.append(Waiting(batch, ticket, now, batch.commit_lsn))
 
     def until_later(self, batch: Batch, ticket: Ticket, now: float) -> None:
@@ -135,8 +157,8 @@ class Again:
         visible = [item for item in self._hidden if not hidden(item.batch.xid)]
         if visible:
             self._hidden = [item for item in self._hidden if hidden(item.batch.xid)]
+            self._hidden_weight = sum(item.batch.weight + BATCH for item in self._hidden)
         yield from (("visible", item) for item in visible)
-        # A record is replayed when the position has passed its beginning.
         for queue, reached in chain([(self._unreplayed, replayed)], ((later, now) for later in self._later.values())):
             yield from ((queue.reason, item) for item in queue.ready(reached))
 

@@ -29,7 +29,7 @@ from cdc_invalidator.invalidation import Batch, Target
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.recent import Recent
 from cdc_invalidator.replicas import Replicas
-from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.rules import Cache, RuleSet
 from cdc_invalidator.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.watermark import Position, Watermark, gaps
 
@@ -95,17 +95,20 @@ class Apply:
         self._server: CacheServer | None = None
         self._sweeps = Sweeps(metrics, rate=sweep_rate)
         self._asks_again = any(cache.again_after for cache in rules.caches.values())
-        self._again = Again(checkpoint.resolve)
+        self._again = Again(self._resolve)
         # In the hands of this turn until Redis has acknowledged them.
         self._taken: list[tuple[Batch, Ticket]] = []
         self._due: list[tuple[str, Waiting]] = []
         # Applied before, and lost by a Redis that came back older.
         self._anew: deque[Batch] = deque()
-        self._open_gaps = 0
+        # Sweeps because of gaps: not taken yet, and not over yet.
+        self._queued: list[tuple[Batch, Ticket]] = []
+        self._gaps: set[Ticket] = set()
         self._early_backoff = Backoff(first=0.002, most=0.1)
         self._replay_until = 0
         self._recorded: int | None = None
         self._recorded_at = float("-inf")
+        self._written_ms = 0
         self.recorded_at: float | None = None
         self._watermark_refused = False
         self._info_at = float("-inf")
@@ -123,12 +126,15 @@ class Apply:
     @property
     def sweeps_a_gap(self) -> bool:
         """Whether the sweep of a gap holds the watermark back."""
-        return self._open_gaps > 0
+        return bool(self._gaps)
 
-    @property
-    def waits_for_replicas(self) -> bool:
-        """Whether a standby that lags holds the position back."""
-        return self._again.unreplayed_since is not None
+    def hurry(self, *, much_wal: bool) -> None:
+        """Note whether PostgreSQL keeps more WAL than it may: then nothing holds the position back that need not."""
+        if much_wal and self._again.unreplayed is not None:
+            self._replicas.relent(self._again.unreplayed.due, "the slot holds more than CDC_MAX_RETAINED_WAL")
+        if much_wal and self._sweeps and not self._sweeps.hurry:
+            _log.warning("sweeps_hurry", error="The slot holds more than CDC_MAX_RETAINED_WAL; CDC_SWEEP_RATE is left.")
+        self._sweeps.hurry = much_wal
 
     def finish(self) -> None:
         """Let `run` end as soon as all that was put is in Redis."""
@@ -150,12 +156,15 @@ class Apply:
             if self._anew:
                 await self._apply_anew(server)
             if not self._taken:
-                self._taken = self._backlog.take(FLUSH_WEIGHT)
+                self._taken = self._queued + self._backlog.take(FLUSH_WEIGHT)
+                self._queued = []
             if self._taken:
                 await self._flush(server, self._taken)
                 self._taken = []
             if self._again or self._due:
                 await self._bust_again(server)
+            else:
+                self._replicas.rest()
             if self._replicas.returned():
                 self.gap(dict.fromkeys(self._digests, "replica_returned"))
             if self._sweeps:
@@ -166,6 +175,7 @@ class Apply:
             await self._lost(error)
             return
         self._backoff.reset()
+        self.last_error = self.away_since = None
         await self._backlog.wait(self._patience())
 
     async def _connect(self) -> CacheServer:
@@ -173,7 +183,7 @@ class Apply:
         try:
             await server.connect()
             found = await server.read_watermarks()
-        except errors.RedisUnavailable:
+        except BaseException:
             await server.close()
             raise
         self._server = server
@@ -182,7 +192,6 @@ class Apply:
         _log.info("redis_connected")
         self._prove(found)
         self._sweeps.restart()
-        self.last_error = self.away_since = None
         return server
 
     async def _lost(self, error: errors.RedisUnavailable) -> None:
@@ -215,11 +224,12 @@ class Apply:
         for mark in found:
             broken |= self._broken(mark, position)
             lowest = min(lowest, mark.lsn if mark else 0)
+        self._written_ms = max(self._written_ms, *(mark.at for mark in found if mark), 0)
         if self._recorded is None:
             self._replay_until = lowest
         self._anew.clear()
         # Where all is swept anyway, nothing need be applied anew.
-        if not broken.keys() >= self._digests.keys():
+        if not (self._sweep_gaps and broken.keys() >= self._digests.keys()):
             self._anew.extend(self._recent.since(lowest))
         if self._anew and lowest < position.start:
             self._metrics.gaps.labels("redis_behind").inc()
@@ -229,11 +239,13 @@ class Apply:
             self.gap(broken)
 
     def _broken(self, mark: Watermark | None, position: Position) -> dict[str, str]:
-        if mark is not None:
-            if self._replicas.recall(mark.dropped):
-                return dict.fromkeys(self._digests, "replica_removed")
-            if self._recorded is not None and mark.lsn > position.flushed:
+        if mark is None:
+            self._replicas.recall(None)
+        else:
+            if self._recorded is not None and (mark.lsn > position.flushed or mark.at > self._written_ms):
                 raise errors.Superseded
+            if self._replicas.recall(mark.standbys):
+                return dict.fromkeys(self._digests, "replica_removed")
             if self._recent.reaches(mark.lsn):
                 position = replace(position, start=min(position.start, mark.lsn))
             elif self._recorded is not None:
@@ -254,8 +266,7 @@ class Apply:
         self._metrics.anew.inc(len(some))
         for batch in some:
             self._anew.popleft()
-            for name in {target.cache.name for target, busts in batch.busts.items() if busts.sweep}:
-                self._sweep_gap(name, "redis_behind")
+            self._sweep_for_gap("redis_behind", {target.cache for target, busts in batch.busts.items() if busts.sweep})
 
     def redigest(self, digests: Mapping[str, str], broken: Mapping[str, str]) -> None:
         """Take other digests, after sweeping the caches that this is a gap for."""
@@ -271,19 +282,27 @@ class Apply:
             _log.warning(
                 "gap", reason=reason, caches=caches, swept=self._sweep_gaps, lsn=lsn.text(self._position.start)
             )
-            for name in caches if self._sweep_gaps else ():
-                self._sweep_gap(name, reason)
+            if self._sweep_gaps:
+                self._sweep_for_gap(reason, [self._rules.caches[name] for name in caches])
+
+    def _sweep_for_gap(self, why: str, caches: Iterable[Cache]) -> None:
+        """Let one more batch go down the line, which sweeps these caches for all that has been received."""
+        # Before the end of that, as commits are.
+        batch = Batch(max(self._position.flushed, self._checkpoint.received_lsn) - 1, None, 0)
+        for cache in caches:
+            batch.sweep(Target("", cache, ""), (why,), "gap")
+        if not batch.busts:
+            return
+        ticket = self._checkpoint.track()
+        # Until it is done, the watermark must not say that this Redis has had anything.
+        self._gaps.add(ticket)
+        self._queued.append((batch, ticket))
         self._backlog.wake()
 
-    def _sweep_gap(self, name: str, why: str) -> None:
-        # Until the sweep is over, the watermark must not say that this Redis has had anything.
-        self._open_gaps += 1
-        cache, ticket, at = self._rules.caches[name], self._checkpoint.track(), self._position.start
-        if cache.again_after:
-            second = Batch(at, None, 0)
-            second.sweep(Target("", cache, ""), (why,), "gap_again")
-            self._again.until_later(second, ticket, time.monotonic())
-        self._sweeps.request(cache, Cause("", "", why, "gap"), Request(at, None, None), ticket)
+    def _resolve(self, ticket: Ticket) -> None:
+        self._checkpoint.resolve(ticket)
+        if not ticket.parts:
+            self._gaps.discard(ticket)
 
     # Flush: one round trip for all that has piled up.
 
@@ -295,60 +314,64 @@ class Apply:
         for batch, ticket in taken:
             self._recent.note(batch)
             if batch.xid in hidden:
-                # Its sweeps begin when readers see it: once is enough for them.
+                # Its sweeps, and all that is counted from when readers see it, begin then.
                 self._again.until_visible(batch, ticket, now)
             else:
-                self._request_sweeps(batch, ticket)
-            if self._replicas.awaited:
-                self._again.until_replayed(batch, ticket, now)
-            if self._asks_again:
-                self._again.until_later(batch, ticket, now)
-            self._checkpoint.resolve(ticket)
+                self._follow_up(batch, ticket, "first", now)
+            self._resolve(ticket)
         self._metrics.backlog.set(self._backlog.weight)
 
     async def _bust_again(self, server: CacheServer) -> None:
         if not self._due:
             hidden = await self._hidden(self._again.hidden) if self._again.hidden else set()
-            if self._again.unreplayed_since is None:
+            now = time.monotonic()
+            self._due = list(self._again.ready(hidden.__contains__, self._replicas.replayed, now))
+            waits = self._again.unreplayed
+            if waits is None:
                 self._replicas.rest()
             else:
                 self._replicas.want()
-                self._replicas.overdue(self._again.unreplayed_since)
-            self._due = list(self._again.ready(hidden.__contains__, self._replicas.replayed, time.monotonic()))
+                self._replicas.overdue(waits.since, waits.due)
         if not self._due:
             return
         self._early_backoff.reset()
         await _bust(server, [line for _, waiting in self._due for line in lines_of(waiting.batch)])
+        now = time.monotonic()
         for reason, waiting in self._due:
             self._metrics.again.labels(reason).inc()
-            self._request_sweeps(waiting.batch, waiting.ticket)
-            self._checkpoint.resolve(waiting.ticket)
+            self._follow_up(waiting.batch, waiting.ticket, reason, now)
+            self._resolve(waiting.ticket)
         self._due = []
+
+    def _follow_up(self, batch: Batch, ticket: Ticket, bust: str, now: float) -> None:
+        """Begin what a bust leads to: its sweeps, and the busts that come after it."""
+        self._request_sweeps(batch, ticket)
+        if bust in {"first", "visible"} and self._replicas.awaited:
+            self._again.until_replayed(batch, ticket, now)
+        if bust != "again_after" and self._asks_again:
+            self._again.until_later(batch, ticket, now)
 
     def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
         for target, busts in batch.busts.items():
             if busts.sweep:
                 ticket.parts += 1
                 cause = Cause(target.rule, target.table, ",".join(busts.ops), busts.reason)
-                request = Request(batch.commit_lsn, batch.xid, batch.committed_at)
+                request = Request(batch.commit_lsn, batch.xid or None, batch.committed_at)
                 self._sweeps.request(target.cache, cause, request, ticket)
         self._metrics.sweeps_running.set(len(self._sweeps))
 
     def _finish(self, over: Iterable[Sweep]) -> None:
         for sweep in over:
             self._events.swept(sweep)
-            self._open_gaps -= sum(
-                request.transactions for cause, request in sweep.requests.items() if cause.reason == "gap"
-            )
             for ticket in sweep.tickets:
-                self._checkpoint.resolve(ticket)
+                self._resolve(ticket)
         self._metrics.sweeps_running.set(len(self._sweeps))
 
     # Watermark and metrics.
 
     @property
     def _recordable(self) -> bool:
-        return not self._open_gaps and not self._anew
+        return not self._gaps and not self._anew
 
     async def _record(self, server: CacheServer) -> None:
         if not self._recordable:
@@ -358,18 +381,19 @@ class Apply:
         if position == self._recorded and now - self._recorded_at < HEARTBEAT_SECONDS:
             return
         at = time.time()
+        at_ms = int(at * 1000)
         stored = await server.write_watermark(
             Watermark(
                 lsn=position,
-                at=int(at * 1000),
+                at=at_ms,
                 system_id=self._position.system_id,
                 timeline=self._position.timeline,
                 rules=self._digests,
-                dropped=self._replicas.dropped,
+                standbys=self._replicas.known,
             )
         )
         if stored:
-            self.recorded_at = at
+            self.recorded_at, self._written_ms = at, at_ms
             self._metrics.watermark_lsn.set(position)
             self._metrics.watermark_at.set(at)
         elif not self._watermark_refused:
@@ -382,20 +406,17 @@ class Apply:
 
     def _patience(self) -> float:
         """Seconds until there is something to do though nothing is put."""
-        if self._anew:
+        if self._anew or self._queued:
             return 0.0
         now = time.monotonic()
-        patience = HEARTBEAT_SECONDS - (now - self._recorded_at)
-        if self._sweeps:
-            patience = min(patience, self._sweeps.patience()) if self._recordable else self._sweeps.patience()
-            if patience <= 0:
-                return 0.0
+        patience = HEARTBEAT_SECONDS - (now - self._recorded_at) if self._recordable else HEARTBEAT_SECONDS
         if self._again.hidden:
             patience = min(patience, self._early_backoff.next())
         due = self._again.next_due()
         if due is not None:
             patience = min(patience, due - now)
-        return max(0.001, patience)
+        patience = max(0.001, patience)
+        return min(patience, self._sweeps.patience()) if self._sweeps else patience
 
     async def _inform(self, server: CacheServer) -> None:
         if time.monotonic() - self._info_at < INFO_SECONDS:

@@ -63,14 +63,15 @@ end
 return versions
 """
 
-# KEYS: the watermark. ARGV: the LSN that was read or written last (empty: whatever is there), a field that is not there
-# any more, then fields and values.
+# KEYS: the watermark. ARGV: what `seal` gave of the one that was read or written last (empty: whatever is there), a
+# field that is not there any more, then fields and values.
 # What is there must be what we left there, else this is another data set than the one that has had the busts: a
-# snapshot was loaded, or another daemon leads. A missing one may have been evicted; the connection tells that the
-# server is the same. Gives 1; 0 when another watermark is there; -1 when memory is full.
+# snapshot was loaded, or another daemon leads. The time is looked at as well, since the LSN may stand for long. A
+# missing one may have been evicted; the connection tells that the server is the same.
+# Gives 1; 0 when another watermark is there; -1 when memory is full.
 _MARK = """
-local found = redis.call('HGET', KEYS[1], 'lsn')
-if found and ARGV[1] ~= '' and found ~= ARGV[1] then return 0 end
+local found = redis.call('HMGET', KEYS[1], 'lsn', 'at')
+if found[1] and ARGV[1] ~= '' and found[1] .. ':' .. (found[2] or '') ~= ARGV[1] then return 0 end
 local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, 3))
 if type(stored) ~= 'table' or not stored.err then
   redis.call('HDEL', KEYS[1], ARGV[2])
@@ -197,7 +198,7 @@ class Single(CacheServer):
         self._left = left
         self._close = close
         self._node: Node | None = None
-        self._marked: int | None = None
+        self._sealed = ""
 
     async def connect(self) -> None:
         """See `CacheServer`."""
@@ -249,15 +250,16 @@ class Single(CacheServer):
     async def read_watermarks(self) -> list[Watermark | None]:
         """See `CacheServer`."""
         (fields,) = await self._ask(("HGETALL", self.watermark_key))
-        found, self._marked = read_mark(fields)
+        found = read_mark(fields)
+        self._sealed = seal(found)
         return [found]
 
     async def write_watermark(self, watermark: Watermark) -> bool:
         """See `CacheServer`."""
-        (answer,) = await self._ask(marking(self.scripts, self.watermark_key, self._marked, watermark))
+        (answer,) = await self._ask(marking(self.scripts, self.watermark_key, self._sealed, watermark))
         stored = marked(answer)
         if stored:
-            self._marked = watermark.lsn
+            self._sealed = seal(watermark)
         return stored
 
     async def info(self) -> dict[str, int] | None:
@@ -284,18 +286,20 @@ def scanning(cursor: int, pattern: bytes, count: int) -> Command:
     return ("SCAN", cursor, "MATCH", pattern, "COUNT", count)
 
 
-def read_mark(fields: Any) -> tuple[Watermark | None, int | None]:
-    """Read a watermark's hash as HGETALL gives it, and the LSN that the next one is written over."""
-    pairs = dict(zip(fields[::2], fields[1::2], strict=True)) if isinstance(fields, list) else fields
-    found = Watermark.read(pairs)
-    return found, found.lsn if found else None
+def read_mark(fields: Any) -> Watermark | None:
+    """Read a watermark's hash as HGETALL gives it."""
+    return Watermark.read(dict(zip(fields[::2], fields[1::2], strict=True)) if isinstance(fields, list) else fields)
 
 
-def marking(scripts: Scripts, key: bytes, over: int | None, watermark: Watermark) -> Command:
-    """Give the command that writes a watermark over the one with that LSN; ``None``: over whatever is there."""
+def seal(watermark: Watermark | None) -> str:
+    """Give what a watermark is known by when the next one is written over it; empty for none."""
+    return f"{watermark.lsn}:{watermark.at}" if watermark else ""
+
+
+def marking(scripts: Scripts, key: bytes, sealed: str, watermark: Watermark) -> Command:
+    """Give the command that writes a watermark over the one with that `seal`; if that is empty, over any."""
     pairs = [part for item in watermark.fields().items() for part in item]
-    gone = "" if watermark.dropped else "dropped"
-    return ("EVALSHA", scripts.mark, 1, key, "" if over is None else over, gone, *pairs)
+    return ("EVALSHA", scripts.mark, 1, key, sealed, "" if watermark.standbys else "standbys", *pairs)
 
 
 def marked(answer: int) -> bool:
@@ -325,15 +329,15 @@ async def read_info(node: Node) -> dict[str, int] | None:
         return None
     lines = b"\n".join(sections).split()
     values = dict(line.split(b":", 1) for line in lines if b":" in line)
-    return {name: int(values[name.encode()]) for name in INFO}
+    return {name: int(values.get(name.encode(), 0)) for name in INFO}
 
 
 async def _if_granted(node: Node, *commands: Command) -> list[Any]:
-    """Ask what is good to know and not needed; nothing where the ACL refuses it."""
+    """Ask what is good to know and not needed; nothing where the ACL refuses it, or the command was renamed."""
     try:
         return await node.ask(*commands)
     except errors.RedisUnavailable as error:
-        if error.code == "NOPERM":
+        if error.code in {"NOPERM", "ERR"}:
             return []
         raise
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from redis.crc import key_slot
 
-from cdc_invalidator import errors, node
+from cdc_invalidator import errors, node, replies
 from cdc_invalidator.cache import (
     INFO,
     LOCK_SUFFIX,
@@ -33,9 +34,10 @@ from cdc_invalidator.cache import (
     read_mark,
     read_size,
     scanning,
+    seal,
 )
 from cdc_invalidator.endpoint import Address, Endpoint
-from cdc_invalidator.node import Command, Node
+from cdc_invalidator.node import Command, Node, end
 from cdc_invalidator.watermark import Watermark
 
 # How often the nodes are asked who has which slot, how long the first one may take to tell, and how often a command is
@@ -99,12 +101,13 @@ class Cluster(CacheServer):
         self._seeds = [self._node(address, min(timeout, ANSWER_SECONDS)) for address in endpoint.addresses]
         self._nodes: dict[Address, Node] = {}
         self._view: View | None = None
-        # Of each node's watermark: the LSN that was read or written last, and for which count of moves the keys hold.
-        self._over: dict[bytes, int | None] = {}
+        # Of each node's watermark: what was read or written last, and for which count of moves the keys hold.
+        self._sealed: dict[bytes, str] = {}
         self._mark_keys: tuple[int, list[bytes]] = (-1, [])
         # Counted up whenever slots have moved, or may have.
         self._moves = 0
         self._left: str | None = None
+        self._turn = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
 
     def _node(self, address: Address, timeout: float) -> Node:
@@ -127,8 +130,7 @@ class Cluster(CacheServer):
     async def close(self) -> None:
         """See `CacheServer`."""
         if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+            await end(self._looking)
         for opened in (*self._nodes.values(), *self._seeds):
             await opened.close()
 
@@ -141,7 +143,7 @@ class Cluster(CacheServer):
             failure = answers[0]
             assert isinstance(failure, errors.RedisUnavailable)
             raise failure
-        return max(views, key=_rank)
+        return max(views, key=_epoch)
 
     async def _first_view(self, seed: Node) -> View | errors.RedisUnavailable:
         try:
@@ -159,6 +161,10 @@ class Cluster(CacheServer):
 
     async def _look(self) -> None:
         """Ask all nodes who has which slot; what has changed beyond a move of slots is found in ``_left``."""
+        async with self._turn:
+            await self._look_once()
+
+    async def _look_once(self) -> None:
         answers = await asyncio.gather(*map(_view, self._nodes.values()), return_exceptions=True)
         views = [answer for answer in answers if isinstance(answer, View)]
         for answer in answers:
@@ -168,11 +174,12 @@ class Cluster(CacheServer):
                 raise answer
         known = self._view
         assert known is not None
-        latest = max(views, key=_rank, default=known)
+        latest = max(views, key=_epoch, default=known)
         if latest.epoch < known.epoch:
             return
         moving = frozenset(slot for view in views for slot in view.moving)
-        if {owner for owner in latest.owners if owner} - self._nodes.keys():
+        owners = {owner for owner in latest.owners if owner}
+        if owners - self._nodes.keys() or self._nodes.keys() - owners - latest.idle:
             self._left = "A master of the cluster was replaced; all are looked for again."
             return
         for address in latest.idle - self._nodes.keys():
@@ -236,7 +243,7 @@ class Cluster(CacheServer):
     def _sent_on(self, item: _Item, answer: Exception) -> _Item:
         """Give the command as it is sent on after an error; raise what no sending on mends."""
         where = node.redirection(answer)
-        if where is None:
+        if where is None or replies.of(where.code).does is not replies.Does.REDIRECT:
             raise node.failed(str(item.command[0]), answer) from answer
         # An empty host is that of the node that answers.
         to = Address(where.host or (item.to or self._owner(item.key)).host, where.port)
@@ -314,10 +321,10 @@ class Cluster(CacheServer):
         """See `CacheServer`."""
         keys = self._keys_of_marks()
         answers = await self._ask([(key, ("HGETALL", key)) for key in keys])
-        found = []
+        found: list[Watermark | None] = []
         for key, fields in zip(keys, answers, strict=True):
-            watermark, self._over[key] = read_mark(fields)
-            found.append(watermark)
+            found.append(read_mark(fields))
+            self._sealed[key] = seal(found[-1])
         return found
 
     async def write_watermark(self, watermark: Watermark) -> bool:
@@ -326,12 +333,12 @@ class Cluster(CacheServer):
         return await self._mark(others, watermark) and await self._mark([public], watermark)
 
     async def _mark(self, keys: Sequence[bytes], watermark: Watermark) -> bool:
-        over = self._over
-        answers = await self._ask([(key, marking(self.scripts, key, over.get(key), watermark)) for key in keys])
+        sealed = self._sealed
+        answers = await self._ask([(key, marking(self.scripts, key, sealed.get(key, ""), watermark)) for key in keys])
         stored = [marked(answer) for answer in answers]
         for key, done in zip(keys, stored, strict=True):
             if done:
-                over[key] = watermark.lsn
+                sealed[key] = seal(watermark)
         return all(stored)
 
     def _keys_of_marks(self) -> list[bytes]:
@@ -354,15 +361,14 @@ class Cluster(CacheServer):
             key = b"%b:{%d}" % (public, number)
             slot, number = key_slot(key), number + 1
             owner = view.owners[slot]
-            if owner in without and (slot not in view.moving or number > 10 * len(view.owners)):
+            if owner in without and (slot not in view.moving or number > 2 * len(view.owners)):
                 assert owner is not None
                 found[owner] = key
                 without.remove(owner)
         return [*(found[owner] for owner in sorted(found)), public]
 
 
-def _rank(view: View) -> int:
-    return view.epoch
+_epoch = attrgetter("epoch")
 
 
 async def _all(calls: Iterable[Any]) -> list[Any]:
@@ -380,11 +386,20 @@ async def _view(asked: Node) -> View:
     Raises:
         errors.RedisUnavailable: it does not answer, or is in no cluster.
     """
-    info, slots, nodes = await asked.ask(("CLUSTER INFO",), ("CLUSTER SLOTS",), ("CLUSTER NODES",))
+    answers = await asked.ask(("CLUSTER INFO",), ("CLUSTER SLOTS",), ("CLUSTER NODES",))
+    try:
+        return _read_view(asked.host, *answers)
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.RedisUnavailable(
+            "A node describes the cluster in a way that can't be read; it is asked again.", code="GARBLED", report=True
+        ) from error
+
+
+def _read_view(asked: str, info: bytes, slots: Any, nodes: bytes) -> View:
     owners: list[Address | None] = [None] * 16384
     for first, last, (host, port, *_), *_ in slots:
         # No host, or an empty one: the node that is asked does not know how others reach it.
-        owner = Address(host.decode() if host else asked.host, int(port))
+        owner = Address(host.decode() if host else asked, int(port))
         owners[first : last + 1] = [owner] * (last + 1 - first)
     idle: set[Address] = set()
     moving: set[int] = set()
@@ -395,7 +410,9 @@ async def _view(asked: Node) -> View:
             # [slot->-node or [slot-<-node: it is giving the slot away, or taking it in.
             moving |= {int(part[1:].split(b"-", 1)[0]) for part in ranges if part.startswith(b"[")}
         if b"master" in names and not ranges and not {b"fail", b"noaddr", b"handshake"} & set(names):
-            idle.add(Address.parse(address.split(b"@", 1)[0].decode()))
+            # As in ip:port@bus,hostname; an IPv6 address is not in brackets here, and a lone node has none.
+            host, _, port = address.split(b"@", 1)[0].rpartition(b":")
+            idle.add(Address(host.decode() or asked, int(port)))
     facts = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
     epoch = int(facts[b"cluster_current_epoch"])
     return View(epoch, owners, frozenset(idle), frozenset(moving))

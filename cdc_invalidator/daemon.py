@@ -162,7 +162,7 @@ class Daemon:
             "watermark_age_s": round(time.time() - recorded_at, 3) if recorded_at else None,
             "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
             "backlog_keys": session.backlog.weight if session else 0,
-            "dropped_replicas": list(self._replicas.dropped),
+            "dropped_replicas": self._replicas.dropped,
             "unpublished_tables": [str(table) for table in session.unpublished] if session else [],
             "rules": {"digest": self._rules.digest, "caches": len(self._rules.caches), "rules": len(self._rules.rules)},
             "last_error": (apply.last_error if apply else None) or self._last_error,

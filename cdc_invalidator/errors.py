@@ -105,17 +105,10 @@ class Superseded(Retryable):
 
 
 class RedisUnavailable(Retryable):
-    """Redis cannot be reached or cannot take writes; check CDC_REDIS_URL and the server.
-
-    Args:
-        message: the sentence.
-        code: the failure's row in `replies.TABLE`, or ``ERR``.
-        report: whether only an operator can help.
-    """
+    """Redis cannot be reached or cannot take writes; check CDC_REDIS_URL and the server."""
 
     def __init__(self, message: str | None = None, *, code: str = "ERR", report: bool = False) -> None:
-        super().__init__(
-            message or "Redis cannot be reached or cannot take writes; check CDC_REDIS_URL and the server."
-        )
+        super().__init__(message)
+        # The failure's row in `replies.TABLE`, and whether only an operator can help.
         self.code = code
         self.report = report

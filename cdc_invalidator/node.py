@@ -60,10 +60,9 @@ class Node:
             "socket_timeout": timeout,
             "socket_connect_timeout": timeout,
             "client_name": "cdc-invalidator",
-            "protocol": 2,
         }
         try:
-            options |= parse_url(url)
+            options |= parse_url(url) | {"protocol": 2, "decode_responses": False}
             made: type[AbstractConnection] = options.pop("connection_class", Connection)
             self._connection = made(**options)
         except (ValueError, TypeError, exceptions.RedisError):
@@ -137,6 +136,14 @@ class Node:
         except (exceptions.RedisError, OSError):
             # It is being thrown away: how it goes does not matter, and what was in flight is applied again.
             return
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel a task that asks servers, until it has ended."""
+    # Told again: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it returns.
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.1)
 
 
 def code(error: BaseException) -> str:

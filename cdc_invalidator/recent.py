@@ -38,6 +38,7 @@ class Recent:
             self._weight = 0
             self._history, self._floor, self._recorded = history, start, start
             return
+        self._recorded = start
         while self._batches and self._batches[-1].commit_lsn >= start:
             self._weight -= _weight(self._batches.pop())
 

@@ -2,8 +2,9 @@
 
 A reader of a standby that lags loads the old row and caches it again after the bust. So what was busted is busted again
 once every named standby has replayed its commit. One that is down or too far behind is dropped from the wait, loudly;
-when it is back, the caches are swept, since nobody knows what was read from it meanwhile. Which ones are dropped stands
-in the watermark: a daemon that starts later knows it as well.
+when it has caught up, the caches are swept, since nobody knows what was read from it meanwhile. One that was restarted
+shows older rows than before until it has caught up, so it is dropped as well, and so is one that is new. Which ones the
+watermark speaks for stands in it: a daemon that starts later knows which of them it may go on with.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from cdc_invalidator.metrics import Metrics
 
 _log = structlog.get_logger()
 
-# A standby is asked this often while something waits for it, and while it is dropped.
+# A standby is asked this often while something waits for it, and otherwise.
 ASK_SECONDS = 0.02
-DROPPED_SECONDS = 1.0
+REST_SECONDS = 1.0
 
 
 class _Replica:
@@ -33,10 +34,13 @@ class _Replica:
     def __init__(self, name: str, dsn: str) -> None:
         self.name = name
         self.dsn = dsn
+        # Whether it is known what the watermark says of it, and since when it has been running.
+        self.judged = False
+        self.started: str | None = None
         self.replayed = 0
         # Dropped: nothing waits for it. Returning: what is busted from now on waits for it again, and once it has
         # replayed `target`, which covers what did not, the caches are swept.
-        self.dropped = False
+        self.dropped = True
         self.target: int | None = None
         self.connection: psycopg.AsyncConnection[Any] | None = None
         self.wanted = asyncio.Event()
@@ -57,24 +61,28 @@ class Replicas:
 
     def __init__(self, dsns: Iterable[str], *, limit: float, metrics: Metrics) -> None:
         self._replicas = [_Replica(name(dsn), dsn) for dsn in dsns]
+        names = [replica.name for replica in self._replicas]
+        if len(set(names)) < len(names):
+            raise errors.WrongSettings("CDC_POSTGRES_REPLICAS names a standby twice; leave one of the two out.")
         self._limit = limit
         self._metrics = metrics
         self._wake: Callable[[], None] = lambda: None
         self._position: Callable[[], int] = lambda: 0
         self._received: Callable[[], int] = lambda: 0
         self._system_id = ""
-        self._passed = 0
         self._returned = False
         for replica in self._replicas:
             self._show(replica)
 
-    def __bool__(self) -> bool:
-        return bool(self._replicas)
+    @property
+    def known(self) -> dict[str, str | None]:
+        """What the watermark says of them: when each was started, ``None`` for one that is dropped."""
+        return {replica.name: None if replica.dropped else replica.started for replica in self._replicas}
 
     @property
-    def dropped(self) -> tuple[str, ...]:
-        """The names of those that are dropped, sorted."""
-        return tuple(sorted(replica.name for replica in self._replicas if replica.dropped))
+    def dropped(self) -> list[str]:
+        """The names of those that are dropped."""
+        return [replica.name for replica in self._replicas if replica.dropped]
 
     @property
     def awaited(self) -> bool:
@@ -94,34 +102,40 @@ class Replicas:
     def rest(self) -> None:
         """Nothing waits any more."""
         for replica in self._replicas:
-            if not replica.dropped:
-                replica.wanted.clear()
+            replica.wanted.clear()
 
     def returned(self) -> bool:
         """Tell, once, whether one has come back, so that the caches must be swept."""
         returned, self._returned = self._returned, False
         return returned
 
-    def recall(self, dropped: Iterable[str]) -> bool:
-        """Take over which ones an earlier daemon had dropped; True if one of them is not named any more."""
-        strangers = set(dropped)
-        for replica in self._replicas:
-            if replica.name in strangers:
-                strangers.remove(replica.name)
-                if not replica.dropped:
-                    self._drop(replica, "an earlier daemon had dropped it")
-        return bool(strangers)
+    def recall(self, known: Mapping[str, str | None] | None) -> bool:
+        """Take over what a watermark says of them; True if one that was dropped is not named any more.
 
-    def overdue(self, since: float) -> None:
-        """Drop those that have not replayed what has waited since then, by the monotonic clock, if that is too long."""
+        Without a watermark nothing is known of those that are new.
+        """
+        for replica in self._replicas:
+            started = (known or {}).get(replica.name)
+            if not replica.judged and started is not None and replica.started in {None, started}:
+                # Whether it has been running since then is seen when it is asked, if it was not already.
+                replica.started, replica.dropped = started, False
+                self._show(replica)
+            elif known is not None and started is None and not replica.dropped:
+                self._drop(replica, "the watermark does not speak for it")
+            replica.judged = True
+        if known is None:
+            return False
+        return bool({name for name, started in known.items() if started is None} - {r.name for r in self._replicas})
+
+    def overdue(self, since: float, due: float) -> None:
+        """Drop those that have not replayed ``due``, which waits since then by the monotonic clock, if for too long."""
         if time.monotonic() - since > self._limit:
-            self.relent(f"it has not caught up within {self._limit:g} s")
+            self.relent(due, f"it has not caught up within {self._limit:g} s")
 
-    def relent(self, why: str) -> None:
-        """Wait no longer for those that are farthest behind."""
-        behind = self.replayed
+    def relent(self, due: float, why: str) -> None:
+        """Wait no longer for those that have not replayed this LSN."""
         for replica in self._replicas:
-            if replica.awaited and replica.replayed <= behind:
+            if replica.awaited and replica.replayed <= due:
                 self._drop(replica, why)
 
     async def run(
@@ -144,7 +158,7 @@ class Replicas:
         passed = 0
         try:
             while True:
-                await replica.wanted.wait()
+                await _within(REST_SECONDS, replica.wanted)
                 try:
                     if replica.connection is None:
                         replica.connection = await self._connect(replica)
@@ -161,7 +175,7 @@ class Replicas:
                 backoff.reset()
                 self._replayed(replica, replayed, passed)
                 passed = self._position()
-                await asyncio.sleep(ASK_SECONDS if replica.awaited else DROPPED_SECONDS)
+                await asyncio.sleep(ASK_SECONDS)
         finally:
             _close(replica)
 
@@ -174,7 +188,7 @@ class Replicas:
         before = replica.replayed
         replica.replayed = replayed
         self._metrics.replica_replayed.labels(replica.name).set(replayed)
-        if replica.dropped and replica.target is None and replayed >= passed > 0:
+        if replica.judged and replica.dropped and replica.target is None and replayed >= passed > 0:
             # It is where we were a moment ago: worth waiting for.
             replica.target = self._received()
         if replica.target is not None and replayed >= replica.target:
@@ -186,11 +200,10 @@ class Replicas:
             self._wake()
 
     def _drop(self, replica: _Replica, why: str) -> None:
-        if not replica.dropped:
+        if replica.awaited:
             error = f"Busts wait no longer for {replica.name}, because {why}: its readers may cache old rows."
             _log.error("replica_dropped", replica=replica.name, error=error, lsn=lsn.text(replica.replayed))
         replica.dropped, replica.target = True, None
-        replica.wanted.set()
         self._show(replica)
         self._wake()
 
@@ -202,14 +215,17 @@ class Replicas:
         try:
             with postgres.translated():
                 row = await (await connection.execute(_WHO)).fetchone()
-            assert row is not None
-            if str(row.system) != self._system_id:
-                raise errors.ServerRefuses(
-                    f"{replica.name} is no standby of this database; correct CDC_POSTGRES_REPLICAS."
-                )
-        except errors.InvalidatorError:
-            await connection.close()
+        except BaseException:
+            connection.pgconn.finish()
             raise
+        assert row is not None
+        if str(row.system) != self._system_id:
+            connection.pgconn.finish()
+            raise errors.ServerRefuses(f"{replica.name} is no standby of this database; correct CDC_POSTGRES_REPLICAS.")
+        if replica.started != row.started:
+            if replica.started is not None:
+                self._drop(replica, "it was restarted, and shows older rows until it has caught up")
+            replica.started = row.started
         return connection
 
     async def _ask(self, connection: psycopg.AsyncConnection[Any]) -> int:
@@ -221,11 +237,25 @@ class Replicas:
 
 def _close(replica: _Replica) -> None:
     connection, replica.connection = replica.connection, None
+    # A standby that comes back may show less than before.
+    replica.replayed = 0
     if connection is not None:
         connection.pgconn.finish()
 
 
-_WHO = "SELECT system_identifier AS system FROM pg_control_system()"
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Wait for an event, at most so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return
+
+
+_WHO = """
+SELECT system_identifier AS system, extract(epoch FROM pg_postmaster_start_time())::text AS started
+FROM pg_control_system()
+"""
 # One that was promoted has its own writes to show: its readers see all of them.
 _REPLAYED = """
 SELECT coalesce(
@@ -240,6 +270,11 @@ def name(dsn: str) -> str:
     Raises:
         errors.WrongSettings: the connection string can't be read.
     """
+    if "://" not in dsn:
+        raise errors.WrongSettings(
+            "CDC_POSTGRES_REPLICAS can't be read; write each standby as postgresql://user:password@host:port/database, "
+            "with spaces between."
+        )
     postgres.check_dsn(dsn, "CDC_POSTGRES_REPLICAS")
     parts: Mapping[str, Any] = psycopg.conninfo.conninfo_to_dict(dsn)
     hosts = str(parts.get("host") or parts.get("hostaddr") or "localhost").split(",")

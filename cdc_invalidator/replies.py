@@ -16,7 +16,7 @@ class Does(StrEnum):
     RETRY = "retry"
     """The connection is thrown away; the same is applied on a new one, after a pause."""
     REDIRECT = "redirect"
-    """In a cluster, the command goes where the reply points; elsewhere it is told to the operator."""
+    """In a cluster, the command goes where the reply points; from a single server it is as REPORT."""
     WIDEN = "widen"
     """Less exact work is done in its place: a version is deleted instead of bumped, a watermark left to age."""
     REPORT = "report"
@@ -37,7 +37,7 @@ TABLE: dict[str, Reply] = {
     # Another server is the one to write to.
     "MOVED": Reply(Does.REDIRECT, _A_CLUSTER),
     "ASK": Reply(Does.REDIRECT, _A_CLUSTER),
-    "TRYAGAIN": Reply(Does.REDIRECT, _A_CLUSTER),
+    "TRYAGAIN": Reply(Does.RETRY, "a slot is on the move; it is tried again until that is over"),
     "CROSSSLOT": Reply(Does.REPORT, _A_CLUSTER),
     "READONLY": Reply(Does.RETRY, "it is a replica; the master is looked for again, or CDC_REDIS_URL must name it"),
     # Not now.

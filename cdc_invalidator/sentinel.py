@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from cdc_invalidator import errors
 from cdc_invalidator.endpoint import Address, Endpoint
-from cdc_invalidator.node import Node
+from cdc_invalidator.node import Node, end
 
 # How often the Sentinels are asked, and how long each may take.
 LOOK_SECONDS = 0.5
@@ -79,8 +79,7 @@ class Sentinels:
     async def close(self) -> None:
         """Drop the connections."""
         if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+            await end(self._looking)
         for node in self._asked.values():
             await node.close()
 

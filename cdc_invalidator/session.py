@@ -167,7 +167,7 @@ class Session:
         if applying.done():
             applying.result()
         else:
-            _log.warning("not_drained", error="Redis did not take the rest in time; the next start receives it again.")
+            _log.warning("not_drained", error="Not all was busted in time; the next start receives the rest again.")
         await self._farewell(self._replication, self.checkpoint, receiving)
 
     def _start(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
@@ -303,8 +303,7 @@ class Session:
             self._show(state)
             if state.retained > self._options.max_retained_wal and _long_ago(apply.away_since):
                 raise errors.PositionGivenUp
-            if state.retained > self._options.max_retained_wal and apply.waits_for_replicas:
-                self._replicas.relent("the slot holds more than CDC_MAX_RETAINED_WAL")
+            apply.hurry(much_wal=state.retained > self._options.max_retained_wal)
             activity = await slot.activity()
             self._metrics.database_commits.set(activity.commits)
             self._metrics.database_rollbacks.set(activity.rollbacks)

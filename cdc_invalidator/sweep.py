@@ -130,6 +130,8 @@ class Sweeps:
         # Small steps make a slow pace even.
         self._count = min(SCAN_COUNT, max(10, rate // 10)) if rate else SCAN_COUNT
         self._next_at = 0.0
+        # Set while a slow pace would cost more than it saves.
+        self.hurry = False
         self._running: dict[str, Sweep] = {}
         self._waiting: dict[str, Sweep] = {}
 
@@ -158,16 +160,16 @@ class Sweeps:
 
     def patience(self) -> float:
         """Seconds until the next step may be taken."""
-        return max(0.0, self._next_at - time.monotonic())
+        return 0.0 if self.hurry else max(0.0, self._next_at - time.monotonic())
 
     async def step(self, server: CacheServer) -> list[Sweep]:
         """Take one step of each running sweep, if the pace allows, and give those that are over."""
         over = []
         for sweep in list(self._running.values()):
             now = time.monotonic()
-            if now < self._next_at:
+            if now < self._next_at and not self.hurry:
                 break
-            if self._rate:
+            if self._rate and not self.hurry:
                 self._next_at = max(now - 1, self._next_at) + self._count / self._rate
             if await sweep.step(server, self._count):
                 over.append(sweep)

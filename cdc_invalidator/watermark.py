@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Position:
 class Watermark:
     """The hash ``cdc:{slot}:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970).
 
-    ``rules``: the caches that this is said of, each with a digest of what busts it; ``dropped``: standbys that it is
-    not said of, because the busts do not wait for them.
+    ``rules``: the caches that this is said of, each with a digest of what busts it; ``standbys``: those that it is said
+    of as well, each with the time of its start, and ``None`` for one that is dropped: the busts do not wait for it.
     """
 
     lsn: int
@@ -40,10 +40,10 @@ class Watermark:
     system_id: str
     timeline: int
     rules: Mapping[str, str]
-    dropped: tuple[str, ...] = ()
+    standbys: Mapping[str, str | None] = field(default_factory=dict)
 
     def fields(self) -> dict[str, str | int]:
-        """Give the hash's fields; ``rules`` and ``dropped`` are JSON, the latter left out where there is none."""
+        """Give the hash's fields; ``rules`` and ``standbys`` are JSON, the latter left out where there are none."""
         fields: dict[str, str | int] = {
             "lsn": self.lsn,
             "at": self.at,
@@ -51,8 +51,8 @@ class Watermark:
             "timeline": self.timeline,
             "rules": json.dumps(dict(self.rules), separators=(",", ":"), sort_keys=True),
         }
-        if self.dropped:
-            fields["dropped"] = json.dumps(self.dropped, separators=(",", ":"))
+        if self.standbys:
+            fields["standbys"] = json.dumps(dict(self.standbys), separators=(",", ":"), sort_keys=True)
         return fields
 
     @classmethod
@@ -60,8 +60,8 @@ class Watermark:
         """Read the hash as Redis gives it; ``None`` when a field is missing or is not what we write."""
         try:
             rules = json.loads(fields[b"rules"])
-            dropped = json.loads(fields.get(b"dropped", b"[]"))
-            if not isinstance(rules, dict) or not isinstance(dropped, list):
+            standbys = json.loads(fields.get(b"standbys", b"{}"))
+            if not isinstance(rules, dict) or not isinstance(standbys, dict):
                 return None
             return cls(
                 lsn=int(fields[b"lsn"]),
@@ -69,7 +69,7 @@ class Watermark:
                 system_id=fields[b"system_id"].decode(),
                 timeline=int(fields[b"timeline"]),
                 rules={str(cache): str(digest) for cache, digest in rules.items()},
-                dropped=tuple(map(str, dropped)),
+                standbys={str(name): None if since is None else str(since) for name, since in standbys.items()},
             )
         except (KeyError, ValueError, RecursionError):  # the last one: JSON nested too deep
             return None

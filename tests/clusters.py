@@ -142,7 +142,7 @@ class Cluster:
     def client(self) -> redis.RedisCluster:
         """Connect as an application does; the caller closes it."""
         nodes = [redis.cluster.ClusterNode(embedded.HOST, node.port) for node in self.nodes if node.answers]  # type: ignore[no-untyped-call]
-        return redis.RedisCluster(startup_nodes=nodes)
+        return redis.RedisCluster(startup_nodes=nodes, socket_timeout=2)
 
     def masters(self) -> list[Node]:
         """The present masters, once all agree; one without slots is among them."""

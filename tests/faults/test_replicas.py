@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import psycopg
 import pytest
@@ -66,8 +66,14 @@ class Stage:
         return int(watermark(self.client, self.daemon.slot).get(b"lsn", 0))
 
     def dropped(self) -> list[str]:
-        found: list[str] = json.loads(watermark(self.client, self.daemon.slot).get(b"dropped", b"[]"))
-        return found
+        found = json.loads(watermark(self.client, self.daemon.slot).get(b"standbys", b"{}"))
+        return [name for name, started in found.items() if started is None]
+
+    def awaited(self) -> Self:
+        """Wait until the watermark speaks for the standby's readers."""
+        found = json.loads(watermark(self.client, self.daemon.slot).get(b"standbys", b"{}"))
+        eventually(lambda: self.daemon.status()["dropped_replicas"] == self.dropped() == [], f"it is taken in: {found}")
+        return self
 
     def fill_from_standby(self, number: int) -> int:
         """Cache what a reader of the standby sees."""
@@ -103,7 +109,7 @@ def stage(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> Iterator[Stage]:
     with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name) as stage:
-        yield stage
+        yield stage.awaited()
 
 
 def test_what_a_lagging_standbys_readers_cache_is_stale_until_its_replay_goes_on(stage: Stage) -> None:
@@ -165,6 +171,7 @@ def test_a_standby_that_lags_too_long_is_dropped_loudly_and_swept_for_when_it_is
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
     with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+        stage.awaited()
         standby.pause_replay()
         execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
         stage.settle()
@@ -202,6 +209,7 @@ def test_a_standby_that_is_down_is_dropped_and_taken_back(
     how: str,
 ) -> None:
     with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+        stage.awaited()
         standby.kill() if how == "killed" else standby.pause()
         execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
         stage.settle()
@@ -216,6 +224,7 @@ def test_a_daemon_that_starts_later_knows_which_standby_was_dropped(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
     with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+        stage.awaited()
         standby.pause_replay()
         execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
         stage.settle()
@@ -235,6 +244,7 @@ def test_a_dropped_standby_that_is_not_named_any_more_is_swept_for_at_once(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
     with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+        stage.awaited()
         standby.pause_replay()
         execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
         stage.settle()
@@ -272,8 +282,8 @@ def test_a_server_that_is_no_standby_of_the_database_is_told_and_dropped(
         settings = {"postgres_replicas": stranger.dsn, "replica_limit": "1"}
         with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, **settings) as stage:
             execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
-            assert "CDC_POSTGRES_REPLICAS" in stage.daemon.seen("replica_unavailable")["error"]
-            stage.daemon.seen("replica_dropped", replica=f"{embedded.HOST}:{stranger.port}")
+            assert "CDC_POSTGRES_REPLICAS" in stage.daemon.seen("replica_unavailable", level="error")["error"]
+            assert stage.daemon.status()["dropped_replicas"] == [f"{embedded.HOST}:{stranger.port}"]
             stage.settle()
 
 

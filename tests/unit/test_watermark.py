@@ -29,7 +29,8 @@ def test_its_fields_are_those_of_the_design() -> None:
         "timeline": 1,
         "rules": '{"dashboard":"d2","user":"d1"}',
     }
-    assert replace(FOUND, dropped=("a:1", "b:2")).fields()["dropped"] == '["a:1","b:2"]'
+    standbys = {"b:2": None, "a:1": "123.5"}
+    assert replace(FOUND, standbys=standbys).fields()["standbys"] == '{"a:1":"123.5","b:2":null}'
 
 
 @given(
@@ -40,7 +41,7 @@ def test_its_fields_are_those_of_the_design() -> None:
         system_id=st.integers(0, 2**64 - 1).map(str),
         timeline=st.integers(1, 2**32 - 1),
         rules=st.dictionaries(st.text(), st.text()),
-        dropped=st.lists(st.text()).map(tuple),
+        standbys=st.dictionaries(st.text(), st.none() | st.text()),
     )
 )
 def test_what_is_written_is_read_again(written: Watermark) -> None:

@@ -382,6 +382,8 @@ class Apply:
             return
         at = time.time()
         at_ms = int(at * 1000)
+        # Also of a write that fails: some servers may have it.
+        self._written_ms = max(self._written_ms, at_ms)
         stored = await server.write_watermark(
             Watermark(
                 lsn=position,
@@ -393,7 +395,7 @@ class Apply:
             )
         )
         if stored:
-            self.recorded_at, self._written_ms = at, at_ms
+            self.recorded_at = at
             self._metrics.watermark_lsn.set(position)
             self._metrics.watermark_at.set(at)
         elif not self._watermark_refused:

@@ -62,6 +62,7 @@ class Application:
         read_dsn: where it loads from, if not where it writes.
         writers: how many of them write.
         readers: how many read.
+        settle: waits until the daemon has busted all that was written.
         lease: whether readers keep the fill contract; without it they store whatever they have loaded.
     """
 
@@ -74,11 +75,13 @@ class Application:
         writers: int = 1,
         readers: int = 3,
         lease: bool = True,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._dsn = dsn
         self._read_dsn = read_dsn or dsn
         self._client = client
         self._lease = lease
+        self.settle = settle
         self._stop_writing, self._stop_reading = threading.Event(), threading.Event()
         self._writers = [
             threading.Thread(target=self._repeat, args=[self._write, self._stop_writing, n]) for n in range(writers)
@@ -103,8 +106,12 @@ class Application:
             thread.join()
 
     def stop(self) -> None:
-        """End writers, then readers, once they have found their way to wherever the cache is now."""
+        """End writers, then readers, once all is busted and they have filled the cache again, wherever it is now."""
         self.stop_writing()
+        if self._stop_reading.is_set():
+            return
+        if self.failure is None:
+            self.settle()
         before = self.hits + self.fills
         with contextlib.suppress(AssertionError):  # whoever looks for entries then will not find any
             eventually(lambda: self.failure or self.hits + self.fills > before + 50, "readers read")

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import reading
-from clusters import Cluster, slot_of
+import redis
+from clusters import SLOTS, Cluster, Node, slot_of
 from running import RunningDaemon, eventually, execute, settled
 from writing import assert_nothing_confirmed_too_early
+
+from cdc_invalidator import embedded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,10 +30,13 @@ class Stage:
         self.dsn = dsn
         self.cluster = cluster
         self.daemon = daemon
-        self.app = reading.Application(dsn, cluster.client, writers=2, readers=4)
+        self.app = reading.Application(dsn, cluster.client, writers=2, readers=4, settle=self.settle)
+
+    def settle(self) -> None:
+        with contextlib.closing(self.cluster.client()) as client:
+            settled(self.dsn, client, self.daemon.slot)  # type: ignore[arg-type]
 
     def assert_nothing_stale(self) -> None:
-        self.app.stop_writing()
         self.app.stop()
         with contextlib.closing(self.cluster.client()) as client:
             settled(self.dsn, client, self.daemon.slot)  # type: ignore[arg-type]
@@ -194,6 +200,32 @@ def test_while_a_shard_is_down_the_watermark_stands_and_afterwards_goes_on(
         victim.resume()
         eventually(lambda: not _exists(client, "t:{7}:count"), "it is busted when the shard is back")
         settled(database, client, slot_name)  # type: ignore[arg-type]
+
+
+def test_a_node_that_is_in_no_cluster_yet_is_waited_for(database: str, tmp_path: Path, slot_name: str) -> None:
+    reading.create(database)
+    with (
+        Node() as node,
+        RunningDaemon(
+            dsn=database,
+            redis_url=f"redis+cluster://{embedded.HOST}:{node.port}",
+            rules=reading.rules_file(tmp_path),
+            slot=slot_name,
+        ) as daemon,
+    ):
+        assert daemon.seen("redis_unavailable", code="CLUSTERDOWN", level="warning")["error"]
+        assert daemon.alive()
+        node.ask("CLUSTER", "ADDSLOTS", *range(SLOTS))
+        eventually(node.is_well, "it is a cluster of one")
+        daemon.ready()
+        with redis.Redis.from_url(node.url) as client:
+            settled(database, client, slot_name)
+            client.set("t:{7}:count", 0)
+            execute(database, "UPDATE counters SET n = 1 WHERE id = 7")
+            settled(database, client, slot_name)
+            assert not client.exists("t:{7}:count")
+            assert_nothing_confirmed_too_early(database, client, slot_name)
+        assert not daemon.errors
 
 
 def _exists(client: Any, key: str) -> bool:

@@ -466,9 +466,9 @@ def test_a_promoted_standby_is_followed(
                 execute(standby.dsn, "SELECT pg_promote()")
                 streams_again(daemon, 2)
                 writer.goes_on()
-        # What was committed on the old primary only is gone; that caches may have had it is why they are swept.
-        assert_all_is_well(standby.dsn, redis_client, daemon)
-        assert only_gaps(daemon, "new_slot", "other_timeline" if synced else "new_slot")
+            # What was committed on the old primary only is gone; that caches may have had it is why they are swept.
+            assert_all_is_well(standby.dsn, redis_client, daemon)
+            assert only_gaps(daemon, "new_slot", "other_timeline" if synced else "new_slot")
 
 
 def test_a_standby_can_be_decoded_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,29 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import reading
 import redis
-from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
+from prometheus_client import CollectorRegistry
+from running import SECONDS, RunningDaemon, eventually, execute, settled, wal_position, watermark
 from sentinels import Sentinels
 from writing import assert_nothing_confirmed_too_early
 
-from cdc_invalidator import embedded
+from cdc_invalidator import embedded, log, sentinel
+from cdc_invalidator.apply import Apply
+from cdc_invalidator.backlog import Backlog
+from cdc_invalidator.cache import CacheServer, Single
+from cdc_invalidator.checkpoint import Checkpoint
+from cdc_invalidator.endpoint import Endpoint
+from cdc_invalidator.events import Events
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.recent import Recent
+from cdc_invalidator.replicas import Replicas
+from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.watermark import Position
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from cdc_invalidator.node import Node
 
 
 class Stage:
@@ -27,7 +42,7 @@ class Stage:
         self.dsn = dsn
         self.daemon = daemon
         self._where = where
-        self.app = reading.Application(dsn, self.client, writers=2, readers=4)
+        self.app = reading.Application(dsn, self.client, writers=2, readers=4, settle=self.settle)
 
     def client(self) -> redis.Redis:
         return redis.Redis.from_url(self._where(), socket_timeout=2)
@@ -50,12 +65,14 @@ class Stage:
         return len(self.daemon.named("bust", action="sweep"))
 
 
-def staged(dsn: str, url: str, folder: Path, slot: str, where: Any) -> contextlib.AbstractContextManager[Stage]:
+def staged(
+    dsn: str, url: str, folder: Path, slot: str, where: Any, **settings: str
+) -> contextlib.AbstractContextManager[Stage]:
     @contextlib.contextmanager
     def manager() -> Iterator[Stage]:
         reading.create(dsn)
         rules = reading.rules_file(folder)
-        with RunningDaemon(dsn=dsn, redis_url=url, rules=rules, slot=slot) as daemon:
+        with RunningDaemon(dsn=dsn, redis_url=url, rules=rules, slot=slot, **settings) as daemon:
             daemon.ready()
             stage = Stage(dsn, daemon, where)
             stage.settle()
@@ -145,6 +162,70 @@ def test_sentinels_that_are_all_away_stop_nothing_while_the_master_is_there(
             stage.app.run(2)
         stage.assert_nothing_stale()
         assert not stage.daemon.named("redis_unavailable")
+
+
+def test_looking_for_the_master_ends_when_connecting_to_it_is_cancelled(sentinels: Sentinels) -> None:
+    asyncio.run(_cancelled_while_connecting(sentinels))
+
+
+async def _cancelled_while_connecting(sentinels: Sentinels) -> None:
+    found = asyncio.Event()
+
+    def open_server() -> CacheServer:
+        looking = sentinel.Sentinels(Endpoint.parse(sentinels.url), timeout=30)
+
+        async def find() -> Node:
+            node = await looking.open_master()
+            # It was there, and falls silent in the middle.
+            sentinels.master.pause()
+            found.set()
+            return node
+
+        return Single("s", find, left=looking.left, close=looking.close)
+
+    applying = asyncio.create_task(_apply(open_server).run())
+    try:
+        async with asyncio.timeout(SECONDS):
+            await found.wait()
+            assert _connections(sentinels) == 3
+            while not applying.done():
+                # As a session does it: an older asyncio swallows some of these.
+                applying.cancel()
+                await asyncio.wait({applying}, timeout=0.1)
+    finally:
+        sentinels.master.resume()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    eventually(lambda: _connections(sentinels) == 0, "the Sentinels are left alone")
+
+
+def _connections(sentinels: Sentinels) -> int:
+    return sum(
+        client["name"] == "cdc-invalidator"
+        for one in sentinels.sentinels
+        for client in sentinels.ask(one, "CLIENT LIST")
+    )
+
+
+def _apply(open_server: Callable[[], CacheServer]) -> Apply:
+    async def hidden(_: Iterable[int]) -> set[int]:
+        return set()
+
+    metrics = Metrics(CollectorRegistry())
+    return Apply(
+        open_server,
+        hidden,
+        backlog=Backlog(),
+        checkpoint=Checkpoint(100),
+        recent=Recent(),
+        replicas=Replicas([], limit=1, metrics=metrics),
+        rules=RuleSet({}, (), ""),
+        position=Position("1", 1, 100, 100),
+        digests={},
+        sweep_gaps=True,
+        sweep_rate=0,
+        metrics=metrics,
+        events=Events(metrics, log.KeyDisplay("prefix"), log.EventLog(log.Output(1), "json", "info")),
+    )
 
 
 # One server.
@@ -253,3 +334,77 @@ def test_another_data_set_under_a_connection_that_stands_is_noticed(
         end = wal_position(database)
         eventually(lambda: int(watermark(client, slot_name).get(b"lsn", 0)) >= end, "the watermark goes on")
         assert not client.exists("t:{1}:count")
+
+
+AGAIN = """
+version: 1
+caches:
+  count: {key: "t:{{{id}}}:count", ttl: 5m, again_after: 8s}
+  other: {key: "o:{id}", ttl: 5m}
+rules:
+  - {name: counter-changed, table: public.counters, bust: [count]}
+  - {name: other-changed, table: public.others, bust: [other]}
+"""
+
+
+def test_an_older_data_set_with_the_same_position_is_noticed(
+    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+) -> None:
+    reading.create(database)
+    execute(database, "CREATE TABLE others (id int PRIMARY KEY, n int)", "INSERT INTO others VALUES (1, 0)")
+    rules = reading.rules_file(tmp_path, AGAIN)
+    with (
+        redis.Redis.from_url(valkey.url) as client,
+        RunningDaemon(dsn=database, redis_url=valkey.url, rules=rules, slot=slot_name) as daemon,
+    ):
+
+        def written_anew() -> Mapping[bytes, bytes]:
+            before = watermark(client, slot_name)
+            eventually(lambda: watermark(client, slot_name)[b"at"] != before[b"at"], "the watermark is written anew")
+            return watermark(client, slot_name)
+
+        daemon.ready()
+        settled(database, client, slot_name)
+        client.set("o:1", 0)
+        # Until its second bust, the position stands.
+        execute(database, "UPDATE counters SET n = 1 WHERE id = 1")
+        daemon.seen("bust", cache="count", op="update")
+        held = written_anew()
+        client.save()
+        shutil.copy(valkey.folder / "dump.rdb", tmp_path / "older.rdb")
+        execute(database, "UPDATE others SET n = 1 WHERE id = 1")
+        eventually(lambda: not client.exists("o:1"), "it is busted")
+        assert written_anew()[b"lsn"] == held[b"lsn"]
+        shutil.copy(tmp_path / "older.rdb", valkey.folder / "dump.rdb")
+        client.execute_command("DEBUG", "RELOAD", "NOSAVE")
+        assert client.exists("o:1")
+        daemon.seen("redis_unavailable", code="OTHER_DATA")
+        eventually(lambda: not client.exists("o:1"), "it is busted anew")
+        assert daemon.metric("cdc_invalidator_redis_behind_transactions_total") >= 1
+        settled(database, client, slot_name)
+        assert not daemon.errors
+
+
+def test_where_gaps_are_only_reported_what_is_remembered_is_applied_anew(
+    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+) -> None:
+    with redis.Redis.from_url(valkey.url) as client:
+        client.mset({"t:{1}:count": 0, "t:{2}:count": 0})
+        client.save()
+    with (
+        staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url, on_gap="warn") as stage,
+        stage.client() as client,
+    ):
+        execute(database, "UPDATE counters SET n = 1 WHERE id = 1")
+        stage.settle()
+        assert not client.exists("t:{1}:count")
+        valkey.kill()
+        valkey.start()
+        # What it has now is from before our first watermark.
+        stage.daemon.seen("gap", reason="no_watermark", swept=False)
+        eventually(lambda: not client.exists("t:{1}:count"), "it is busted anew")
+        stage.settle()
+        assert client.exists("t:{2}:count"), "nothing is swept"
+        assert stage.sweeps() == 0
+        assert reading.stale(database, client) == {}
+        assert not stage.daemon.errors

@@ -70,7 +70,7 @@ class _Queue:
 
 def _widened(some: Sequence[Waiting], resolve: Callable[[Ticket], None]) -> Waiting:
     """Make one of several, due with the last of them; of their tickets the one stays that holds back most."""
-    last = some[-1]
+    last = max(some, key=lambda item: item.batch.commit_lsn)
     whole = Batch(last.batch.commit_lsn, last.batch.committed_at, last.batch.xid)
     for item in some:
         for target, busts in item.batch.busts.items():
@@ -79,7 +79,8 @@ def _widened(some: Sequence[Waiting], resolve: Callable[[Ticket], None]) -> Wait
     for item in some:
         if item is not oldest:
             resolve(item.ticket)
-    return Waiting(whole, oldest.ticket, some[0].since, last.due, widened=True)
+    due = max(item.due for item in some)
+    return Waiting(whole, oldest.ticket, some[0].since, due, widened=True)
 
 
 class Again:

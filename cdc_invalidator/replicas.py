@@ -166,9 +166,8 @@ class Replicas:
                 except (errors.Retryable, errors.ServerRefuses) as error:
                     self._metrics.postgres_errors.labels("replica").inc()
                     delay = backoff.next()
-                    _log.warning(
-                        "replica_unavailable", replica=replica.name, error=str(error), retry_in_s=round(delay, 2)
-                    )
+                    tell = _log.warning if isinstance(error, errors.Retryable) else _log.error
+                    tell("replica_unavailable", replica=replica.name, error=str(error), retry_in_s=round(delay, 2))
                     _close(replica)
                     await asyncio.sleep(delay)
                     continue

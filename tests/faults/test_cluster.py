@@ -213,8 +213,8 @@ def test_a_node_that_is_in_no_cluster_yet_is_waited_for(database: str, tmp_path:
             slot=slot_name,
         ) as daemon,
     ):
-        assert daemon.seen("redis_unavailable", code="CLUSTERDOWN", level="warning")["error"]
-        assert daemon.alive()
+        told = {"code": "CLUSTERDOWN", "level": "warning"}
+        eventually(lambda: daemon.alive() and daemon.named("redis_unavailable", **told), "it stays and says so")
         node.ask("CLUSTER", "ADDSLOTS", *range(SLOTS))
         eventually(node.is_well, "it is a cluster of one")
         daemon.ready()

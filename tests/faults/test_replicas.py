@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING, Self
 
 import psycopg
@@ -167,6 +169,22 @@ def test_a_sweep_is_repeated_after_the_replay(stage: Stage) -> None:
     eventually(lambda: not stage.client.exists("t:{1}:count"), "it is swept again")
 
 
+def test_the_sweep_of_a_gap_is_repeated_after_the_replay(stage: Stage) -> None:
+    stage.daemon.terminate()
+    execute(stage.dsn, f"SELECT pg_drop_replication_slot('{stage.daemon.slot}')")
+    stage.standby.pause_replay()
+    # Without a slot, this is missed: all that the gap's sweep can be for.
+    execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+    stage.daemon.events.clear()
+    stage.daemon.start().ready()
+    stage.daemon.seen("gap", reason="new_slot")
+    for cache in ("count", "page"):
+        stage.daemon.seen("bust", action="sweep", reason="gap", cache=cache)
+    assert stage.fill_from_standby(1) == 0
+    stage.standby.resume_replay()
+    stage.assert_nothing_stale()
+
+
 def test_a_standby_that_lags_too_long_is_dropped_loudly_and_swept_for_when_it_is_back(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
@@ -218,6 +236,73 @@ def test_a_standby_that_is_down_is_dropped_and_taken_back(
         stage.daemon.seen("gap", reason="replica_returned")
         eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
         stage.assert_nothing_stale()
+
+
+def test_a_standby_that_was_restarted_is_dropped_and_swept_for_when_it_has_caught_up(stage: Stage) -> None:
+    execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+    stage.settle()
+    stage.daemon.events.clear()
+    # It counts from its next start on, and lets us decide when it catches up.
+    execute(stage.standby.dsn, "ALTER SYSTEM SET recovery_min_apply_delay = '1h'")
+    stage.standby.kill()
+    execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 2")
+    stage.standby.start()
+    event = stage.daemon.seen("replica_dropped", replica=stage.name, level="error")
+    assert "restarted" in event["error"]
+    stage.settle()
+    assert stage.dropped() == [stage.name]
+    assert stage.fill_from_standby(2) == 0
+    # All busts of this one have been, and had been replayed: what is shown now is older.
+    stage.client.set("t:{1}:count", 0)
+    assert not stage.daemon.named("replica_returned")
+    execute(stage.standby.dsn, "ALTER SYSTEM RESET recovery_min_apply_delay", "SELECT pg_reload_conf()")
+    stage.daemon.seen("replica_returned", replica=stage.name)
+    stage.daemon.seen("gap", reason="replica_returned")
+    eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
+    stage.assert_nothing_stale()
+
+
+def test_a_redis_that_is_away_for_longer_than_the_limit_drops_no_standby(
+    dsn: str, standby: Standby, tmp_path: Path, slot_name: str
+) -> None:
+    with (
+        embedded.Valkey() as valkey,
+        redis.Redis.from_url(valkey.url) as client,
+        staged(dsn, standby, valkey.url, client, tmp_path, slot_name, replica_limit="4") as stage,
+    ):
+        stage.awaited()
+        standby.pause_replay()
+        execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+        stage.daemon.seen("bust", cache="count", op="update")
+        # While this waits for the standby, Redis goes.
+        valkey.kill()
+        standby.resume_replay()
+        execute(dsn, "UPDATE counters SET n = 1 WHERE id = 2")
+        standby.catch_up()
+        eventually(
+            lambda: sum(event["retry_in_s"] for event in stage.daemon.named("redis_unavailable")) > 6,
+            "Redis has been away for longer than the limit",
+        )
+        valkey.start()
+        stage.settle()
+        assert not stage.daemon.named("replica_dropped")
+        assert stage.daemon.status()["dropped_replicas"] == stage.dropped() == []
+        stage.assert_nothing_stale()
+
+
+def test_a_standby_is_asked_about_once_a_second_while_nothing_waits_for_it(stage: Stage) -> None:
+    execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
+    stage.settle()
+    asked: list[dt.datetime] = []
+    query = "SELECT query_start FROM pg_stat_activity WHERE application_name = 'cdc-invalidator replica'"
+    with psycopg.connect(stage.standby.dsn, autocommit=True) as connection:
+
+        def rests() -> bool:
+            asked.extend(at for (at,) in connection.execute(query) if at not in asked[-1:])
+            return all(later - earlier > dt.timedelta(seconds=0.5) for earlier, later in pairwise(asked[-4:]))
+
+        eventually(lambda: rests() and len(asked) >= 4, "it is left alone")
+    assert asked[-1] - asked[-4] < dt.timedelta(seconds=10)
 
 
 def test_a_daemon_that_starts_later_knows_which_standby_was_dropped(

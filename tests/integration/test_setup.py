@@ -167,3 +167,24 @@ def test_a_table_that_does_not_exist_yet_is_published_once_it_does(
         execute(database, "UPDATE things SET n = 1")
         settled(database, redis_client, slot_name)
         assert not redis_client.exists("t:thing:1")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "remedy"),
+    [
+        ("host=db2 dbname=shop user=app password=topsecret", "postgresql://user:password@host:port/database"),
+        ("postgresql://app:topsecret@db2/shop postgresql://app@db2:5432/", "leave one of the two out"),
+    ],
+    ids=["words", "one of them twice"],
+)
+def test_run_refuses_standbys_that_are_no_urls_or_are_named_twice(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str, replicas: str, remedy: str
+) -> None:
+    given = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "postgres_replicas": replicas}
+    refused = command("run", rules=rule_file(tmp_path, THING), http_port=embedded.free_port(), **given)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert "CDC_POSTGRES_REPLICAS" in line
+    assert remedy in line
+    assert "topsecret" not in refused.stderr
+    assert refused.stdout == ""

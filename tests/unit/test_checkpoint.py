@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cdc_invalidator.checkpoint import Checkpoint, Ticket
+from cdc_invalidator import checkpoint as checkpoint_module
+from cdc_invalidator.checkpoint import CROWD, Checkpoint, Ticket
 
 
 def test_it_starts_where_the_stream_starts() -> None:
@@ -118,6 +120,36 @@ def test_only_what_is_recorded_may_be_confirmed() -> None:
     assert checkpoint.confirmable == 200
 
 
+def test_what_is_done_behind_one_that_is_held_up_does_not_pile_up() -> None:
+    checkpoint = Checkpoint(100)
+    held_up = checkpoint.track()
+    for end in range(200, 200 + 5 * CROWD):
+        ticket = checkpoint.track()
+        checkpoint.received(end)
+        checkpoint.resolve(ticket)
+
+    assert len(checkpoint._in_flight) <= CROWD
+    assert (checkpoint.position, checkpoint.idle) == (100, False)
+
+    checkpoint.resolve(held_up)
+    assert (checkpoint.position, checkpoint.idle) == (199 + 5 * CROWD, True)
+
+
+def test_a_crowd_of_which_none_is_done_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint_module, "CROWD", 10)
+    checkpoint = Checkpoint(0)
+    tickets = []
+    for end in range(1, 1001):
+        tickets.append(checkpoint.track())
+        checkpoint.received(end)
+
+    assert list(checkpoint._in_flight) == tickets
+    for end, ticket in enumerate(tickets):
+        assert checkpoint.position == end
+        checkpoint.resolve(ticket)
+    assert checkpoint.position == 1000
+
+
 @dataclass(eq=False)
 class Work:
     """What the model knows of a ticket: where its transaction ends, and how many parts are to do."""
@@ -214,3 +246,33 @@ class CheckpointAgainstModel(RuleBasedStateMachine):
 
 
 TestCheckpointAgainstModel = CheckpointAgainstModel.TestCase
+
+
+class CrowdedCheckpointAgainstModel(CheckpointAgainstModel):
+    """The same where few tickets make a crowd, so that those are forgotten all the time which are done."""
+
+    def __init__(self) -> None:
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(checkpoint_module, "CROWD", 3)
+        super().__init__()
+        self.most = 0
+
+    @rule(count=st.integers(1, 10))
+    def many_are_done_at_once_behind_the_others(self, count: int) -> None:
+        for _ in range(count):
+            ticket = self.checkpoint.track()
+            self.received += 1
+            self.checkpoint.received(self.received)
+            self.checkpoint.resolve(ticket)
+            self.model.work.append(Work(ticket, self.received, 0))
+
+    @invariant()
+    def what_is_done_is_forgotten(self) -> None:
+        self.most = max(self.most, len(self.model.unresolved()) + 1)
+        assert len(self.checkpoint._in_flight) <= max(3, 2 * self.most)
+
+    def teardown(self) -> None:
+        self.patch.undo()
+
+
+TestCrowdedCheckpointAgainstModel = CrowdedCheckpointAgainstModel.TestCase

@@ -95,6 +95,16 @@ def test_a_version_lives_for_thirty_days_where_nothing_is_said() -> None:
     assert cache.version_ttl == 30 * 86_400_000
 
 
+@pytest.mark.parametrize(("written", "milliseconds"), [("1ms", 1), ("5s", 5000), ("60s", 60_000), ("1m", 60_000)])
+def test_a_cache_may_ask_for_a_second_bust_within_a_minute(written: str, milliseconds: int) -> None:
+    rule_set = parse(GOOD.replace("    jitter: 30s\n", f"    again_after: {written}\n"))
+    assert {name: cache.again_after for name, cache in rule_set.caches.items()} == {
+        "user": milliseconds,
+        "dashboard": None,
+        "counts": None,
+    }
+
+
 @pytest.mark.parametrize(
     ("text", "milliseconds"),
     [("1ms", 1), ("500ms", 500), ("30s", 30_000), ("5m", 300_000), ("1h", 3_600_000), ("36500d", 36_500 * 86_400_000)],
@@ -240,6 +250,7 @@ def test_a_digest_is_short_and_the_same_in_every_process() -> None:
         ("   # a comment", "", set()),
         ("ttl: 5m", "ttl: 6m", set()),
         ("    jitter: 30s\n", "", set()),
+        ("    jitter: 30s\n", "    jitter: 30s\n    again_after: 5s\n", set()),
         ("version_ttl: 10d", "version_ttl: 1d", set()),
         ("ttl_only: true", "ttl_only: false", set()),
         ("[insert, update]", "[update, insert]", set()),
@@ -287,6 +298,7 @@ A_TABLE = "write `schema.table`, names with capitals or signs in double quotes"
 CHECK_YAML = "check quotes, brackets and indentation"
 UNCLOSED = "did not find expected ',' or ']'"
 NO_SUCH_FILE = "this file cannot be read (No such file or directory); check CDC_RULES and its permissions"
+TOO_LONG_AFTER = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
 CACHE_FIELDS = "key, version, version_ttl, ttl, jitter, ttl_only, again_after"
 
 
@@ -320,6 +332,15 @@ CACHE_FIELDS = "key, version, version_ttl, ttl, jitter, ttl_only, again_after"
         ("ttl: 5m", "ttl:", "6:5: `ttl` is empty; give it a value or remove it"),
         ("ttl: 5m", "ttl: ~", "6:5: `ttl` is empty; give it a value or remove it"),
         ("    ttl: 5m\n", "", "6:5: `jitter` needs a `ttl`; remove it, or add one"),
+        ("jitter: 30s", "again_after: 60001ms", f"7:18: {TOO_LONG_AFTER}"),
+        ("jitter: 30s", "again_after: 2m", f"7:18: {TOO_LONG_AFTER}"),
+        ("jitter: 30s", "again_after:   1h   # late", f"7:20: {TOO_LONG_AFTER}"),
+        (
+            "jitter: 30s",
+            "again_after: 0s",
+            "7:18: `0s` is out of range; a duration is longer than 0 and at most 36500d",
+        ),
+        ("jitter: 30s", "again_after: 5", f"7:18: `5` is not a duration; {A_DURATION}"),
         ("ttl_only: true", "ttl_only: yes", "15:15: `ttl_only` must be `true` or `false`"),
         ("key: shop:counts", "key: 5", "13:10: `key` must be text; put it in quotes if it is one word, number or sign"),
         ("    key: shop:counts\n", "", "12:3: `counts` lacks `key`; add it"),

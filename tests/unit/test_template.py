@@ -8,6 +8,7 @@ import hashlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.crc import key_slot
 
 from cdc_invalidator.template import Param, Template, TemplateError
 
@@ -171,6 +172,43 @@ def test_the_prefix_is_the_literal_text_up_to_the_first_parameter() -> None:
 )
 def test_the_glob_has_a_star_for_each_parameter_and_escapes_the_rest(text: str, pattern: bytes) -> None:
     assert template(text).glob() == pattern
+
+
+@pytest.mark.parametrize(
+    ("text", "tagged"),
+    [
+        ("user:{{{id}}}", True),
+        ("user:{{{id}}}:name", True),
+        ("{{{id}}}", True),
+        ("{{user:{id}}}:v{version}", True),
+        ("{{shop}}:{id}", True),
+        ("{id}:{{shop}}", True),
+        ("{{{{shop}}", True),
+        ("counts", False),
+        ("user:{id}", False),
+        ("user:{{{id}", False),
+        ("user:{id}}}", False),
+        ("}}{{{id}", False),
+        ("{{}}user:{id}", False),
+        ("{{}}user:{{{id}}}", False),
+        ("}}{{{id}}}", True),
+    ],
+)
+def test_a_key_is_tagged_by_what_stands_between_its_first_braces(text: str, tagged: bool) -> None:
+    assert template(text).tagged is tagged
+
+
+@given(
+    st.lists(st.sampled_from(["{{", "}}", "{a}", "{b|upper}", "x", ":"]), min_size=1, max_size=8),
+    st.text("abé:?*", min_size=1, max_size=3),
+)
+def test_a_tagged_key_is_in_the_slot_of_its_lock_and_another_one_is_not(pieces: list[str], value: str) -> None:
+    parsed = template("".join(pieces))
+    key = parsed.render({"a": value, "b": value})
+    assert key is not None
+    # By chance, one lock in 16,384 is in its key's slot, but not three.
+    slots = {key_slot(key + suffix) for suffix in (b"", b":lock", b":lock2", b":lock3")}
+    assert parsed.tagged is (len(slots) == 1)
 
 
 # One row for all: index is by parameter, None is NULL.

@@ -1,0 +1,149 @@
+"""The pace of sweeps: as many keys a second as CDC_SWEEP_RATE says, evenly, and none lost by waiting."""
+
+from __future__ import annotations
+
+import time
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from cdc_invalidator import rules
+from cdc_invalidator.cache import SCAN_COUNT, CacheServer, Cursor
+from cdc_invalidator.checkpoint import Ticket
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.sweep import Cause, Request, Sweep, Sweeps
+
+RULES = "version: 1\ncaches: {a: {key: 'a:{id}'}, b: {key: 'b:{id}'}, v: {key: 'v:{version}', version: 'v:{id}'}}"
+CACHES = rules.parse([("rules.yaml", RULES)], {}).caches
+
+
+class Clock:
+    """The time, which passes only when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+class Scanned:
+    """A server of that many keys, none of them ours, which notes when how many were looked at."""
+
+    def __init__(self, clock: Clock, keys: int) -> None:
+        self.clock = clock
+        self.keys = keys
+        self.steps: list[tuple[float, int]] = []
+        self.patterns: list[bytes] = []
+
+    async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
+        self.steps.append((self.clock.now, count))
+        self.patterns.append(pattern)
+        reached = (cursor or 0) + count
+        return (reached if reached < self.keys else None), []
+
+    async def size(self) -> int | None:
+        return self.keys
+
+
+def sweeping(*names: str, rate: int) -> Sweeps:
+    sweeps = Sweeps(Metrics(CollectorRegistry()), rate=rate)
+    for name in names:
+        sweeps.request(CACHES[name], Cause("r", "public.t", "truncate", "truncate"), Request(1, None, None), Ticket(0))
+    return sweeps
+
+
+async def step(sweeps: Sweeps, server: Scanned) -> list[Sweep]:
+    # Of a server, a sweep that finds nothing needs no more.
+    return await sweeps.step(cast("CacheServer", server))
+
+
+async def run(sweeps: Sweeps, server: Scanned, clock: Clock) -> list[Sweep]:
+    """Step as apply does, each time after just as much patience as is asked for."""
+    over: list[Sweep] = []
+    while sweeps:
+        clock.now += sweeps.patience()
+        over += await step(sweeps, server)
+    return over
+
+
+async def test_without_a_rate_no_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    server = Scanned(clock, 10 * SCAN_COUNT)
+
+    await run(sweeping("a", rate=0), server, clock)
+
+    assert server.steps == [(1000.0, SCAN_COUNT)] * 20
+
+
+@pytest.mark.parametrize(("rate", "count"), [(1, 10), (100, 10), (1000, 100), (10_000, 1000), (1_000_000, 1000)])
+async def test_a_slow_pace_takes_small_steps(rate: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    server = Scanned(clock, 1)
+
+    await run(sweeping("a", rate=rate), server, clock)
+
+    assert {step for _, step in server.steps} == {count}
+
+
+async def test_all_sweeps_together_keep_to_the_rate_and_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    server = Scanned(clock, 5000)
+    sweeps = sweeping("a", "b", "v", rate=1000)
+
+    over = await run(sweeps, server, clock)
+
+    # Locks and keys of two caches, and the counters of the third one.
+    assert sum(count for _, count in server.steps) == 25_000
+    # A second may be caught up with, at the beginning as well.
+    assert 23.9 <= clock.now - 1000 <= 25
+    assert [sweep.cache.name for sweep in over] == ["v", "a", "b"]
+    assert {pattern[:1] for pattern in server.patterns[60:63]} == {b"a", b"b", b"v"}
+
+
+async def test_in_a_hurry_no_step_waits_and_the_pace_comes_back_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    server = Scanned(clock, 10_000)
+    sweeps = sweeping("a", rate=100)
+    while sweeps.patience() == 0:
+        await step(sweeps, server)
+    paced = len(server.steps)
+    assert await step(sweeps, server) == []
+    assert len(server.steps) == paced
+
+    sweeps.hurry = True
+    for _ in range(50):
+        assert sweeps.patience() == 0
+        await step(sweeps, server)
+    assert len(server.steps) == paced + 50
+
+    sweeps.hurry = False
+    assert sweeps.patience() > 0
+    assert await step(sweeps, server) == []
+    assert len(server.steps) == paced + 50
+
+
+@given(
+    st.integers(1, 20_000),
+    st.lists(st.floats(0, 3), min_size=1, max_size=60),
+    st.lists(st.sampled_from(list(CACHES)), min_size=1, max_size=3, unique=True),
+)
+async def test_whenever_the_steps_come_no_stretch_of_time_sees_more_than_the_rate(
+    rate: int, pauses: list[float], names: list[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        clock = Clock(patch)
+        server = Scanned(clock, 2**60)
+        sweeps = sweeping(*names, rate=rate)
+        for pause in pauses:
+            clock.now += pause
+            await step(sweeps, server)
+
+    most = max(count for _, count in server.steps)
+    for first, (begin, _) in enumerate(server.steps):
+        looked_at = 0
+        for end, count in server.steps[first:]:
+            looked_at += count
+            # What was missed in the second before may be caught up with, and a step is not cut.
+            assert looked_at <= rate * (end - begin + 1) + most + 0.01

@@ -70,7 +70,7 @@ class _Queue:
 
 def _widened(some: Sequence[Waiting], resolve: Callable[[Ticket], None]) -> Waiting:
     """Make one of several, due with the last of them; of their tickets the one stays that holds back most."""
-    last = max(some, key=lambda item: item.batch.commit_lsn)
+    last = some[-1]
     whole = Batch(last.batch.commit_lsn, last.batch.committed_at, last.batch.xid)
     for item in some:
         for target, busts in item.batch.busts.items():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 from cdc_invalidator import errors
 
@@ -84,28 +84,34 @@ class Endpoint:
         kind = _KINDS[name]
         if kind == "server":
             return cls(kind, url)
-        try:
-            parts = urlsplit(f"{transport}://{rest}")
-            user, _, hosts = parts.netloc.rpartition("@")
-            addresses = tuple(Address.parse(host.strip(), _PORTS[kind]) for host in hosts.split(","))
-        except ValueError:
-            raise errors.WrongSettings(_UNREADABLE[kind]) from None
-        service, _, database = parts.path.strip("/").partition("/")
+        # Not by urlsplit, which takes no list of hosts with IPv6 among them.
+        place, _, query = rest.partition("?")
+        network, _, path = place.partition("/")
+        user, _, hosts = network.rpartition("@")
+        service, _, database = path.strip("/").partition("/")
         if kind == "cluster":
             service, database = "", service
-        if (kind == "sentinel" and not service) or (database and not database.isdecimal()):
+        try:
+            addresses = tuple(Address.parse(host.strip(), _PORTS[kind]) for host in hosts.split(","))
+            number = int(database or 0)
+            url.encode()
+        except ValueError:
+            raise errors.WrongSettings(_UNREADABLE[kind]) from None
+        # Signs that a password holds unencoded would make a host of its beginning.
+        stray = "#" in rest or "@" in query or "@" in path or set(user) & set("[] ")
+        if (kind == "sentinel" and not service) or number < 0 or stray:
             raise errors.WrongSettings(_UNREADABLE[kind])
-        if kind == "cluster" and int(database or 0):
+        if kind == "cluster" and number:
             raise errors.WrongSettings("CDC_REDIS_URL names a database of a cluster, which has only 0; leave it out.")
         return cls(
             kind,
             url,
             addresses,
-            service,
+            unquote(service),
             _scheme=transport,
             _user=f"{user}@" if user else "",
             _path=f"/{database}" if database else "",
-            _query=tuple(parse_qsl(parts.query)),
+            _query=tuple(parse_qsl(query)),
         )
 
     def at(self, address: Address) -> str:

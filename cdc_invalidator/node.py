@@ -38,8 +38,10 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
     (TimeoutError, "TIMEOUT"),
     (exceptions.ConnectionError, "CLOSED"),
     (OSError, "CLOSED"),
+    (EOFError, "CLOSED"),
 )
 
+_QUOTED = re.compile(r"""(?<![^\s(:,])['"`]""")
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+)\b")
 _NO_RIGHT = re.compile(r"ACL failure in script|The user executing the script can't")
 
@@ -193,7 +195,7 @@ def _without_keys(name: str, error: BaseException) -> str:
     text = str(error).removeprefix(name).strip()
     if name != "NOPERM":  # which names the command that must be granted, and no key
         # Some replies repeat the arguments (unknown command, script errors): only the first words are safe to show.
-        text = text.split("'", 1)[0].strip()
+        text = _QUOTED.split(text, maxsplit=1)[0].strip()
     if isinstance(error, (socket.gaierror, ssl.SSLError)):
         text = error.strerror or text
     return f"{name}: {text[:120].rstrip('.')}" if text else name

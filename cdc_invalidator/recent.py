@@ -49,7 +49,7 @@ class Recent:
         while self._weight > self._capacity:
             forgotten = self._batches.popleft()
             self._weight -= _weight(forgotten)
-            self._floor = forgotten.commit_lsn + 1
+            self._floor = max(self._floor, forgotten.commit_lsn + 1)
 
     def recorded(self, position: int) -> None:
         """Note that all up to this position has been applied, and the watermark says so."""

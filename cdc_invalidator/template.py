@@ -99,7 +99,8 @@ class Template:
     def tagged(self) -> bool:
         """Whether keys have a hash tag (``user:{{{id}}}:name``): a key of Redis Cluster is then in its lock's slot.
 
-        What is hashed is the text between the first ``{`` and the first ``}`` after it, if there is any.
+        What is hashed is the text between the first ``{`` and the first ``}`` after it, if there is any; so a value
+        that is empty, or holds braces itself, may still leave a key without one.
         """
         shape = b"".join(part if isinstance(part, bytes) else b"?" for part in self.parts)
         tag, closed, _ = shape.partition(b"{")[2].partition(b"}")

@@ -491,8 +491,15 @@ def test_rules_on_a_root_and_on_its_partition_both_bust(start: Start) -> None:
         (("CREATE TABLE things (id int) PARTITION BY RANGE (id)",), "partitioned without a primary key"),
         ((THINGS, "CREATE PUBLICATION {} FOR TABLE things WHERE (id > 10)"), "row filter or a column list"),
         ((THINGS, "CREATE PUBLICATION {} FOR TABLE things (id)"), "row filter or a column list"),
+        (
+            (
+                "CREATE TABLE things (id int PRIMARY KEY, double int GENERATED ALWAYS AS (id * 2) STORED)",
+                "ALTER TABLE things REPLICA IDENTITY FULL",
+            ),
+            "generated column",
+        ),
     ],
-    ids=["inheritance", "partitioned without a primary key", "row filter", "column list"],
+    ids=["inheritance", "partitioned without a primary key", "row filter", "column list", "generated column"],
 )
 def test_a_table_that_would_hurt_or_hide_is_refused_at_the_start(
     database: str, redis_url: str, tmp_path: Path, slot_name: str, statements: tuple[str, ...], sentence: str

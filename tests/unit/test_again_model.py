@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -258,6 +259,8 @@ class AgainAgainstModel(RuleBasedStateMachine):
 
 
 TestAgainAgainstModel = AgainAgainstModel.TestCase
+# A mistake shows in many ways, and to make each of them small takes minutes.
+TestAgainAgainstModel.settings = settings(TestAgainAgainstModel.settings, report_multiple_bugs=False)
 
 
 def test_what_is_widened_becomes_due_while_more_and_more_is_added() -> None:

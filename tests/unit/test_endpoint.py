@@ -260,6 +260,7 @@ SCHEMES = ["", "redis://", "rediss://", "unix://", "redis+sentinel://", "rediss+
     st.lists(st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"]), max_size=2), max_size=10),
 )
 @example("redis+sentinel://", ["user:", PASSWORD, "[", "@", "host", "/shop"])
+@example("redis://", ["user:", PASSWORD, "@", "host"])
 def test_any_text_is_an_endpoint_or_wrong_settings_and_shows_no_password(scheme: str, pieces: list[str]) -> None:
     url = scheme + "".join(pieces)
     try:

@@ -80,6 +80,30 @@ def test_another_history_is_known_from_its_beginning_on() -> None:
 CAPACITY = 100
 
 
+def test_a_transaction_of_which_a_part_is_forgotten_is_not_known() -> None:
+    recent = Recent(CAPACITY)
+    recent.begin(HISTORY, 0)
+    for lsn in (100, 100, 110):
+        recent.note(Batch(lsn, None, 730, weight=30))
+
+    assert commits(recent, 0) == [100, 110]
+    assert not recent.reaches(100)
+    assert recent.reaches(101)
+
+
+def test_what_comes_again_and_again_does_not_add_up() -> None:
+    recent = Recent(CAPACITY)
+    recent.begin(HISTORY, 0)
+    for _ in range(10):
+        for lsn in (100, 110):
+            recent.note(Batch(lsn, None, 730, weight=30))
+        recent.begin(HISTORY, 0)
+    recent.note(Batch(100, None, 730))
+
+    assert recent.reaches(0)
+    assert commits(recent, 0) == [100]
+
+
 class RecentAgainstModel(RuleBasedStateMachine):
     """Any course of streams, against a list of what the stream has brought and would not bring again."""
 

@@ -24,12 +24,14 @@ from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.cache import CacheServer, Outcome
 from cdc_invalidator.checkpoint import Checkpoint, Ticket
+from cdc_invalidator.debounce import Debounce
+from cdc_invalidator.derive import Queries
 from cdc_invalidator.events import Events, Line, lines_of
 from cdc_invalidator.invalidation import Batch, Target
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.recent import Recent
 from cdc_invalidator.replicas import Replicas
-from cdc_invalidator.rules import Cache, RuleSet
+from cdc_invalidator.rules import Cache, Pair, RuleSet
 from cdc_invalidator.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.watermark import Position, Watermark, gaps
 
@@ -53,6 +55,7 @@ class Apply:
         checkpoint: is told what is resolved and recorded.
         recent: remembers what was applied.
         replicas: the standbys that busts wait for.
+        queries: what `via` asks.
         rules: the rule set, for the digests in the watermark and the sweeps of gaps.
         position: where the stream goes on.
         digests: for each cache that the stream keeps, what the watermark says of its rules.
@@ -71,6 +74,7 @@ class Apply:
         checkpoint: Checkpoint,
         recent: Recent,
         replicas: Replicas,
+        queries: Queries,
         rules: RuleSet,
         position: Position,
         digests: Mapping[str, str],
@@ -85,6 +89,7 @@ class Apply:
         self._checkpoint = checkpoint
         self._recent = recent
         self._replicas = replicas
+        self._queries = queries
         self._rules = rules
         self._digests = digests
         self._position = position
@@ -96,6 +101,8 @@ class Apply:
         self._sweeps = Sweeps(metrics, rate=sweep_rate)
         self._asks_again = any(cache.again_after for cache in rules.caches.values())
         self._again = Again(self._resolve)
+        self._debounces = any(rule.debounce for rule in rules.rules)
+        self._debounce = Debounce(self._resolve)
         # In the hands of this turn until Redis has acknowledged them.
         self._taken: list[tuple[Batch, Ticket]] = []
         self._due: list[tuple[str, Waiting]] = []
@@ -156,8 +163,7 @@ class Apply:
             if self._anew:
                 await self._apply_anew(server)
             if not self._taken:
-                self._taken = self._queued + self._backlog.take(FLUSH_WEIGHT)
-                self._queued = []
+                self._taken = self._take()
             if self._taken:
                 await self._flush(server, self._taken)
                 self._taken = []
@@ -177,6 +183,16 @@ class Apply:
         self._backoff.reset()
         self.last_error = self.away_since = None
         await self._backlog.wait(self._patience())
+
+    def _take(self) -> list[tuple[Batch, Ticket]]:
+        taken = self._backlog.take(FLUSH_WEIGHT)
+        if self._debounces:
+            now = time.monotonic()
+            self._debounce.hold(taken, now)
+            # What was held comes after what holds it: it is newer.
+            taken += self._debounce.due(now)
+        queued, self._queued = self._queued, []
+        return queued + taken
 
     async def _connect(self) -> CacheServer:
         server = self._open_server()
@@ -261,8 +277,7 @@ class Apply:
             weight += batch.weight
             if weight >= FLUSH_WEIGHT:
                 break
-        lines = [line for batch in some for line in lines_of(batch)]
-        self._events.busted(lines, await _bust(server, lines), _NEVER)
+        self._events.busted(*await self._bust(server, some), _NEVER)
         self._metrics.anew.inc(len(some))
         for batch in some:
             self._anew.popleft()
@@ -308,8 +323,10 @@ class Apply:
 
     async def _flush(self, server: CacheServer, taken: Sequence[tuple[Batch, Ticket]]) -> None:
         hidden = await self._hidden({batch.xid for batch, _ in taken if batch.xid})
-        lines = [line for batch, _ in taken for line in lines_of(batch)]
-        self._events.busted(lines, await _bust(server, lines), self._replay_until)
+        batches = [batch for batch, _ in taken]
+        # A query asks for what can be seen: of what is hidden it is asked later.
+        await self._queries.derive(batch for batch in batches if batch.xid not in hidden)
+        self._events.busted(*await self._bust(server, batches), self._replay_until)
         now = time.monotonic()
         for batch, ticket in taken:
             self._recent.note(batch)
@@ -335,7 +352,9 @@ class Apply:
         if not self._due:
             return
         self._early_backoff.reset()
-        await _bust(server, [line for _, waiting in self._due for line in lines_of(waiting.batch)])
+        batches = [waiting.batch for _, waiting in self._due]
+        await self._queries.derive(batches)
+        await self._bust(server, batches)
         now = time.monotonic()
         for reason, waiting in self._due:
             self._metrics.again.labels(reason).inc()
@@ -350,6 +369,17 @@ class Apply:
             self._again.until_replayed(batch, ticket, now)
         if bust != "again_after" and self._asks_again:
             self._again.until_later(batch, ticket, now)
+
+    async def _bust(self, server: CacheServer, batches: Iterable[Batch]) -> tuple[list[Line], Outcome]:
+        """Bust all keys of some batches, and give the events to be and what Redis answered."""
+        lines = [line for batch in batches for line in lines_of(batch)]
+        pairs = [line for line in lines if line.target.pairs and line.action == "delete"]
+        if pairs:
+            await _name_versions(server, pairs)
+            lines = [line for line in lines if line.keys]
+        deletes = [line.keys for line in lines if line.action == "delete"]
+        bumps = {key: line.target.cache.version_ttl for line in lines if line.action == "bump" for key in line.keys}
+        return lines, await server.bust(deletes, bumps)
 
     def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
         for target, busts in batch.busts.items():
@@ -414,9 +444,9 @@ class Apply:
         patience = HEARTBEAT_SECONDS - (now - self._recorded_at) if self._recordable else HEARTBEAT_SECONDS
         if self._again.hidden:
             patience = min(patience, self._early_backoff.next())
-        due = self._again.next_due()
-        if due is not None:
-            patience = min(patience, due - now)
+        for due in (self._again.next_due(), self._debounce.next_due()):
+            if due is not None:
+                patience = min(patience, due - now)
         patience = max(0.001, patience)
         return min(patience, self._sweeps.patience()) if self._sweeps else patience
 
@@ -437,7 +467,13 @@ class Apply:
         self._metrics.redis_memory.set(info["used_memory"])
 
 
-async def _bust(server: CacheServer, lines: Sequence[Line]) -> Outcome:
-    deletes = [line.keys for line in lines if line.target.cache.version is None]
-    bumps = {key: line.target.cache.version_ttl for line in lines if line.target.cache.version for key in line.keys}
-    return await server.bust(deletes, bumps)
+async def _name_versions(server: CacheServer, lines: Iterable[Line]) -> None:
+    """Name the keys under the versions that caches with `bump_over` have now; what has no version has no key.
+
+    A version that is bumped in between makes those keys unreachable, which serves as well.
+    """
+    split = {line: [Pair.split(key) for key in line.keys] for line in lines}
+    counters = list(dict.fromkeys(pair.version for pairs in split.values() for pair in pairs))
+    versions = dict(zip(counters, await server.versions(counters), strict=True))
+    for line, pairs in split.items():
+        line.keys = [pair.key(version) for pair in pairs if (version := versions[pair.version]) is not None]

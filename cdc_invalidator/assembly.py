@@ -15,6 +15,7 @@ from typing import Any
 
 from cdc_invalidator import pgoutput
 from cdc_invalidator.invalidation import Batch, Plan, Target, out_of_place
+from cdc_invalidator.rules import Pair
 
 # A transaction's keys leave for Redis once they are this many.
 CHUNK = 1000
@@ -25,6 +26,14 @@ PARTS = 20_000
 UNCHECKED = 10_000
 
 Plans = dict[int, Plan | None]
+
+
+@dataclass(slots=True)
+class _Touched:
+    """Keys of one cache that a transaction has touched, and versions that it has bumped."""
+
+    keys: int = 0
+    bumped: set[bytes] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -72,6 +81,8 @@ class Assembly:
         self._streams: dict[int, _Stream] = {}
         self._stream: _Stream | None = None
         self._unchecked = 0
+        # By the transaction that is on its way out: what it did to caches with `bump_over` so far.
+        self._touched: dict[Target, _Touched] = {}
         self.widened = 0
         self._take: dict[type, Callable[[Any], Iterable[Batch]]] = {
             pgoutput.Begin: self._begin,
@@ -130,6 +141,7 @@ class Assembly:
         if self.in_transaction:
             raise out_of_place("Begin")
         self._open = Batch(message.lsn, message.committed_at, message.xid)
+        self._touched.clear()
         return ()
 
     def _commit(self, message: pgoutput.Commit) -> Iterable[Batch]:
@@ -138,6 +150,7 @@ class Assembly:
             raise out_of_place("Commit")
         self._open = None
         batch.end_lsn = message.end_lsn
+        self._bump(batch)
         return (batch,)
 
     # Rows: into the open transaction, or into the part of the streamed one that they belong to.
@@ -199,7 +212,20 @@ class Assembly:
         if batch.weight < self._chunk:
             return ()
         self._open = Batch(batch.commit_lsn, batch.committed_at, batch.xid)
+        self._bump(batch)
         return (batch,)
+
+    def _bump(self, batch: Batch) -> None:
+        """Trade single keys for bumps of their versions, where the transaction has touched more than `bump_over`."""
+        for target, busts in batch.busts.items():
+            if not target.pairs or target.query is not None or not busts.keys:
+                continue
+            touched = self._touched.setdefault(target, _Touched())
+            touched.keys += len(busts.keys)
+            if touched.keys > (target.cache.bump_over or 0):
+                versions = {Pair.split(key).version for key in busts.keys}
+                batch.bump(target, versions - touched.bumped)
+                touched.bumped |= versions
 
     # Blocks of transactions in progress.
 
@@ -233,30 +259,36 @@ class Assembly:
         for part in parts:
             for target, busts in part.busts.items():
                 # A cache with a single key is no smaller for being swept.
-                if busts.keys and target.template.params:
+                if busts.keys and target.one is None:
                     counts[target] = counts.get(target, 0) + len(busts.keys)
         if not counts:
             return False
         largest = max(counts, key=counts.__getitem__)
         for part in parts:
             if largest in part.busts and part.busts[largest].keys:
-                part.widen(part.busts[largest])
+                part.widen(largest)
         return True
 
     def _stream_commit(self, message: pgoutput.StreamCommit) -> Iterator[Batch]:
         stream = self._end(message.xid, "Stream Commit")
         self._plans.update(stream.plans)
+        self._touched.clear()
         batch = Batch(message.lsn, message.committed_at, message.xid)
         for part in stream.parts.values():
             for target, busts in part.busts.items():
                 if busts.sweep:
                     batch.sweep(target, busts.ops, busts.reason)
+                if busts.bumps:
+                    batch.bump(target, busts.bumps)
+                    batch.of(target).ops.update(busts.ops)
                 for key in busts.keys:
                     if batch.weight >= self._chunk:
+                        self._bump(batch)
                         yield batch
                         batch = Batch(message.lsn, message.committed_at, message.xid)
                     batch.add(target, busts.ops, key, busts.reason)
         batch.end_lsn = message.end_lsn
+        self._bump(batch)
         yield batch
 
     def _stream_abort(self, message: pgoutput.StreamAbort) -> Iterable[Batch]:

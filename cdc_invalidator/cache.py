@@ -140,6 +140,10 @@ class CacheServer(ABC):
         """
 
     @abstractmethod
+    async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
+        """Read version counters; ``None`` for one that is missing."""
+
+    @abstractmethod
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """Delete keys as they are, without their locks, and give how many were there."""
 
@@ -232,6 +236,10 @@ class Single(CacheServer):
             existed[group] += count
         versions = [version for answer in answers[deleting:] for version in answer]
         return Outcome(existed, dict(zip(counters, versions, strict=True)))
+
+    async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
+        """See `CacheServer`."""
+        return await self._ask(*(("GET", counter) for counter in counters)) if counters else []
 
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """See `CacheServer`."""

@@ -279,6 +279,10 @@ class Cluster(CacheServer):
         existed = [sum(next(answers) for _ in group) for group in deletes]
         return Outcome(existed, {key: next(answers)[0] for key in bumps})
 
+    async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
+        """See `CacheServer`."""
+        return await self._ask([(counter, ("GET", counter)) for counter in counters])
+
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """See `CacheServer`."""
         return sum(await self._ask([(key, ("UNLINK", key)) for key in keys]))

@@ -22,11 +22,12 @@ KEYS_A_LINE = 1000
 
 
 class Line:
-    """One event to be: up to KEYS_A_LINE keys of one target in one batch."""
+    """One event to be: up to KEYS_A_LINE keys of one target in one batch, to be deleted or bumped (``action``)."""
 
-    __slots__ = ("batch", "keys", "op", "reason", "target")
+    __slots__ = ("action", "batch", "keys", "op", "reason", "target")
 
-    def __init__(self, batch: Batch, target: Target, busts: Busts, keys: Sequence[bytes]) -> None:
+    def __init__(self, batch: Batch, target: Target, busts: Busts, keys: Sequence[bytes], action: str) -> None:
+        self.action = action
         self.batch = batch
         self.target = target
         self.keys = keys
@@ -37,9 +38,10 @@ class Line:
 def lines_of(batch: Batch) -> Iterable[Line]:
     """Give the events of a batch, without those of its sweeps."""
     for target, busts in batch.busts.items():
-        keys = list(busts.keys)
-        for start in range(0, len(keys), KEYS_A_LINE):
-            yield Line(batch, target, busts, keys[start : start + KEYS_A_LINE])
+        named = busts.keys if target.query is None else busts.derived
+        for action, keys in ((target.action, list(named)), ("bump", list(busts.bumps))):
+            for start in range(0, len(keys), KEYS_A_LINE):
+                yield Line(batch, target, busts, keys[start : start + KEYS_A_LINE], action)
 
 
 @dataclass(slots=True)
@@ -83,12 +85,12 @@ class Events:
         """
         now_us = time.time_ns() // 1000
         existed_of_deletes = iter(outcome.existed)
-        totals: dict[Target, _Total] = {}
+        totals: dict[tuple[Target, str], _Total] = {}
         told = []
         for line in lines:
             target, batch, count = line.target, line.batch, len(line.keys)
             own = self._display.fields(line.keys)
-            if target.action == "delete":
+            if line.action == "delete":
                 existed = next(existed_of_deletes)
             else:
                 own["versions"] = versions = [outcome.versions[key] for key in line.keys]
@@ -102,16 +104,17 @@ class Events:
             own["xid"] = batch.xid
             own["existed"] = existed
             own["reason"] = reason
-            total = totals.get(target) or totals.setdefault(target, _Total())
+            name = (target, line.action)
+            total = totals.get(name) or totals.setdefault(name, _Total())
             total.lines += 1
             total.keys += count
             total.existed += existed
             if batch.committed_at is not None:
                 total.lags.append(self._time(own, batch.committed_at, now_us))
-            told.append((target.shown, own))
+            told.append((target.shown[line.action], own))
         self._log.write(told)
-        for target, total in totals.items():
-            self._count(target.rule, target.cache.name, target.action, total)
+        for (target, action), total in totals.items():
+            self._count(target.rule, target.cache.name, action, total)
 
     def swept(self, sweep: Sweep) -> None:
         """Tell that a sweep is over: a line for each cause, and its transactions in it."""

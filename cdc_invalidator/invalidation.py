@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cdc_invalidator import errors, pgoutput
+from cdc_invalidator.condition import Condition, Holds
+from cdc_invalidator.condition import missing as condition_misses
 from cdc_invalidator.pgoutput import UNCHANGED, Row
 from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import Bust, Cache, Rule, RuleSet
+from cdc_invalidator.rules import Bust, Cache, Query, Rule, RuleSet
 from cdc_invalidator.template import Template
 
 Counts = defaultdict[tuple[str, str], int]
@@ -32,31 +34,53 @@ class Target:
     rule: str
     cache: Cache
     table: str
-    # The keys that a bust names: those of the version counters, where the cache has them.
+    # What the rule says of it; None for what no rule asks for: a manual bust, a gap.
+    bust: Bust | None = None
+    # The least ms between two busts of a key; 0 for none.
+    debounce: int = 0
+    # What a change gives: a key to delete, or a version's; with `bump_over` both, and with a query its arguments.
     template: Template = field(init=False)
+    query: Query | None = field(init=False)
+    pairs: bool = field(init=False)
+    # The only key of a cache without parameters, which needs no search.
+    one: bytes | None = field(init=False)
+    # Whether keys are deleted, or versions bumped, which with `bump_over` depends.
     action: str = field(init=False)
-    # What every event about it says.
-    shown: dict[str, str | None] = field(init=False)
+    # What every event about it says, by what is done.
+    shown: dict[str, dict[str, str | None]] = field(init=False)
 
     def __post_init__(self) -> None:
         set_once = object.__setattr__
-        set_once(self, "template", self.cache.target)
-        set_once(self, "action", "delete" if self.cache.version is None else "bump")
-        shown = {
-            "rule": self.rule or None,
-            "cache": self.cache.name,
-            "action": self.action,
-            "table": self.table or None,
-            "key_prefix": self.cache.target.prefix.decode(errors="replace"),
+        swept = self.cache.target
+        set_once(self, "template", self.bust.template if self.bust else self.cache.busted)
+        set_once(self, "query", self.bust.query if self.bust else None)
+        set_once(self, "pairs", self.cache.bump_over is not None)
+        set_once(self, "one", None if swept.params else swept.prefix)
+        set_once(self, "action", "delete" if self.cache.version is None or self.pairs else "bump")
+        shown: dict[str, dict[str, str | None]] = {
+            action: {
+                "rule": self.rule or None,
+                "cache": self.cache.name,
+                "action": action,
+                "table": self.table or None,
+                "key_prefix": template.prefix.decode(errors="replace"),
+            }
+            for action, template in (("delete", self.cache.key), ("bump", self.cache.target))
         }
         set_once(self, "shown", shown)
 
 
 @dataclass(slots=True)
 class Busts:
-    """What one transaction does to one target: keys in order, or the whole cache (``sweep``)."""
+    """What one transaction does to one target: keys in order, or the whole cache (``sweep``).
+
+    ``keys``: what the target's template gives. ``bumps``: versions' keys, of a cache with ``bump_over``. ``derived``:
+    what the rows of the target's query gave when it was asked last.
+    """
 
     keys: dict[bytes, None] = field(default_factory=dict)
+    bumps: dict[bytes, None] = field(default_factory=dict)
+    derived: dict[bytes, None] = field(default_factory=dict)
     ops: dict[str, None] = field(default_factory=dict)
     sweep: bool = False
     reason: str = "change"
@@ -96,24 +120,37 @@ class Batch:
             self.weight += 1
 
     def sweep(self, target: Target, ops: Iterable[str], reason: str) -> None:
-        """Bust all keys of the target; a template without parameters has just one, which needs no search."""
-        if not target.template.params:
-            self.add(target, ops, target.template.prefix, reason)
+        """Bust all keys of the target; a cache without parameters has just one, which needs no search."""
+        if target.one is not None and not target.pairs and target.query is None:
+            self.add(target, ops, target.one, reason)
             return
         busts = self.of(target)
         if not busts.sweep:
             # The first reason stays: a TRUNCATE is not made a change by what follows it.
             busts.reason = reason
         busts.ops.update(dict.fromkeys(ops))
-        if not busts.sweep:
+        if target.one is not None and target.pairs:
+            # All keys are under one version.
+            self.bump(target, {target.one})
+        elif not busts.sweep:
             busts.sweep = True
             self.weight += 1
 
-    def widen(self, busts: Busts) -> None:
-        """Trade keys for a sweep of their cache."""
-        self.weight += 1 - len(busts.keys)
+    def bump(self, target: Target, versions: Iterable[bytes]) -> None:
+        """Trade the single keys of a target with ``bump_over`` for bumps of versions."""
+        busts = self.of(target)
+        self.weight -= len(busts.keys) + len(busts.bumps)
         busts.keys.clear()
-        busts.sweep = True
+        busts.bumps.update(dict.fromkeys(versions))
+        self.weight += len(busts.bumps)
+
+    def widen(self, target: Target) -> None:
+        """Trade keys for a sweep of their cache."""
+        busts = self.busts[target]
+        self.weight -= len(busts.keys) + len(busts.bumps)
+        busts.keys.clear()
+        busts.bumps.clear()
+        self.sweep(target, busts.ops, busts.reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +176,17 @@ class _Firing:
 
 @dataclass(slots=True)
 class _RulePlan:
-    """One rule, compiled for one relation. ``watched``: columns of which an UPDATE must change one; empty, any."""
+    """One rule, compiled for one relation.
+
+    ``watched``: columns of which an UPDATE must change one; empty, any. ``holds``: its condition, if it has one that
+    can be asked.
+    """
 
     firings: list[_Firing]
     watched: tuple[int, ...]
     on: frozenset[str]
     broken: bool = False
+    holds: Holds | None = None
 
 
 class Plan:
@@ -164,7 +206,7 @@ class Plan:
     ) -> None:
         self._in_identity = in_identity
         self._rules = rules
-        self._watches = any(rule.watched for rule in rules["update"])
+        self._watches = any(rule.watched or rule.holds for rule in rules["update"])
         self._table = table
         self._counts = counts
 
@@ -174,6 +216,8 @@ class Plan:
         self._check_width(new)
         self._counts[self._table, "insert"] += 1
         for rule in self._rules["insert"]:
+            if rule.holds and not rule.holds("insert", None, new):
+                continue
             for firing in rule.firings:
                 _bust(batch, firing, "insert", new)
 
@@ -191,6 +235,8 @@ class Plan:
         for rule in self._rules["update"]:
             if rule.watched and not rule.broken and not _fires(rule, known, message.new):
                 continue
+            if rule.holds and not rule.holds("update", known, new):
+                continue
             for firing in rule.firings:
                 _bust(batch, firing, "update", new)
                 if firing.old_of_update == "given":
@@ -207,6 +253,8 @@ class Plan:
         self._check_width(message.old)
         self._counts[self._table, "delete"] += 1
         for rule in self._rules["delete"]:
+            if rule.holds and not rule.holds("delete", self._carried(message.old), None):
+                continue
             for firing in rule.firings:
                 if firing.old_of_delete == "given":
                     _bust(batch, firing, "delete", message.old)
@@ -217,6 +265,8 @@ class Plan:
         """Put what an emptied table makes stale, whole caches, into the batch."""
         self._counts[self._table, "truncate"] += 1
         for rule in self._rules["truncate"]:
+            if rule.holds and not rule.holds("truncate", None, None):
+                continue
             for firing in rule.firings:
                 batch.sweep(firing.target, ("truncate",), "truncate")
 
@@ -230,8 +280,11 @@ class Plan:
             assert message.old is not None
             return message.old
         # Without an old tuple the identity's columns are as they were; with a key tuple they are in it.
-        source = message.new if message.old is None else message.old
-        return [value if carried else UNCHANGED for value, carried in zip(source, self._in_identity, strict=False)]
+        return self._carried(message.new if message.old is None else message.old)
+
+    def _carried(self, row: Row) -> Row:
+        """Give a row without the values that the identity does not carry: UNCHANGED stands for them."""
+        return [value if carried else UNCHANGED for value, carried in zip(row, self._in_identity, strict=False)]
 
     def _kept(self, old: Row, new: Row) -> Row:
         """Give the old row where all that the identity does not carry is declared immutable."""
@@ -251,11 +304,15 @@ class Invalidation:
         self._by_table: dict[Table, list[Rule]] = {}
         self._targets: dict[tuple[str, int], Target] = {}
         self._counts: Counts = defaultdict(int)
+        self._conditions: dict[str, Condition] = {}
         self._manual = {name: Target("", cache, "") for name, cache in rules.caches.items()}
         for rule in rules.rules:
             self._by_table.setdefault(rule.table, []).append(rule)
             for position, bust in enumerate(rule.busts):
-                self._targets[rule.name, position] = Target(rule.name, bust.cache, str(rule.table))
+                target = Target(rule.name, bust.cache, str(rule.table), bust, rule.debounce or 0)
+                self._targets[rule.name, position] = target
+            if rule.when is not None:
+                self._conditions[rule.name] = Condition(rule.when)
 
     def manual(self, content: bytes) -> tuple[Target, bytes | None]:
         """Read a bust that somebody wrote by hand, with pg_logical_emit_message.
@@ -333,7 +390,11 @@ class Invalidation:
     def _compile(self, rule: Rule, relation: pgoutput.Relation) -> tuple[_RulePlan, list[Complaint]]:
         index = {column.name: position for position, column in enumerate(relation.columns)}
         carried = {column.name for column in relation.columns if column.is_key}
-        missing = sorted((rule.key_columns | set(rule.columns)) - index.keys())
+        condition = self._conditions.get(rule.name)
+        missing = sorted(
+            (rule.key_columns | set(rule.columns)) - index.keys()
+            | set(condition_misses(condition, index) if condition else ())
+        )
         name = str(Table(relation.schema, relation.name))
         complaints = []
         if missing:
@@ -359,7 +420,11 @@ class Invalidation:
                     )
                 )
         watched = tuple(index[name] for name in rule.columns if name in index)
-        return _RulePlan(firings, watched, rule.on, broken=bool(missing)), complaints
+        holds = None
+        if condition is not None and not missing:
+            columns = relation.columns
+            holds = condition.bind([column.name for column in columns], [column.type_oid for column in columns])
+        return _RulePlan(firings, watched, rule.on, bool(missing), holds), complaints
 
     def _firing(self, rule: Rule, position: int, bust: Bust, index: Mapping[str, int], carried: set[str]) -> _Firing:
         target = self._targets[rule.name, position]

@@ -72,7 +72,10 @@ class Metrics:
         self.sweeps_running = gauge("sweeps_running", "Sweeps begun and not finished.")
         self.swept = counter("sweep_scanned_keys_total", "Keys looked at by sweeps, of everybody's.", "cache")
         self.gaps = counter("gaps_total", "Times continuity could not be proven.", "reason")
-        self.rule_errors = counter("rule_errors_total", "Relations on which a rule can't name its keys.", "rule")
+        self.rule_errors = counter(
+            "rule_errors_total", "Relations on which a rule can't name its keys, and failures of its queries.", "rule"
+        )
+        self.queries = counter("via_queries_total", "Queries of `via`, each for all changes of a flush.", "rule")
 
         # The watermark.
         self.watermark_lsn = gauge("watermark_lsn", "LSN up to which every bust is in Redis.")

@@ -92,6 +92,12 @@ def _format_version(value: object) -> object:
     return value
 
 
+def _scalar_value(value: object) -> object:
+    if value is not None and not isinstance(value, (str, int, float, bool)):
+        raise ValueError("a column's value is text, a number, `true`, `false` or `null`; write one of these")
+    return value
+
+
 def _bust_kind(value: object) -> str | None:
     return "<name>" if isinstance(value, str) else "<mapping>" if isinstance(value, dict) else None
 
@@ -102,11 +108,29 @@ Duration = Annotated[
     int, PlainValidator(_duration), WithJsonSchema({"type": "string", "pattern": r"^[0-9]{1,10}(ms|s|m|h|d)$"})
 ]
 TableName = Annotated[Table, PlainValidator(_table), WithJsonSchema({"type": "string", "examples": ["public.users"]})]
-MappedBust = Annotated[dict[str, dict[str, Column]], Field(min_length=1, max_length=1)]
+BustMapping = Annotated[
+    dict[str, Column],
+    Field(
+        description="`parameter: column` where the names differ; `via: SELECT …` for a query whose rows give "
+        "parameters, with `{column}` for the changed row's."
+    ),
+]
+MappedBust = Annotated[dict[str, BustMapping], Field(min_length=1, max_length=1)]
 BustEntry = Annotated[
     Annotated[str, Tag("<name>")] | Annotated[MappedBust, Tag("<mapping>")], Discriminator(_bust_kind)
 ]
 Op = Literal["insert", "update", "delete", "truncate"]
+VarName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
+Scalar = Annotated[
+    Any,
+    PlainValidator(_scalar_value),
+    WithJsonSchema(
+        {
+            "type": ["string", "number", "boolean", "null"],
+            "description": "A column's value; text stands for any type, as PostgreSQL shows it.",
+        }
+    ),
+]
 
 
 class _Entry(BaseModel):
@@ -131,9 +155,21 @@ class CacheEntry(_Entry):
     ttl: Duration | None = Field(None, description="How long readers store a value.")
     jitter: Duration | None = Field(None, description="Up to how much is added to the ttl, at random.")
     ttl_only: bool = Field(default=False, description="A decision written down: no rule busts this cache.")
+    bump_over: int | None = Field(
+        None,
+        ge=1,
+        description="Of a cache with a version: single keys are deleted until a transaction touches more than so many, "
+        "then the version is bumped once.",
+    )
     again_after: Duration | None = Field(
         None, description="Bust a second time, that long after the first: for readers without the fill contract."
     )
+    negative_ttl: Duration | None = Field(None, description="How long readers store that there is nothing.")
+    stale_for: Duration | None = Field(
+        None,
+        description="How long readers may still show the old value after a bust, while somebody loads the new one.",
+    )
+    max_keys_hint: int | None = Field(None, ge=1, description="How many keys there are at most, roughly.")
 
 
 class RuleEntry(_Entry):
@@ -147,6 +183,15 @@ class RuleEntry(_Entry):
     columns: list[Column] | None = Field(
         None, min_length=1, description="An UPDATE that changes none of these busts nothing."
     )
+    when: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="A CEL expression over `op`, `old` and `new`: the rule fires when it is true, or fails.",
+    )
+    debounce: Duration | None = Field(
+        None, description="At most one bust of a key in that time; the last one always happens."
+    )
     old_row: Literal["require", "sweep", "ignore"] = Field(
         "require", description="What to do when the replica identity does not carry a key's columns."
     )
@@ -156,31 +201,62 @@ class RuleEntry(_Entry):
     )
 
 
+class ChangeEntry(_Entry):
+    """One change of one row, or of a table."""
+
+    table: TableName = Field(description="`schema.table`; for a partition, the table that the rules name.")
+    op: Op = Field(description="insert, update, delete or truncate.")
+    old: dict[str, Scalar] | None = Field(
+        None, description="The row before it, as far as the replica identity carries it; columns left out are unknown."
+    )
+    new: dict[str, Scalar] | None = Field(None, description="The row after it; columns left out are NULL.")
+
+
+class TestEntry(_Entry):
+    """A change and the busts that it must give, no more and no fewer."""
+
+    __test__ = False  # pytest
+
+    name: str = Field(min_length=1, description="What it shows, as a sentence.")
+    change: ChangeEntry = Field(description="What is committed.")
+    via: dict[Name, list[dict[str, Scalar]]] = Field(
+        {}, description="By cache, the rows that its query gives; `test --live` asks the database instead."
+    )
+    busts: list[str] = Field(
+        description="`KEY` for a deleted one, `bump KEY` for a version, `sweep CACHE` for a whole cache."
+    )
+
+
 class RuleFile(_Entry):
     """A rule file of cdc-invalidator."""
 
     version: Annotated[Literal[1], BeforeValidator(_format_version)] = Field(description="The version of the format.")
+    vars: dict[VarName, str] = Field(
+        {}, description="Texts for templates, as `${name}`; they go before the environment, and may name it."
+    )
     caches: dict[Name, CacheEntry] = Field({}, description="Caches by name.")
     rules: list[RuleEntry] = Field([], description="Rules, in any order.")
+    tests: list[TestEntry] = Field([], description="Changes and what they must bust; `cdc-invalidator test` runs them.")
 
 
 # The models' errors in our own words.
 
-# By the section of the file that an entry stands in: what it is called, its model, and fields that later work brings.
-_SECTIONS: dict[int | str, tuple[str, type[BaseModel], frozenset[str]]] = {
-    "": ("a rule file", RuleFile, frozenset({"tests"})),
-    "caches": (
-        "a cache",
-        CacheEntry,
-        frozenset({"bump_over", "negative_ttl", "stale_for", "max_keys_hint"}),
-    ),
-    "rules": ("a rule", RuleEntry, frozenset({"when", "debounce"})),
+# By the section of the file that an entry stands in: what it is called, and its model.
+_SECTIONS: dict[int | str, tuple[str, type[BaseModel]]] = {
+    "": ("a rule file", RuleFile),
+    "caches": ("a cache", CacheEntry),
+    "rules": ("a rule", RuleEntry),
+    "tests": ("a test", TestEntry),
+    "change": ("a change", ChangeEntry),
 }
-LATER_IN_BUST = frozenset({"via"})
 
 # An entry is still checked against others when only fields beside these are wrong; stand-ins take a rule's place.
-_VITAL = {"caches": frozenset({"key", "version"}), "rules": frozenset({"bust"})}
-_STAND_INS = {"caches": {}, "rules": {"name": "stand-in", "table": "stand.in"}}
+_VITAL = {
+    "caches": frozenset({"key", "version"}),
+    "rules": frozenset({"bust"}),
+    "tests": frozenset({"change", "busts"}),
+}
+_STAND_INS = {"caches": {}, "rules": {"name": "stand-in", "table": "stand.in"}, "tests": {"name": "stand-in"}}
 
 _EMPTY = "{what} is empty; give it a value or remove it"
 _SENTENCES = {
@@ -190,6 +266,9 @@ _SENTENCES = {
     "string_pattern_mismatch": (
         "{value} is not a name; use 1 to 63 of A-Z a-z 0-9 _ . -, and begin with a letter or a digit"
     ),
+    "string_too_long": "{what} is too long; write it shorter",
+    "int_type": "{what} must be a whole number, without quotes",
+    "greater_than_equal": "{what} must be at least 1",
     "bool_type": "{what} must be `true` or `false`",
     "list_type": "{what} must be a list; write `[one, two]`, or one `- ` on each line",
     "dict_type": "{what} must be a mapping; write `name: value`",
@@ -222,6 +301,8 @@ def _sentence(error: ErrorDetails) -> str:
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return f"{shown(str(value))} is not allowed here; {nearest(str(value), allowed)}"
+    if kind == "string_pattern_mismatch" and loc[0] == "vars":
+        return f"{shown(str(value))} is not a name; use 1 to 63 of A-Z a-z 0-9 _, and begin with no digit"
     sentence = _SENTENCES.get(kind, "{what} is wrong; look at the documentation of rule files")
     return sentence.format(what=_what(loc), owner=_what(loc[:-1]), field=_what(loc[-1:]), value=shown(str(value)))
 
@@ -237,15 +318,8 @@ def _what(loc: Loc) -> str:
 
 def _unknown_field(loc: Loc) -> str:
     name = str(loc[-1])
-    noun, model, later = _SECTIONS[loc[0] if len(loc) > 1 else ""]
-    if name in later:
-        return not_yet(name)
+    noun, model = _SECTIONS["change" if "change" in loc[:-1] else loc[0] if len(loc) > 1 else ""]
     return f"{shown(name)} is not a field of {noun}; {nearest(name, model.model_fields)}"
-
-
-def not_yet(name: str) -> str:
-    """Give the sentence for a field that later work brings."""
-    return f"{shown(name)} is not supported yet; remove it"
 
 
 def nearest(name: str, valid: Iterable[str], otherwise: str = "") -> str:
@@ -256,11 +330,11 @@ def nearest(name: str, valid: Iterable[str], otherwise: str = "") -> str:
 
 
 def entries(document: Document, section: str) -> Iterator[tuple[Loc, Any]]:
-    """Give the caches or rules of a file as plain values, right or wrong."""
+    """Give the caches, rules or tests of a file as plain values, right or wrong."""
     found = document.value.get(section) if isinstance(document.value, dict) else None
     if section == "caches" and isinstance(found, dict):
         yield from (((section, name), entry) for name, entry in found.items())
-    elif section == "rules" and isinstance(found, list):
+    elif section != "caches" and isinstance(found, list):
         yield from (((section, number), entry) for number, entry in enumerate(found))
 
 

@@ -10,22 +10,23 @@ entry hides none in another, and what follows only from a mistake that is alread
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cdc_invalidator.condition import Condition, ConditionError
 from cdc_invalidator.document import MAX_BYTES, Document, Loc, Place, read, too_large, unusable
 from cdc_invalidator.errors import Problem, WrongRules
 from cdc_invalidator.rulefile import (
-    LATER_IN_BUST,
     CacheEntry,
     RuleEntry,
     Table,
+    TestEntry,
     check_format,
     entries,
     nearest,
-    not_yet,
     sound,
 )
 from cdc_invalidator.template import Param, Template, TemplateError, shown
@@ -56,20 +57,72 @@ class Cache:
     jitter: int
     ttl_only: bool
     digest: str
+    bump_over: int | None = None
     again_after: int | None = None
+    negative_ttl: int | None = None
+    stale_for: int | None = None
+    max_keys_hint: int | None = None
+    place: Place = field(default=Place(""), compare=False)
 
     @property
     def target(self) -> Template:
-        """What a bust names: the version's keys where the cache has a version, else its own."""
+        """What a sweep searches for: the version's keys where the cache has a version, else its own."""
         return self.version or self.key
+
+    @property
+    def busted(self) -> Template:
+        """What a bust names: a key, or a version's key; with ``bump_over`` both in one, see `Pair`."""
+        return self.target if self.bump_over is None or self.version is None else pair(self.version, self.key)
+
+
+class Pair(NamedTuple):
+    """A version's key and a key under it, which lacks the version, of a cache with ``bump_over``."""
+
+    version: bytes
+    rest: bytes
+
+    @classmethod
+    def split(cls, busted: bytes) -> Pair:
+        """Take apart what a template made by `pair` gives."""
+        version, _, rest = busted.partition(b"\0")
+        return cls(version, rest)
+
+    def key(self, version: bytes) -> bytes:
+        """Give the key under this version."""
+        return self.rest.replace(b"\0", version)
+
+
+def pair(version: Template, key: Template) -> Template:
+    """Give a template of both; NUL, which no text of PostgreSQL holds, stands between them and for the version."""
+    rest = [b"\0" if isinstance(part, Param) and part.name == "version" else part for part in key.parts]
+    return Template.of((*version.parts, b"\0", *rest))
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query whose rows give parameters: SQL with the names of the changed row's columns in between.
+
+    ``parts``: SQL (text) and columns (`Param`) in order; ``columns``: the latter, each once.
+    """
+
+    parts: tuple[str | Param, ...]
+    columns: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Bust:
-    """A cache that a rule busts; ``columns`` gives the column of each parameter of the cache's target."""
+    """A cache that a rule busts.
+
+    ``template``: what a change gives, from the columns that ``columns`` names for its parameters. Without a ``query``
+    that is what is busted. With one, it is the values that `Query.columns` and then ``given`` (parameter: column) ask
+    for, with NUL between them: the query's rows give the parameters that are not in ``given``.
+    """
 
     cache: Cache
+    template: Template = field(compare=False)
     columns: Mapping[str, str] = field(hash=False)
+    query: Query | None = None
+    given: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +137,33 @@ class Rule:
     immutable: frozenset[str]
     busts: tuple[Bust, ...]
     place: Place
+    when: str | None = None
+    when_place: Place = field(default=Place(""), compare=False)
+    debounce: int | None = None
 
     @property
     def key_columns(self) -> frozenset[str]:
         """All columns that a key is made of."""
         return frozenset(column for bust in self.busts for column in bust.columns.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """A change and the busts that it must give; values are text as PostgreSQL shows it, or NULL.
+
+    ``via``: by cache, what its query gives.
+    """
+
+    __test__ = False  # pytest
+
+    name: str
+    table: Table
+    op: str
+    old: Mapping[str, str | None] | None = field(hash=False)
+    new: Mapping[str, str | None] | None = field(hash=False)
+    via: Mapping[str, Sequence[Mapping[str, str | None]]] = field(hash=False)
+    busts: tuple[str, ...]
+    place: Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +173,7 @@ class RuleSet:
     caches: Mapping[str, Cache] = field(hash=False)
     rules: tuple[Rule, ...]
     digest: str
+    tests: tuple[Test, ...] = ()
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -207,19 +283,25 @@ class _CacheDraft(NamedTuple):
     @property
     def target(self) -> Template | None:
         """What a bust needs the parameters of; None where that is not known, because fields are wrong."""
-        if not self.whole:
+        if not self.whole or (self.entry.version is not None and self.version is None):
             return None
-        return self.key if self.entry.version is None else self.version
+        if self.entry.bump_over is not None and self.version is not None:
+            return pair(self.version, self.key) if self.key is not None else None
+        return self.version or self.key
 
 
 class _BustDraft(NamedTuple):
     cache: str
+    template: Template
     columns: Mapping[str, str]
+    query: Query | None
+    given: Mapping[str, str]
 
 
 class _RuleDraft(NamedTuple):
     entry: RuleEntry
     place: Place
+    when_place: Place
     busts: tuple[_BustDraft, ...]
 
 
@@ -236,6 +318,7 @@ class _Draft:
         self._every_file = every_file
         self._declared = _declared(documents)
         self._caches: dict[str, _CacheDraft] = {}
+        env = _vars(documents, env)
         for document in documents:
             for loc, cache, whole in sound(document, "caches", CacheEntry):
                 key = _template(document, (*loc, "key"), cache.key, env)
@@ -245,9 +328,15 @@ class _Draft:
                 self._caches.setdefault(str(loc[1]), draft)
         _check_same_keys(self._caches)
         self._rules = [
-            _RuleDraft(rule, document.place(loc), self._busts(document, loc, rule))
+            _RuleDraft(rule, document.place(loc), document.place((*loc, "when")), self._busts(document, loc, rule))
             for document in documents
             for loc, rule, _ in sound(document, "rules", RuleEntry)
+        ]
+        self._tests = [
+            _test(test, document.place(loc))
+            for document in documents
+            for loc, test, whole in sound(document, "tests", TestEntry)
+            if self._check_test(document, loc, test) and whole
         ]
 
     def rule_set(self) -> RuleSet:
@@ -259,10 +348,12 @@ class _Draft:
         caches = {name: _cache(name, draft, busts[name]) for name, draft in self._caches.items()}
         rules = tuple(_rule(draft, caches) for draft in self._rules)
         digests = sorted((cache.name, cache.digest) for cache in caches.values())
-        return RuleSet(caches, rules, _digest(digests, sorted(rule.name for rule in rules)))
+        digest = _digest(digests, sorted(rule.name for rule in rules))
+        return RuleSet(caches, rules, digest, tuple(self._tests))
 
     def _busts(self, document: Document, loc: Loc, rule: RuleEntry) -> tuple[_BustDraft, ...]:
         _check_repeats(document, loc, rule)
+        _check_condition(document, loc, rule)
         busts: list[_BustDraft] = []
         for number, entry in enumerate(rule.bust):
             name, mapping = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
@@ -283,17 +374,136 @@ class _Draft:
         if draft is not None and draft.entry.ttl_only:
             sentence = f"cache {shown(name)} is `ttl_only`, so no rule may bust it; remove it here, or `ttl_only` there"
             document.complain(loc, sentence, of_key=True)
-        for parameter in mapping.keys() & LATER_IN_BUST:
-            document.complain((*loc, parameter), not_yet(parameter), of_key=True)
         if draft is None or draft.target is None:
             return None
         params = draft.target.params
-        for parameter in sorted(mapping.keys() - set(params) - LATER_IN_BUST):
-            of = "key" if draft.entry.version is None else "version"
+        for parameter in sorted(mapping.keys() - set(params) - {"via"}):
+            of = "key" if draft.entry.version is None or draft.entry.bump_over else "version"
             remedy = nearest(parameter, params, "remove it") if params else "it has none, so remove it"
             sentence = f"the `{of}` of cache {shown(name)} has no parameter {shown(parameter)}; {remedy}"
             document.complain((*loc, parameter), sentence, of_key=True)
-        return _BustDraft(name, {parameter: mapping.get(parameter, parameter) for parameter in params})
+        if "via" not in mapping or "via" in params:
+            columns = {parameter: mapping.get(parameter, parameter) for parameter in params}
+            return _BustDraft(name, draft.target, columns, None, {})
+        return self._via(document, loc, name, params, mapping)
+
+    def _via(
+        self, document: Document, loc: Loc, name: str, params: Sequence[str], mapping: Mapping[str, str]
+    ) -> _BustDraft | None:
+        query = _query(document, (*loc, "via"), mapping["via"])
+        given = {parameter: column for parameter, column in mapping.items() if parameter != "via"}
+        if not set(params) - given.keys():
+            sentence = f"all parameters of cache {shown(name)} are given, so its query has none to give; remove `via`"
+            document.complain((*loc, "via"), sentence, of_key=True)
+        if query is None:
+            return None
+        read = (*query.columns, *given.values())
+        parts = [part for column in read for part in (Param(column), b"\0")][:-1]
+        return _BustDraft(name, Template.of(parts), {column: column for column in read}, query, given)
+
+    def _check_test(self, document: Document, loc: Loc, test: TestEntry) -> bool:
+        """Tell what no run of the test could be right with."""
+        change, told = test.change, len(document.problems)
+        if not any(rule.entry.table == change.table for rule in self._rules) and self._every_file:
+            remedy = nearest(str(change.table), [str(rule.entry.table) for rule in self._rules], "write a rule for it")
+            document.complain((*loc, "change", "table"), f"no rule names the table {change.table}; {remedy}")
+        wanted = {"insert": {"new"}, "update": {"old", "new"}, "delete": {"old"}, "truncate": set()}[change.op]
+        for name in ("old", "new"):
+            if name not in wanted and getattr(change, name) is not None:
+                sentence = f"{_A_CHANGE[change.op]} has no `{name}` row; remove it"
+                document.complain((*loc, "change", name), sentence, of_key=True)
+            elif name in wanted and getattr(change, name) is None:
+                document.complain(
+                    (*loc, "change"), f"{_A_CHANGE[change.op]} needs its `{name}` row; add it", of_key=True
+                )
+        for cache in test.via.keys() - self._declared if self._every_file else ():
+            remedy = nearest(cache, self._declared, "define it under `caches`")
+            document.complain((*loc, "via", cache), f"there is no cache {shown(cache)}; {remedy}", of_key=True)
+        return len(document.problems) == told
+
+
+_A_CHANGE = {"insert": "an insert", "update": "an update", "delete": "a delete", "truncate": "a truncate"}
+
+
+def _vars(documents: Sequence[Document], env: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment with the variables of all files before it; each may name the environment."""
+    first: dict[str, tuple[Document, Loc]] = {}
+    found: dict[str, str] = {}
+    for document in documents:
+        given = document.value.get("vars") if isinstance(document.value, dict) else None
+        for name, text in given.items() if isinstance(given, dict) else ():
+            loc = ("vars", name)
+            owner, taken = first.setdefault(name, (document, loc))
+            if owner is not document:
+                place = owner.place(taken, of_key=True)
+                document.complain(loc, f"the variable {shown(name)} is defined twice, first at {place}; remove one")
+            elif isinstance(text, str) and text:
+                template = _template(document, loc, text, env, sweepable=False)
+                if template is not None and template.params:
+                    document.complain(loc, "a variable can't hold a parameter; write it into the keys")
+                elif template is not None:
+                    found[name] = template.prefix.decode()
+    return {**env, **found}
+
+
+def _query(document: Document, loc: Loc, text: str) -> Query | None:
+    """Read a `via` query: one SELECT whose `{column}` are bound, never pasted."""
+    told = len(document.problems)
+    if not _SELECT.match(text):
+        document.complain(loc, "a `via` query must be one SELECT; write `SELECT column AS parameter FROM …`")
+    parts: list[str | Param] = []
+    quoted = ""
+    for token in _VIA_TOKEN.finditer(text):
+        if token["column"] is not None:
+            if quoted:
+                sentence = "a column in quotes would be text of the query; take the quotes off, values are bound"
+                document.complain_inside(loc, sentence, token.start())
+            parts.append(Param(token["column"]))
+            continue
+        piece = token[0][0] if token["brace"] else token[0]
+        if token["wrong"] or (piece == ";" and not quoted and text[token.end() :].strip()):
+            what = "a query is one statement; remove the `;`" if piece == ";" else f"`{piece}` names no column"
+            remedy = "" if piece == ";" else "; write `{column}`, or `{{` for the brace itself"
+            document.complain_inside(loc, what + remedy, token.start())
+        if piece in _QUOTES:
+            quoted = "" if quoted == piece else quoted or piece
+        parts.append("" if piece == ";" and not quoted else piece)
+    if len(document.problems) > told:
+        return None
+    return Query(tuple(parts), tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Param))))
+
+
+_SELECT = re.compile(r"\s*(SELECT|WITH)\b", re.IGNORECASE)
+_VIA_TOKEN = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<column>[^{}\s]+)\}|(?P<wrong>[{}])|(?P<text>['\";]|[^{}'\";]+)")
+_QUOTES = frozenset("'\"")
+
+
+def _test(entry: TestEntry, place: Place) -> Test:
+    change = entry.change
+    return Test(
+        entry.name,
+        change.table,
+        change.op,
+        _as_text(change.old),
+        _as_text(change.new),
+        {cache: [_as_text(row) or {} for row in rows] for cache, rows in entry.via.items()},
+        tuple(entry.busts),
+        place,
+    )
+
+
+def _as_text(row: Mapping[str, Any] | None) -> Mapping[str, str | None] | None:
+    """A row's values as PostgreSQL shows them."""
+    return None if row is None else {column: value_text(value) for column, value in row.items()}
+
+
+def value_text(value: str | float | bool | None) -> str | None:
+    """Give a value of YAML or JSON as PostgreSQL shows it."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "t" if value else "f"
+    return repr(value)
 
 
 def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
@@ -307,8 +517,18 @@ def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
         ttl=entry.ttl,
         jitter=entry.jitter or 0,
         ttl_only=entry.ttl_only,
-        digest=_digest(_canonical_parts(key), version and _canonical_parts(version), sorted(busts)),
+        digest=_digest(
+            _canonical_parts(key),
+            version and _canonical_parts(version),
+            sorted(busts, key=json.dumps),
+            *(["pairs"] if entry.bump_over else []),
+        ),
+        bump_over=entry.bump_over,
         again_after=entry.again_after,
+        negative_ttl=entry.negative_ttl,
+        stale_for=entry.stale_for,
+        max_keys_hint=entry.max_keys_hint,
+        place=draft.document.place(draft.loc, of_key=True),
     )
 
 
@@ -321,8 +541,13 @@ def _rule(draft: _RuleDraft, caches: Mapping[str, Cache]) -> Rule:
         columns=tuple(entry.columns or ()),
         old_row=entry.old_row,
         immutable=frozenset(entry.immutable),
-        busts=tuple(Bust(caches[bust.cache], bust.columns) for bust in draft.busts),
+        busts=tuple(
+            Bust(caches[bust.cache], bust.template, bust.columns, bust.query, bust.given) for bust in draft.busts
+        ),
         place=draft.place,
+        when=entry.when,
+        when_place=draft.when_place,
+        debounce=entry.debounce,
     )
 
 
@@ -363,6 +588,17 @@ def _check_cache(draft: _CacheDraft) -> None:
         document.complain((*loc, "key"), sentence)
     if entry.version is None and entry.version_ttl is not None:
         document.complain((*loc, "version_ttl"), "`version_ttl` needs a `version`; remove it, or add one", of_key=True)
+    if entry.bump_over is not None and entry.version is None:
+        document.complain((*loc, "bump_over"), "`bump_over` needs a `version`; remove it, or add one", of_key=True)
+    if entry.bump_over is not None and key is not None and version is not None:
+        for parameter in sorted(set(version.params) - set(key.params)):
+            sentence = (
+                f"with `bump_over`, the key must hold all parameters of the version; put `{{{parameter}}}` into it"
+            )
+            document.complain((*loc, "key"), sentence)
+    if entry.bump_over is not None and key is not None and _filters_version(key):
+        sentence = "with `bump_over`, the version stands in the key as it is; take the filter off `{version}`"
+        document.complain((*loc, "key"), sentence)
     if entry.again_after is not None and entry.again_after > LONGEST_AGAIN:
         sentence = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
         document.complain((*loc, "again_after"), sentence)
@@ -370,7 +606,13 @@ def _check_cache(draft: _CacheDraft) -> None:
         document.complain((*loc, "jitter"), "`jitter` needs a `ttl`; remove it, or add one", of_key=True)
 
 
-def _template(document: Document, loc: Loc, text: str | None, env: Mapping[str, str]) -> Template | None:
+def _filters_version(key: Template) -> bool:
+    return any(part.filters for part in key.parts if isinstance(part, Param) and part.name == "version")
+
+
+def _template(
+    document: Document, loc: Loc, text: str | None, env: Mapping[str, str], *, sweepable: bool = True
+) -> Template | None:
     if text is None:
         return None
     try:
@@ -378,7 +620,7 @@ def _template(document: Document, loc: Loc, text: str | None, env: Mapping[str, 
     except TemplateError as error:
         document.complain_inside(loc, str(error), error.offset)
         return None
-    if template.glob() == b"*":
+    if sweepable and template.glob() == b"*":
         document.complain(loc, "without literal text, a sweep of this would empty all of Redis; begin it with a prefix")
         return None
     return template
@@ -403,10 +645,37 @@ def _check_repeats(document: Document, loc: Loc, rule: RuleEntry) -> None:
             seen.add(item)
 
 
+def _check_condition(document: Document, loc: Loc, rule: RuleEntry) -> None:
+    if rule.when is not None:
+        try:
+            Condition(rule.when)
+        except ConditionError as error:
+            document.complain_inside((*loc, "when"), str(error), error.offset)
+    if rule.debounce is not None and rule.debounce > LONGEST_AGAIN:
+        sentence = "`debounce` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
+        document.complain((*loc, "debounce"), sentence)
+
+
 def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
     """How a rule busts a cache, without the rule's name: a rule that is only renamed busts as before."""
     columns = sorted(set(rule.columns or ()))
-    return [rule.table, sorted(rule.on), columns, rule.old_row, sorted(rule.immutable), sorted(bust.columns.items())]
+    canonical = [
+        rule.table,
+        sorted(rule.on),
+        columns,
+        rule.old_row,
+        sorted(rule.immutable),
+        sorted(bust.columns.items()),
+    ]
+    # What later versions of the format brought is left out where it is not used: their caches need not be swept.
+    more = {
+        "when": rule.when,
+        "via": bust.query
+        and ["".join(part if isinstance(part, str) else f"{{{part.name}}}" for part in bust.query.parts)],
+        "given": sorted(bust.given.items()),
+    }
+    used = {name: value for name, value in more.items() if value}
+    return [*canonical, used] if used else canonical
 
 
 def _canonical_parts(template: Template) -> list[Any]:

@@ -20,6 +20,7 @@ from cdc_invalidator.apply import Apply
 from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.checkpoint import Checkpoint
+from cdc_invalidator.derive import Queries
 from cdc_invalidator.endpoint import Endpoint
 from cdc_invalidator.events import Events
 from cdc_invalidator.invalidation import Invalidation
@@ -102,6 +103,7 @@ class Session:
         self._replicas = replicas
         self._strict = strict
         self._system_id = ""
+        self._queries = Queries(options.postgres_dsn, metrics)
         self._watched_at = 0.0
         self._connection: psycopg.AsyncConnection[Any] | None = None
         self._slot: Slot | None = None
@@ -193,6 +195,7 @@ class Session:
         if self._snapshots is not None:
             self._snapshots.close()
         self._replicas.close()
+        self._queries.close()
         # Told again until they end: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it
         # returns, and the driver of Redis uses it.
         pending = set(self._tasks)
@@ -237,6 +240,7 @@ class Session:
             checkpoint=self.checkpoint,
             recent=self._recent,
             replicas=self._replicas,
+            queries=self._queries,
             rules=self._rules,
             digests=tables.digests(),
             position=Position(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import reduce
@@ -85,6 +85,17 @@ class Template:
             raise TemplateError("the template is empty; write a key, such as `shop:user:{id}`", 0)
         return cls(text, tuple(parts))
 
+    @classmethod
+    def of(cls, parts: Iterable[bytes | Param]) -> Self:
+        """Make a template of parts, for what no file writes down."""
+        joined: list[bytes | Param] = []
+        for part in parts:
+            if isinstance(part, bytes) and joined and isinstance(joined[-1], bytes):
+                joined[-1] += part
+            else:
+                joined.append(part)
+        return cls("", tuple(joined))
+
     @property
     def params(self) -> tuple[str, ...]:
         """The names of the parameters, each once, in order of appearance."""
@@ -93,7 +104,7 @@ class Template:
     @property
     def prefix(self) -> bytes:
         """The literal text up to the first parameter: what a log line may show of a key."""
-        return self.parts[0] if isinstance(self.parts[0], bytes) else b""
+        return self.parts[0] if self.parts and isinstance(self.parts[0], bytes) else b""
 
     @property
     def tagged(self) -> bool:

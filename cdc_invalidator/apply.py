@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import structlog
@@ -354,13 +354,26 @@ class Apply:
         self._early_backoff.reset()
         batches = [waiting.batch for _, waiting in self._due]
         await self._queries.derive(batches)
-        await self._bust(server, batches)
+        lines, outcome = await self._bust(server, batches)
+        self._tell_derived(lines, outcome, {id(each.batch) for reason, each in self._due if reason == "visible"})
         now = time.monotonic()
         for reason, waiting in self._due:
             self._metrics.again.labels(reason).inc()
             self._follow_up(waiting.batch, waiting.ticket, reason, now)
             self._resolve(waiting.ticket)
         self._due = []
+
+    def _tell_derived(self, lines: Iterable[Line], outcome: Outcome, visible: Container[int]) -> None:
+        """Tell the busts that a query gave only now, because its transaction was not visible before."""
+        existed = iter(outcome.existed)
+        told, counts = [], []
+        for line in lines:
+            count = next(existed) if line.action == "delete" else None
+            if line.target.query is not None and id(line.batch) in visible:
+                told.append(line)
+                counts += [] if count is None else [count]
+        if told:
+            self._events.busted(told, Outcome(counts, outcome.versions), self._replay_until)
 
     def _follow_up(self, batch: Batch, ticket: Ticket, bust: str, now: float) -> None:
         """Begin what a bust leads to: its sweeps, and the busts that come after it."""

@@ -35,6 +35,8 @@ _READS = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
+# What a macro names itself: ["pro", "team"].exists(plan, plan == new.plan).
+_BOUND = re.compile(r"\.\s*(?:all|exists|exists_one|filter|map)\s*\(\s*([A-Za-z_]\w*)\s*,")
 _ERROR_AT = re.compile(r"<input>:(\d+):(\d+): (?:Syntax error: )?([^\n]*)")
 
 
@@ -72,7 +74,7 @@ class Condition:
             self._program: cel.Program = cel.compile(source)
         except ValueError as error:
             raise _wrong(source, str(error)) from None
-        strangers = sorted(set(self._program.variables()) - ROOTS)
+        strangers = sorted(set(self._program.variables()) - ROOTS - set(_BOUND.findall(source)))
         if strangers:
             at = re.search(rf"\b{re.escape(strangers[0])}\b", source)
             raise ConditionError(
@@ -81,6 +83,15 @@ class Condition:
             )
         self._context = cel.Context
         self.reads = {row: _reads(source, row) for row in ("old", "new")}
+
+    def refuses(self, op: str) -> bool:
+        """Tell whether it is false for all changes of this kind, whatever the rows hold."""
+        # A row that is there stays undefined: what depends on it fails, and so is not false.
+        absent = {"insert": ("old",), "delete": ("new",), "truncate": ("old", "new")}.get(op, ())
+        try:
+            return self._program.execute(self._context({"op": op, **dict.fromkeys(absent)})) is False
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError):
+            return False
 
     def bind(self, names: Sequence[str], types: Sequence[int]) -> Holds:
         """Give the function that decides about changes of one relation.
@@ -102,16 +113,16 @@ class Condition:
 
         def holds(op: str, old: Row | None, new: Row | None) -> bool:
             values: dict[str, Any] = {"op": op, "old": None, "new": None}
-            for row, columns in (("old", old), ("new", new)):
-                if columns is None:
-                    continue
-                taken = values[row] = {}
-                for name, position, convert in read[row]:
-                    value = columns[position]
-                    if value is UNCHANGED:
-                        return True
-                    taken[name] = None if value is None else convert(value)
             try:
+                for row, columns in (("old", old), ("new", new)):
+                    if columns is None:
+                        continue
+                    taken = values[row] = {}
+                    for name, position, convert in read[row]:
+                        value = columns[position]
+                        if value is UNCHANGED:
+                            return True
+                        taken[name] = None if value is None else convert(value)
                 return program.execute(context(values)) is not False
             except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, ZeroDivisionError):
                 return True

@@ -65,8 +65,12 @@ def _duration(value: object) -> int:
     return milliseconds
 
 
-def _table(value: object) -> Table:
-    """A table's name read as PostgreSQL reads it: folded to lower case, unless it is in double quotes."""
+def read_table(value: object) -> Table:
+    """Read a table's name as PostgreSQL reads it: folded to lower case, unless it is in double quotes.
+
+    Raises:
+        ValueError: it is none; the message is a sentence with the remedy.
+    """
     found = _TABLE.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         raise ValueError(
@@ -107,7 +111,9 @@ Column = Annotated[str, Field(min_length=1)]
 Duration = Annotated[
     int, PlainValidator(_duration), WithJsonSchema({"type": "string", "pattern": r"^[0-9]{1,10}(ms|s|m|h|d)$"})
 ]
-TableName = Annotated[Table, PlainValidator(_table), WithJsonSchema({"type": "string", "examples": ["public.users"]})]
+TableName = Annotated[
+    Table, PlainValidator(read_table), WithJsonSchema({"type": "string", "examples": ["public.users"]})
+]
 BustMapping = Annotated[
     dict[str, Column],
     Field(

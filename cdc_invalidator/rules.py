@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -151,7 +151,7 @@ class Rule:
 class Test:
     """A change and the busts that it must give; values are text as PostgreSQL shows it, or NULL.
 
-    ``via``: by cache, what its query gives.
+    ``types``: pg_type OIDs that the file's values speak for, by column. ``via``: by cache, what its query gives.
     """
 
     __test__ = False  # pytest
@@ -161,6 +161,7 @@ class Test:
     op: str
     old: Mapping[str, str | None] | None = field(hash=False)
     new: Mapping[str, str | None] | None = field(hash=False)
+    types: Mapping[str, int] = field(hash=False)
     via: Mapping[str, Sequence[Mapping[str, str | None]]] = field(hash=False)
     busts: tuple[str, ...]
     place: Place
@@ -168,12 +169,16 @@ class Test:
 
 @dataclass(frozen=True, slots=True)
 class RuleSet:
-    """All rule files together; ``digest`` changes with the digest of a cache and with the names of caches and rules."""
+    """All rule files together; ``digest`` changes with the digest of a cache and with the names of caches and rules.
+
+    ``fingerprint``: of the files' names and texts, as `fingerprint` gives it.
+    """
 
     caches: Mapping[str, Cache] = field(hash=False)
     rules: tuple[Rule, ...]
     digest: str
     tests: tuple[Test, ...] = ()
+    fingerprint: str = field(default="", compare=False)
 
     @property
     def tables(self) -> tuple[Table, ...]:
@@ -188,6 +193,23 @@ def load(path: Path, env: Mapping[str, str]) -> RuleSet:
         WrongRules: all mistakes of all files; what cannot be read is one at line 1, column 1.
     """
     problems: list[Problem] = []
+    return _parse(_sources(path, problems), env, problems)
+
+
+def fingerprint(path: Path) -> str:
+    """Tell, without reading them as YAML, whether these files are those of a rule set: by their names and texts.
+
+    Raises:
+        WrongRules: there is no file, or one can't be read.
+    """
+    problems: list[Problem] = []
+    sources = _sources(path, problems)
+    if problems:
+        raise WrongRules(problems)
+    return _digest(sources)
+
+
+def _sources(path: Path, problems: list[Problem]) -> list[tuple[str, str]]:
     sources: list[tuple[str, str]] = []
     try:
         for file in _files(path):
@@ -199,7 +221,7 @@ def load(path: Path, env: Mapping[str, str]) -> RuleSet:
         raise unusable(
             Place(str(path)), f"this cannot be read ({error.strerror}); check CDC_RULES and its permissions"
         ) from error
-    return _parse(sources, env, problems)
+    return sources
 
 
 def parse(sources: Sequence[tuple[str, str]], env: Mapping[str, str]) -> RuleSet:
@@ -225,7 +247,7 @@ def _parse(sources: Sequence[tuple[str, str]], env: Mapping[str, str], problems:
     if problems:
         # An alias brings the same mistake from the same place more than once.
         raise WrongRules(list(dict.fromkeys(problems)))
-    return draft.rule_set()
+    return replace(draft.rule_set(), fingerprint=_digest(sources))
 
 
 # ── Files to text ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -486,6 +508,7 @@ def _test(entry: TestEntry, place: Place) -> Test:
         change.op,
         _as_text(change.old),
         _as_text(change.new),
+        value_types(change.old, change.new),
         {cache: [_as_text(row) or {} for row in rows] for cache, rows in entry.via.items()},
         tuple(entry.busts),
         place,
@@ -504,6 +527,24 @@ def value_text(value: str | float | bool | None) -> str | None:
     if isinstance(value, bool):
         return "t" if value else "f"
     return repr(value)
+
+
+def value_types(*rows: Mapping[str, Any] | None) -> dict[str, int]:
+    """Give the pg_type OIDs (bool, int8, float8, text) of columns, as values of YAML or JSON speak for them."""
+    found: dict[str, set[type]] = {}
+    for row in rows:
+        for column, value in (row or {}).items():
+            found.setdefault(column, set()).update(() if value is None else [type(value)])
+    return {column: _OIDS.get(frozenset(types), _TEXT_OID) for column, types in found.items()}
+
+
+_TEXT_OID = 25
+_OIDS = {
+    frozenset({bool}): 16,
+    frozenset({int}): 20,
+    frozenset({float}): 701,
+    frozenset({int, float}): 701,
+}
 
 
 def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:

@@ -20,6 +20,7 @@ from cdc_invalidator.apply import Apply
 from cdc_invalidator.backlog import Backlog
 from cdc_invalidator.cache import CacheServer, Single
 from cdc_invalidator.checkpoint import Checkpoint
+from cdc_invalidator.derive import Queries
 from cdc_invalidator.endpoint import Endpoint
 from cdc_invalidator.events import Events
 from cdc_invalidator.metrics import Metrics
@@ -218,6 +219,7 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
         checkpoint=Checkpoint(100),
         recent=Recent(),
         replicas=Replicas([], limit=1, metrics=metrics),
+        queries=Queries("", metrics),
         rules=RuleSet({}, (), ""),
         position=Position("1", 1, 100, 100),
         digests={},

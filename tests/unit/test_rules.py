@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cdc_invalidator import rulefile, rules
 from cdc_invalidator.errors import WrongRules
 from cdc_invalidator.rulefile import RuleFile, Table
-from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.rules import Pair, Query, RuleSet
 from cdc_invalidator.template import Param
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def test_the_models_give_a_json_schema_in_which_each_field_is_described() -> Non
     schema = RuleFile.model_json_schema()
     objects = [schema, *schema["$defs"].values()]
     fields = [field for each in objects for field in each["properties"].values()]
-    assert {each["title"] for each in objects} == {"RuleFile", "CacheEntry", "RuleEntry"}
+    assert {each["title"] for each in objects} == {*("RuleFile", "CacheEntry", "RuleEntry", "TestEntry", "ChangeEntry")}
     assert all(field.get("description") for field in fields)
     assert json.dumps(schema)
 
@@ -299,7 +299,9 @@ CHECK_YAML = "check quotes, brackets and indentation"
 UNCLOSED = "did not find expected ',' or ']'"
 NO_SUCH_FILE = "this file cannot be read (No such file or directory); check CDC_RULES and its permissions"
 TOO_LONG_AFTER = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
-CACHE_FIELDS = "key, version, version_ttl, ttl, jitter, ttl_only, again_after"
+CACHE_FIELDS = (
+    "key, version, version_ttl, ttl, jitter, ttl_only, bump_over, again_after, negative_ttl, stale_for, max_keys_hint"
+)
 
 
 @pytest.mark.parametrize(
@@ -316,13 +318,21 @@ CACHE_FIELDS = "key, version, version_ttl, ttl, jitter, ttl_only, again_after"
             "version: 1\nrulez: []\n",
             "2:1: `rulez` is not a field of a rule file; did you mean `rules`?",
         ),
-        ("version: 1\n", "version: 1\ntests: []\n", "2:1: `tests` is not supported yet; remove it"),
         # Caches
         ("  counts:\n", "  us er:\n", f"12:3: `us er` is not a name; {A_NAME}"),
         ("  counts:\n", f"  {'u' * 64}:\n", f"12:3: `{'u' * 64}` is not a name; {A_NAME}"),
         ("ttl: 5m", "tll: 5m", "6:5: `tll` is not a field of a cache; did you mean `ttl`?"),
         ("ttl: 5m", "zzzzz: 5m", f"6:5: `zzzzz` is not a field of a cache; write one of {CACHE_FIELDS}"),
-        ("    jitter: 30s", "    bump_over: 5\n    jitter: 30s", "7:5: `bump_over` is not supported yet; remove it"),
+        ("    jitter: 30s", "    bump_over: 5", "7:5: `bump_over` needs a `version`; remove it, or add one"),
+        ("    jitter: 30s", "    max_keys_hint: 0", "7:20: `max_keys_hint` must be at least 1"),
+        ("    jitter: 30s", "    max_keys_hint: '5'", "7:20: `max_keys_hint` must be a whole number, without quotes"),
+        ("    jitter: 30s", "    negative_ttl: 5", f"7:19: `5` is not a duration; {A_DURATION}"),
+        ("    jitter: 30s", "    stale_for: 5", f"7:16: `5` is not a duration; {A_DURATION}"),
+        (
+            "    jitter: 30s",
+            "    again_after: 2m",
+            "7:18: `again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it",
+        ),
         ("ttl: 5m", "ttl: 5x", f"6:10: `5x` is not a duration; {A_DURATION}"),
         ("ttl: 5m", "ttl: 300", f"6:10: `300` is not a duration; {A_DURATION}"),
         ("ttl: 5m", "ttl: -5m", f"6:10: `-5m` is not a duration; {A_DURATION}"),
@@ -425,7 +435,6 @@ CACHE_FIELDS = "key, version, version_ttl, ttl, jitter, ttl_only, again_after"
         ),
         ("[name, email]", "[name, name]", "21:21: `name` stands twice in `columns`; remove one"),
         ("    columns:", "    colums:", "21:5: `colums` is not a field of a rule; did you mean `columns`?"),
-        ("    columns: [name, email]", "    when: op == 'insert'", "21:5: `when` is not supported yet; remove it"),
         ("old_row: sweep", "old_row: requires", "27:14: `requires` is not allowed here; did you mean `require`?"),
         ("[user_id]", "[user_id, user_id]", "28:26: `user_id` stands twice in `immutable`; remove one"),
         # Busts
@@ -442,7 +451,6 @@ CACHE_FIELDS = "key, version, version_ttl, ttl, jitter, ttl_only, again_after"
             "- dashboard: {idd",
             "30:21: the `version` of cache `dashboard` has no parameter `idd`; did you mean `id`?",
         ),
-        ("- dashboard: {id", "- dashboard: {via", "30:21: `via` is not supported yet; remove it"),
         ("{id: user_id}", "{id: }", "30:21: `id` is empty; give it a value or remove it"),
         ("{id: user_id}", "user_id", "30:20: `dashboard` must be a mapping; write `name: value`"),
         (
@@ -590,8 +598,265 @@ def test_no_value_of_the_environment_is_shown_in_a_mistake() -> None:
 
 def test_a_name_with_a_line_break_stays_on_one_line_of_the_report() -> None:
     assert mistakes('version: 1\n"a\\nb\\e": 1') == [
-        "a.yaml:2:1: `a\\nb\\x1b` is not a field of a rule file; write one of version, caches, rules"
+        "a.yaml:2:1: `a\\nb\\x1b` is not a field of a rule file; write one of version, vars, caches, rules, tests"
     ]
+
+
+# ── Conditions, queries, bumps, variables, tests ─────────────────────────────────────────────────────────────────────
+
+
+def whens(condition: str) -> str:
+    """A file with one rule; its condition begins at 6:11."""
+    return f"version: 1\n{CACHES}\nrules:\n  - name: r\n    table: public.users\n    when: {condition}\n    bust: [a]\n"
+
+
+def vias(*fields: str) -> str:
+    """A file with one rule that busts `c` (x, y) by these fields; the first begins at 7:13."""
+    return (
+        "version: 1\ncaches: {c: {key: 'c:{x}:{y}'}}\nrules:\n"
+        f"  - name: r\n    table: public.users\n    bust:\n      - c: {{{', '.join(fields)}}}\n"
+    )
+
+
+def with_test(entry: str) -> str:
+    """The good file with one test, which begins at 32:5."""
+    return f"{GOOD}tests:\n  - {{{entry}}}\n"
+
+
+CEL = "`when` is no CEL expression"
+KNOWN = "`when` knows `op`, `old` and `new`"
+
+
+def test_a_condition_is_kept_with_its_place() -> None:
+    rule = parse(whens("\"op != 'update' || new.plan != old.plan\"")).rules[0]
+    assert rule.when == "op != 'update' || new.plan != old.plan"
+    assert str(rule.when_place) == "a.yaml:6:11"
+    assert parse(GOOD).rules[0].when is None
+
+
+def test_a_condition_may_use_macros_with_a_name_of_their_own() -> None:
+    when = "['pro', 'team'].exists(plan, plan == new.plan)"
+    assert parse(whens(f'"{when}"')).rules[0].when == when
+
+
+@pytest.mark.parametrize(
+    ("condition", "mistake"),
+    [
+        ("new.a == = old.a", f"6:20: {CEL} ("),
+        ('"new.plan ===  old.plan"', f"6:23: {CEL} (token recognition error at: '= '); correct it"),
+        ("plan == 'x'", f"6:11: {KNOWN}, and no `plan`; write `new.plan` for a column"),
+        ("new.id > limit", f"6:20: {KNOWN}, and no `limit`; write `new.limit` for a column"),
+        ("\"nw.plan == 'x'\"", f"6:12: {KNOWN}, and no `nw`; write `new.nw` for a column"),
+        ("''", "6:11: `when` must not be empty; give it a name"),
+        ("", "6:5: `when` is empty; give it a value or remove it"),
+        ("5", "6:11: `when` must be text; put it in quotes if it is one word, number or sign"),
+        ("'" + "1" * 4097 + "'", "6:11: `when` is too long; write it shorter"),
+    ],
+)
+def test_a_mistake_in_a_condition_is_told_where_it_is(condition: str, mistake: str) -> None:
+    (told,) = mistakes(whens(condition))
+    assert told.startswith(f"a.yaml:{mistake}")
+
+
+def test_a_query_is_sql_with_columns_between() -> None:
+    (bust,) = parse(vias('via: "SELECT x FROM t WHERE id = {id} AND n = {n} AND m = {id}"', "y: z")).rules[0].busts
+    assert bust.query == Query(
+        ("SELECT x FROM t WHERE id = ", Param("id"), " AND n = ", Param("n"), " AND m = ", Param("id")), ("id", "n")
+    )
+    assert bust.given == {"y": "z"}
+    assert bust.template.parts == (Param("id"), b"\0", Param("n"), b"\0", Param("z"))
+    assert bust.columns == {"id": "id", "n": "n", "z": "z"}
+
+
+@pytest.mark.parametrize(
+    ("written", "sql"),
+    [
+        ("SELECT x, y FROM t;", "SELECT x, y FROM t"),
+        ("WITH q AS (SELECT 1) SELECT x, y FROM q", "WITH q AS (SELECT 1) SELECT x, y FROM q"),
+        ("select x, y from t where a = ';'", "select x, y from t where a = ';'"),
+        ("SELECT x, y FROM t WHERE a = '{{1}}'", "SELECT x, y FROM t WHERE a = '{1}'"),
+        ("SELECT x, y FROM t WHERE a = 'it''s'", "SELECT x, y FROM t WHERE a = 'it''s'"),
+    ],
+)
+def test_literal_braces_and_quoted_semicolons_stay_in_a_query(written: str, sql: str) -> None:
+    query = parse(vias(f'via: "{written}"')).rules[0].busts[0].query
+    assert query is not None
+    assert "".join(map(str, query.parts)) == sql
+
+
+@pytest.mark.parametrize(
+    ("fields", "mistake"),
+    [
+        ("SELECT x, y FROM t WHERE id = '{id}'", "7:50: a column in quotes would be text of the query; {}"),
+        ('SELECT x, y FROM t WHERE id = \\"{id}\\"', "7:18: a column in quotes would be text of the query; {}"),
+        ("SELECT x, y FROM t; DROP TABLE t", "7:37: a query is one statement; remove the `;`"),
+        ("UPDATE t SET x = 1", "7:18: a `via` query must be one SELECT; write `SELECT column AS parameter FROM …`"),
+        ("SELECTED x", "7:18: a `via` query must be one SELECT; write `SELECT column AS parameter FROM …`"),
+        ("SELECT x, y FROM {id", "7:36: `{{` names no column; write `{{column}}`, or `{{{{` for the brace itself"),
+        ("SELECT x, y FROM id}", "7:38: `}}` names no column; write `{{column}}`, or `{{{{` for the brace itself"),
+        ("", "7:18: `via` must not be empty; give it a name"),
+    ],
+)
+def test_a_mistake_in_a_query_is_told_where_it_is(fields: str, mistake: str) -> None:
+    remedy = "take the quotes off, values are bound"
+    assert mistakes(vias(f'via: "{fields}"')) == [f"a.yaml:{mistake.format(remedy)}"]
+
+
+def test_a_query_must_have_a_parameter_to_give() -> None:
+    assert mistakes(vias("via: SELECT x", "x: a", "y: b")) == [
+        "a.yaml:7:13: all parameters of cache `c` are given, so its query has none to give; remove `via`"
+    ]
+
+
+def test_a_query_changes_the_digest_of_its_cache_and_what_is_not_used_changes_none() -> None:
+    before = digests(vias('via: "SELECT x, y FROM t WHERE id = {id}"'))
+    assert changed(before, digests(vias('via: "SELECT x, y FROM t WHERE id = {no}"'))) == {"", "c"}
+    assert changed(digests(whens("new.b")), digests(whens("new.c"))) == {"", "a"}
+    assert changed(digests(busting("a")), digests(busting("a", fields="debounce: 5s,"))) == set()
+
+
+BUMPED = "key: 'c:{id}:v{version}', version: 'c:{team}:ver', bump_over: 10"
+
+
+def test_a_cache_with_bump_over_is_busted_at_its_key_and_its_version() -> None:
+    text = f"version: 1\ncaches: {{c: {{{BUMPED.replace('{id}', '{team}:{id}')}}}}}"
+    cache = parse(text).caches["c"]
+    assert cache.bump_over == 10
+    busted = cache.busted.render({"team": "7", "id": "42"})
+    assert busted is not None
+    assert Pair.split(busted).version == b"c:7:ver"
+    assert Pair.split(busted).key(b"5") == b"c:7:42:v5"
+
+
+@pytest.mark.parametrize(
+    ("fields", "mistake"),
+    [
+        (BUMPED, "2:19: with `bump_over`, the key must hold all parameters of the version; put `{team}` into it"),
+        (
+            "key: 'c:{version|sha256}', version: 'c:ver', bump_over: 10",
+            "2:19: with `bump_over`, the version stands in the key as it is; take the filter off `{version}`",
+        ),
+        (
+            "key: 'c:v{version}', version: 'c:ver', bump_over: '5'",
+            "2:64: `bump_over` must be a whole number, without quotes",
+        ),
+        ("key: 'c:v{version}', version: 'c:ver', bump_over: 0", "2:64: `bump_over` must be at least 1"),
+    ],
+)
+def test_a_mistake_in_bump_over_is_told(fields: str, mistake: str) -> None:
+    assert mistakes(f"version: 1\ncaches: {{c: {{{fields}}}}}") == [f"a.yaml:{mistake}"]
+
+
+def test_bump_over_changes_the_digest() -> None:
+    text = "version: 1\ncaches: {c: {key: 'c:v{version}', version: 'c:ver'}}"
+    assert changed(digests(text), digests(text.replace("'c:ver'", "'c:ver', bump_over: 5"))) == {"", "c"}
+
+
+def test_a_debounce_is_in_milliseconds() -> None:
+    assert parse(busting("a", fields="debounce: 500ms,")).rules[0].debounce == 500
+
+
+@pytest.mark.parametrize(
+    ("debounce", "mistake"),
+    [
+        ("2m", "`debounce` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"),
+        ("500", f"`500` is not a duration; {A_DURATION}"),
+    ],
+)
+def test_a_mistake_in_a_debounce_is_told(debounce: str, mistake: str) -> None:
+    assert mistakes(busting("a", fields=f"debounce: {debounce},")) == [f"a.yaml:3:50: {mistake}"]
+
+
+def test_a_variable_goes_before_the_environment_and_may_name_it() -> None:
+    text = GOOD.replace("version: 1\n", "version: 1\nvars: {prefix: 'shop:${APP_ENV:-dev}'}\n", 1)
+    text = text.replace("shop:${APP_ENV:-prod}", "${prefix}")
+    assert parse(text, prefix="x").caches["user"].key.prefix == b"shop:dev:user:"
+    assert parse(text, APP_ENV="prod").caches["user"].digest == parse(GOOD).caches["user"].digest
+
+
+@pytest.mark.parametrize(
+    ("variables", "mistake"),
+    [
+        ("{p: 'x{b}'}", "2:11: a variable can't hold a parameter; write it into the keys"),
+        ("{p: a b}", "2:12: the template holds white space or a control character (U+0020); remove it"),
+        ("{p: 5}", "2:11: `p` must be text; put it in quotes if it is one word, number or sign"),
+        ("{p-q: a}", "2:8: `p-q` is not a name; use 1 to 63 of A-Z a-z 0-9 _, and begin with no digit"),
+        ("{p: '${q}', q: a}", "2:12: the environment variable `q` is not set; set it, or give a default: {}"),
+        ("[a]", "2:7: `vars` must be a mapping; write `name: value`"),
+    ],
+)
+def test_a_mistake_in_a_variable_is_told(variables: str, mistake: str) -> None:
+    text = f"version: 1\nvars: {variables}"
+    assert mistakes(text) == [f"a.yaml:{mistake.replace('{}', '`${q:-default}`')}"]
+
+
+def test_a_variable_is_defined_in_one_file() -> None:
+    assert mistakes("version: 1\nvars: {p: a}", "version: 1\nvars: {p: b}") == [
+        "b.yaml:2:11: the variable `p` is defined twice, first at a.yaml:2:8; remove one"
+    ]
+
+
+def test_a_test_holds_values_as_postgresql_shows_them() -> None:
+    row = "{id: 42, name: null, admin: true, share: 0.5, note: '7'}"
+    entry = (
+        f"name: a user, change: {{table: PUBLIC.users, op: insert, new: {row}}}, via: {{user: [{{id: 1}}]}}, busts: [x]"
+    )
+    (test,) = parse(with_test(entry)).tests
+    assert test.table == Table("public", "users")
+    assert (test.name, test.op, test.old, test.busts) == ("a user", "insert", None, ("x",))
+    assert test.new == {"id": "42", "name": None, "admin": "t", "share": "0.5", "note": "7"}
+    assert test.via == {"user": [{"id": "1"}]}
+    assert str(test.place) == "a.yaml:32:5"
+
+
+def test_tests_change_no_digest() -> None:
+    entry = "name: n, change: {table: public.users, op: truncate}, busts: []"
+    assert changed(digests(GOOD), digests(with_test(entry))) == set()
+
+
+@pytest.mark.parametrize(
+    ("entry", "mistake"),
+    [
+        ("name: n, busts: []", "32:5: an entry of `tests` lacks `change`; add it"),
+        ("name: n, change: {table: users, op: truncate}, busts: []", "32:31: `users` lacks its schema; {}"),
+        ("name: n, change: {table: public.usrs, op: truncate}, busts: []", "32:31: no rule names the table {}"),
+        (
+            "name: n, change: {table: public.users, op: insert}, busts: []",
+            "32:15: an insert needs its `new` row; add it",
+        ),
+        (
+            "name: n, change: {table: public.users, op: update, new: {id: 1}}, busts: []",
+            "32:15: an update needs its `old` row; add it",
+        ),
+        (
+            "name: n, change: {table: public.users, op: truncate, old: {id: 1}}, busts: []",
+            "32:59: a truncate has no `old` row; remove it",
+        ),
+        (
+            "name: n, change: {table: public.users, op: insert, new: {id: [1]}}, busts: []",
+            "32:67: a column's value is text, a number, `true`, `false` or `null`; write one of these",
+        ),
+        (
+            "name: n, change: {table: public.users, op: insert, new: {id: 1}, olld: 3}, busts: []",
+            "32:71: `olld` is not a field of a change; did you mean `old`?",
+        ),
+        (
+            "name: n, change: {table: public.users, op: truncate}, via: {usr: []}, busts: []",
+            "32:66: there is no cache `usr`; did you mean `user`?",
+        ),
+        (
+            "name: n, change: {table: public.users, op: truncate}, busts: x",
+            "32:67: `busts` must be a list; write `[one, two]`, or one `- ` on each line",
+        ),
+        (
+            "name: n, change: {table: public.users, op: truncate}, busts: [], bust: []",
+            "32:71: `bust` is not a field of a test; did you mean `busts`?",
+        ),
+    ],
+)
+def test_a_mistake_in_a_test_is_told_with_its_place(entry: str, mistake: str) -> None:
+    remedy = "write `public.users`" if "schema" in mistake else "public.usrs; did you mean `public.users`?"
+    assert mistakes(with_test(entry)) == [f"a.yaml:{mistake.format(remedy)}"]
 
 
 # ── Files and directories ────────────────────────────────────────────────────────────────────────────────────────────

@@ -7,36 +7,24 @@ also stops, and it leaves no file behind.
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
-import os
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-import psycopg
-import redis
-
-from cdc_invalidator import embedded, errors, shop
+from cdc_invalidator import embedded, errors, shop, spawn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import FrameType, TracebackType
+    from collections.abc import Iterator, Mapping
+    from types import FrameType
 
     from rich.console import Console
     from rich.table import Table
 
 ENVIRONMENT: Final = "demo"  # ${APP_ENV} of the keys
-WATERMARK: Final = "cdc:cdc_invalidator:watermark"
-READY_SECONDS: Final = 30.0
-SETTLE_SECONDS: Final = 30.0
-STOP_SECONDS: Final = 15.0
 LIVE_SECONDS: Final = 0.25  # between two pictures on a terminal
 LINE_SECONDS: Final = 1.0  # between two lines elsewhere
 
@@ -131,67 +119,12 @@ class Bust(NamedTuple):
     reason: str
 
 
-class _Daemon:
-    """``cdc-invalidator run`` in a process of its own, and what it has logged."""
+class _Daemon(spawn.Daemon):
+    """The daemon of the demo, and its busts."""
 
     def __init__(self, dsn: str, url: str) -> None:
-        self.port = embedded.free_port()
+        super().__init__(dsn, url, shop.rules_file(), {"APP_ENV": ENVIRONMENT})
         self.busts: list[Bust] = []
-        self._folder = TemporaryDirectory(prefix="daemon-", dir=embedded.scratch())
-        log = Path(self._folder.name) / "daemon.log"
-        log.touch()
-        self._lines = log.open("rb")
-        self._rest = b""
-        self._child = embedded.Child(
-            [sys.executable, "-m", "cdc_invalidator", "run"],
-            log=log,
-            orphaned="TERM",
-            environment=self._environment(dsn, url),
-        )
-
-    def _environment(self, dsn: str, url: str) -> dict[str, str]:
-        # The user's own CDC_… settings speak of other servers.
-        plain = {name: value for name, value in embedded.plain_environment().items() if not name.startswith("CDC_")}
-        checkout = str(Path(__file__).parent.parent)
-        return plain | {
-            "APP_ENV": ENVIRONMENT,
-            "PYTHONPATH": os.pathsep.join(filter(None, [checkout, plain.get("PYTHONPATH")])),
-            "CDC_POSTGRES_DSN": dsn,
-            "CDC_REDIS_URL": url,
-            "CDC_RULES": str(shop.rules_file()),
-            "CDC_HTTP_HOST": embedded.HOST,
-            "CDC_HTTP_PORT": str(self.port),
-            "CDC_LOG_FORMAT": "json",
-        }
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        code = self._child.stop(signal.SIGTERM, STOP_SECONDS)
-        said = self._child.said()
-        self._lines.close()
-        self._folder.cleanup()
-        if code != 0 and kind is None:
-            raise errors.InvalidatorError(f"The daemon ended with exit code {code}; its log ends with:\n{_tail(said)}")
-
-    def wait_until_ready(self) -> None:
-        """Wait until the daemon streams.
-
-        Raises:
-            errors.InvalidatorError: It ended, or is not ready in time; the message has its log's tail.
-        """
-        deadline = time.monotonic() + READY_SECONDS
-        while not self._ready():
-            self.check()
-            if time.monotonic() > deadline:
-                raise self._failure(f"is not ready after {READY_SECONDS:g} s")
-            time.sleep(0.02)
 
     def check(self) -> None:
         """Read what the daemon has logged since the last time.
@@ -199,38 +132,12 @@ class _Daemon:
         Raises:
             errors.InvalidatorError: It has ended; the message has its log's tail.
         """
-        *lines, self._rest = (self._rest + self._lines.read()).split(b"\n")
-        self.busts += [bust for line in lines if (bust := _bust(line))]
-        if not self._child.alive:
-            raise self._failure("has ended")
-
-    def _ready(self) -> bool:
-        page = http.client.HTTPConnection(embedded.HOST, self.port, timeout=5)
-        try:
-            page.request("GET", "/readyz")
-            return page.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            page.close()
-
-    def _failure(self, what: str) -> errors.InvalidatorError:
-        return errors.InvalidatorError(f"The daemon {what}; its log ends with:\n{_tail(self._child.said())}")
+        super().check()
+        self.busts += [_bust(event) for event in self.events if event.get("event") == "bust"]
+        self.events.clear()
 
 
-def _tail(text: str, lines: int = 20) -> str:
-    """Return the last lines that are not busts: what went wrong stands between them."""
-    return "\n".join([line for line in text.splitlines() if not _bust(line.encode())][-lines:])
-
-
-def _bust(line: bytes) -> Bust | None:
-    """Read a log line; None when it is not a bust event."""
-    try:
-        event: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    if event.get("event") != "bust":
-        return None
+def _bust(event: Mapping[str, Any]) -> Bust:
     return Bust(
         event.get("rule"),
         event["cache"],
@@ -305,7 +212,7 @@ class _Stage:
                     figures.seconds = time.monotonic() - started
                     screen.show(figures)
             if daemon:
-                self._settle(daemon)
+                daemon.settle()
             self._update(figures, work, before, daemon, first)
             figures.look = self._look()
             figures.stale_now = len(figures.look.stale)
@@ -333,22 +240,6 @@ class _Stage:
 
     def _look(self) -> shop.Look:
         return shop.look(self._dsn, self._url, environment=ENVIRONMENT)
-
-    def _settle(self, daemon: _Daemon) -> None:
-        """Wait until the watermark has passed all that is committed by now."""
-        with psycopg.connect(self._dsn, autocommit=True) as connection:
-            row = connection.execute("SELECT pg_current_wal_lsn() - '0/0'").fetchone()
-        assert row
-        deadline = time.monotonic() + SETTLE_SECONDS
-        with redis.Redis.from_url(self._url) as client:
-            while int(client.hget(WATERMARK, "lsn") or 0) < row[0]:
-                daemon.check()
-                if time.monotonic() > deadline:
-                    raise errors.InvalidatorError(
-                        f"The watermark has not passed the last commit in {SETTLE_SECONDS:g} s; look at /status.",
-                    )
-                time.sleep(0.02)
-        daemon.check()
 
 
 # What people see

@@ -35,6 +35,28 @@ class Database(BaseSettings):
     )
 
 
+class Rules(BaseSettings):
+    """What a command reads that needs no server."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    rules: Path = Field(description="A rule file, or a directory of rule files.")
+
+
+class Offline(Rules):
+    """What a command reads that can do without a server, and tells more with one."""
+
+    postgres_dsn: SecretStr | None = Field(
+        default=None, description="Connection string of the database, to read its tables and ask queries; optional."
+    )
+
+
+class CheckOffline(Rules):
+    """What `check --offline` reads; ``redis_url`` only tells which kind of Redis there is."""
+
+    redis_url: SecretStr | None = Field(default=None, description="Where the cache lives; optional.")
+
+
 class Stream(Database):
     """What setting the stream up reads, besides."""
 
@@ -80,7 +102,7 @@ class Settings(Stream):
     )
 
 
-Kind = TypeVar("Kind", bound=Database)
+Kind = TypeVar("Kind", bound=BaseSettings)
 
 
 def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
@@ -95,7 +117,7 @@ def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
     """
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     try:
-        return kind(_secrets_dir=os.environ.get("CDC_SECRETS_DIR"), **given)  # type: ignore[call-arg]  # of BaseSettings
+        return kind(_secrets_dir=os.environ.get("CDC_SECRETS_DIR"), **given)
     except SettingsError as error:
         raise errors.WrongSettings(f"The settings can't be read ({error}); check CDC_SECRETS_DIR.") from None
     except ValidationError as error:

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,6 +20,7 @@ from cdc_invalidator import __version__, errors, settings
 
 if TYPE_CHECKING:
     from cdc_invalidator.rules import RuleSet
+    from cdc_invalidator.simulate import Change
 
 app = typer.Typer(
     name="cdc-invalidator",
@@ -39,8 +41,13 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _takes(kind: type[settings.Database]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a flag for each setting of that kind, and call it with the settings."""
+def _takes(
+    kind: type[settings.Database | settings.Rules], offline: type[settings.CheckOffline] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command a flag for each setting of that kind, and call it with the settings.
+
+    With its flag ``--offline``, those are of the kind ``offline``.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "given"]
@@ -64,8 +71,13 @@ def _takes(kind: type[settings.Database]) -> Callable[[Callable[..., None]], Cal
         def wrapped(**arguments: Any) -> None:
             from cdc_invalidator import postgres
 
-            given = settings.load(kind, {flag.name: arguments.pop(flag.name) for flag in flags})
-            postgres.check_dsn(given.postgres_dsn.get_secret_value())
+            flagged = {flag.name: arguments.pop(flag.name) for flag in flags}
+            if offline is not None and arguments["offline"]:
+                command(settings.load(offline, flagged), **arguments)
+                return
+            given = settings.load(kind, flagged)
+            if isinstance(given, settings.Database):
+                postgres.check_dsn(given.postgres_dsn.get_secret_value())
             command(given, **arguments)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + flags
@@ -78,7 +90,7 @@ def _takes(kind: type[settings.Database]) -> Callable[[Callable[..., None]], Cal
     return decorate
 
 
-def _rules(given: settings.Stream) -> RuleSet:
+def _rules(given: settings.Stream | settings.Rules) -> RuleSet:
     from cdc_invalidator import rules
 
     return rules.load(given.rules, os.environ)
@@ -97,6 +109,8 @@ def run(given: settings.Settings) -> None:
     """Run the daemon. SIGTERM: stop receiving, apply, confirm, exit 0; a second signal: exit now."""
     # Until the daemon handles it: nothing has begun that would have to be ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # The rules are about to be read anyway.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     import gc
 
     from prometheus_client import REGISTRY, disable_created_metrics
@@ -131,7 +145,7 @@ def run(given: settings.Settings) -> None:
     events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level))
     dsns = given.postgres_replicas.get_secret_value().split()
     replicas = Replicas(dsns, limit=given.replica_limit, metrics=metrics)
-    daemon = Daemon(options, rules, metrics, events, replicas)
+    daemon = Daemon(options, rules, metrics, events, replicas, given.rules)
     # What is loaded by now stays: the collector need not look at it again.
     gc.collect()
     gc.freeze()
@@ -174,6 +188,49 @@ def setup(
 
     statements = asyncio.run(work())
     typer.echo("\n".join(statements) if statements else "-- nothing is missing")
+
+
+@app.command()
+@_takes(settings.Settings, offline=settings.CheckOffline)
+def check(
+    given: settings.Settings | settings.CheckOffline,
+    offline: Annotated[bool, typer.Option("--offline", help="Only the rule files; no server is touched.")] = False,
+    output: Annotated[
+        Literal["table", "json"], typer.Option("--format", help="A table to read, or JSON for pipelines.")
+    ] = "table",
+) -> None:
+    """Look for mistakes in the rule files, on the live database and on Redis; exit 1 where there are errors."""
+    import orjson
+
+    from cdc_invalidator import check as checking
+    from cdc_invalidator.endpoint import Endpoint
+    from cdc_invalidator.topology import cache_server
+
+    redis = Endpoint.parse(given.redis_url.get_secret_value()) if given.redis_url is not None else None
+    findings: list[checking.Finding] = []
+    rules: RuleSet | None = None
+    try:
+        rules = _rules(given)
+    except errors.WrongRules as wrong:
+        findings += map(checking.Finding.of, wrong.problems)
+    if offline:
+        cluster = redis is not None and redis.kind == "cluster"
+        findings += checking.offline(rules, checking.Columns(), cluster=cluster) if rules is not None else []
+    else:
+        from cdc_invalidator import inspection
+
+        assert isinstance(given, settings.Settings)
+        assert redis is not None
+        cache_server(redis, given.slot)
+        subject = inspection.Subject(given.postgres_dsn.get_secret_value(), redis, given.slot, given.publication)
+        findings += asyncio.run(inspection.inspect(subject, rules))
+    findings = checking.in_order(findings)
+    if output == "json":
+        typer.echo(orjson.dumps(checking.report(findings), option=orjson.OPT_INDENT_2))
+    else:
+        typer.echo(checking.table(findings))
+    if checking.count(findings, checking.Severity.ERROR):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -238,6 +295,95 @@ def bust(
                 return str((await cursor.fetchall())[0].lsn)
 
     typer.echo(f"written at {asyncio.run(work())}; it is done once the watermark has passed that")
+
+
+@app.command("test")
+@_takes(settings.Rules)
+def run_tests(
+    given: settings.Rules,
+    live: Annotated[
+        Path | None,
+        typer.Option(
+            "--live",
+            metavar="SCHEMA.sql",
+            help="Through a real daemon, on an embedded PostgreSQL with this schema and an embedded Valkey.",
+        ),
+    ] = None,
+) -> None:
+    """Run the tests of the rule files: what they say a change busts, against what it busts. Needs no server."""
+    from cdc_invalidator import trial
+
+    rules = _rules(given)
+    outcomes = trial.run(rules)
+    if live is not None:
+        from cdc_invalidator import rehearsal
+
+        outcomes = rehearsal.run(rules, given.rules, live)
+    report = trial.Report()
+    for line in report.lines(outcomes):
+        typer.echo(line)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_takes(settings.Offline)
+def explain(
+    given: settings.Offline,
+    key: Annotated[str | None, typer.Argument(help="A key: which cache it is of, and what busts it.")] = None,
+    table: Annotated[str | None, typer.Option(help="Of a change: schema.table.")] = None,
+    op: Annotated[str | None, typer.Option(help="Of a change: insert, update, delete or truncate.")] = None,
+    old: Annotated[str | None, typer.Option(metavar="JSON", help="Of a change: the row before it.")] = None,
+    new: Annotated[str | None, typer.Option(metavar="JSON", help="Of a change: the row after it.")] = None,
+    output: Annotated[Literal["text", "json"], typer.Option("--format", help="How it is told.")] = "text",
+) -> None:
+    """Tell what busts a KEY, or what a change (--table, --op, --old, --new) busts and why no more."""
+    import orjson
+
+    from cdc_invalidator import explain as explaining
+
+    rules = _rules(given)
+    if key is not None and table is None and op is None and old is None and new is None:
+        told, lines = explaining.explain_key(rules, key), explaining.key_lines
+    elif key is None and table is not None and op is not None:
+        change = explaining.read_change(table, op, old, new)
+        told, lines = _explain_change(given, rules, change), explaining.change_lines
+    else:
+        raise errors.WrongSettings("Give explain either a KEY, or a change with --table and --op.")
+    typer.echo(orjson.dumps(told, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(told)))
+
+
+def _explain_change(given: settings.Offline, rules: RuleSet, change: Change) -> dict[str, Any]:
+    from cdc_invalidator import explain as explaining
+    from cdc_invalidator import simulate
+
+    dsn = given.postgres_dsn.get_secret_value() if given.postgres_dsn else None
+    if dsn is None:
+        verdicts = simulate.simulate(rules, change, {})
+        if not verdicts:
+            raise explaining.no_rule(rules, change.table)
+        return explaining.explain_change(change, verdicts, live=False)
+    import structlog
+
+    from cdc_invalidator import catalog, postgres
+
+    postgres.check_dsn(dsn)
+    # What queries have to complain of must not stand between the answer's lines.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    played = asyncio.run(catalog.ask(dsn, rules, change))
+    if not played:
+        raise explaining.no_rule(rules, change.table)
+    return explaining.explain_change(change, [each.verdict() for each in played], live=True)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of rule files, for editors."""
+    import orjson
+
+    from cdc_invalidator.schema import schema as make_schema
+
+    typer.echo(orjson.dumps(make_schema(), option=orjson.OPT_INDENT_2))
 
 
 @app.command()

@@ -22,7 +22,7 @@ A message is one sentence that names the place, and ends with what the operator 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 
@@ -43,12 +43,16 @@ class WrongSettings(InvalidatorError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Problem:
-    """One mistake in a rule file: where it stands (line and column count from 1) and a sentence with the remedy."""
+    """One mistake in a rule file: where it stands (line and column count from 1) and a sentence with the remedy.
+
+    ``code`` is what pipelines know this kind of mistake by.
+    """
 
     file: str
     line: int
     column: int
     sentence: str
+    code: str = field(default="wrong_rule_file", compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}: {self.sentence}"

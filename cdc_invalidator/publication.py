@@ -18,6 +18,7 @@ import psycopg
 from psycopg import sql
 
 from cdc_invalidator import errors, postgres
+from cdc_invalidator.condition import Condition
 from cdc_invalidator.errors import Problem
 from cdc_invalidator.rulefile import Table
 from cdc_invalidator.rules import Rule, RuleSet
@@ -138,6 +139,11 @@ class Survey:
         """Tables that exist and whose changes are not seen."""
         return [table for table, subject in self.subjects.items() if subject and not subject.published]
 
+    @property
+    def published(self) -> list[Table]:
+        """Tables whose changes are seen."""
+        return [table for table, subject in self.subjects.items() if subject and subject.published]
+
     def published_since(self, before: Survey) -> list[Table]:
         """Give the tables whose changes are seen now and were not then, whoever published them."""
         return [
@@ -207,7 +213,8 @@ class Survey:
                 of_table = [rule for rule in rules.rules if rule.table == table]
                 if subject.refused:
                     place = of_table[0].place
-                    problems.append(Problem(*place, f"{table} can't be published: {subject.refused}."))
+                    sentence = f"{table} can't be published: {subject.refused}."
+                    problems.append(Problem(*place, sentence, "not_publishable"))
                 problems += _mistakes(table, subject.leaves, of_table)
         return problems
 
@@ -328,10 +335,7 @@ async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str
         except psycopg.errors.LockNotAvailable as error:
             locked = error
         except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
-            raise errors.ServerRefuses(
-                f"The stream can't be set up with CDC_POSTGRES_DSN ({postgres.first_line(error)}); "
-                f"have an administrator run, on the primary: {' '.join(statements[number:])}"
-            ) from error
+            raise _may_not(error, statements[number:]) from error
         except psycopg.Error as error:
             raise postgres.translate(error) from error
         finally:
@@ -340,6 +344,32 @@ async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str
                     await connection.execute(postgres.PATIENCE)
     if locked is not None:
         raise postgres.translate(locked) from locked
+
+
+async def rehearse(connection: psycopg.AsyncConnection[Any], statements: Sequence[str]) -> None:
+    """Run set-up statements and take them all back, to know whether the role may.
+
+    Raises:
+        errors.ServerRefuses: as of `run`.
+    """
+    for number, statement in enumerate(statements):
+        try:
+            async with connection.transaction(force_rollback=True):
+                await connection.execute(statement.encode())
+        except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
+            raise _may_not(error, statements[number:]) from error
+        except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject, psycopg.errors.LockNotAvailable):
+            # What does not come of the role is `run`'s to deal with.
+            continue
+        except psycopg.Error as error:
+            raise postgres.translate(error) from error
+
+
+def _may_not(error: psycopg.Error, statements: Sequence[str]) -> errors.ServerRefuses:
+    return errors.ServerRefuses(
+        f"The stream can't be set up with CDC_POSTGRES_DSN ({postgres.first_line(error)}); "
+        f"have an administrator run, on the primary: {' '.join(statements)}"
+    )
 
 
 _PUBLICATION = """
@@ -491,20 +521,22 @@ def _usable_identity(leaf: Leaf, name: str) -> str:
 def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> list[Problem]:
     problems: list[Problem] = []
 
-    def add(rule: Rule, sentence: str) -> None:
-        problems.append(Problem(rule.place.file, rule.place.line, rule.place.column, sentence))
+    def add(rule: Rule, code: str, sentence: str) -> None:
+        problems.append(Problem(rule.place.file, rule.place.line, rule.place.column, sentence, code))
 
     for leaf in leaves:
         name = quoted(leaf.table)
         if leaf.kind in _NOT_TABLES:
             add(
                 rules[0],
+                "not_publishable",
                 f"{table} is {_NOT_TABLES[leaf.kind]}, whose changes PostgreSQL does not publish; name a table.",
             )
             continue
         if not leaf.usable:
             add(
                 rules[0],
+                "no_replica_identity",
                 f"{leaf.table} has no usable replica identity, and publishing it would make the application's "
                 f"UPDATE and DELETE fail; {_usable_identity(leaf, name)}.",
             )
@@ -512,35 +544,53 @@ def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> li
         if leaf.limited:
             add(
                 rules[0],
+                "limited_publication",
                 f"the publication has a row filter or a column list on {leaf.table}, which hides changes from the "
                 "rules; take the table out of the publication, and it is added without them.",
             )
         for rule in rules:
             for column in sorted((rule.key_columns | set(rule.columns)) - (leaf.columns - leaf.generated)):
-                add(rule, _no_column(rule, leaf, column))
-            unknown = _unknown_old(rule, leaf)
+                add(rule, *_no_column(rule, leaf, column))
+            problems += _not_of_condition(rule, leaf)
+            unknown = unknown_old(rule, leaf)
             if unknown and rule.old_row == "require":
                 add(
                     rule,
+                    "old_row_unknown",
                     f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of "
-                    f"{leaf.table} does not carry; run ALTER TABLE {name} REPLICA IDENTITY FULL, "
-                    "or set old_row to sweep or ignore.",
+                    f"{leaf.table} does not carry, so that the entry under a former value would stay; "
+                    f"run ALTER TABLE {name} REPLICA IDENTITY FULL, or set old_row to sweep or ignore.",
                 )
     return problems
 
 
-def _no_column(rule: Rule, leaf: Leaf, column: str) -> str:
+def _no_column(rule: Rule, leaf: Leaf, column: str) -> tuple[str, str]:
+    """Give the code and the sentence about a column that the stream does not have."""
     if column in leaf.generated:
-        return (
+        return "generated_column", (
             f"rule {rule.name} reads column {column} of {leaf.table}, a generated column, "
             "which PostgreSQL does not publish; use the columns that it is generated from."
         )
     near = get_close_matches(column, leaf.columns, 1)
     hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(leaf.columns))}."
-    return f"rule {rule.name} reads column {column}, which {leaf.table} does not have; {hint}"
+    return "unknown_column", f"rule {rule.name} reads column {column}, which {leaf.table} does not have; {hint}"
 
 
-def _unknown_old(rule: Rule, leaf: Leaf) -> list[str]:
+def _not_of_condition(rule: Rule, leaf: Leaf) -> list[Problem]:
+    """Give the columns that only the rule's condition reads, and that the stream does not have."""
+    if rule.when is None:
+        return []
+    read = {column for reads in Condition(rule.when).reads.values() for column in reads.columns}
+    lacking = read - (leaf.columns - leaf.generated) - rule.key_columns - set(rule.columns)
+    place = rule.when_place
+    problems = []
+    for column in sorted(lacking):
+        code, sentence = _no_column(rule, leaf, column)
+        problems.append(Problem(place.file, place.line, place.column, sentence, code))
+    return problems
+
+
+def unknown_old(rule: Rule, leaf: Leaf) -> list[str]:
     """Give the key columns whose old values an UPDATE or DELETE of this table does not tell."""
     unknown: set[str] = set()
     if "delete" in rule.on:

@@ -1,0 +1,408 @@
+"""What `check` finds on a real PostgreSQL and Redis: mistakes that were put there, at their lines, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import redis
+from clusters import Cluster
+from running import RunningDaemon, command, execute, settled
+from sentinels import Sentinels
+
+from cdc_invalidator import embedded
+
+README = Path(__file__).parents[2] / "README.md"
+
+CACHES = """\
+  thing: {key: "app:env:thing:{id}", ttl: 1m}
+"""
+
+
+class Checked:
+    """The findings of one run."""
+
+    def __init__(self, *words: str, **settings: Any) -> None:
+        done = command("check", "--format", "json", *words, **settings)
+        assert "Traceback" not in done.stderr
+        assert done.returncode in {0, 1}, done.stderr
+        self.text = done.stdout + done.stderr
+        told = json.loads(done.stdout)
+        self.findings: list[dict[str, Any]] = told["findings"]
+        assert told["errors"] == len(self.of("error"))
+        assert done.returncode == (1 if told["errors"] else 0)
+
+    def of(self, *severities: str) -> list[str]:
+        return [finding["code"] for finding in self.findings if finding["severity"] in severities]
+
+    def only(self, code: str) -> dict[str, Any]:
+        (finding,) = [finding for finding in self.findings if finding["code"] == code]
+        return finding
+
+    @property
+    def grave(self) -> list[str]:
+        """Codes of errors and warnings."""
+        return self.of("error", "warning")
+
+
+class Stage:
+    """A database, a Redis, and a rule file to check against them."""
+
+    def __init__(self, dsn: str, redis_url: str, slot: str, folder: Path) -> None:
+        self.dsn = dsn
+        self.given = {"postgres_dsn": dsn, "redis_url": redis_url, "slot": slot, "publication": slot}
+        self.path = folder / "rules.yaml"
+
+    def check(self, *rules: str, caches: str = CACHES, **settings: str) -> Checked:
+        self.path.write_text(f"version: 1\ncaches:\n{caches}rules:\n" + "".join(f"  - {rule}\n" for rule in rules))
+        return Checked(**self.given | {"rules": str(self.path)} | settings)
+
+
+@pytest.fixture
+def stage(database: str, redis_url: str, slot_name: str, tmp_path: Path) -> Stage:
+    return Stage(database, redis_url, slot_name, tmp_path)
+
+
+THINGS = "CREATE TABLE things (id int PRIMARY KEY, name text, n int)"
+THING = "{name: thing-changed, table: public.things, bust: [thing]}"
+
+
+def test_a_new_installation_has_notes_only_and_nothing_is_changed(stage: Stage, redis_client: redis.Redis) -> None:
+    execute(stage.dsn, THINGS)
+    checked = stage.check(THING)
+    assert checked.grave == []
+    assert set(checked.of("note")) == {"wal_unbounded", "no_slot", "no_publication", "redis_version", "watermark"}
+    assert 'CREATE PUBLICATION "' in checked.only("no_publication")["sentence"]
+    assert re.search(r"Valkey \d+\.\d+", checked.only("redis_version")["sentence"])
+    assert redis_client.dbsize() == 0
+    with psycopg.connect(stage.dsn) as connection:
+        assert connection.execute("SELECT 1 FROM pg_publication").fetchall() == []
+
+
+def test_beside_a_running_daemon_all_is_in_order_and_the_watermark_is_read(
+    stage: Stage, redis_client: redis.Redis
+) -> None:
+    execute(stage.dsn, THINGS)
+    stage.check(THING)
+    given = stage.given
+    with RunningDaemon(dsn=stage.dsn, redis_url=given["redis_url"], rules=stage.path, slot=given["slot"]) as daemon:
+        daemon.ready()
+        settled(stage.dsn, redis_client, daemon.slot)
+        checked = stage.check(THING)
+        assert checked.grave == []
+        assert re.search(r"stands at [0-9A-F]+/[0-9A-F]+ and is \d+ s old", checked.only("watermark")["sentence"])
+        assert daemon.terminate() == 0
+    assert stage.check(THING).only("slot_idle")["severity"] == "note"
+
+
+# Tables and columns
+
+FOREIGN = (
+    "CREATE EXTENSION postgres_fdw; CREATE SERVER s FOREIGN DATA WRAPPER postgres_fdw;"
+    " CREATE FOREIGN TABLE things (id int) SERVER s"
+)
+
+
+@pytest.mark.parametrize(
+    ("definition", "rule", "severity", "code", "sentence"),
+    [
+        (THINGS, THING.replace("things", "thingz"), "error", "unknown_table", "did you mean `public.things`?"),
+        (
+            THINGS,
+            "{name: r, table: public.things, bust: [thing: {id: nam}]}",
+            "error",
+            "unknown_column",
+            "did you mean name?",
+        ),
+        (
+            THINGS,
+            "{name: r, table: public.things, when: new.nam != 'x', bust: [thing]}",
+            "error",
+            "unknown_column",
+            "did you mean name?",
+        ),
+        (
+            THINGS,
+            "{name: r, table: public.things, bust: [thing: {id: n}]}",
+            "error",
+            "old_row_unknown",
+            'stay; run ALTER TABLE "public"."things" REPLICA IDENTITY FULL',
+        ),
+        (
+            THINGS,
+            "{name: r, table: public.things, old_row: sweep, bust: [thing: {id: n}]}",
+            "note",
+            "old_row_sweeps",
+            "swept at every DELETE and UPDATE",
+        ),
+        (
+            THINGS,
+            "{name: r, table: public.things, on: [delete], old_row: ignore, bust: [thing: {id: n}]}",
+            "warning",
+            "never_fires",
+            "a DELETE of public.things does not tell n",
+        ),
+        (
+            THINGS,
+            "{name: r, table: public.things, columns: [name], bust: [thing]}",
+            "warning",
+            "old_row_not_carried",
+            'fires on every UPDATE; run ALTER TABLE "public"."things" REPLICA IDENTITY FULL.',
+        ),
+        (
+            THINGS,
+            "{name: r, table: public.things, when: old.name != 'x', bust: [thing]}",
+            "warning",
+            "old_row_not_carried",
+            "fires on every DELETE and UPDATE",
+        ),
+        ("CREATE TABLE things (id int)", THING, "error", "no_replica_identity", "add a primary key"),
+        ("CREATE UNLOGGED TABLE things (id int PRIMARY KEY)", THING, "error", "not_publishable", "an unlogged table"),
+        (
+            FOREIGN,
+            THING,
+            "error",
+            "not_publishable",
+            "a foreign table",
+        ),
+        ("CREATE TABLE things (id int) PARTITION BY LIST (id)", THING, "error", "not_publishable", "is partitioned"),
+    ],
+)
+def test_a_mistake_about_a_table_is_told_at_its_line_with_the_remedy(
+    stage: Stage, definition: str, rule: str, severity: str, code: str, sentence: str
+) -> None:
+    try:
+        execute(stage.dsn, definition)
+    except psycopg.errors.FeatureNotSupported:
+        pytest.skip("this PostgreSQL comes without postgres_fdw")
+    finding = stage.check(rule).only(code)
+    assert finding["severity"] == severity
+    assert (finding["file"], finding["line"]) == (str(stage.path), 5)
+    assert sentence in finding["sentence"]
+
+
+def test_tables_that_carry_what_the_rules_need_have_no_findings(stage: Stage) -> None:
+    execute(
+        stage.dsn,
+        THINGS,
+        "ALTER TABLE things REPLICA IDENTITY FULL",
+        "CREATE TABLE parts (id int PRIMARY KEY) PARTITION BY LIST (id)",
+        "CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1)",
+    )
+    checked = stage.check(
+        "{name: a, table: public.things, columns: [name], when: old.n != new.n, bust: [thing: {id: n}]}",
+        "{name: b, table: public.parts, bust: [thing]}",
+    )
+    assert checked.grave == []
+
+
+def test_a_key_of_text_of_any_length_is_told_unless_it_is_hashed_or_unique(stage: Stage) -> None:
+    execute(
+        stage.dsn,
+        "CREATE DOMAIN mail AS text",
+        "CREATE TABLE texts (t text, v varchar, short varchar(20), u uuid, m mail, slug text UNIQUE, j jsonb,"
+        " id int PRIMARY KEY)",
+        "ALTER TABLE texts REPLICA IDENTITY FULL",
+    )
+    names = ("t", "v", "short", "u", "m", "slug", "j")
+    caches = "".join(f"  of-{name}: {{key: 'app:env:of-{name}:{{{name}}}', ttl: 1m}}\n" for name in names)
+    caches += "  hashed: {key: 'app:env:hashed:{t|sha256}', ttl: 1m}\n"
+    busts = ", ".join([*(f"of-{name}" for name in names), "hashed"])
+    checked = stage.check(f"{{name: r, table: public.texts, bust: [{busts}]}}", caches=caches)
+    told = [finding for finding in checked.findings if finding["code"] == "unbounded_key"]
+    assert checked.grave == ["unbounded_key"] * 4
+    assert [finding["line"] for finding in told] == [3, 4, 7, 9]
+    assert "hash it: `{t|sha256}`" in told[0]["sentence"]
+
+
+def test_with_the_types_of_columns_clashes_of_keys_are_decided(stage: Stage) -> None:
+    execute(stage.dsn, THINGS)
+    caches = (
+        "  thing: {key: 'app:env:thing:{id}', ttl: 1m}\n"
+        "  all: {key: 'app:env:thing:all', ttl: 1m}\n"
+        "  other: {key: 'app:env:thing:{n}', ttl: 1m}\n"
+    )
+    rule = "{name: r, table: public.things, old_row: sweep, bust: [thing, all, other]}"
+    checked = stage.check(rule, caches=caches)
+    assert checked.grave == ["same_keys"]
+    assert checked.only("same_keys")["line"] == 5
+
+
+# The publication and the slot
+
+
+def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(stage: Stage) -> None:
+    name = stage.given["publication"]
+    execute(stage.dsn, THINGS, "CREATE TABLE others (id int PRIMARY KEY)", "CREATE TABLE bare (id int)")
+    execute(stage.dsn, f"CREATE PUBLICATION {name} FOR TABLE others, bare WITH (publish = 'insert, update')")
+    other = "{name: other-changed, table: public.others, on: [insert], bust: [thing]}"
+    checked = stage.check(other, THING)
+    missing = checked.only("table_not_published")
+    assert (missing["severity"], missing["line"]) == ("warning", 6)
+    assert f'ALTER PUBLICATION "{name}" ADD TABLE ONLY "public"."things";' in missing["sentence"]
+    assert "does not publish delete and truncate" in checked.only("operation_not_published")["sentence"]
+    harmful = checked.only("no_replica_identity")
+    assert harmful["severity"] == "error"
+    assert f'ALTER PUBLICATION "{name}" DROP TABLE "public"."bare"' in harmful["sentence"]
+    execute(stage.dsn, f"ALTER PUBLICATION {name} DROP TABLE bare")
+    assert stage.check(other).grave == []
+    execute(stage.dsn, f"ALTER PUBLICATION {name} SET TABLE others WHERE (id > 1)")
+    limited = stage.check(other).only("limited_publication")
+    assert (limited["severity"], limited["line"]) == ("error", 5)
+    execute(stage.dsn, f"ALTER PUBLICATION {name} SET (publish_via_partition_root = true)")
+    assert "published_via_root" in stage.check(other).of("warning")
+
+
+def test_a_role_that_may_not_stream_or_set_up_is_an_error_with_what_an_administrator_runs(
+    stage: Stage, postgres: embedded.Postgres
+) -> None:
+    role = stage.given["slot"]
+    execute(stage.dsn, THINGS, f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
+    try:
+        dsn = postgres.dsn_for(stage.dsn.rpartition("/")[2], user=role, password="pw")
+        checked = stage.check(THING, postgres_dsn=dsn)
+        assert sorted(checked.of("error")) == ["no_publication", "no_replication_right"]
+        assert f'ALTER ROLE "{role}" REPLICATION' in checked.only("no_replication_right")["sentence"]
+        assert "have an administrator run CREATE PUBLICATION" in checked.only("no_publication")["sentence"]
+        assert "pw@" not in checked.text
+        execute(stage.dsn, f"ALTER ROLE {role} REPLICATION")
+        assert stage.check(THING, postgres_dsn=dsn).of("error") == ["no_publication"]
+    finally:
+        execute(stage.dsn, f"DROP ROLE {role}")
+
+
+def test_a_slot_of_something_else_is_an_error(stage: Stage) -> None:
+    execute(stage.dsn, THINGS, f"SELECT pg_create_physical_replication_slot('{stage.given['slot']}')")
+    try:
+        assert stage.check(THING).of("error") == ["foreign_slot"]
+    finally:
+        execute(stage.dsn, f"SELECT pg_drop_replication_slot('{stage.given['slot']}')")
+
+
+def test_a_server_that_can_not_decode_is_an_error_beside_all_other_findings(redis_url: str, tmp_path: Path) -> None:
+    with embedded.Postgres(settings={"wal_level": "replica", "max_slot_wal_keep_size": "1GB"}) as server:
+        checked = Stage(server.dsn, redis_url, "s", tmp_path).check(THING)
+    assert sorted(checked.of("error")) == ["no_logical_decoding", "unknown_table"]
+    assert "set wal_level = logical" in checked.only("no_logical_decoding")["sentence"]
+    assert "wal_unbounded" not in checked.of("note")
+
+
+def test_servers_that_are_away_and_rules_that_are_wrong_are_told_in_one_table(tmp_path: Path) -> None:
+    away = Stage("postgresql://u:topsecret@127.0.0.1:1/d", "redis://:topsecret@127.0.0.1:1", "s", tmp_path)
+    checked = away.check("{name: r, table: things, bust: [thing]}")
+    assert checked.of("error") == ["postgres_unavailable", "redis_unavailable", "wrong_rule_file"]
+    assert "topsecret" not in checked.text
+
+
+# Queries
+
+TEAMS = """\
+  team: {key: "app:env:team:{team_id}", ttl: 1m}
+"""
+
+
+def via(query: str) -> str:
+    return f'{{name: user-changed, table: public.users, bust: [{{team: {{via: "{query}"}}}}]}}'
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "sentence"),
+    [
+        ("SELECT team_id FROM public.members WHERE user_id = {id}", None, ""),
+        ("SELECT team_id FROM public.memberz WHERE user_id = {id}", "query_fails", "memberz"),
+        ("SELECT team_id FROM public.members WHERE user_id = {mail}", "query_fails", "operator does not exist"),
+        ("SELECT team_id FROM public.members WHERE user_id = {idd}", "unknown_column", "did you mean id?"),
+        ("SELECT team_id AS team FROM public.members WHERE user_id = {id}", "query_lacks_parameter", "`team`?"),
+        (
+            "SELECT team_id FROM public.members WHERE note = {mail}",
+            "query_scans_table",
+            'CREATE INDEX CONCURRENTLY ON "public"."members" (note)',
+        ),
+        (
+            "SELECT team_id FROM public.members WHERE kind = {id} AND note = {mail}",
+            "query_scans_table",
+            '"public"."members" (kind, note)',
+        ),
+        ("SELECT team_id FROM public.small WHERE user_id = {id}", None, ""),
+        ("SELECT 1 AS team_id", None, ""),
+    ],
+)
+def test_a_query_that_fails_or_has_no_index_is_told(stage: Stage, query: str, code: str | None, sentence: str) -> None:
+    execute(
+        stage.dsn,
+        "CREATE TABLE users (id int PRIMARY KEY, mail text)",
+        "ALTER TABLE users REPLICA IDENTITY FULL",
+        "CREATE TABLE members (team_id int, user_id int, note text, kind int, PRIMARY KEY (user_id, team_id))",
+        "INSERT INTO members SELECT n % 100, n, 'note ' || n, n FROM generate_series(1, 50000) n",
+        "CREATE TABLE small (team_id int, user_id int)",
+        "INSERT INTO small SELECT n, n FROM generate_series(1, 100) n",
+        "ANALYZE",
+    )
+    checked = stage.check(via(query), caches=TEAMS)
+    assert checked.grave == ([code] if code else [])
+    if code is not None:
+        finding = checked.only(code)
+        assert finding["line"] == 5
+        assert sentence in finding["sentence"]
+
+
+# Redis
+
+
+def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_readme_are_enough(
+    stage: Stage, valkey: embedded.Valkey, redis_client: redis.Redis
+) -> None:
+    execute(stage.dsn, THINGS)
+    name, url = f"check_{secrets.token_hex(3)}", stage.given["redis_url"]
+    administrator: Any = redis_client
+    granted = re.search(r"^ACL SETUSER cdc (.+)$", README.read_text(), re.MULTILINE)
+    assert granted
+    words = granted[1].replace("cdc:cdc_invalidator:", f"cdc:{stage.given['slot']}:").replace("shop:*", "app:*").split()
+    given = {"redis_url": re.sub(r"//[^@]*@|//", f"//{name}:secret@", url, count=1)}
+    try:
+        administrator.execute_command("ACL", "SETUSER", name, *words)
+        assert stage.check(THING, **given).grave == []
+        administrator.execute_command("ACL", "SETUSER", name, "-unlink", "-hdel", "-info")
+        checked = stage.check(THING, **given)
+        assert checked.of("error") == ["redis_rights"]
+        assert f"~cdc:{stage.given['slot']}:* and +unlink +hdel" in checked.only("redis_rights")["sentence"]
+        administrator.execute_command("ACL", "SETUSER", name, "+unlink", "+hdel", "resetkeys", "~cdc:*", "~app:other:*")
+        checked = stage.check(THING, **given)
+        assert checked.of("error") == ["redis_rights"]
+        assert "grant it +evalsha and ~app:env:thing:*" in checked.only("redis_rights")["sentence"]
+        assert checked.only("redis_rights")["line"] == 3
+        assert stage.check(THING, redis_url=given["redis_url"].replace("secret", "other")).of("error") == [
+            "redis_unavailable"
+        ]
+        assert redis_client.dbsize() == 0
+    finally:
+        administrator.execute_command("ACL", "DELUSER", name)
+
+
+def test_versions_on_a_redis_that_evicts_nothing_are_worth_a_note(stage: Stage) -> None:
+    execute(stage.dsn, THINGS)
+    versioned = "  thing: {key: 'app:env:thing:{id}:v{version}', version: 'app:env:thing:{id}:ver', ttl: 1m}\n"
+    assert "noeviction" in stage.check(THING, caches=versioned).of("note")
+    assert "noeviction" not in stage.check(THING).of("note")
+
+
+def test_the_kind_of_redis_is_told_and_a_wrong_one_is_an_error(stage: Stage) -> None:
+    execute(stage.dsn, THINGS)
+    with Sentinels() as sentinels:
+        checked = stage.check(THING, redis_url=sentinels.url)
+        assert checked.grave == []
+        assert "a master named by Sentinel" in checked.only("redis_version")["sentence"]
+    with Cluster(replicas=False) as cluster, closing(cluster.client()):
+        tagged = '  thing: {key: "app:env:{{{id}}}:thing", ttl: 1m}\n'
+        checked = stage.check(THING, redis_url=cluster.url, caches=tagged)
+        assert checked.grave == []
+        assert "a cluster" in checked.only("redis_version")["sentence"]
+        assert stage.check(THING, redis_url=cluster.url).grave == ["no_hash_tag"]
+        single = cluster.url.replace("redis+cluster://", "redis://").split(",")[0]
+        assert "other_kind_of_redis" in stage.check(THING, redis_url=single).of("error")

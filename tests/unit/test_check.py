@@ -1,0 +1,330 @@
+"""What `check` finds in rule files alone: of each finding, a file that has it and one that has not."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from running import command
+
+from cdc_invalidator import overlap, rules
+from cdc_invalidator.check import Columns, Finding, Severity, in_order, offline, report, table
+from cdc_invalidator.document import Place
+from cdc_invalidator.overlap import Language, Values, common, readings
+from cdc_invalidator.template import Param, Template
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+GOOD = "  user: {key: 'app:env:user:{id}', ttl: 5m}\n"
+RULE = "  - {name: user-changed, table: public.users, bust: [user]}\n"
+
+
+def found(
+    caches: str, *more_rules: str, columns: Columns | None = None, cluster: bool = False, rule: str = RULE
+) -> list[Finding]:
+    text = f"version: 1\ncaches:\n{caches}rules:\n{rule}" + "".join(f"  - {more}\n" for more in more_rules)
+    return offline(rules.parse([("rules.yaml", text)], {}), columns or Columns(), cluster=cluster)
+
+
+def codes(findings: list[Finding]) -> list[str]:
+    return [finding.code for finding in findings]
+
+
+def only(findings: list[Finding], code: str) -> Finding:
+    (finding,) = [finding for finding in findings if finding.code == code]
+    return finding
+
+
+def test_a_file_with_everything_in_order_has_no_findings() -> None:
+    assert found(GOOD) == []
+
+
+# Rules
+
+
+def test_a_rule_that_ignores_the_old_row_is_listed_at_its_line() -> None:
+    finding = only(found(GOOD, "{name: two, table: public.t, old_row: ignore, bust: [user]}"), "old_row_ignored")
+    assert (finding.severity, finding.place) == (Severity.NOTE, Place("rules.yaml", 6, 5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ("on: [insert], when: \"op == 'update'\"", "never_fires"),
+        ("on: [insert, delete], when: \"op == 'update' && old.a != new.a\"", "never_fires"),
+        ("on: [delete], when: new != null", "never_fires"),
+        ("on: [update], columns: [a, b], immutable: [a, b]", "never_fires"),
+        ("when: \"op != 'truncate' && new.a > 1\"", "never_fires_on"),
+        ("columns: [a], immutable: [a]", "never_fires_on"),
+        ("on: [insert], columns: [a]", "columns_unused"),
+        ("on: [update], when: old.a != new.a", None),
+        ("on: [insert, delete], when: has(new.a)", None),
+        ("on: [update], columns: [a, b], immutable: [a]", None),
+        ("columns: [a]", None),
+    ],
+)
+def test_a_rule_that_can_never_fire_is_told(fields: str, code: str | None) -> None:
+    assert codes(found(GOOD, f"{{name: two, table: public.t, bust: [user], {fields}}}")) == ([code] if code else [])
+
+
+# Caches
+
+
+@pytest.mark.parametrize(
+    ("cache", "code"),
+    [
+        ("{key: 'app:env:other:{id}', ttl: 1m}", "never_busted"),
+        ("{key: 'app:env:other:{id}', ttl: 1m, ttl_only: true}", None),
+    ],
+)
+def test_a_cache_that_no_rule_busts_is_told_unless_it_is_ttl_only(cache: str, code: str | None) -> None:
+    assert codes(found(f"{GOOD}  other: {cache}\n")) == ([code] if code else [])
+
+
+@pytest.mark.parametrize(
+    ("cache", "code"),
+    [
+        ("{key: 'app:env:user:{id}'}", "no_ttl"),
+        ("{key: 'user:{id}', ttl: 1m}", "short_prefix"),
+        ("{key: '{id}:user:app:env', ttl: 1m}", "short_prefix"),
+        ("{key: 'app:env:u:{id}:v{version}', version: 'u:{id}', ttl: 1m}", "short_prefix"),
+        ("{key: 'app:env:{id}', ttl: 1m}", None),
+        ("{key: 'app:env:{{{id}}}:user', ttl: 1m}", None),
+    ],
+)
+def test_a_cache_without_a_ttl_or_a_prefix_is_told_at_its_line(cache: str, code: str | None) -> None:
+    findings = found(f"  user: {cache}\n")
+    assert codes(findings) == ([code] if code else [])
+    assert [finding.place for finding in findings] == [Place("rules.yaml", 3, 3)] * len(findings)
+
+
+def test_in_a_cluster_a_key_needs_a_hash_tag_unless_it_has_a_version() -> None:
+    assert codes(found(GOOD, cluster=True)) == ["no_hash_tag"]
+    assert found("  user: {key: 'app:env:{{{id}}}:user', ttl: 5m}\n", cluster=True) == []
+    versioned = "  user: {key: 'app:env:u:{id}:v{version}', version: 'app:env:u:{id}:ver', ttl: 5m}\n"
+    assert found(versioned, cluster=True) == []
+
+
+# Keys that are two things
+
+
+def pair(one: str, other: str, *, columns: Columns | None = None, fields: str = "") -> list[Finding]:
+    findings = found(
+        f"  user: {{key: '{one}', ttl: 1m}}\n  other: {{key: '{other}', ttl: 1m{fields}}}\n",
+        "{name: other-changed, table: public.t, bust: [other]}",
+        columns=columns,
+    )
+    return [finding for finding in findings if finding.code != "sweeps_others"]
+
+
+def test_two_caches_that_can_have_the_same_key_are_told_with_an_example() -> None:
+    finding = only(pair("app:env:page:{slug}", "app:env:page:home"), "same_keys")
+    assert (finding.severity, finding.place) == (Severity.WARNING, Place("rules.yaml", 4, 3))
+    assert "`app:env:page:home`" in finding.sentence
+    assert "rules.yaml:3:3" in finding.sentence
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("app:env:user:{id}", "app:env:user:{id}:orders"),
+        ("app:env:user:{id}", "app:env:team:{id}"),
+        ("app:env:user:{id}", "app:env:user:v1:{id}"),
+        ("app:env:page:{path|sha256}", "app:env:page:home"),
+        ("app:env:page:{path|urlencode}", "app:env:page:a/b"),
+        ("app:env:page:{path|lower}", "app:env:page:Home"),
+        ("app:env:{id}-x", "app:env:{id}-y"),
+        ("app:env:users/{id}", "app:env:users/{id}/orders"),
+    ],
+)
+def test_caches_whose_keys_differ_whatever_the_parameters_are_not_told(one: str, other: str) -> None:
+    assert pair(one, other) == []
+
+
+def test_with_what_is_known_of_the_columns_a_clash_is_sure_or_none() -> None:
+    numbers = Columns({"user": {"id": overlap.NUMBER}, "other": {"team": overlap.NUMBER}})
+    assert pair("app:env:user:{id}", "app:env:user:me", columns=numbers) == []
+    assert only(pair("app:env:{id}", "app:env:{team}", columns=numbers), "same_keys").severity is Severity.ERROR
+
+
+def test_text_that_may_hold_the_separator_is_worth_a_note() -> None:
+    texts = Columns({"user": {"mail": overlap.TEXT}, "other": {"id": overlap.NUMBER}})
+    finding = only(pair("app:env:user:{mail}", "app:env:user:{id}:orders", columns=texts), "same_keys")
+    assert finding.severity is Severity.NOTE
+    assert "`app:env:user:1:orders`" in finding.sentence
+    assert pair("app:env:user:{mail|urlencode}", "app:env:user:{id}:orders", columns=texts) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "known", "severity"),
+    [
+        ("app:env:{a}{b}", {}, Severity.WARNING),
+        ("app:env:{a}{b}", {"a": overlap.NUMBER, "b": overlap.NUMBER}, Severity.WARNING),
+        ("app:env:{a}1{b}", {"a": overlap.NUMBER, "b": overlap.NUMBER}, Severity.WARNING),
+        ("app:env:{a}-{b}", {"a": overlap.TEXT, "b": overlap.NUMBER}, Severity.WARNING),
+        ("app:env:{a}:{b}", {"a": overlap.TEXT, "b": overlap.TEXT}, Severity.NOTE),
+        ("app:env:{a}:{b}", {}, None),
+        ("app:env:{a}-{b}", {}, None),
+        ("app:env:{a}:{b}", {"a": overlap.NUMBER, "b": overlap.NUMBER}, None),
+        ("app:env:{a}:{b}", {"a": overlap.NUMBER, "b": overlap.TEXT}, None),
+        ("app:env:{a|urlencode}:{b|urlencode}", {"a": overlap.TEXT, "b": overlap.TEXT}, None),
+        ("app:env:{a}{b|sha256}", {}, None),
+        ("app:env:{a}{a}", {"a": overlap.NUMBER}, None),
+    ],
+)
+def test_a_key_that_two_rows_can_share_is_told(key: str, known: dict[str, Values], severity: Severity | None) -> None:
+    findings = found(f"  user: {{key: '{key}', ttl: 1m}}\n", columns=Columns({"user": known}))
+    assert [finding.severity for finding in findings] == ([severity] if severity else [])
+    assert codes(findings) == ["ambiguous_key"] * len(findings)
+
+
+def test_a_key_that_is_a_lock_or_a_version_counter_is_told() -> None:
+    assert codes(pair("app:env:{id}", "app:env:{id}:lock")) == ["key_is_ours"]
+    assert pair("app:env:{id}", "app:env:{id}:{kind}") == []
+    version = ", version: 'app:env:{id}:v'"
+    assert codes(pair("app:env:{id}:v", "app:env:{id}:x{version}", fields=version)) == ["key_is_ours"]
+    own = "  user: {key: 'app:env:{id}:{version}', version: 'app:env:{id}:ver', ttl: 1m}\n"
+    assert found(own) == []
+    assert codes(found(own.replace(":ver'", ":0'"))) == ["key_is_ours"]
+
+
+def test_a_sweep_that_takes_more_than_its_cache_is_worth_a_note() -> None:
+    caches = f"{GOOD}  orders: {{key: 'app:env:user:{{id}}:orders', ttl: 1m, ttl_only: true}}\n"
+    finding = only(found(caches), "sweeps_others")
+    assert finding.severity is Severity.NOTE
+    assert "`app:env:user:*`" in finding.sentence
+    assert found(caches.replace("user:{id}:orders", "orders:{id}")) == []
+    apart = (
+        "  user: {key: 'app:env:t:{id}:settings', ttl: 1m}\n  b: {key: 'app:env:t:{t}:{x}', ttl: 1m, ttl_only: true}\n"
+    )
+    assert only(found(apart), "sweeps_others").place == Place("rules.yaml", 4, 3)
+
+
+# The languages themselves
+
+PARTS = st.lists(
+    st.one_of(st.sampled_from([b"a", b":", b"1", b"a:1"]), st.sampled_from([Param("x"), Param("y"), Param("z")])),
+    min_size=1,
+    max_size=5,
+)
+VALUES = st.fixed_dictionaries(dict.fromkeys("xyz", st.sampled_from([overlap.TEXT, overlap.PART, overlap.NUMBER])))
+
+
+def pattern(template: Template, values: dict[str, Values]) -> re.Pattern[bytes]:
+    """The same language as a regular expression; a parameter that comes again must be the same."""
+    of = {overlap.TEXT: rb"[ -~]+", overlap.PART: rb"[ -9;-~]+", overlap.NUMBER: rb"[-0-9][0-9]*"}
+    seen: set[str] = set()
+    text = b""
+    for part in template.parts:
+        if isinstance(part, bytes):
+            text += re.escape(part)
+        elif part.name in seen:
+            text += b"(?P=%b)" % part.name.encode()
+        else:
+            seen.add(part.name)
+            text += b"(?P<%b>%b)" % (part.name.encode(), of[values[part.name]])
+    return re.compile(text)
+
+
+@given(PARTS, PARTS, VALUES, VALUES, st.lists(st.sampled_from([b"a", b":", b"1", b"-"]), max_size=6))
+def test_a_common_key_is_of_both_and_none_is_missed(
+    mine: list[bytes | Param],
+    theirs: list[bytes | Param],
+    values: dict[str, Values],
+    others: dict[str, Values],
+    letters: list[bytes],
+) -> None:
+    one, other = Template.of(mine), Template.of(theirs)
+    key = common(Language(one, values), Language(other, others))
+    patterns = (pattern(one, values), pattern(other, others))
+    if key is not None:
+        assert all(regular.fullmatch(key.encode()) for regular in patterns)
+    elif all(len(template.params) == sum(isinstance(p, Param) for p in template.parts) for template in (one, other)):
+        assert not all(regular.fullmatch(b"".join(letters)) for regular in patterns)
+
+
+@given(PARTS, VALUES)
+def test_two_readings_of_a_key_differ(parts: list[bytes | Param], values: dict[str, Values]) -> None:
+    template = Template.of(parts)
+    both = readings(Language(template, values))
+    if both is not None:
+        assert both.one != both.other
+        for reading in (both.one, both.other):
+            given_ = dict(item.split(" = ", 1) for item in reading.split(", "))
+            assert template.render(given_) == both.key.encode()
+
+
+# What is shown
+
+
+def test_the_table_is_aligned_and_no_wider_than_it_may_be() -> None:
+    findings = in_order(
+        [
+            Finding(Severity.NOTE, "b", "Redis", "a note; leave it."),
+            Finding(Severity.ERROR, "a", Place("rules.yaml", 3, 4), "word " * 40),
+            Finding(
+                Severity.ERROR, "a", Place("a/very/long/path/to/a/folder/with/rules.yaml", 3, 4), "wrong; mend it."
+            ),
+        ]
+    )
+    lines = table(findings).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line.split()[0] for line in lines if line[:1].strip()] == ["error", "error", "note", "2"]
+    assert lines[-1] == "2 errors, 1 note"
+    assert lines[0] == "error    a/very/long/path/to/a/folder/with/rules.yaml:3:4"
+    assert lines[1].index("wrong") == lines[2].index("word") == lines[3].index("word")
+    assert table([]) == "nothing found"
+
+
+def test_json_has_the_places_apart_and_counts() -> None:
+    findings = [Finding(Severity.ERROR, "a", Place("r.yaml", 3, 4), "x"), Finding(Severity.WARNING, "b", "Redis", "y")]
+    told = report(findings)
+    assert (told["errors"], told["warnings"]) == (1, 1)
+    first, second = told["findings"]
+    assert first == {
+        "severity": "error",
+        "code": "a",
+        "place": "r.yaml:3:4",
+        "file": "r.yaml",
+        "line": 3,
+        "column": 4,
+        "sentence": "x",
+    }
+    assert (second["place"], second["file"]) == ("Redis", None)
+
+
+# The command
+
+
+def test_check_offline_needs_no_server_and_tells_mistakes_of_the_files_in_the_same_table(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(f"version: 1\ncaches:\n{GOOD}rules:\n{RULE}")
+    done = command("check", "--offline", rules=path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "nothing found\n", "")
+    clustered = command("check", "--offline", "--format", "json", rules=path, redis_url="redis+cluster://nowhere:1")
+    assert (clustered.returncode, json.loads(clustered.stdout)["warnings"]) == (0, 1)
+    path.write_text(path.read_text() + "  - {name: x, table: public.t, old_row: never, bust: [uesr]}\n")
+    wrong = command("check", "--offline", rules=path)
+    assert (wrong.returncode, wrong.stderr) == (1, "")
+    assert f"{path.name}:6:41" in wrong.stdout
+    assert "did you mean `user`?" in wrong.stdout
+    assert wrong.stdout.splitlines()[-1] == "2 errors"
+
+
+def test_without_its_settings_check_says_which_and_exits_2(tmp_path: Path) -> None:
+    path = tmp_path / "rules.yaml"
+    path.write_text(f"version: 1\ncaches:\n{GOOD}rules:\n{RULE}")
+    for words, given_, name in (
+        (["--offline"], {}, "CDC_RULES"),
+        ([], {"rules": path, "redis_url": "redis://127.0.0.1:1"}, "CDC_POSTGRES_DSN"),
+        (["--offline"], {"rules": path, "redis_url": "http://x"}, "CDC_REDIS_URL"),
+    ):
+        refused = command("check", *words, **given_)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert len(refused.stderr.splitlines()) == 1
+        assert name in refused.stderr

@@ -1,7 +1,7 @@
 """A daemon's life, in reading order: start, sessions one after the other, shutdown.
 
-When anything on PostgreSQL's side fails, the session is thrown away whole and the next one computes everything anew;
-there is no repair. Retries for PostgreSQL live here and nowhere else.
+When anything on PostgreSQL's side fails, or other rules come, the session is thrown away whole and the next one
+computes everything anew; there is no repair. Retries for PostgreSQL live here and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -21,7 +22,9 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.events import Events
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.recent import Recent
+from cdc_invalidator.reload import Reload
 from cdc_invalidator.replicas import Replicas
+from cdc_invalidator.rulefile import Table
 from cdc_invalidator.rules import RuleSet
 from cdc_invalidator.session import STANDBY_SECONDS, Options, Role, Session
 
@@ -40,21 +43,37 @@ class Daemon:
         metrics: what to count.
         events: where busts are told.
         replicas: the standbys that busts wait for.
+        source: the rule file, or the directory of rule files, that ``rules`` were read from.
     """
 
-    def __init__(self, options: Options, rules: RuleSet, metrics: Metrics, events: Events, replicas: Replicas) -> None:
+    def __init__(
+        self, options: Options, rules: RuleSet, metrics: Metrics, events: Events, replicas: Replicas, source: Path
+    ) -> None:
         self._options = options
         self._rules = rules
         self._metrics = metrics
         self._events = events
         self._stop = asyncio.Event()
+        # The session's end: we are told to stop, or other rules come.
+        self._over = asyncio.Event()
         self._backoff = Backoff()
-        self._has_led = False
+        # The rules were right for this database once: from now on they are kept as far as they can be.
+        self._proven = False
+        self._unsettled: set[Table] = set()
         self._role: Role = "connecting"
         self._session: Session | None = None
         self._last_error: str | None = None
         self._recent = Recent()
         self._replicas = replicas
+        self._reload = Reload(
+            source,
+            os.environ,
+            rules,
+            dsn=options.postgres_dsn,
+            publication=options.publication,
+            metrics=metrics,
+            switch=self._switch,
+        )
 
     async def run(self, http_host: str, http_port: int) -> None:
         """Run until SIGTERM or SIGINT, with the pages on that address.
@@ -64,13 +83,44 @@ class Daemon:
             errors.ServerRefuses: a server says no for good.
         """
         pages = http.Pages(self._metrics.registry, self.status, lambda: self._role != "connecting")
-        with _signals(self._stop):
+        with _signals(self._told, self._reload.ask):
             async with http.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
                 self._check_hash_tags()
-                while not self._stop.is_set():
-                    await self._attempt()
+                reloading = asyncio.create_task(self._reload.run(), name="reload")
+                # It never ends by itself; if it does, the daemon does not limp.
+                reloading.add_done_callback(lambda _: self._end())
+                try:
+                    while not self._stop.is_set():
+                        await self._attempt()
+                    if reloading.done():
+                        reloading.result()
+                finally:
+                    reloading.cancel()
+                    await asyncio.wait({reloading})
         _log.info("stopped")
+
+    def _told(self) -> None:
+        if self._stop.is_set():
+            # The operator insists: nothing is lost, what was not confirmed is received again.
+            os._exit(errors.InvalidatorError.exit_code)
+        self._end()
+
+    def _end(self) -> None:
+        self._stop.set()
+        self._over.set()
+
+    def _switch(self, rules: RuleSet) -> None:
+        """Let a session of other rules follow this one; the digests in the watermark tell it what to sweep."""
+        # A table that was not named before may be published, by another daemon, and have transactions under way that
+        # are not in the stream.
+        self._unsettled |= set(rules.tables) - set(self._rules.tables)
+        self._rules = rules
+        # What was busted by the old rules says nothing of what the new ones would have.
+        self._recent = Recent()
+        self._proven = True
+        self._check_hash_tags()
+        self._over.set()
 
     def _check_hash_tags(self) -> None:
         if self._options.redis.kind != "cluster":
@@ -85,6 +135,7 @@ class Daemon:
             )
 
     async def _attempt(self) -> None:
+        self._over.clear()
         session = self._session = Session(
             self._options,
             self._rules,
@@ -93,11 +144,12 @@ class Daemon:
             self._be,
             recent=self._recent,
             replicas=self._replicas,
-            strict=not self._has_led,
+            strict=not self._proven,
+            unsettled=self._unsettled,
         )
         began = time.monotonic()
         try:
-            await session.run(self._stop)
+            await session.run(self._over)
         except errors.SlotInUse:
             # Another standby was faster.
             self._be("standby")
@@ -131,10 +183,10 @@ class Daemon:
             _log.warning("postgres_unavailable", error=str(error))
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, but not longer than until we are told to stop."""
+        """Wait, but not longer than until we are told to stop, or have other rules to begin with."""
         try:
             async with asyncio.timeout(seconds):
-                await self._stop.wait()
+                await self._over.wait()
         except TimeoutError:
             return
 
@@ -142,7 +194,7 @@ class Daemon:
         if role != self._role:
             _log.info("role", role=role)
         if role == "leader":
-            self._has_led = True
+            self._proven = True
             self._last_error = None
         self._role = role
         self._metrics.leader.set(role == "leader")
@@ -164,26 +216,21 @@ class Daemon:
             "backlog_keys": session.backlog.weight if session else 0,
             "dropped_replicas": self._replicas.dropped,
             "unpublished_tables": [str(table) for table in session.unpublished] if session else [],
-            "rules": {"digest": self._rules.digest, "caches": len(self._rules.caches), "rules": len(self._rules.rules)},
+            "rules": {
+                "digest": self._rules.digest,
+                "caches": len(self._rules.caches),
+                "rules": len(self._rules.rules),
+                "last_reload": self._reload.last.shown() if self._reload.last else None,
+            },
             "last_error": (apply.last_error if apply else None) or self._last_error,
         }
 
 
 @contextmanager
-def _signals(stop: asyncio.Event) -> Iterator[None]:
-    """Set ``stop`` at the first SIGTERM or SIGINT, leave at once at the second; in the end, remove the handlers."""
+def _signals(told: Callable[[], None], asked: Callable[[], None]) -> Iterator[None]:
+    """Call ``told`` at each SIGTERM or SIGINT, and ``asked`` at each SIGHUP; in the end, remove the handlers."""
     loop = asyncio.get_running_loop()
-
-    def told() -> None:
-        if stop.is_set():
-            # The operator insists: nothing is lost, what was not confirmed is received again.
-            os._exit(errors.InvalidatorError.exit_code)
-        stop.set()
-
-    def not_yet() -> None:
-        _log.warning("reload_not_supported", error="Rules are read at the start; restart the daemon.")
-
-    handlers = {signal.SIGTERM: told, signal.SIGINT: told, signal.SIGHUP: not_yet}
+    handlers = {signal.SIGTERM: told, signal.SIGINT: told, signal.SIGHUP: asked}
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
     try:

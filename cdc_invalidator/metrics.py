@@ -35,6 +35,18 @@ class Metrics:
         self.build_info = gauge("build_info", "Constant 1, labelled with the version.", "version")
         self.build_info.labels(__version__).set(1)
 
+        # The rules.
+        self.rule_set = gauge("rule_set_info", "Constant 1, labelled with the digest of the rules in force.", "digest")
+        self.reloads = counter("reloads_total", "Times the rule files were read again.", "result")
+        for result in ("ok", "failed", "unchanged"):
+            self.reloads.labels(result)
+        self.reload_successful = gauge(
+            "reload_successful", "0 while the rule files hold other rules than those in force."
+        )
+        self.reloaded_at = gauge(
+            "reload_success_timestamp_seconds", "When the rule files were last found to be as they are in force."
+        )
+
         # The stream.
         self.changes = counter("changes_total", "Row changes matched against rules.", "table", "op")
         self.transactions = counter("transactions_total", "Transactions received.")

@@ -80,6 +80,7 @@ class Session:
         recent: remembers what was applied, across sessions.
         replicas: the standbys that busts wait for.
         strict: refuse rules that this database can't keep; else keep those that it can.
+        unsettled: remembers, across sessions, the tables that may be in the stream with only a part of their changes.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Session:
         recent: Recent,
         replicas: Replicas,
         strict: bool,
+        unsettled: set[Table],
     ) -> None:
         self._options = options
         self._rules = rules
@@ -102,6 +104,7 @@ class Session:
         self._recent = recent
         self._replicas = replicas
         self._strict = strict
+        self._unsettled = unsettled
         self._system_id = ""
         self._queries = Queries(options.postgres_dsn, metrics)
         self._watched_at = 0.0
@@ -210,17 +213,24 @@ class Session:
         connection = self._connection = await postgres.connect(options.postgres_dsn, "cdc-invalidator catalogs")
         slot = self._slot = Slot(connection, options.slot)
         publication = self._publication = Publication(connection, options.publication)
-        tables = self._tables = Tables(connection, publication, self._rules, strict=self._strict)
+        tables = self._tables = Tables(
+            connection, publication, self._rules, strict=self._strict, unsettled=self._unsettled
+        )
         server = await slot.server()
         while True:
             before, survey = await tables.publish()
+            # Who stands by may publish long before it leads.
+            self._unsettled.update(survey.published_since(before))
             state = await slot.state()
             if state is None or not state.active:
                 break
             # What the catalogs said may be hours old once it is our turn: they are asked again then.
             await self._stand_by(slot)
         new_slot = await self._streamable(slot, state, server, new_publication=not before.exists)
-        added = [] if new_slot else survey.published_since(before)
+        if new_slot:
+            # Making a slot waits for all transactions, so that nothing is left to settle.
+            self._unsettled.clear()
+        added = [table for table in survey.published if table in self._unsettled]
         replication = self._replication = await Replication.open(options.postgres_dsn)
         system = await replication.identify()
         self._system_id = system.system_id
@@ -230,7 +240,6 @@ class Session:
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
         snapshots = self._snapshots = await Snapshots.open(options.postgres_dsn)
-        # Making a slot waits for all transactions, so that with a new one nothing is left to settle.
         gap = await tables.settled(added, snapshots)
         self.checkpoint = Checkpoint(state.confirmed)
         self.apply = Apply(

@@ -33,10 +33,17 @@ class Tables:
         publication: the one to keep.
         rules: the rule set.
         strict: refuse rules that this database can't keep; else keep those that it can.
+        unsettled: remembers, across sessions, the tables that may be in the stream with only a part of their changes.
     """
 
     def __init__(
-        self, connection: psycopg.AsyncConnection[Any], publication: Publication, rules: RuleSet, *, strict: bool
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        publication: Publication,
+        rules: RuleSet,
+        *,
+        strict: bool,
+        unsettled: set[Table],
     ) -> None:
         self._connection = connection
         self._publication = publication
@@ -44,6 +51,7 @@ class Tables:
         self._strict = strict
         self._survey: Survey | None = None
         self._settling: dict[Table, str] = {}
+        self._unsettled = unsettled
 
     @property
     def survey(self) -> Survey:
@@ -127,6 +135,8 @@ class Tables:
         for table in over:
             del self._settling[table]
         self._settling.update(dict.fromkeys(added, now))
+        self._unsettled.difference_update(over)
+        self._unsettled.update(added)
         return self.caches(added + over, "table_added")
 
     def caches(self, tables: Iterable[Table], why: str) -> dict[str, str]:

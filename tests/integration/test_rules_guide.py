@@ -1,0 +1,78 @@
+"""The examples of rules/README.md: each is loaded, its tests are run, and nothing of the format is left out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from cdc_invalidator import errors, rules, trial
+from cdc_invalidator.rulefile import CacheEntry, ChangeEntry, RuleEntry, RuleFile, TestEntry
+
+GUIDE = (Path(__file__).parents[2] / "rules" / "README.md").read_text()
+_FENCED = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+
+
+class Example(NamedTuple):
+    """A fenced block of YAML; ``mistakes``: what the guide says is wrong with it."""
+
+    heading: str
+    text: str
+    mistakes: str | None
+
+
+def _examples() -> list[Example]:
+    found = []
+    for block in _FENCED.finditer(GUIDE):
+        heading = re.findall(r"^## (.+)$", GUIDE[: block.start()], re.MULTILINE)
+        if block[1] == "yaml":
+            found.append(Example(heading[-1], block[2], block[3]))
+    return found
+
+
+EXAMPLES = _examples()
+GOOD = [example for example in EXAMPLES if example.mistakes is None]
+WRONG = [example for example in EXAMPLES if example.mistakes is not None]
+
+
+@pytest.mark.parametrize("example", GOOD, ids=[example.heading for example in GOOD])
+def test_an_example_of_the_guide_is_a_file_whose_tests_pass(example: Example) -> None:
+    found = rules.parse([("rules.yaml", example.text)], {})
+    failed = [outcome for outcome in trial.run(found) if not outcome.passed]
+    assert not failed, list(trial.Report().lines(failed))
+    assert found.tests or example.heading == "A first rule"
+    busted = {bust.cache.name for rule in found.rules for bust in rule.busts}
+    assert busted == {name for name, cache in found.caches.items() if not cache.ttl_only}
+
+
+@pytest.mark.parametrize("example", WRONG, ids=[example.heading for example in WRONG])
+def test_an_example_of_mistakes_is_told_in_these_words(example: Example) -> None:
+    with pytest.raises(errors.WrongRules) as wrong:
+        rules.parse([("rules.yaml", example.text)], {})
+    assert str(wrong.value) + "\n" == example.mistakes
+
+
+def test_the_guide_has_examples_of_both_kinds() -> None:
+    assert len(GOOD) >= 10
+    assert len(WRONG) == 1
+
+
+def test_every_field_of_the_format_is_explained() -> None:
+    reference = GUIDE.partition("## All fields")[2]
+    for model in (RuleFile, CacheEntry, RuleEntry, TestEntry, ChangeEntry):
+        for name in model.model_fields:
+            assert f"`{name}`" in reference, f"{name} of {model.__name__}"
+
+
+def test_the_contents_lead_to_the_headings() -> None:
+    headings = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^## (.+)$", GUIDE, re.MULTILINE)
+    }
+    linked = re.findall(r"\]\(#([^)]+)\)", GUIDE)
+    assert set(linked) <= headings
+    assert len(set(linked)) == len(headings)
+    for target in re.findall(r"\]\(((?!#|https:)[^)]+)\)", GUIDE):
+        assert (Path(__file__).parents[2] / "rules" / target).exists(), target

@@ -75,6 +75,8 @@ def _widened(some: Sequence[Waiting], resolve: Callable[[Ticket], None]) -> Wait
     for item in some:
         for target, busts in item.batch.busts.items():
             whole.sweep(target, busts.ops, busts.reason)
+            # What a query would have given is not known now: whoever applies the batch anew sweeps as well.
+            busts.sweep |= target.query is not None
     oldest = min(some, key=lambda item: item.ticket.below)
     for item in some:
         if item is not oldest:
@@ -142,7 +144,7 @@ class Again:
             for target, busts in batch.busts.items():
                 if target.cache.again_after == delay:
                     part.busts[target] = busts
-                    part.weight += len(busts.keys) + busts.sweep
+                    part.weight += len(busts.keys) + len(busts.bumps) + len(busts.derived) + busts.sweep
             ticket.parts += 1
             queue = self._later.setdefault(delay, _Queue("again_after", self._capacity, self._resolve))
             queue.append(Waiting(part, ticket, now, now + delay / 1000))

@@ -163,7 +163,7 @@ class Apply:
             if self._anew:
                 await self._apply_anew(server)
             if not self._taken:
-                self._taken = self._take()
+                self._taken = await self._take()
             if self._taken:
                 await self._flush(server, self._taken)
                 self._taken = []
@@ -184,13 +184,13 @@ class Apply:
         self.last_error = self.away_since = None
         await self._backlog.wait(self._patience())
 
-    def _take(self) -> list[tuple[Batch, Ticket]]:
+    async def _take(self) -> list[tuple[Batch, Ticket]]:
         taken = self._backlog.take(FLUSH_WEIGHT)
         if self._debounces:
             now = time.monotonic()
             self._debounce.hold(taken, now)
-            # What was held comes after what holds it: it is newer.
-            taken += self._debounce.due(now)
+            xids = self._debounce.xids(now)
+            taken += self._debounce.due(now, await self._hidden(xids) if xids else ())
         queued, self._queued = self._queued, []
         return queued + taken
 

@@ -259,7 +259,7 @@ class Assembly:
         for part in parts:
             for target, busts in part.busts.items():
                 # A cache with a single key is no smaller for being swept.
-                if busts.keys and target.one is None:
+                if busts.keys and (target.one is None or target.pairs or target.query is not None):
                     counts[target] = counts.get(target, 0) + len(busts.keys)
         if not counts:
             return False

@@ -20,7 +20,7 @@ from cdc_invalidator.condition import Condition, Holds
 from cdc_invalidator.condition import missing as condition_misses
 from cdc_invalidator.pgoutput import UNCHANGED, Row
 from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import Bust, Cache, Query, Rule, RuleSet
+from cdc_invalidator.rules import Bust, Cache, Query, Rule, RuleSet, join_arguments
 from cdc_invalidator.template import Template
 
 Counts = defaultdict[tuple[str, str], int]
@@ -328,7 +328,7 @@ class Invalidation:
         """
         try:
             order = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise errors.WrongMessage('A manual bust is not JSON; write {"cache": "user", "params": {…}}.') from error
         if not isinstance(order, dict) or not isinstance(order.get("cache"), str) or order.keys() - {"cache", "params"}:
             raise errors.WrongMessage("A manual bust must be an object with `cache`, and `params` if not all is meant.")
@@ -439,7 +439,15 @@ class Invalidation:
             return _Firing(target, _no_key, (), "sweep", "sweep")
         at = {parameter: index[column] for parameter, column in bust.columns.items()}
         columns = tuple(sorted(set(at.values())))
-        return _Firing(target, target.template.compile(at), columns, old_of_update, old_of_delete)
+        if bust.query is None:
+            return _Firing(target, target.template.compile(at), columns, old_of_update, old_of_delete)
+        # A query can be asked for NULL as well.
+        places = [at[column] for column in (*bust.query.columns, *bust.given.values())]
+        return _Firing(target, _arguments_of(places), columns, old_of_update, old_of_delete)
+
+
+def _arguments_of(places: Sequence[int]) -> KeyOf:
+    return lambda row: join_arguments([row[place] for place in places])
 
 
 def _no_key(_row: Sequence[bytes | None]) -> bytes | None:
@@ -509,7 +517,14 @@ def _manual_key(target: Target, params: object) -> bytes:
             raise errors.WrongMessage(
                 f"A manual bust of {name} gives {parameter} as neither text nor integer; quote it."
             )
-    key = target.template.render(values)
+    if any("\0" in value for value in values.values()):
+        raise errors.WrongMessage(f"A manual bust of {name} gives a value with NUL, which no key of it has.")
+    try:
+        key = target.template.render(values)
+    except UnicodeEncodeError as error:
+        raise errors.WrongMessage(
+            f"A manual bust of {name} gives a value that is no text; write it in UTF-8."
+        ) from error
     assert key is not None
     return key
 

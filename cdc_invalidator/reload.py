@@ -103,6 +103,7 @@ class Reload:
         """Watch and reload until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch(), name="rules watch")
+            tasks.create_task(self._look_on(), name="rules look")
             tasks.create_task(self._follow(), name="rules reload")
 
     # Watching: when to read.
@@ -156,6 +157,11 @@ class Reload:
         if name.startswith("..") or self._path.name == name:
             return True
         return not name.startswith(".") and name.endswith((".yaml", ".yml"))
+
+    async def _look_on(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            self._look()
 
     def _look(self) -> None:
         """Compare the texts with those that were read last."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -98,6 +98,16 @@ def pair(version: Template, key: Template) -> Template:
     return Template.of((*version.parts, b"\0", *rest))
 
 
+def join_arguments(values: Iterable[bytes | None]) -> bytes:
+    """Give one text of a query's arguments, which may be NULL; NUL, which no text of PostgreSQL holds, is between."""
+    return b"\0".join(b"-" if value is None else b"+" + value for value in values)
+
+
+def split_arguments(arguments: bytes) -> list[bytes | None]:
+    """Take apart what `join_arguments` gave."""
+    return [value[1:] if value.startswith(b"+") else None for value in arguments.split(b"\0")]
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """A query whose rows give parameters: SQL with the names of the changed row's columns in between.
@@ -115,7 +125,7 @@ class Bust:
 
     ``template``: what a change gives, from the columns that ``columns`` names for its parameters. Without a ``query``
     that is what is busted. With one, it is the values that `Query.columns` and then ``given`` (parameter: column) ask
-    for, with NUL between them: the query's rows give the parameters that are not in ``given``.
+    for, as `join_arguments` puts them: the query's rows give the parameters that are not in ``given``.
     """
 
     cache: Cache

@@ -17,7 +17,7 @@ from cdc_invalidator.condition import Condition
 from cdc_invalidator.invalidation import Batch, Busts, Complaint, Invalidation, Target
 from cdc_invalidator.rulefile import Table
 from cdc_invalidator.rules import Bust as RuleBust
-from cdc_invalidator.rules import Cache, Pair, Rule, RuleSet
+from cdc_invalidator.rules import Cache, Pair, Rule, RuleSet, split_arguments
 from cdc_invalidator.template import Template
 
 Row = Mapping[str, str | None]
@@ -128,8 +128,8 @@ class Played:
         assert target.bust is not None
         given, wanted = target.bust.given, target.cache.busted.params
         for argument in busts.keys:
-            values = argument.split(b"\0")[len(target.query.columns) :]
-            mapped = dict(zip(given, values, strict=True))
+            values = split_arguments(argument)[len(target.query.columns) :]
+            mapped = dict(zip(given, values, strict=False))
             for row in rows:
                 known = {**row, **mapped}
                 lacking = tuple(parameter for parameter in wanted if parameter not in known)

@@ -164,6 +164,62 @@ rules:
         stage.run("UPDATE products SET name = 'still there' WHERE id = 1")
 
 
+def test_a_query_is_asked_for_null_as_well_and_for_values_longer_than_the_column_took_once(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    rules = """
+caches: {name: {key: "t:name:{who}", ttl: 5m}}
+rules:
+  - name: r
+    table: public.users
+    bust:
+      - name: {via: "SELECT coalesce({name}, 'nobody') AS who"}
+"""
+    with staged(database, redis_url, redis_client, tmp_path, slot_name, rules) as stage:
+        stage.cache("t:name:nobody")
+        stage.run("UPDATE users SET name = NULL WHERE id = 5")
+        assert not stage.cached("t:name:nobody")
+        stage.run("ALTER TABLE users ALTER COLUMN name TYPE varchar(8)", "UPDATE users SET name = 'short' WHERE id = 5")
+        stage.cache("t:name:longer than before")
+        stage.run(
+            "ALTER TABLE users ALTER COLUMN name TYPE varchar(80)",
+            "UPDATE users SET name = 'longer than before' WHERE id = 5",
+        )
+        assert not stage.cached("t:name:longer than before")
+
+
+def test_a_query_without_arguments_and_one_with_too_many_rows(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    rules = """
+caches: {name: {key: "t:name:{who}", ttl: 5m}, many: {key: "t:many:{n}", ttl: 5m}}
+rules:
+  - name: r
+    table: public.users
+    bust:
+      - name: {via: "SELECT 'all' AS who"}
+      - many: {via: "SELECT n FROM generate_series(1, 60000) n"}
+"""
+    with staged(database, redis_url, redis_client, tmp_path, slot_name, rules) as stage:
+        stage.cache("t:name:all", "t:many:99999999")
+        stage.run("UPDATE users SET name = 'x' WHERE id = 5")
+        assert stage.cached("t:name:all", "t:many:99999999") == []
+        assert "50,000 rows" in stage.daemon.seen("query_failed", cache="many")["error"]
+
+
+def test_a_condition_that_fails_in_an_odd_way_ends_nothing(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    rules = """
+caches: {user: {key: "t:user:{id}", ttl: 5m}}
+rules: [{name: r, table: public.users, when: "[true, false][new.id]", bust: [user]}]
+"""
+    with staged(database, redis_url, redis_client, tmp_path, slot_name, rules) as stage:
+        stage.cache("t:user:0", "t:user:1", "t:user:7")
+        stage.run("UPDATE users SET name = 'x' WHERE id IN (1, 7)")
+        assert stage.cached("t:user:0", "t:user:1", "t:user:7") == ["t:user:0", "t:user:1"]
+
+
 # bump_over
 
 

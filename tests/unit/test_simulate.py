@@ -193,7 +193,8 @@ def test_many_rows_of_a_query_are_one_bump() -> None:
 def test_a_query_without_its_answer_is_told() -> None:
     assert verdict(VIA, change("insert", new=ROW)).unanswered == (Unanswered("team"),)
     assert verdict(VIA, change("insert", new=ROW), {"team": [{}]}).unanswered == (Unanswered("team", ("team_id",)),)
-    assert verdict(VIA, change("insert", new={"id": None})).unanswered == ()
+    # NULL can be asked for as well.
+    assert verdict(VIA, change("insert", new={"id": None})).unanswered == (Unanswered("team"),)
     assert verdict(VIA, change("truncate")).unanswered == ()
 
 

@@ -328,3 +328,23 @@ def test_without_its_settings_check_says_which_and_exits_2(tmp_path: Path) -> No
         assert (refused.returncode, refused.stdout) == (2, "")
         assert len(refused.stderr.splitlines()) == 1
         assert name in refused.stderr
+
+
+@st.composite
+def any_template(draw: st.DrawFn) -> Template:
+    """Parameters with literal text between them, or with none."""
+    parts: list[bytes | Param] = [draw(st.text("ab:", max_size=2)).encode()]
+    for name in draw(st.permutations("pqr"))[: draw(st.integers(1, 3))]:
+        parts += [Param(name), draw(st.text("ab:", max_size=2)).encode()]
+    return Template.of([part for part in parts if part])
+
+
+@given(any_template(), st.fixed_dictionaries(dict.fromkeys("pqr", st.text("ab:1é", min_size=1, max_size=4))))
+def test_a_key_parses_back_to_its_parameters_or_the_template_is_called_ambiguous(
+    template: Template, values: dict[str, str]
+) -> None:
+    key = template.render(values)
+    assert key is not None
+    wanted = {name: values[name].encode() for name in template.params}
+    if template.match(key) != wanted:
+        assert readings(Language(template, dict.fromkeys("pqr", overlap.TEXT))) is not None

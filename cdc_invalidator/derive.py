@@ -18,7 +18,7 @@ from psycopg.rows import tuple_row
 from cdc_invalidator import errors, postgres
 from cdc_invalidator.invalidation import Batch, Busts, Target
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.rules import Pair, Query, split_arguments
+from cdc_invalidator.rules import Query, split_arguments
 
 _log = structlog.get_logger()
 
@@ -175,12 +175,7 @@ def _text(value: bytes | None) -> str | None:
 
 
 def _take(target: Target, busts: Busts, found: Mapping[bytes, Sequence[bytes]]) -> None:
-    keys = [key for argument in busts.keys for key in found.get(argument, ())]
-    busts.derived.update(dict.fromkeys(keys))
-    limit = target.cache.bump_over
-    if limit is not None and len(busts.derived) > limit:
-        busts.bumps.update({Pair.split(key).version: None for key in busts.derived})
-        busts.derived.clear()
+    busts.derive(target, [key for argument in busts.keys for key in found.get(argument, ())])
 
 
 # Without lengths: a cast to a length that is not the column's any more would cut values.

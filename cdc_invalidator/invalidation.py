@@ -20,7 +20,7 @@ from cdc_invalidator.condition import Condition, Holds
 from cdc_invalidator.condition import missing as condition_misses
 from cdc_invalidator.pgoutput import UNCHANGED, Row
 from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import Bust, Cache, Query, Rule, RuleSet, join_arguments
+from cdc_invalidator.rules import Bust, Cache, Pair, Query, Rule, RuleSet, join_arguments
 from cdc_invalidator.template import Template
 
 Counts = defaultdict[tuple[str, str], int]
@@ -84,6 +84,14 @@ class Busts:
     ops: dict[str, None] = field(default_factory=dict)
     sweep: bool = False
     reason: str = "change"
+
+    def derive(self, target: Target, keys: Iterable[bytes]) -> None:
+        """Take the keys that the target's query gave; past `bump_over` of them, the versions that they are under."""
+        self.derived.update(dict.fromkeys(keys))
+        limit = target.cache.bump_over
+        if limit is not None and len(self.derived) > limit:
+            self.bumps.update({Pair.split(key).version: None for key in self.derived})
+            self.derived.clear()
 
 
 @dataclass(slots=True)

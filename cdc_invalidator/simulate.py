@@ -127,6 +127,7 @@ class Played:
         assert target.query is not None
         assert target.bust is not None
         given, wanted = target.bust.given, target.cache.busted.params
+        keys: list[bytes] = []
         for argument in busts.keys:
             values = split_arguments(argument)[len(target.query.columns) :]
             mapped = dict(zip(given, values, strict=False))
@@ -138,11 +139,8 @@ class Played:
                     continue
                 key = target.cache.busted.render({parameter: known[parameter] for parameter in wanted})
                 if key is not None:
-                    busts.derived[key] = None
-        limit = target.cache.bump_over
-        if limit is not None and len(busts.derived) > limit:
-            busts.bumps.update({Pair.split(key).version: None for key in busts.derived})
-            busts.derived.clear()
+                    keys.append(key)
+        busts.derive(target, keys)
 
 
 def simulate(rules: RuleSet, change: Change, answers: Answers, shape: Shape | None = None) -> list[Verdict]:

@@ -89,14 +89,14 @@ class Proxy:
             client, _ = self._listener.accept()
             self.accepted += 1
             if self._closing or self._refusing:
-                _reset(client)
+                reset_socket(client)
                 if self._closing:
                     return
                 continue
             try:
                 server = socket.create_connection((embedded.HOST, self._server_port), timeout=10)
             except OSError:
-                _reset(client)
+                reset_socket(client)
                 continue
             server.settimeout(None)
             _Link(self, client, server).start()
@@ -150,10 +150,11 @@ class _Link:
     def reset(self) -> None:
         self._proxy.note(self, gone=True)
         for end in (self._client, self._server):
-            _reset(end)
+            reset_socket(end)
 
 
-def _reset(end: socket.socket) -> None:
+def reset_socket(end: socket.socket) -> None:
+    """Close with a reset instead of a farewell."""
     with contextlib.suppress(OSError):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         # Wakes up a thread that reads from it.

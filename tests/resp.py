@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import random
 import socket
-import struct
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Self
+
+from proxy import reset_socket
 
 from cdc_invalidator import embedded
 
@@ -37,8 +38,6 @@ HALF = b"half"
 _PING = b"*1\r\n$4\r\nPING\r\n"
 _DISCARD = b"*1\r\n$7\r\nDISCARD\r\n"
 _EXECABORT = b"-EXECABORT Transaction discarded because of previous errors.\r\n"
-# Close with a reset instead of a farewell.
-_RESET = struct.pack("ii", 1, 0)
 _CHUNK = 65536
 
 
@@ -183,7 +182,7 @@ class RespProxy:
             try:
                 server = socket.create_connection((embedded.HOST, self._server_port), timeout=10)
             except OSError:
-                _reset(client)
+                reset_socket(client)
                 continue
             for end in (client, server):
                 end.settimeout(None)
@@ -279,7 +278,7 @@ class _Link:
     def reset(self) -> None:
         self._proxy.note(self, gone=True)
         for end in (self._client, self._server):
-            _reset(end)
+            reset_socket(end)
 
 
 class _Frames:
@@ -340,11 +339,3 @@ def _words(frame: bytes) -> list[bytes]:
         words.append(frame[line_end + 2 : line_end + 2 + length])
         start = line_end + 2 + length + 2
     return words
-
-
-def _reset(end: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        # Wakes up a thread that reads from it.
-        end.shutdown(socket.SHUT_RDWR)
-    end.close()

@@ -1,0 +1,206 @@
+"""Who runs: each contender is a process of its own on a slot of its own, told by its environment where to work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+from bench import measure, source
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from bench.keyspace import Keyspace
+    from bench.source import Source
+
+SCRIPTS = Path(__file__).parent
+STOP_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Where a contender works. ``tables``: those whose keys it deletes; ``folder``: for its files, emptied after it."""
+
+    dsn: str
+    redis_url: str
+    slot: str
+    tables: Sequence[str]
+    end: str
+    folder: Path
+
+
+class Running:
+    """A contender's process; its output goes into a file. Use it as a context manager, which stops it."""
+
+    def __init__(self, command: Sequence[str | Path], environment: Mapping[str, str], folder: Path) -> None:
+        self._output = folder / "output"
+        self._errors = folder / "errors"
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("CDC_", "PG"))}
+        with self._output.open("wb") as output, self._errors.open("wb") as complaints:
+            self._process = subprocess.Popen(
+                [str(word) for word in command],
+                env=inherited | dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=complaints,
+                cwd=folder,
+            )
+        self.pid = self._process.pid
+
+    def ended(self) -> bool:
+        """Whether it has ended by itself; it is not reaped, so that its CPU time can still be read."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def must_live(self) -> None:
+        if self.ended():
+            raise RuntimeError(f"the contender ended: {self._errors.read_text()[-2000:]}{self.said()[-2000:]}")
+
+    def said(self) -> str:
+        return self._output.read_text()
+
+    def lines(self) -> IO[str]:
+        return self._output.open()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+
+class Contender(ABC):
+    """One way to consume the stream.
+
+    ``busts``: it deletes keys, else it only reads; ``part``: it is given one part of so many of the changes.
+    """
+
+    name: str
+    busts = True
+    part = 1
+
+    def start(self, job: Job) -> Running:
+        return Running(self.command(job), self.environment(job), job.folder)
+
+    @abstractmethod
+    def command(self, job: Job) -> list[str | Path]: ...
+
+    def environment(self, job: Job) -> dict[str, str]:
+        return {
+            "BENCH_DSN": job.dsn,
+            "BENCH_REDIS_URL": job.redis_url,
+            "BENCH_SLOT": job.slot,
+            "BENCH_PUBLICATION": source.PUBLICATION,
+            "BENCH_TABLES": ",".join(job.tables),
+            "BENCH_MARKER": source.MARKER,
+        }
+
+    def up(self, running: Running) -> bool:
+        """Whether it is ready for the backlog, given that its walsender is there."""
+        running.must_live()
+        return True
+
+    def believe(self, pg: Source, keyspace: Keyspace, slot: str) -> None:
+        """Leave in the cache what this contender has to find there; scripts look for nothing."""
+
+    def finished(self, running: Running) -> float | None:
+        """Give the time at which a mere reader reached the end, once it has."""
+        raise NotImplementedError
+
+
+class RawReader(Contender):
+    name = "raw reader (the limit)"
+    busts = False
+
+    def command(self, job: Job) -> list[str | Path]:  # noqa: ARG002
+        return [sys.executable, SCRIPTS / "raw_reader.py"]
+
+    def finished(self, running: Running) -> float | None:
+        said = running.said()
+        if said.endswith("\n"):
+            return float(json.loads(said)["done"])
+        running.must_live()
+        return None
+
+
+class Tuned(Contender):
+    name = "tuned script"
+
+    def command(self, job: Job) -> list[str | Path]:  # noqa: ARG002
+        return [sys.executable, SCRIPTS / "tuned.py"]
+
+
+class Daemon(Contender):
+    """The daemon as users run it: real rules, events to a file, metrics on, default settings."""
+
+    name = "cdc-invalidator"
+
+    def __init__(self, rules: str, name: str = name) -> None:
+        self.name = name
+        self.rules = rules
+        self._recorded: Any = {}
+
+    def command(self, job: Job) -> list[str | Path]:  # noqa: ARG002
+        return [sys.executable, "-m", "cdc_invalidator", "run"]
+
+    def environment(self, job: Job) -> dict[str, str]:
+        rules = job.folder / "rules.yaml"
+        rules.write_text(self.rules)
+        return {
+            "CDC_POSTGRES_DSN": job.dsn,
+            "CDC_REDIS_URL": job.redis_url,
+            "CDC_RULES": str(rules),
+            "CDC_SLOT": job.slot,
+            "CDC_PUBLICATION": source.PUBLICATION,
+            "CDC_HTTP_HOST": embedded.HOST,
+            "CDC_HTTP_PORT": str(embedded.free_port()),
+        }
+
+    def up(self, running: Running) -> bool:
+        running.must_live()
+        return '"streaming"' in running.said()
+
+    def prime(self, pg: Source, keyspace: Keyspace, folder: Path) -> None:
+        """Run once on the slot itself, which this makes, and remember the watermark.
+
+        Without it, each run would begin with a sweep of the caches, because nothing proves that they are up to date.
+        """
+        keyspace.client.flushall()
+        job = Job(
+            dsn=pg.dsn, redis_url=keyspace.url, slot=source.SLOT, tables=pg.tables, end="", folder=folder
+        )
+        deadline = time.monotonic() + 60
+        with self.start(job) as running:
+            while not (found := keyspace.client.hgetall(_watermark(source.SLOT))):
+                running.must_live()
+                if time.monotonic() > deadline:
+                    raise TimeoutError(running.said())
+                time.sleep(0.02)
+        # The last word is written while it stops.
+        self._recorded = keyspace.client.hgetall(_watermark(source.SLOT)) or found
+
+    def believe(self, pg: Source, keyspace: Keyspace, slot: str) -> None:
+        """Store the watermark that says: nothing before the slot's position is missing in this cache."""
+        keyspace.client.hset(_watermark(slot), mapping={**self._recorded, b"lsn": pg.confirmed(slot)})
+
+
+def _watermark(slot: str) -> str:
+    return f"cdc:{slot}:watermark"

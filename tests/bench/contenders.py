@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from bench import measure, source
+from bench import source
+from psycopg import conninfo
 
 from cdc_invalidator import embedded
 
@@ -66,11 +66,13 @@ class Running:
         if self.ended():
             raise RuntimeError(f"the contender ended: {self._errors.read_text()[-2000:]}{self.said()[-2000:]}")
 
+    def must_have_succeeded(self) -> None:
+        outcome = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        if outcome is None or outcome.si_status != 0:
+            self.must_live()
+
     def said(self) -> str:
         return self._output.read_text()
-
-    def lines(self) -> IO[str]:
-        return self._output.open()
 
     def __enter__(self) -> Self:
         return self
@@ -118,8 +120,12 @@ class Contender(ABC):
         running.must_live()
         return True
 
-    def believe(self, pg: Source, keyspace: Keyspace, slot: str) -> None:
-        """Leave in the cache what this contender has to find there; scripts look for nothing."""
+    def believe(self, pg: Source, keyspace: Keyspace, slot: str) -> None:  # noqa: B027  scripts look for nothing
+        """Leave in the cache what this contender has to find there."""
+
+    def check(self, running: Running) -> None:
+        """Make sure that it did the work that was meant."""
+        running.must_live()
 
     def finished(self, running: Running) -> float | None:
         """Give the time at which a mere reader reached the end, once it has."""
@@ -127,11 +133,23 @@ class Contender(ABC):
 
 
 class RawReader(Contender):
-    name = "raw reader (the limit)"
+    """The limit: of two naps the better one, because the best nap depends on how the walsender writes."""
+
     busts = False
+
+    def __init__(self, nap_ms: float) -> None:
+        self.name = f"raw reader, {nap_ms:g} ms nap"
+        self._nap_ms = nap_ms
+
+    @classmethod
+    def both(cls) -> list[Contender]:
+        return [cls(1), cls(0.2)]
 
     def command(self, job: Job) -> list[str | Path]:  # noqa: ARG002
         return [sys.executable, SCRIPTS / "raw_reader.py"]
+
+    def environment(self, job: Job) -> dict[str, str]:
+        return super().environment(job) | {"BENCH_NAP_MS": str(self._nap_ms)}
 
     def finished(self, running: Running) -> float | None:
         said = running.said()
@@ -141,6 +159,50 @@ class RawReader(Contender):
         return None
 
 
+class PgRecvlogical(Contender):
+    """PostgreSQL's own client, to /dev/null, with the daemon's options of the stream."""
+
+    name = "pg_recvlogical"
+    busts = False
+
+    def __init__(self, binary: Path) -> None:
+        self._binary = binary
+
+    @classmethod
+    def found(cls) -> list[Contender]:
+        """Find it beside one of the servers; an empty list where no package has it."""
+        for folder in reversed(embedded.postgres_bin_dirs().values()):
+            if (folder / cls.name).exists():
+                return [cls(folder / cls.name)]
+        return []
+
+    def command(self, job: Job) -> list[str | Path]:
+        options = {
+            "proto_version": "2",
+            "streaming": "on",
+            "messages": "true",
+            "publication_names": source.PUBLICATION,
+        }
+        return [
+            self._binary,
+            *("--start", "--no-loop", "--file=/dev/null", f"--slot={job.slot}", f"--endpos={job.end}"),
+            f"--dbname={conninfo.conninfo_to_dict(job.dsn)['dbname']}",
+            *(f"--option={name}={value}" for name, value in options.items()),
+        ]
+
+    def environment(self, job: Job) -> dict[str, str]:
+        where = conninfo.conninfo_to_dict(job.dsn)
+        names = {"PGHOST": "host", "PGPORT": "port", "PGUSER": "user", "PGPASSWORD": "password"}
+        return {variable: str(where[name]) for variable, name in names.items()}
+
+    def finished(self, running: Running) -> float | None:
+        if not running.ended():
+            return None
+        now = time.monotonic()
+        running.must_have_succeeded()
+        return now
+
+
 class Tuned(Contender):
     name = "tuned script"
 
@@ -148,14 +210,23 @@ class Tuned(Contender):
         return [sys.executable, SCRIPTS / "tuned.py"]
 
 
+class Tutorial(Contender):
+    name = "tutorial's way"
+    part = 10  # of all changes it would take minutes
+
+    def command(self, job: Job) -> list[str | Path]:  # noqa: ARG002
+        return [sys.executable, SCRIPTS / "tutorial.py"]
+
+
 class Daemon(Contender):
     """The daemon as users run it: real rules, events to a file, metrics on, default settings."""
 
     name = "cdc-invalidator"
 
-    def __init__(self, rules: str, name: str = name) -> None:
+    def __init__(self, rules: str, name: str = name, *, may_sweep: bool = False) -> None:
         self.name = name
-        self.rules = rules
+        self._rules = rules
+        self._may_sweep = may_sweep
         self._recorded: Any = {}
 
     def command(self, job: Job) -> list[str | Path]:  # noqa: ARG002
@@ -163,7 +234,7 @@ class Daemon(Contender):
 
     def environment(self, job: Job) -> dict[str, str]:
         rules = job.folder / "rules.yaml"
-        rules.write_text(self.rules)
+        rules.write_text(self._rules)
         return {
             "CDC_POSTGRES_DSN": job.dsn,
             "CDC_REDIS_URL": job.redis_url,
@@ -179,14 +250,12 @@ class Daemon(Contender):
         return '"streaming"' in running.said()
 
     def prime(self, pg: Source, keyspace: Keyspace, folder: Path) -> None:
-        """Run once on the slot itself, which this makes, and remember the watermark.
+        """Run once on the slot itself, and remember the watermark.
 
         Without it, each run would begin with a sweep of the caches, because nothing proves that they are up to date.
         """
         keyspace.client.flushall()
-        job = Job(
-            dsn=pg.dsn, redis_url=keyspace.url, slot=source.SLOT, tables=pg.tables, end="", folder=folder
-        )
+        job = Job(dsn=pg.dsn, redis_url=keyspace.url, slot=source.SLOT, tables=pg.tables, end="", folder=folder)
         deadline = time.monotonic() + 60
         with self.start(job) as running:
             while not (found := keyspace.client.hgetall(_watermark(source.SLOT))):
@@ -196,6 +265,12 @@ class Daemon(Contender):
                 time.sleep(0.02)
         # The last word is written while it stops.
         self._recorded = keyspace.client.hgetall(_watermark(source.SLOT)) or found
+
+    def check(self, running: Running) -> None:
+        # A sweep deletes all keys at once, and would pass for very fast.
+        swept = '"action":"sweep"' in running.said()
+        if swept and not self._may_sweep:
+            raise RuntimeError("the daemon swept a cache: this run has measured something else")
 
     def believe(self, pg: Source, keyspace: Keyspace, slot: str) -> None:
         """Store the watermark that says: nothing before the slot's position is missing in this cache."""

@@ -1,4 +1,4 @@
-"""The limit: empty the walsender's socket, nap a millisecond, do nothing with what came.
+"""The limit: empty the walsender's socket, nap briefly, do nothing with what came.
 
 libpq only connects and starts the stream; from then on the bare socket is read. The end is a logical message whose
 text is looked for in the last bytes of each read.
@@ -15,15 +15,14 @@ import time
 import psycopg
 from psycopg import pq
 
-NAP_SECONDS = 0.001
+NAP_SECONDS = float(os.environ["BENCH_NAP_MS"]) / 1000
 BUFFER = bytearray(8 << 20)
 # The end of the stream is the message and what the walsender says after it: a keepalive or two.
 TAIL = 1024
 
 
-def start() -> socket.socket:
+def start(connection: psycopg.Connection) -> socket.socket:
     slot, publication = os.environ["BENCH_SLOT"], os.environ["BENCH_PUBLICATION"]
-    connection = psycopg.Connection.connect(os.environ["BENCH_DSN"], autocommit=True, replication="database")
     options = f"proto_version '2', streaming 'on', messages 'true', publication_names '{publication}'"
     connection.pgconn.send_query(f'START_REPLICATION SLOT "{slot}" LOGICAL 0/0 ({options})'.encode())
     connection.pgconn.nonblocking = 0
@@ -33,13 +32,13 @@ def start() -> socket.socket:
         sys.exit(connection.pgconn.get_error_message())
     stream = socket.socket(fileno=os.dup(connection.pgconn.socket))
     stream.setblocking(True)
-    globals()["connection"] = connection  # closing it would end the stream
     return stream
 
 
 def main() -> None:
     marker = os.environ["BENCH_MARKER"].encode()
-    stream = start()
+    connection = psycopg.Connection.connect(os.environ["BENCH_DSN"], autocommit=True, replication="database")
+    stream = start(connection)
     tail = b""
     while True:
         size = stream.recv_into(BUFFER)

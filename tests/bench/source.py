@@ -53,13 +53,16 @@ class Source:
         self.version = self.connection.info.parameter_status("server_version") or ""
         self._numbers = itertools.count()
         self.lead_end = self.end = "0/0"
-        self.execute("CREATE TABLE lead (id int)", "SET synchronous_commit = off")
+        self.execute("SET synchronous_commit = off", "CREATE TABLE lead (id int)")
         for table in tables:
             self.execute(
                 f"CREATE TABLE {table} (id bigint PRIMARY KEY, name text, price numeric(12, 2), changed_at timestamptz,"
                 " active bool, attributes jsonb, note text)"
             )
-        self.execute(f"CREATE PUBLICATION {PUBLICATION} FOR TABLE {', '.join(tables)}")
+        self.execute(
+            f"CREATE PUBLICATION {PUBLICATION} FOR TABLE {', '.join(tables)}",
+            f"SELECT pg_create_logical_replication_slot('{SLOT}', 'pgoutput')",
+        )
 
     def execute(self, *statements: str) -> None:
         for statement in statements:
@@ -83,7 +86,10 @@ class Source:
     def close_backlog(self) -> None:
         """Write the message that ends the backlog, and bring all of it to the disk."""
         self.execute(f"SELECT pg_logical_emit_message(false, 'bench', '{MARKER}')", "CHECKPOINT")
-        self.end = self.value("SELECT pg_current_wal_flush_lsn()")
+        self.end = self.flushed()
+
+    def flushed(self) -> str:
+        return self.value("SELECT pg_current_wal_flush_lsn()")
 
     def catch_up(self) -> None:
         """Move the slot to the end of the WAL."""
@@ -97,8 +103,7 @@ class Source:
     def confirmed(self, slot: str) -> int:
         return int(
             self.value(
-                "SELECT (confirmed_flush_lsn - '0/0')::bigint FROM pg_replication_slots"
-                f" WHERE slot_name = '{slot}'"
+                f"SELECT (confirmed_flush_lsn - '0/0')::bigint FROM pg_replication_slots WHERE slot_name = '{slot}'"
             )
         )
 
@@ -132,5 +137,5 @@ def row(number: str) -> str:
     """The values of a row with this id."""
     return (
         f"{number}, 'product ' || {number}, {number} % 1000 + 0.99, now(), {number} % 2 = 0,"
-        f' jsonb_build_object(\'colour\', \'blue\', \'stock\', {number} % 50), repeat(\'note \', 12)'
+        f" jsonb_build_object('colour', 'blue', 'stock', {number} % 50), repeat('note ', 12)"
     )

@@ -14,7 +14,7 @@ import psycopg2.extras
 import redis
 
 KEYS_A_DEL = 1000
-FEEDBACK_SECONDS = 1.0
+FEEDBACK_SECONDS = 1
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
             cache.delete(*keys)
             keys.clear()
         if committed:
-            cursor.send_feedback(flush_lsn=committed)  # sends once in status_interval
+            cursor.send_feedback(flush_lsn=committed)  # type: ignore[no-untyped-call]  # sends once in status_interval
 
     while True:
         message = cursor.read_message()

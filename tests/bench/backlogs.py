@@ -35,6 +35,7 @@ class Backlog(Workload):
             for contender in contenders:
                 if isinstance(contender, Daemon):
                     contender.prime(where.pg, where.keys, where.folder)
+            where.pg.catch_up()
             where.pg.lead()
             where.pg.execute(self.writing())
             where.pg.close_backlog()

@@ -154,6 +154,8 @@ def _drain(where: Place, contender: Contender, work: Work) -> Figures:
     ):
         walsender = _lead_passed(where, contender, running, slot)
         start = Clock.read(running, walsender, where)
+        if not where.keys.count(work.stale[-1:]):
+            raise Late  # else a stream that holds more than the backlog would pass for a very fast one
         done = gone(watch, where, running, work.stale) if contender.busts else _read(contender, running)
         if done <= start.at:
             raise Late

@@ -26,8 +26,8 @@ from cdc_invalidator.cache import CacheServer, Outcome
 from cdc_invalidator.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.debounce import Debounce
 from cdc_invalidator.derive import Queries
-from cdc_invalidator.events import Events, Line, lines_of
-from cdc_invalidator.invalidation import Batch, Target
+from cdc_invalidator.events import Events
+from cdc_invalidator.invalidation import Batch, Line, Run, Target
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.recent import Recent
 from cdc_invalidator.replicas import Replicas
@@ -38,7 +38,7 @@ from cdc_invalidator.watermark import Position, Watermark, gaps
 _log = structlog.get_logger()
 
 # Keys a flush: many enough to pay for the round trip, few enough that the watermark keeps moving.
-FLUSH_WEIGHT = 10_000
+FLUSH_WEIGHT = 4_000
 # The watermark moves at least once a second; the rest is for the round trip.
 HEARTBEAT_SECONDS = 0.8
 INFO_SECONDS = 10.0
@@ -104,10 +104,10 @@ class Apply:
         self._debounces = any(rule.debounce for rule in rules.rules)
         self._debounce = Debounce(self._resolve)
         # In the hands of this turn until Redis has acknowledged them.
-        self._taken: list[tuple[Batch, Ticket]] = []
+        self._taken: list[tuple[Batch | Run, Ticket]] = []
         self._due: list[tuple[str, Waiting]] = []
         # Applied before, and lost by a Redis that came back older.
-        self._anew: deque[Batch] = deque()
+        self._anew: deque[Batch | Run] = deque()
         # Sweeps because of gaps: not taken yet, and not over yet.
         self._queued: list[tuple[Batch, Ticket]] = []
         self._gaps: set[Ticket] = set()
@@ -165,7 +165,7 @@ class Apply:
             if not self._taken:
                 self._taken = await self._take()
             if self._taken:
-                await self._flush(server, self._taken)
+                await self._flush(server)
                 self._taken = []
             if self._again or self._due:
                 await self._bust_again(server)
@@ -184,7 +184,7 @@ class Apply:
         self.last_error = self.away_since = None
         await self._backlog.wait(self._patience())
 
-    async def _take(self) -> list[tuple[Batch, Ticket]]:
+    async def _take(self) -> list[tuple[Batch | Run, Ticket]]:
         taken = self._backlog.take(FLUSH_WEIGHT)
         if self._debounces:
             now = time.monotonic()
@@ -249,7 +249,7 @@ class Apply:
             self._anew.extend(self._recent.since(lowest))
         if self._anew and lowest < position.start:
             self._metrics.gaps.labels("redis_behind").inc()
-            caches = sorted({target.cache.name for batch in self._anew for target in batch.busts})
+            caches = sorted({target.cache.name for batch in self._anew for target in batch.targets})
             _log.warning("gap", reason="redis_behind", caches=caches, swept=False, lsn=lsn.text(lowest))
         if broken:
             self.gap(broken)
@@ -321,16 +321,22 @@ class Apply:
 
     # Flush: one round trip for all that has piled up.
 
-    async def _flush(self, server: CacheServer, taken: Sequence[tuple[Batch, Ticket]]) -> None:
-        hidden = await self._hidden({batch.xid for batch, _ in taken if batch.xid})
+    async def _flush(self, server: CacheServer) -> None:
+        hidden = await self._hidden([xid for batch, _ in self._taken for xid in batch.xids])
+        if hidden or self._replicas.awaited:
+            # At once what this turn has in hand, for when it is tried again.
+            self._taken = list(_apart(self._taken))
+        taken = self._taken
         batches = [batch for batch, _ in taken]
         # A query asks for what can be seen: of what is hidden it is asked later.
-        await self._queries.derive(batch for batch in batches if batch.xid not in hidden)
+        await self._queries.derive(batch for batch in batches if not isinstance(batch, Run) and batch.xid not in hidden)
         self._events.busted(*await self._bust(server, batches), self._replay_until)
         now = time.monotonic()
         for batch, ticket in taken:
             self._recent.note(batch)
-            if batch.xid in hidden:
+            if isinstance(batch, Run):
+                pass
+            elif batch.xid in hidden:
                 # Its sweeps, and all that is counted from when readers see it, begin then.
                 self._again.until_visible(batch, ticket, now)
             else:
@@ -355,7 +361,8 @@ class Apply:
         batches = [waiting.batch for _, waiting in self._due]
         await self._queries.derive(batches)
         lines, outcome = await self._bust(server, batches)
-        self._tell_derived(lines, outcome, {id(each.batch) for reason, each in self._due if reason == "visible"})
+        visible = {each.batch.commit_lsn for reason, each in self._due if reason == "visible"}
+        self._tell_derived(lines, outcome, visible)
         now = time.monotonic()
         for reason, waiting in self._due:
             self._metrics.again.labels(reason).inc()
@@ -369,7 +376,7 @@ class Apply:
         told, counts = [], []
         for line in lines:
             count = next(existed) if line.action == "delete" else None
-            if line.target.query is not None and id(line.batch) in visible:
+            if line.target.query is not None and line.commit_lsn in visible:
                 told.append(line)
                 counts += [] if count is None else [count]
         if told:
@@ -383,13 +390,12 @@ class Apply:
         if bust != "again_after" and self._asks_again:
             self._again.until_later(batch, ticket, now)
 
-    async def _bust(self, server: CacheServer, batches: Iterable[Batch]) -> tuple[list[Line], Outcome]:
+    async def _bust(self, server: CacheServer, batches: Iterable[Batch | Run]) -> tuple[list[Line], Outcome]:
         """Bust all keys of some batches, and give the events to be and what Redis answered."""
-        lines = [line for batch in batches for line in lines_of(batch)]
+        lines = [line for batch in batches for line in batch.lines()]
         pairs = [line for line in lines if line.target.pairs and line.action == "delete"]
         if pairs:
-            await _name_versions(server, pairs)
-            lines = [line for line in lines if line.keys]
+            lines = await _name_versions(server, lines, pairs)
         deletes = [line.keys for line in lines if line.action == "delete"]
         bumps = {key: line.target.cache.version_ttl for line in lines if line.action == "bump" for key in line.keys}
         return lines, await server.bust(deletes, bumps)
@@ -480,13 +486,35 @@ class Apply:
         self._metrics.redis_memory.set(info["used_memory"])
 
 
-async def _name_versions(server: CacheServer, lines: Iterable[Line]) -> None:
+async def _name_versions(server: CacheServer, lines: Iterable[Line], pairs: Iterable[Line]) -> list[Line]:
     """Name the keys under the versions that caches with `bump_over` have now; what has no version has no key.
 
     A version that is bumped in between makes those keys unreachable, which serves as well.
+
+    Args:
+        server: knows the versions.
+        lines: all of a flush.
+        pairs: those among them whose keys are to be named.
     """
-    split = {line: [Pair.split(key) for key in line.keys] for line in lines}
-    counters = list(dict.fromkeys(pair.version for pairs in split.values() for pair in pairs))
+    split = {id(line): [Pair.split(key) for key in line.keys] for line in pairs}
+    counters = list(dict.fromkeys(pair.version for found in split.values() for pair in found))
     versions = dict(zip(counters, await server.versions(counters), strict=True))
-    for line, pairs in split.items():
-        line.keys = [pair.key(version) for pair in pairs if (version := versions[pair.version]) is not None]
+    named = []
+    for line in lines:
+        found = split.get(id(line))
+        if found is None:
+            named.append(line)
+        elif keys := [pair.key(version) for pair in found if (version := versions[pair.version]) is not None]:
+            named.append(line._replace(keys=keys))
+    return named
+
+
+def _apart(taken: Iterable[tuple[Batch | Run, Ticket]]) -> Iterable[tuple[Batch, Ticket]]:
+    """Give each transaction of a run by itself, since what comes after its bust may differ."""
+    for batch, ticket in taken:
+        if isinstance(batch, Run):
+            batches = batch.batches()
+            ticket.parts += len(batches) - 1
+            yield from ((each, ticket) for each in batches)
+        else:
+            yield batch, ticket

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from cdc_invalidator import pgoutput
-from cdc_invalidator.invalidation import Batch, Plan, Target, out_of_place
+from cdc_invalidator import pgoutput, scan
+from cdc_invalidator.invalidation import Batch, Line, Plan, Target, out_of_place
 from cdc_invalidator.rules import Pair
 
 # A transaction's keys leave for Redis once they are this many.
@@ -124,6 +125,28 @@ class Assembly:
         else:
             batch.add(target, ("message",), key, "manual")
         return self._leave(batch) if message.transactional else (batch,)
+
+    def transactions(self, data: bytes, pos: int) -> scan.Transactions:
+        """Take small, plain transactions as a whole, outside of any other; see `scan.transactions`."""
+        return scan.transactions(data, pos, self._plans, Line)
+
+    def rows(self, data: bytes, pos: int) -> tuple[int, Iterable[Batch]]:
+        """Take plain rows of the transaction at hand; see `scan.rows`.
+
+        Returns:
+            Where it stopped, and what is complete by now.
+        """
+        stream = self._stream
+        found = scan.rows(
+            data, pos, self._plans, stream.plans if stream else {}, in_stream=stream is not None, limit=self._chunk
+        )
+        if not found.taken:
+            return pos, ()
+        batch = self._into(found.xid)
+        for target, ops, keys in found.found:
+            batch.add_all(target, ops.split(","), keys, "change")
+        self._unchecked += found.taken
+        return found.pos, self._leave(batch)
 
     def feed(self, message: pgoutput.AnyMessage) -> Iterable[Batch]:
         """Take the next message, other than a Relation.
@@ -281,12 +304,13 @@ class Assembly:
                 if busts.bumps:
                     batch.bump(target, busts.bumps)
                     batch.of(target).ops.update(busts.ops)
-                for key in busts.keys:
+                keys = iter(busts.keys)
+                while some := list(islice(keys, max(1, self._chunk - batch.weight))):
                     if batch.weight >= self._chunk:
                         self._bump(batch)
                         yield batch
                         batch = Batch(message.lsn, message.committed_at, message.xid)
-                    batch.add(target, busts.ops, key, busts.reason)
+                    batch.add_all(target, busts.ops, some, busts.reason)
         batch.end_lsn = message.end_lsn
         self._bump(batch)
         yield batch

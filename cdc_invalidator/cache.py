@@ -20,13 +20,18 @@ LOCK_SUFFIX = b":lock"
 KEYS_A_COMMAND = 1000
 SCAN_COUNT = 1000
 
-# KEYS: the locks of all keys, then the keys. ARGV: how many keys belong to each group, in order.
-# The locks go first, so that a fill that was overtaken can't store after its key was deleted. Gives, for each group,
-# how many of its keys were there. UNLINK is allowed when memory is full.
+# KEYS: the locks of all keys, then the keys. ARGV: how many keys belong to each group, in order; none where each is a
+# group of its own. The locks go first, so that a fill that was overtaken can't store after its key was deleted. Gives,
+# for each group, how many of its keys were there. UNLINK is allowed when memory is full.
 _DELETE = """
 local half = #KEYS / 2
 redis.call('UNLINK', unpack(KEYS, 1, half))
 local existed = {}
+if #ARGV == 0 then
+  local call = redis.call
+  for at = 1, half do existed[at] = call('UNLINK', KEYS[half + at]) end
+  return existed
+end
 local at = half
 for group, count in ipairs(ARGV) do
   existed[group] = redis.call('UNLINK', unpack(KEYS, at + 1, at + count))
@@ -222,7 +227,8 @@ class Single(CacheServer):
         groups: list[int] = []  # which group each count of each delete command belongs to
         for keys, counts, numbers in _chunks(deletes):
             locks = [key + LOCK_SUFFIX for key in keys]
-            commands.append(("EVALSHA", self.scripts.delete, 2 * len(keys), *locks, *keys, *counts))
+            told = counts if len(counts) < len(keys) else ()
+            commands.append(("EVALSHA", self.scripts.delete, 2 * len(keys), *locks, *keys, *told))
             groups += numbers
         deleting = len(commands)
         counters = list(bumps)
@@ -353,6 +359,12 @@ async def _if_granted(node: Node, *commands: Command) -> list[Any]:
 def _chunks(groups: Sequence[Sequence[bytes]]) -> list[tuple[list[bytes], list[int], list[int]]]:
     """Cut groups into commands of at most KEYS_A_COMMAND keys: keys, counts a group, and the groups' numbers."""
     chunks: list[tuple[list[bytes], list[int], list[int]]] = []
+    if len(groups) == sum(map(len, groups)) and all(groups):
+        # One key each, as small transactions give them.
+        for start in range(0, len(groups), KEYS_A_COMMAND):
+            alone = [group[0] for group in groups[start : start + KEYS_A_COMMAND]]
+            chunks.append((alone, [1] * len(alone), list(range(start, start + len(alone)))))
+        return chunks
     keys: list[bytes] = []
     counts: list[int] = []
     numbers: list[int] = []

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from cdc_invalidator.rules import RuleSet
     from cdc_invalidator.simulate import Change
 
+# Objects that the collector lets pile up before it looks for cycles among them.
+YOUNG_OBJECTS = 50_000
+
 app = typer.Typer(
     name="cdc-invalidator",
     help="Busts exactly the Redis keys that each PostgreSQL commit made stale, by declarative rules.",
@@ -146,9 +149,10 @@ def run(given: settings.Settings) -> None:
     dsns = given.postgres_replicas.get_secret_value().split()
     replicas = Replicas(dsns, limit=given.replica_limit, metrics=metrics)
     daemon = Daemon(options, rules, metrics, events, replicas, given.rules)
-    # What is loaded by now stays: the collector need not look at it again.
+    # What is loaded by now stays: the collector need not look at it again. What comes is keys, which are in no cycle.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, 10, 10)
     try:
         asyncio.run(daemon.run(given.http_host, given.http_port))
     finally:

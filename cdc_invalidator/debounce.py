@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from cdc_invalidator.checkpoint import Ticket
-from cdc_invalidator.invalidation import Batch, Target
+from cdc_invalidator.invalidation import Batch, Run, Target
 
 # Keys whose last bust is remembered, some 200 bytes each; past that, keys are busted as if there were no time to keep.
 CAPACITY = 100_000
@@ -52,9 +52,11 @@ class Debounce:
     def __bool__(self) -> bool:
         return bool(self._held)
 
-    def hold(self, taken: Iterable[tuple[Batch, Ticket]], now: float) -> None:
+    def hold(self, taken: Iterable[tuple[Batch | Run, Ticket]], now: float) -> None:
         """Take those keys out of batches that have to wait."""
         for batch, ticket in taken:
+            if isinstance(batch, Run):
+                continue
             for target, busts in batch.busts.items():
                 if target.debounce and not busts.sweep:
                     for key in [key for key in busts.keys if self._waits(batch, ticket, target, key, now)]:

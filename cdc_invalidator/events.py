@@ -2,56 +2,40 @@
 
 Events are rendered and counted only after Redis has acknowledged what they tell. No bust goes unlogged, and no line
 grows without bound. This is the one place that is hot enough to render its lines itself; all else goes by structlog.
+Where there is a compiled part (`_tell`), it does what `Events.busted` does for JSON, to the byte.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import Any
 
 from cdc_invalidator import lsn
 from cdc_invalidator.cache import BUMP_MISSING, Outcome
-from cdc_invalidator.invalidation import Batch, Busts, Target
+from cdc_invalidator.invalidation import Line, Target
 from cdc_invalidator.log import EventLog, KeyDisplay
-from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
 from cdc_invalidator.sweep import Sweep
 
-KEYS_A_LINE = 1000
-
-
-class Line:
-    """One event to be: up to KEYS_A_LINE keys of one target in one batch, to be deleted or bumped (``action``)."""
-
-    __slots__ = ("action", "batch", "keys", "op", "reason", "target")
-
-    def __init__(self, batch: Batch, target: Target, busts: Busts, keys: Sequence[bytes], action: str) -> None:
-        self.action = action
-        self.batch = batch
-        self.target = target
-        self.keys = keys
-        self.op = ",".join(busts.ops)
-        self.reason = busts.reason
-
-
-def lines_of(batch: Batch) -> Iterable[Line]:
-    """Give the events of a batch, without those of its sweeps."""
-    for target, busts in batch.busts.items():
-        named = busts.keys if target.query is None else busts.derived
-        for action, keys in ((target.action, list(named)), ("bump", list(busts.bumps))):
-            for start in range(0, len(keys), KEYS_A_LINE):
-                yield Line(batch, target, busts, keys[start : start + KEYS_A_LINE], action)
+try:
+    from cdc_invalidator import _tell
+except ImportError:
+    COMPILED = False
+else:
+    COMPILED = True
 
 
 @dataclass(slots=True)
 class _Total:
-    """What one flush adds to the counters of one target; lags in seconds."""
+    """What one flush adds to the counters of one target; ``lags``: how many fall into each of LAG_BUCKETS."""
 
     lines: int = 0
     keys: int = 0
     existed: int = 0
-    lags: list[float] = field(default_factory=list)
+    lag_us: int = 0
+    lags: list[int] = field(default_factory=lambda: [0] * (len(LAG_BUCKETS) + 1))
 
 
 class Events:
@@ -61,21 +45,26 @@ class Events:
         metrics: what to count.
         display: how keys are shown.
         log: where the lines go.
+        compiled: whether the compiled part may be used.
     """
 
-    def __init__(self, metrics: Metrics, display: KeyDisplay, log: EventLog) -> None:
+    def __init__(self, metrics: Metrics, display: KeyDisplay, log: EventLog, *, compiled: bool = COMPILED) -> None:
         self._metrics = metrics
         self._display = display
         self._log = log
         self._children: dict[tuple[str, str, str], tuple[Any, ...]] = {}
         self._second = -1
         self._second_text = ""
+        self._teller = None
+        if compiled and log.direct and display.form != "raw":
+            keyed = display.keyed if display.form == "hash" else None
+            self._teller = _tell.Teller(keyed, LAG_BUCKETS, log.begin, _second_text, lsn.EPOCH_OFFSET_US)
 
     async def room(self) -> None:
         """Wait until what has been told is written, as far as memory asks for it."""
         await self._log.room()
 
-    def busted(self, lines: Sequence[Line], outcome: Outcome, replay_until: int) -> None:
+    def busted(self, lines: list[Line], outcome: Outcome, replay_until: int) -> None:
         """Tell what Redis answered to a flush.
 
         Args:
@@ -84,11 +73,19 @@ class Events:
             replay_until: what was committed before this LSN had been busted by an earlier run.
         """
         now_us = time.time_ns() // 1000
+        if self._teller is not None:
+            text, compiled_totals = self._teller.busted(
+                lines, outcome.existed, outcome.versions, replay_until, now_us, BUMP_MISSING
+            )
+            self._log.write_text(text)
+            for sums in compiled_totals:
+                self._count(sums.target.rule, sums.target.cache.name, sums.action, sums)
+            return
         existed_of_deletes = iter(outcome.existed)
         totals: dict[tuple[Target, str], _Total] = {}
         told = []
         for line in lines:
-            target, batch, count = line.target, line.batch, len(line.keys)
+            target, count = line.target, len(line.keys)
             own = self._display.fields(line.keys)
             if line.action == "delete":
                 existed = next(existed_of_deletes)
@@ -96,12 +93,12 @@ class Events:
                 own["versions"] = versions = [outcome.versions[key] for key in line.keys]
                 existed = count - versions.count(BUMP_MISSING)
             reason = line.reason
-            if reason == "change" and batch.commit_lsn < replay_until:
+            if reason == "change" and line.commit_lsn < replay_until:
                 reason = "replay"
             own["op"] = line.op
             own["keys"] = count
-            own["lsn"] = lsn.text(batch.commit_lsn)
-            own["xid"] = batch.xid
+            own["lsn"] = lsn.text(line.commit_lsn)
+            own["xid"] = line.xid
             own["existed"] = existed
             own["reason"] = reason
             name = (target, line.action)
@@ -109,8 +106,8 @@ class Events:
             total.lines += 1
             total.keys += count
             total.existed += existed
-            if batch.committed_at is not None:
-                total.lags.append(self._time(own, batch.committed_at, now_us))
+            if line.committed_at is not None:
+                self._time(own, line.committed_at, now_us, total)
             told.append((target.shown[line.action], own))
         self._log.write(told)
         for (target, action), total in totals.items():
@@ -141,34 +138,34 @@ class Events:
             }
             total.lines = 1
             if request.committed_at is not None:
-                total.lags.append(self._time(own, request.committed_at, now_us))
+                self._time(own, request.committed_at, now_us, total)
             self._log.write([(shown, own)])
             self._count(cause.rule, cache.name, "sweep", total)
             # What was swept is counted once, whoever asked for it.
             total = _Total()
 
-    def _count(self, rule: str, cache: str, action: str, total: _Total) -> None:
+    def _count(self, rule: str, cache: str, action: str, total: _Total | _tell.Total) -> None:
         busts, keys, existed = self._of(rule, cache, action)
         busts.inc(total.lines)
         keys.inc(total.keys)
         existed.inc(total.existed)
-        if total.lags:
-            self._metrics.lag.observe(cache, total.lags)
+        self._metrics.lag.observe(cache, total.lags, total.lag_us / 1e6)
 
-    def _time(self, own: dict[str, Any], committed_at: int, now_us: int) -> float:
-        """Show when the transaction was committed, and give the seconds since then."""
+    def _time(self, own: dict[str, Any], committed_at: int, now_us: int, total: _Total) -> None:
+        """Show when the transaction was committed, and count the time since then."""
         committed_us = lsn.unix_us(committed_at)
         lag_us = max(0, now_us - committed_us)
         own["committed_at"] = self._iso(committed_us)
         own["lag_ms"] = lag_us / 1000
-        return lag_us / 1e6
+        total.lag_us += lag_us
+        total.lags[bisect_left(LAG_BUCKETS, lag_us / 1e6)] += 1
 
     def _iso(self, unix_us: int) -> str:
         seconds, us = divmod(unix_us, 1_000_000)
         if seconds != self._second:
             # Many commits share a second, and a calendar costs more than the rest of the line.
             self._second = seconds
-            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
+            self._second_text = _second_text(seconds)
         return f"{self._second_text}.{us:06d}Z"
 
     def _of(self, rule: str, cache: str, action: str) -> tuple[Any, ...]:
@@ -182,3 +179,7 @@ class Events:
                 metrics.existed.labels(*labels),
             )
         return children
+
+
+def _second_text(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

@@ -14,14 +14,18 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
-from cdc_invalidator import errors, pgoutput
+from cdc_invalidator import errors, pgoutput, scan
 from cdc_invalidator.condition import Condition, Holds
 from cdc_invalidator.condition import missing as condition_misses
 from cdc_invalidator.pgoutput import UNCHANGED, Row
 from cdc_invalidator.rulefile import Table
 from cdc_invalidator.rules import Bust, Cache, Pair, Query, Rule, RuleSet, join_arguments
 from cdc_invalidator.template import Template
+
+# Keys of a bust event.
+KEYS_A_LINE = 1000
 
 Counts = defaultdict[tuple[str, str], int]
 KeyOf = Callable[[Sequence[bytes | None]], bytes | None]
@@ -94,6 +98,22 @@ class Busts:
             self.derived.clear()
 
 
+class Line(NamedTuple):
+    """One bust event to be: up to KEYS_A_LINE keys of one target in one transaction.
+
+    ``action``: delete or bump; ``op``: the kinds of change; the rest as in `Batch`.
+    """
+
+    target: Target
+    action: str
+    op: str
+    keys: list[bytes]
+    reason: str
+    commit_lsn: int
+    committed_at: int | None
+    xid: int
+
+
 @dataclass(slots=True)
 class Batch:
     """The busts of one transaction, or of a stretch of a large one.
@@ -152,6 +172,16 @@ class Batch:
         busts.bumps.update(dict.fromkeys(versions))
         self.weight += len(busts.bumps)
 
+    def add_all(self, target: Target, ops: Iterable[str], keys: Iterable[bytes], reason: str) -> None:
+        """Bust many keys, as `add` does one."""
+        busts = self.of(target)
+        busts.ops.update(dict.fromkeys(ops))
+        if not busts.sweep:
+            busts.reason = reason
+            before = len(busts.keys)
+            busts.keys.update(dict.fromkeys(keys))
+            self.weight += len(busts.keys) - before
+
     def widen(self, target: Target) -> None:
         """Trade keys for a sweep of their cache."""
         busts = self.busts[target]
@@ -159,6 +189,81 @@ class Batch:
         busts.keys.clear()
         busts.bumps.clear()
         self.sweep(target, busts.ops, busts.reason)
+
+    @property
+    def first_lsn(self) -> int:
+        """The same as ``commit_lsn``: see `Run`."""
+        return self.commit_lsn
+
+    @property
+    def targets(self) -> Iterable[Target]:
+        """What is busted."""
+        return self.busts
+
+    @property
+    def xids(self) -> Sequence[int]:
+        """The transaction, if there is one."""
+        return (self.xid,) if self.xid else ()
+
+    def lines(self) -> Iterable[Line]:
+        """Give the events of the batch, without those of its sweeps."""
+        for target, busts in self.busts.items():
+            op = ",".join(busts.ops)
+            named = busts.keys if target.query is None else busts.derived
+            for action, keys in ((target.action, list(named)), ("bump", list(busts.bumps))):
+                for start in range(0, len(keys), KEYS_A_LINE):
+                    some = keys[start : start + KEYS_A_LINE]
+                    yield Line(target, action, op, some, busts.reason, self.commit_lsn, self.committed_at, self.xid)
+
+
+class Run:
+    """The busts of many small transactions in a row; all of them plain keys.
+
+    Args:
+        lines: their events, at least one; a transaction's stand together.
+        xids: the transactions.
+        end_lsn: with that, the last of them is done.
+    """
+
+    __slots__ = ("_lines", "end_lsn", "weight", "xids")
+
+    # No sweep, no query, nothing that is held or done twice.
+    busts: ClassVar[Mapping[Target, Busts]] = {}
+
+    def __init__(self, lines: list[Line], xids: Sequence[int], end_lsn: int) -> None:
+        self._lines = lines
+        self.xids = xids
+        self.end_lsn = end_lsn
+        # A line takes as much memory as two keys.
+        self.weight = sum(len(line.keys) for line in lines) + 2 * len(lines)
+
+    @property
+    def first_lsn(self) -> int:
+        """LSN of the first commit record."""
+        return self._lines[0].commit_lsn
+
+    @property
+    def commit_lsn(self) -> int:
+        """LSN of the last commit record."""
+        return self._lines[-1].commit_lsn
+
+    @property
+    def targets(self) -> Iterable[Target]:
+        """What is busted."""
+        return {line.target for line in self._lines}
+
+    def lines(self) -> Iterable[Line]:
+        """Give the events."""
+        return self._lines
+
+    def batches(self) -> list[Batch]:
+        """Give the same, a batch a transaction: for what has to be done with each by itself."""
+        batches: list[Batch] = []
+        for line in self._lines:
+            if not batches or batches[-1].commit_lsn != line.commit_lsn:
+                batches.append(Batch(line.commit_lsn, line.committed_at, line.xid))
+            batches[-1].add_all(line.target, line.op.split(","), line.keys, line.reason)
+        return batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +281,8 @@ class _Firing:
     target: Target
     key_of: KeyOf
     columns: tuple[int, ...]
+    # The key in literals and columns, where it is no more than that.
+    plain: tuple[Sequence[bytes], Sequence[int]] | None
     # What is known of an old row: "given" (the identity carries all key columns), "kept" (those that it does not
     # carry never change), or the rule's answer to not knowing: "sweep" or "ignore".
     old_of_update: str
@@ -203,26 +310,29 @@ class Plan:
     Args:
         in_identity: for each column, whether an old key tuple carries it.
         rules: by kind of change.
-        table: what rules know the relation by.
+        name: what rules know the relation by.
         counts: is counted up, by table and kind of change.
     """
 
-    __slots__ = ("_counts", "_in_identity", "_rules", "_table", "_watches")
+    __slots__ = ("_counts", "_in_identity", "_name", "_rules", "_watches", "table")
 
     def __init__(
-        self, in_identity: tuple[bool, ...], rules: dict[str, list[_RulePlan]], table: str, counts: Counts
+        self, in_identity: tuple[bool, ...], rules: dict[str, list[_RulePlan]], name: str, counts: Counts
     ) -> None:
         self._in_identity = in_identity
         self._rules = rules
         self._watches = any(rule.watched or rule.holds for rule in rules["update"])
-        self._table = table
+        self._name = name
         self._counts = counts
+        inserts, updates, deletes = (_plain(op, rules[op]) for op in ("insert", "update", "delete"))
+        # For `scan`: the same as here, where it is plain.
+        self.table = scan.table(name, in_identity, inserts, updates, deletes, counts)
 
     def insert(self, batch: Batch, message: pgoutput.Insert) -> None:
         """Put what a new row makes stale into the batch."""
         new = message.new
         self._check_width(new)
-        self._counts[self._table, "insert"] += 1
+        self._counts[self._name, "insert"] += 1
         for rule in self._rules["insert"]:
             if rule.holds and not rule.holds("insert", None, new):
                 continue
@@ -235,7 +345,7 @@ class Plan:
         self._check_width(new)
         if old is not None:
             self._check_width(old)
-        self._counts[self._table, "update"] += 1
+        self._counts[self._name, "update"] += 1
         known: Row = []
         if self._watches or UNCHANGED in new:
             known = self._known_old(message)
@@ -259,7 +369,7 @@ class Plan:
     def delete(self, batch: Batch, message: pgoutput.Delete) -> None:
         """Put what a deleted row makes stale into the batch."""
         self._check_width(message.old)
-        self._counts[self._table, "delete"] += 1
+        self._counts[self._name, "delete"] += 1
         for rule in self._rules["delete"]:
             if rule.holds and not rule.holds("delete", self._carried(message.old), None):
                 continue
@@ -271,7 +381,7 @@ class Plan:
 
     def truncate(self, batch: Batch) -> None:
         """Put what an emptied table makes stale, whole caches, into the batch."""
-        self._counts[self._table, "truncate"] += 1
+        self._counts[self._name, "truncate"] += 1
         for rule in self._rules["truncate"]:
             if rule.holds and not rule.holds("truncate", None, None):
                 continue
@@ -383,7 +493,7 @@ class Invalidation:
         of all rules on these tables.
         """
         firings = [
-            _Firing(self._targets[rule.name, position], _no_key, (), "sweep", "sweep")
+            _Firing(self._targets[rule.name, position], _no_key, (), None, "sweep", "sweep")
             for table in tables
             for rule in self._by_table[table]
             for position in range(len(rule.busts))
@@ -444,14 +554,33 @@ class Invalidation:
             old_of_update = "kept" if needed <= carried | rule.immutable else unknown
             old_of_delete = unknown
         if not needed <= index.keys():
-            return _Firing(target, _no_key, (), "sweep", "sweep")
+            return _Firing(target, _no_key, (), None, "sweep", "sweep")
         at = {parameter: index[column] for parameter, column in bust.columns.items()}
         columns = tuple(sorted(set(at.values())))
         if bust.query is None:
-            return _Firing(target, target.template.compile(at), columns, old_of_update, old_of_delete)
+            key_of, plain = target.template.compile(at), target.template.plain(at)
+            return _Firing(target, key_of, columns, plain, old_of_update, old_of_delete)
         # A query can be asked for NULL as well.
         places = [at[column] for column in (*bust.query.columns, *bust.given.values())]
-        return _Firing(target, _arguments_of(places), columns, old_of_update, old_of_delete)
+        return _Firing(target, _arguments_of(places), columns, None, old_of_update, old_of_delete)
+
+
+def _plain(op: str, rules: Iterable[_RulePlan]) -> scan.Rules:
+    """Give the rules for one kind of change as `scan` takes them; ``None`` where one of them asks for more."""
+    found = []
+    for rule in rules:
+        if rule.broken or rule.holds:
+            return None
+        firings: list[scan.Firing] = []
+        for firing in rule.firings:
+            target = firing.target
+            old = {"update": firing.old_of_update, "delete": firing.old_of_delete}.get(op)
+            later = target.pairs or target.debounce or target.cache.again_after
+            if firing.plain is None or later or old == "sweep":
+                return None
+            firings.append((target, *firing.plain, old or "ignore"))
+        found.append((rule.watched, firings))
+    return found
 
 
 def _arguments_of(places: Sequence[int]) -> KeyOf:

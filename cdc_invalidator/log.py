@@ -138,7 +138,7 @@ class EventLog:
     def __init__(self, output: Output, form: Form, level: str) -> None:
         self._output = output
         self._log = structlog.get_logger()
-        self._direct = form == "json"
+        self.direct = form == "json"
         self._silent = logging.getLevelNamesMapping()[level.upper()] > logging.INFO
 
     def write(self, events: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> None:
@@ -149,20 +149,26 @@ class EventLog:
         """
         if self._silent:
             return
-        if not self._direct:
+        if not self.direct:
             for shared, own in events:
                 self._log.info("bust", **shared, **own)
             return
-        head = orjson.dumps({"event": "bust", "level": "info", "ts": datetime.now(UTC)}, option=orjson.OPT_UTC_Z)[:-1]
         rendered: dict[int, bytes] = {}
         lines = []
         for shared, own in events:
-            start = rendered.get(id(shared))
-            if start is None:
-                start = rendered[id(shared)] = head + b"," + orjson.dumps(shared)[1:-1] + b","
-            lines.append(start + orjson.dumps(own)[1:])
-        if lines:
-            self._output.write(b"\n".join(lines) + b"\n")
+            start = rendered.get(id(shared)) or rendered.setdefault(id(shared), self.begin(shared))
+            lines.append(start + orjson.dumps(own)[1:] + b"\n")
+        self.write_text(b"".join(lines))
+
+    def begin(self, shared: dict[str, Any]) -> bytes:
+        """Give what all lines of an event begin with that share these fields; the time is now."""
+        head = orjson.dumps({"event": "bust", "level": "info", "ts": datetime.now(UTC)}, option=orjson.OPT_UTC_Z)
+        return head[:-1] + b"," + orjson.dumps(shared)[1:-1] + b","
+
+    def write_text(self, text: bytes) -> None:
+        """Write bust events that are rendered as JSON lines already."""
+        if text and not self._silent:
+            self._output.write(text)
 
     async def room(self) -> None:
         """Wait while too much is unwritten.
@@ -187,11 +193,12 @@ class KeyDisplay:
     def __init__(self, form: KeyForm, secret: bytes | None = None) -> None:
         self.form = form
         key = hashlib.sha256(secret).digest() if secret is not None else secrets.token_bytes(32)
-        self._keyed = hashlib.blake2b(key=key, digest_size=8)
+        # To be copied for each key.
+        self.keyed = hashlib.blake2b(key=key, digest_size=8)
 
     def hash(self, key: bytes) -> str:
         """Give 16 hexadecimal digits that stand for the key."""
-        keyed = self._keyed.copy()
+        keyed = self.keyed.copy()
         keyed.update(key)
         return keyed.hexdigest()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from operator import add
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import HistogramMetricFamily
@@ -126,16 +126,11 @@ class Lags(Collector):
         self._counts: dict[str, list[int]] = {}
         self._sums: dict[str, float] = {}
 
-    def observe(self, cache: str, lags: Iterable[float]) -> None:
-        """Count these lags."""
-        counts = self._counts.get(cache)
-        if counts is None:
-            counts = self._counts[cache] = [0] * (len(LAG_BUCKETS) + 1)
-        total = 0.0
-        for lag in lags:
-            counts[bisect_left(LAG_BUCKETS, lag)] += 1
-            total += lag
-        self._sums[cache] = self._sums.get(cache, 0.0) + total
+    def observe(self, cache: str, counts: Sequence[int], seconds: float) -> None:
+        """Count lags: how many fall into each bucket, one more than LAG_BUCKETS has bounds, and their sum."""
+        before = self._counts.get(cache)
+        self._counts[cache] = list(counts) if before is None else list(map(add, before, counts))
+        self._sums[cache] = self._sums.get(cache, 0.0) + seconds
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """Give the metric as it is now."""

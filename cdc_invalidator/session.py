@@ -231,6 +231,7 @@ class Session:
             # Making a slot waits for all transactions, so that nothing is left to settle.
             self._unsettled.clear()
         added = [table for table in survey.published if table in self._unsettled]
+        snapshots = self._snapshots = await Snapshots.open(options.postgres_dsn)
         replication = self._replication = await Replication.open(options.postgres_dsn)
         system = await replication.identify()
         self._system_id = system.system_id
@@ -239,7 +240,6 @@ class Session:
         state = await slot.state()
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
-        snapshots = self._snapshots = await Snapshots.open(options.postgres_dsn)
         gap = await tables.settled(added, snapshots)
         self.checkpoint = Checkpoint(state.confirmed)
         self.apply = Apply(

@@ -153,6 +153,25 @@ class Template:
             return _of_many(form, at)
         return (_of_none, _of_one, _of_two)[len(at)](form, *at)
 
+    def plain(self, index: Mapping[str, int]) -> tuple[list[bytes], list[int]] | None:
+        """The same in two lists: literals, one more than there are values between them, and the values' positions.
+
+        ``None`` where a filter changes a value.
+
+        Raises:
+            KeyError: a parameter is not in ``index``.
+        """
+        literals, places = [b""], []
+        for part in self.parts:
+            if isinstance(part, bytes):
+                literals[-1] = part
+            elif part.filters:
+                return None
+            else:
+                places.append(index[part.name])
+                literals.append(b"")
+        return literals, places
+
     def render(self, values: Mapping[str, str | bytes | None]) -> bytes | None:
         """The key for values by name, or None where any is NULL; for all that is not the stream of rows.
 

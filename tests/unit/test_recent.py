@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cdc_invalidator.backlog import BATCH
-from cdc_invalidator.invalidation import Batch
+from cdc_invalidator.invalidation import Batch, Run
 from cdc_invalidator.recent import Recent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 HISTORY = ("7300000000000000001", 1)
 
@@ -124,7 +129,7 @@ class RecentAgainstModel(RuleBasedStateMachine):
         self.recent.note(batch)
         self.fits = self.fits and self.weight(self.streamed) + self.gaps * (1 + BATCH) <= CAPACITY
 
-    def weight(self, batches: list[Batch]) -> int:
+    def weight(self, batches: Sequence[Batch | Run]) -> int:
         return sum(batch.weight + BATCH for batch in batches)
 
     @rule(
@@ -174,12 +179,12 @@ class RecentAgainstModel(RuleBasedStateMachine):
         if self.recent.reaches(position):
             assert position >= self.lowest_start
             wanted = [batch for batch in self.streamed if batch.commit_lsn >= position]
-            assert [batch for batch in self.recent.since(position) if batch.xid] == wanted
+            assert [batch for batch in self.recent.since(position) if batch.xids] == wanted
 
     @invariant()
     def nothing_is_given_twice_or_out_of_order(self) -> None:
         known = [id(batch) for batch in self.streamed]
-        given = [id(batch) for batch in self.recent.since(0) if batch.xid]
+        given = [id(batch) for batch in self.recent.since(0) if batch.xids]
         assert given == known[len(known) - len(given) :]
 
     @invariant()
@@ -189,7 +194,7 @@ class RecentAgainstModel(RuleBasedStateMachine):
     @invariant()
     def what_fits_is_there(self) -> None:
         assert not self.fits or self.recent.reaches(self.all_since)
-        assert not self.fits or [batch for batch in self.recent.since(0) if batch.xid] == self.streamed
+        assert not self.fits or [batch for batch in self.recent.since(0) if batch.xids] == self.streamed
 
 
 TestRecentAgainstModel = RecentAgainstModel.TestCase

@@ -38,7 +38,7 @@ from cdc_invalidator.watermark import Position, Watermark, gaps
 _log = structlog.get_logger()
 
 # Keys a flush: many enough to pay for the round trip, few enough that the watermark keeps moving.
-FLUSH_WEIGHT = 4_000
+FLUSH_WEIGHT = 10_000
 # The watermark moves at least once a second; the rest is for the round trip.
 HEARTBEAT_SECONDS = 0.8
 INFO_SECONDS = 10.0
@@ -106,6 +106,8 @@ class Apply:
         # In the hands of this turn until Redis has acknowledged them.
         self._taken: list[tuple[Batch | Run, Ticket]] = []
         self._due: list[tuple[str, Waiting]] = []
+        # Acknowledged by Redis at that time (Unix, in µs), and not in the events yet.
+        self._untold: deque[tuple[list[Line], Outcome, int, int]] = deque()
         # Applied before, and lost by a Redis that came back older.
         self._anew: deque[Batch | Run] = deque()
         # Sweeps because of gaps: not taken yet, and not over yet.
@@ -154,6 +156,7 @@ class Apply:
             while not (self._finishing and self.drained):
                 await self._turn()
         finally:
+            self._tell()
             await self._close()
 
     async def _turn(self) -> None:
@@ -182,6 +185,8 @@ class Apply:
             return
         self._backoff.reset()
         self.last_error = self.away_since = None
+        if not self._backlog:
+            self._tell()
         await self._backlog.wait(self._patience())
 
     async def _take(self) -> list[tuple[Batch | Run, Ticket]]:
@@ -277,7 +282,7 @@ class Apply:
             weight += batch.weight
             if weight >= FLUSH_WEIGHT:
                 break
-        self._events.busted(*await self._bust(server, some), _NEVER)
+        self._told_later(*await self._bust(server, some), _NEVER)
         self._metrics.anew.inc(len(some))
         for batch in some:
             self._anew.popleft()
@@ -330,7 +335,7 @@ class Apply:
         batches = [batch for batch, _ in taken]
         # A query asks for what can be seen: of what is hidden it is asked later.
         await self._queries.derive(batch for batch in batches if not isinstance(batch, Run) and batch.xid not in hidden)
-        self._events.busted(*await self._bust(server, batches), self._replay_until)
+        self._told_later(*await self._bust(server, batches), self._replay_until)
         now = time.monotonic()
         for batch, ticket in taken:
             self._recent.note(batch)
@@ -380,7 +385,7 @@ class Apply:
                 told.append(line)
                 counts += [] if count is None else [count]
         if told:
-            self._events.busted(told, Outcome(counts, outcome.versions), self._replay_until)
+            self._told_later(told, Outcome(counts, outcome.versions), self._replay_until)
 
     def _follow_up(self, batch: Batch, ticket: Ticket, bust: str, now: float) -> None:
         """Begin what a bust leads to: its sweeps, and the busts that come after it."""
@@ -398,7 +403,18 @@ class Apply:
             lines = await _name_versions(server, lines, pairs)
         deletes = [line.keys for line in lines if line.action == "delete"]
         bumps = {key: line.target.cache.version_ttl for line in lines if line.action == "bump" for key in line.keys}
-        return lines, await server.bust(deletes, bumps)
+        busting = asyncio.create_task(server.bust(deletes, bumps), name="bust")
+        # Once it is on its way, there is time to tell the one before.
+        await asyncio.sleep(0)
+        self._tell()
+        return lines, await busting
+
+    def _told_later(self, lines: list[Line], outcome: Outcome, replay_until: int) -> None:
+        self._untold.append((lines, outcome, replay_until, time.time_ns() // 1000))
+
+    def _tell(self) -> None:
+        while self._untold:
+            self._events.busted(*self._untold.popleft())
 
     def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
         for target, busts in batch.busts.items():

@@ -114,6 +114,8 @@ def run(given: settings.Settings) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The rules are about to be read anyway.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Where rich is installed, structlog loads it to draw tracebacks with: 4 MB for what a log has no use for.
+    sys.modules.setdefault("rich", None)  # type: ignore[arg-type]  # that is how an import is refused
     import gc
 
     from prometheus_client import REGISTRY, disable_created_metrics

@@ -64,15 +64,15 @@ class Events:
         """Wait until what has been told is written, as far as memory asks for it."""
         await self._log.room()
 
-    def busted(self, lines: list[Line], outcome: Outcome, replay_until: int) -> None:
+    def busted(self, lines: list[Line], outcome: Outcome, replay_until: int, now_us: int) -> None:
         """Tell what Redis answered to a flush.
 
         Args:
             lines: in the order of the flush, which ``outcome.existed`` follows for the deletes among them.
             outcome: the answer.
             replay_until: what was committed before this LSN had been busted by an earlier run.
+            now_us: when the answer came, in µs since 1970.
         """
-        now_us = time.time_ns() // 1000
         if self._teller is not None:
             text, compiled_totals = self._teller.busted(
                 lines, outcome.existed, outcome.versions, replay_until, now_us, BUMP_MISSING

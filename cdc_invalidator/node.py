@@ -60,7 +60,8 @@ class Node:
 
     def __init__(self, url: str, *, timeout: float = 5.0) -> None:
         options: dict[str, Any] = {
-            "socket_timeout": timeout,
+            # Of a whole round trip: the driver's own would be set and cleared for each reply.
+            "socket_timeout": None,
             "socket_connect_timeout": timeout,
             "client_name": "cdc-invalidator",
         }
@@ -74,6 +75,7 @@ class Node:
                 "CDC_REDIS_URL can't be read; write redis://user:password@host:port/db, the password percent-encoded, "
                 "and behind `?` only options that redis-py knows."
             ) from None
+        self._timeout = timeout
         # A round trip is whole: nobody else's replies may come in between.
         self._turn = asyncio.Lock()
 
@@ -114,12 +116,14 @@ class Node:
         connection = self._connection
         answers: list[Any] = []
         try:
-            async with self._turn:
+            async with self._turn, asyncio.timeout(self._timeout):
                 if not connection.is_connected:
                     raise exceptions.ConnectionError("the connection has ended")  # noqa: TRY301
                 # The driver's own way takes Python's time for each key.
-                packed = [hiredis.pack_command((*command[0].split(), *command[1:])) for command in commands]
-                await connection.send_packed_command(packed, check_health=False)
+                for command in commands:
+                    # One by one: the server works on the first while the next is made.
+                    packed = hiredis.pack_command((*command[0].split(), *command[1:]))
+                    await connection.send_packed_command(packed, check_health=False)
                 for _ in commands:
                     try:
                         answers.append(await connection.read_response())

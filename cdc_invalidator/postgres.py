@@ -6,6 +6,7 @@ Every failure leaves an edge as `errors.PostgresUnavailable` (come back later), 
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,3 +123,20 @@ def first_line(error: Exception) -> str:
     """Give the server's sentence, without what follows it."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+async def readable(descriptor: int) -> None:
+    """Wait until there is something to read."""
+    # The reader is removed again each time: while the backlog is full nobody reads, and it must not fire then.
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+    loop.add_reader(descriptor, _wake, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(descriptor)
+
+
+def _wake(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_result(None)

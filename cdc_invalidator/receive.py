@@ -85,6 +85,8 @@ class Receive:
                 end = pos + 1 + _LENGTH(data, pos + 1)[0]
                 await self._one(data[pos + COPY : end])
                 pos = end
+            # The busts go first.
+            await asyncio.sleep(0)
             self._count()
 
     def _common(self, data: bytes, pos: int) -> int:

@@ -24,6 +24,12 @@ from psycopg import pq, sql
 from cdc_invalidator import errors, lsn, postgres, scan
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
 
+# What the walsender holds of running transactions before it sends what they have done so far. A large transaction's
+# keys are here by the time that it commits, then, and the server neither holds its changes nor spills them to disk.
+_LESS_MEMORY = """
+    SELECT set_config(name, '4MB', false) FROM pg_settings
+    WHERE name = 'logical_decoding_work_mem' AND setting::int > 4096
+"""
 # Bytes a read: enough to pay for the wake-up, few enough that other tasks get their turn.
 BYTES_A_READ = 1 << 20
 # Where so many reads in a row found something at once, the walsender may be busy, and is left alone for a moment, and
@@ -119,6 +125,7 @@ class Replication:
             publication=sql.Literal(sql.Identifier(publication).as_string(self._connection)),
         )
         with postgres.translated():
+            await self._connection.execute(_LESS_MEMORY)
             if await self._readable_by_others():
                 self._stream = _Socket(self._connection.pgconn)
             await self._stream.start(command.as_bytes(self._connection))
@@ -204,7 +211,7 @@ class _Libpq(_Stream):
         pgconn.send_query(command)
         pgconn.flush()
         while pgconn.is_busy():
-            await _readable(pgconn.socket)
+            await postgres.readable(pgconn.socket)
             pgconn.consume_input()
         result = pgconn.get_result()
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
@@ -213,7 +220,7 @@ class _Libpq(_Stream):
     async def read(self) -> bytes:
         messages: list[bytes] = []
         while not (self._over or self._drain(messages)):
-            await _readable(self._pgconn.socket)
+            await postgres.readable(self._pgconn.socket)
             self._pgconn.consume_input()
         return b"".join(messages)
 
@@ -304,7 +311,7 @@ class _Socket(_Stream):
         if nap:
             await asyncio.sleep(nap)
         asked = time.monotonic()
-        await _readable(self._socket.fileno())
+        await postgres.readable(self._socket.fileno())
         waited = time.monotonic() - asked
         size = 0
         while size < BYTES_A_READ:
@@ -339,22 +346,6 @@ class _Socket(_Stream):
 
     def close(self) -> None:
         self._socket.close()
-
-
-async def _readable(descriptor: int) -> None:
-    # The reader is removed again each time: while the backlog is full nobody reads, and it must not fire then.
-    loop = asyncio.get_running_loop()
-    ready = loop.create_future()
-    loop.add_reader(descriptor, _wake, ready)
-    try:
-        await ready
-    finally:
-        loop.remove_reader(descriptor)
-
-
-def _wake(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
 
 
 def _length(data: bytearray) -> int:

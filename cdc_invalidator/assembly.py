@@ -144,7 +144,8 @@ class Assembly:
             return pos, ()
         batch = self._into(found.xid)
         for target, ops, keys in found.found:
-            batch.add_all(target, ops.split(","), keys, "change")
+            # The first reason stays: a TRUNCATE is not made a change by what follows it.
+            batch.add_all(target, ops.split(","), keys, batch.of(target).reason)
         self._unchecked += found.taken
         return found.pos, self._leave(batch)
 

@@ -1,0 +1,671 @@
+"""The compiled pass and the reference agree: the same stream, however it is cut, busts the same either way."""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from unittest.mock import Mock
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from cdc_invalidator import errors, pgoutput, receive, rules, scan
+from cdc_invalidator.assembly import Assembly
+from cdc_invalidator.backlog import Backlog
+from cdc_invalidator.checkpoint import Checkpoint, Ticket
+from cdc_invalidator.invalidation import Batch, Invalidation, Run
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.pgoutput import UNCHANGED, Value
+from cdc_invalidator.replication import COPY, PAYLOAD, Keepalive
+from cdc_invalidator.rulefile import Table
+from cdc_invalidator.rules import Pair, RuleSet
+
+if not scan.COMPILED:
+    assert not os.environ.get("CI"), "the compiled part is not there"
+    pytest.skip("the compiled part is not there", allow_module_level=True)
+
+# Of these, the rules name users, orders and one that is not there (it may be EXTRA); PART is a partition of orders.
+USERS, ORDERS, PART, OTHER, EXTRA = 0x4001, 0x4112, 0x4223, 0x4334, 0x4445
+TABLES = {USERS: "users", ORDERS: "orders", PART: "orders_1", OTHER: "other", EXTRA: "extra"}
+COLUMNS = ("id", "team", "name", "bio")
+
+CACHES = """
+version: 1
+caches:
+  user: {key: "user:{id}"}
+  team: {key: "team:{team}"}
+  member: {key: "m{team}:{id}"}
+  twice: {key: "twice:{id}:{team}:{id}"}
+  all-four: {key: "4{id}{team}{name}{bio}"}
+  bio: {key: "bio:{bio}"}
+  hashed: {key: "hashed:{name|sha256}"}
+  dash: {key: "dash:{id}:v{version}", version: "dash:{id}:ver"}
+  every: {key: "every:v{version}", version: "every:ver"}
+  counts: {key: "counts"}
+  again: {key: "again:{id}", again_after: 1s}
+  pairs: {key: "pairs:{team}:v{version}:{id}", version: "pairs:{team}:ver", bump_over: 2}
+rules:
+"""
+ENTRIES = (
+    "bust: [user]",
+    "bust: [user], columns: [name]",
+    "bust: [team, user], columns: [team]",
+    "bust: [team], old_row: ignore",
+    "bust: [team], old_row: ignore, columns: [name, bio]",
+    "bust: [team], old_row: sweep",
+    "bust: [team, member], immutable: [team]",
+    "bust: [member, twice], immutable: [team], columns: [bio]",
+    "bust: [all-four], old_row: ignore",
+    "bust: [bio], old_row: ignore, columns: [bio]",
+    "bust: [user: {id: team}, user], old_row: ignore",
+    "bust: [user], on: [insert, truncate]",
+    "bust: [user, dash], on: [update]",
+    "bust: [user], on: [delete]",
+    "bust: [dash]",
+    "bust: [every]",
+    "bust: [counts]",
+    "bust: [counts, user, every], columns: [name]",
+    # What is not plain.
+    "bust: [hashed], old_row: ignore",
+    "bust: [again]",
+    "bust: [user], debounce: 5s",
+    "bust: [pairs], immutable: [team]",
+    "bust: [user], when: \"op != 'update' || new.name != '1'\"",
+)
+WIDE = "bust: [user, team, member, twice, all-four, dash, every, counts, bio], old_row: ignore"
+
+
+@functools.lru_cache(maxsize=500)
+def rule_set(users: tuple[str, ...], orders: tuple[str, ...], gone: bool) -> RuleSet:
+    entries = [("users", entry) for entry in users] + [("orders", entry) for entry in orders]
+    entries += [("gone", "bust: [user, counts]")] if gone else []
+    lines = [f"  - {{name: r{at}, table: public.{table}, {entry}}}\n" for at, (table, entry) in enumerate(entries)]
+    return rules.parse([("rules.yaml", CACHES + "".join(lines))], {})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_complaints() -> Iterator[None]:
+    """Rules that a relation breaks are told each time; they are meant to break here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(receive, "_log", Mock())
+        yield
+
+
+# ── A stream ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Content(NamedTuple):
+    """A message inside a transaction, without the id of its subtransaction."""
+
+    tag: bytes
+    rest: bytes
+
+    def payload(self, xid: int | None = None) -> bytes:
+        return self.tag + (b"" if xid is None or self.tag == b"O" else struct.pack(">I", xid)) + self.rest
+
+
+KEEPALIVE = Content(b"k", b"")
+"""One in the middle of a transaction."""
+
+
+def row(values: Sequence[Value]) -> bytes:
+    parts = [struct.pack(">H", len(values))]
+    for value in values:
+        if value is None or value is UNCHANGED:
+            parts.append(b"n" if value is None else b"u")
+        else:
+            parts.append(b"t" + struct.pack(">I", len(value)) + value)
+    return b"".join(parts)
+
+
+def insert(oid: int, new: Sequence[Value]) -> Content:
+    return Content(b"I", struct.pack(">I", oid) + b"N" + row(new))
+
+
+def update(oid: int, old_kind: bytes, old: Sequence[Value], new: Sequence[Value]) -> Content:
+    return Content(b"U", struct.pack(">I", oid) + (old_kind + row(old) if old_kind else b"") + b"N" + row(new))
+
+
+def delete(oid: int, old_kind: bytes, old: Sequence[Value]) -> Content:
+    return Content(b"D", struct.pack(">I", oid) + old_kind + row(old))
+
+
+def truncate(oids: Sequence[int]) -> Content:
+    return Content(b"T", struct.pack(f">IB{len(oids)}I", len(oids), 0, *oids))
+
+
+def relation(
+    oid: int, identity: bytes = b"d", keys: Iterable[str] = ("id",), columns: Sequence[str] = COLUMNS
+) -> Content:
+    carried = {b"f": columns, b"n": ()}.get(identity, keys)
+    shape = [
+        struct.pack(">B", name in carried) + name.encode() + b"\0" + struct.pack(">Ii", 25, -1) for name in columns
+    ]
+    head = struct.pack(">I", oid) + b"public\0" + TABLES[oid].encode() + b"\0" + identity
+    return Content(b"R", head + struct.pack(">H", len(columns)) + b"".join(shape))
+
+
+def message(
+    content: bytes, *, transactional: bool = True, lsn: int = 5, prefix: str = receive.MESSAGE_PREFIX
+) -> Content:
+    head = struct.pack(">BQ", transactional, lsn) + prefix.encode() + b"\0"
+    return Content(b"M", head + struct.pack(">I", len(content)) + content)
+
+
+class Unit(NamedTuple):
+    """What comes in one piece: a transaction, a block of one, its end, or a message outside of any."""
+
+    kind: str
+    xid: int = 0
+    contents: Sequence[tuple[int, Content]] = ()
+    first: bool = False
+
+
+class Payloads(list[bytes]):
+    """Whatever comes in a CopyData message, one after the other; to look at, long ones are told in short."""
+
+    def __repr__(self) -> str:
+        shown = [repr(each) for each in self[:100]]
+        return f"Payloads([{', '.join(shown)}{f', and {len(self) - 100} more' if len(self) > 100 else ''}])"
+
+
+@dataclass
+class Server:
+    """Gives units their place in the WAL, and writes them as a walsender does."""
+
+    lsn: int = 1000
+    payloads: Payloads = field(default_factory=Payloads)
+
+    def write(self, unit: Unit) -> None:
+        put = self.payloads.append
+        if unit.kind == "transaction":
+            self.lsn += 100
+            put(struct.pack(">cQqI", b"B", self.lsn, self.lsn * 7, unit.xid))
+            self._contents(unit, streamed=False)
+            put(struct.pack(">cBQQq", b"C", 0, self.lsn, self.lsn + 48, self.lsn * 7))
+        elif unit.kind == "block":
+            put(struct.pack(">cIB", b"S", unit.xid, unit.first))
+            self._contents(unit, streamed=True)
+            put(b"E")
+        elif unit.kind == "stream commit":
+            self.lsn += 100
+            put(struct.pack(">cIBQQq", b"c", unit.xid, 0, self.lsn, self.lsn + 48, self.lsn * 7))
+        elif unit.kind == "stream abort":
+            put(struct.pack(">cII", b"A", unit.xid, unit.contents[0][0]))
+        elif unit.kind == "keepalive":
+            self._keepalive()
+        elif unit.kind == "manual":
+            self.lsn += 70
+            put(message(unit.contents[0][1].rest, transactional=False, lsn=self.lsn - 10).payload())
+        else:
+            put(unit.contents[0][1].payload())
+
+    def _contents(self, unit: Unit, *, streamed: bool) -> None:
+        for subxid, content in unit.contents:
+            if content is KEEPALIVE:
+                self._keepalive()
+            else:
+                self.payloads.append(content.payload(subxid if streamed else None))
+
+    def _keepalive(self) -> None:
+        self.payloads.append(struct.pack(">cQqB", b"k", self.lsn + 50, 0, self.lsn % 200 == 0))
+
+
+def copied(payloads: Iterable[bytes]) -> bytes:
+    """The same as CopyData messages; keepalives are ones already."""
+    frames = [each if each[:1] == b"k" else struct.pack(">cQQq", b"w", 1, 1, 1) + each for each in payloads]
+    return b"".join(b"d" + struct.pack(">I", len(frame) + 4) + frame for frame in frames)
+
+
+# ── What it busts ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Told = dict[tuple[str, str], tuple[frozenset[bytes], frozenset[str], frozenset[str]]]
+"""By rule and cache: keys, kinds of change, reasons."""
+
+
+@dataclass
+class Outcome:
+    """By transaction (commit LSN, xid, time), all that it busts; of those that have ended."""
+
+    busts: dict[tuple[int, int, int | None], Told] = field(default_factory=dict)
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    received: int = 0
+    transactions: int = 0
+    malformed: bool = False
+
+
+def told(batches: Iterable[Batch]) -> Told:
+    """What the batches of a transaction bust in all; where they are cut is nobody's business."""
+    found: dict[tuple[str, str], tuple[set[bytes], set[str], set[str]]] = {}
+    for batch in batches:
+        for target, busts in batch.busts.items():
+            keys, ops, reasons = found.setdefault((target.rule, target.cache.name), (set(), set(), set()))
+            ops.update(busts.ops)
+            reasons.add(busts.reason)
+            if target.pairs:
+                # Keys turn into bumps once they are many, which depends on the cuts; their versions don't.
+                keys.update(busts.bumps, (Pair.split(key).version for key in busts.keys))
+            else:
+                assert not busts.bumps
+                keys.update(busts.keys)
+            if busts.sweep:
+                keys.add(b"*")
+    return {
+        name: (frozenset([b"*"] if b"*" in keys else keys), frozenset(ops), frozenset(reasons))
+        for name, (keys, ops, reasons) in found.items()
+    }
+
+
+def ended(batches: Iterable[Batch], lsns: set[int]) -> dict[tuple[int, int, int | None], Told]:
+    by_transaction: dict[tuple[int, int, int | None], list[Batch]] = {}
+    for batch in batches:
+        if batch.commit_lsn in lsns or not batch.xid:
+            by_transaction.setdefault((batch.commit_lsn, batch.xid, batch.committed_at), []).append(batch)
+    return {name: found for name, some in by_transaction.items() if (found := told(some))}
+
+
+class World:
+    """Rules, and what the catalogs say of the tables."""
+
+    def __init__(self, rule_set: RuleSet) -> None:
+        self.invalidation = Invalidation(rule_set)
+        self.unknown = [table for table in (Table("public", "gone"),) if self.invalidation.names(table)]
+
+    def known_as(self, _oid: int) -> list[Table]:
+        return []
+
+    async def ancestors(self, oid: int) -> list[Table]:
+        return [Table("public", "orders")] if oid == PART else []
+
+
+def by_reference(rule_set: RuleSet, data: bytes) -> Outcome:
+    """Message by message, as the documentation of the parts says."""
+    world, outcome = World(rule_set), Outcome()
+    invalidation, decoder, assembly = world.invalidation, pgoutput.Decoder(), Assembly()
+    batches: list[Batch] = []
+    lsns: set[int] = set()
+    pos = 0
+    try:
+        while pos < len(data):
+            end = pos + 1 + int.from_bytes(data[pos + 1 : pos + COPY], "big")
+            frame, pos = data[pos:end], end
+            if frame[COPY : COPY + 1] == b"k":
+                if not assembly.in_transaction:
+                    outcome.received = max(outcome.received, Keepalive.read(frame[COPY:]).end)
+                continue
+            found = decoder.decode(frame, PAYLOAD)
+            given_now: list[Batch] = []
+            if isinstance(found, pgoutput.Relation):
+                tables = [Table(found.schema, found.name)] + [Table("public", "orders")] * (found.oid == PART)
+                if tables := [table for table in tables if invalidation.names(table)]:
+                    assembly.relation(found, invalidation.compile(found, tables)[0])
+                else:
+                    unknown = world.unknown
+                    assembly.relation(found, invalidation.compile_unknown(found, unknown) if unknown else None)
+            elif not isinstance(found, pgoutput.Message):
+                given_now = list(assembly.feed(found))
+            elif found.prefix == receive.MESSAGE_PREFIX:
+                given_now = list(assembly.manual(found, *invalidation.manual(found.content)))
+            for batch in given_now:
+                batches.append(batch)
+                if batch.end_lsn is not None:
+                    lsns.add(batch.commit_lsn)
+                    outcome.received = max(outcome.received, batch.end_lsn)
+                    outcome.transactions += 1
+    except errors.MalformedMessage:
+        outcome.malformed = True
+    outcome.busts = ended(batches, lsns)
+    outcome.counts = Counter(invalidation.counted())
+    return outcome
+
+
+class Over(Exception):
+    """There is no more to read."""
+
+
+class Stream:
+    """A replication that brings bytes in given pieces."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces = iter(pieces)
+        self._rest = b""
+
+    async def read(self) -> bytes:
+        for piece in self._pieces:
+            self._rest += piece
+            if size := scan.whole(self._rest):
+                data, self._rest = self._rest[:size], self._rest[size:]
+                return data
+        assert not self._rest
+        raise Over
+
+    def status(self, confirmed: int, received: int) -> None:
+        assert confirmed <= received
+
+
+class Collecting(Backlog):
+    """Keeps all that is put, and never is full."""
+
+    def __init__(self) -> None:
+        super().__init__(capacity=2**60)
+        self.batches: list[Batch] = []
+        self.runs = 0
+
+    def put(self, batch: Batch | Run, ticket: Ticket) -> None:
+        # Until it is resolved no position at or after its first commit may be confirmed.
+        assert ticket.below <= batch.first_lsn
+        assert ticket.parts == 1
+        assert batch.weight > 0
+        if isinstance(batch, Run):
+            self.runs += 1
+            self.batches += batch.batches()
+        else:
+            self.batches.append(batch)
+        super().put(batch, ticket)
+
+
+def received(rule_set: RuleSet, pieces: Iterable[bytes]) -> tuple[Outcome, int]:
+    """By `Receive`, and how many runs there were."""
+    world, outcome, backlog = World(rule_set), Outcome(), Collecting()
+    checkpoint, metrics = Checkpoint(0), Metrics(CollectorRegistry())
+    stream: Any = Stream(pieces)
+    catalogs: Any = world
+    receiving = receive.Receive(
+        stream, catalogs, world.invalidation, lambda: catalogs, backlog=backlog, checkpoint=checkpoint, metrics=metrics
+    ).run()
+    try:
+        # It waits for nothing here.
+        receiving.send(None)
+    except errors.MalformedMessage:
+        outcome.malformed = True
+    except Over:
+        pass
+    finally:
+        receiving.close()
+    outcome.received = checkpoint.received_lsn
+    outcome.transactions = int(metrics.transactions._value.get())
+    lsns = {batch.commit_lsn for batch in backlog.batches if batch.commit_lsn + 48 <= outcome.received}
+    outcome.busts = ended(backlog.batches, lsns)
+    outcome.counts = Counter(world.invalidation.counted())
+    children: dict[Any, Any] = metrics.changes._metrics
+    for labels, child in children.items():
+        outcome.counts[labels] += int(child._value.get())
+    return outcome, backlog.runs
+
+
+def pieces_of(data: bytes, cuts: Iterable[int]) -> Iterator[bytes]:
+    start = 0
+    for cut in sorted({cut % (len(data) + 1) for cut in cuts}):
+        yield data[start:cut]
+        start = cut
+    yield data[start:]
+
+
+def agree(rule_set: RuleSet, payloads: Sequence[bytes], cuts: Iterable[int] = ()) -> tuple[Outcome, int]:
+    """Assert that all three ways give the same; what they give, and how many runs the compiled one made."""
+    data = copied(payloads)
+    wanted = by_reference(rule_set, data)
+    pieces = list(pieces_of(data, cuts))
+    found, runs = received(rule_set, pieces)
+    assert found == wanted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "COMPILED", False)
+        assert received(rule_set, pieces) == (wanted, 0)
+    return wanted, runs
+
+
+# ── Any stream ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_oids = st.sampled_from([USERS, USERS, USERS, ORDERS, ORDERS, PART, OTHER, EXTRA])
+_texts = st.sampled_from([b"1", b"2", b"3", b"1", b"2", b"", b"\xff\0", "ä".encode(), b"%b{}", b"d\0\0\0\x05kB" * 9])
+_sent = st.one_of(_texts, _texts, _texts, st.none())
+_values = st.one_of(_sent, _sent, _sent, _sent, st.just(UNCHANGED))
+_rows = st.tuples(_values, _values, _values, _values)
+_whole_rows = st.tuples(_sent, _sent, _sent, _sent)
+
+
+@st.composite
+def _updates(draw: st.DrawFn) -> Content:
+    oid, new, old = draw(_oids), draw(_rows), list(draw(_whole_rows))
+    if draw(st.booleans()):
+        # Most columns of most updates stay as they are.
+        changed = draw(st.sampled_from([(), (0,), (1,), (2, 3), (0, 1, 2, 3)]))
+        old = [old[at] if at in changed or value is UNCHANGED else value for at, value in enumerate(new)]
+    return update(oid, draw(st.sampled_from([b"", b"", b"K", b"O"])), old, new)
+
+
+_relations = st.builds(
+    relation,
+    _oids,
+    st.sampled_from([b"d", b"d", b"f", b"n", b"i"]),
+    st.sampled_from([("id",), ("id",), ("id", "team"), ("team", "name"), ()]),
+    st.sampled_from([COLUMNS, COLUMNS, COLUMNS[::-1], ("id", "team", "name", "other"), ("a", "b", "c", "d")]),
+)
+_manual = st.sampled_from([b'{"cache": "user", "params": {"id": 1}}', b'{"cache": "counts"}', b'{"cache": "team"}'])
+_plain = st.one_of(
+    st.builds(insert, _oids, _whole_rows),
+    _updates(),
+    st.builds(delete, _oids, st.sampled_from([b"K", b"O"]), _whole_rows),
+)
+_contents = st.one_of(
+    _plain,
+    _plain,
+    _plain,
+    _plain,
+    st.builds(insert, _oids, _rows),
+    st.builds(delete, _oids, st.sampled_from([b"K", b"O"]), _rows),
+    st.builds(truncate, st.lists(_oids, min_size=1, max_size=3)),
+    _relations,
+    st.builds(message, _manual),
+    st.just(message(b"none of ours", prefix="theirs")),
+    st.just(Content(b"O", struct.pack(">Q", 7) + b"upstream\0")),
+    st.just(Content(b"Y", struct.pack(">I", 70) + b"public\0mood\0")),
+    st.just(KEEPALIVE),
+)
+
+
+@st.composite
+def _many(draw: st.DrawFn) -> list[tuple[int, Content]]:
+    """About as many rows as the pass takes whole, or as make a batch; of one kind, with keys that differ or don't."""
+    oid, count = (
+        draw(_oids),
+        draw(st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64, 65, 66, 200, 999, 1000, 1001, 2100])),
+    )
+    different = draw(st.integers(1, count))
+    ids = [b"%d" % (at % different) for at in range(count)]
+    kind = draw(st.sampled_from(["insert", "update", "delete"]))
+    team = draw(_sent)
+
+    def made(value: bytes) -> Content:
+        if kind == "insert":
+            return insert(oid, (value, team, value, b""))
+        if kind == "update":
+            return update(oid, b"O", (b"0", team, value, value), (value, team, value, value))
+        return delete(oid, b"O", (value, team, b"", b""))
+
+    return [(0, made(value)) for value in ids]
+
+
+_small = st.lists(st.tuples(st.just(0), _plain), max_size=4)
+_any = st.lists(st.tuples(st.just(0), _contents), max_size=8)
+
+
+@st.composite
+def _streamed(draw: st.DrawFn, xid: int) -> list[Unit]:
+    """A large transaction in blocks, of which some subtransactions are rolled back, or all."""
+    subxids = st.sampled_from([xid, xid + 1, xid + 2])
+    some = st.lists(st.tuples(subxids, _contents), max_size=8)
+    many = st.builds(lambda subxid, rows: [(subxid, row) for _, row in rows], subxids, _many())
+    units = []
+    for at in range(draw(st.integers(1, 3))):
+        units.append(Unit("block", xid, draw(st.one_of(some, some, some, many)), first=at == 0))
+        if draw(st.integers(0, 3)) == 0:
+            units.append(Unit("stream abort", xid, [(draw(st.sampled_from([xid + 1, xid + 2])), KEEPALIVE)]))
+    over = draw(st.sampled_from(["stream commit", "stream commit", "stream abort", ""]))
+    return units + ([Unit(over, xid, [(xid, KEEPALIVE)])] if over else [])
+
+
+_outside = st.one_of(
+    st.builds(lambda content: Unit("loose", 0, [(0, content)]), _relations),
+    st.builds(lambda text: Unit("manual", 0, [(0, Content(b"", text))]), _manual),
+)
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> Payloads:
+    lines: list[list[Unit]] = []
+    for at in range(draw(st.integers(1, 6))):
+        xid = 700 + 10 * at
+        kind = draw(
+            st.sampled_from(["small", "small", "small", "any", "any", "many", "streamed", "keepalive", "outside"])
+        )
+        if kind == "streamed":
+            lines.append(draw(_streamed(xid)))
+        elif kind == "keepalive":
+            lines.append([Unit("keepalive")])
+        elif kind == "outside":
+            lines.append([draw(_outside)])
+        elif kind == "small":
+            # A few in a row, as a run is made of.
+            some = draw(st.lists(_small, min_size=1, max_size=5))
+            lines.append([Unit("transaction", xid + more, contents) for more, contents in enumerate(some)])
+        else:
+            lines.append([Unit("transaction", xid, draw(_any if kind == "any" else _many()))])
+    server = Server()
+    known = [(0, draw(_relations)) for _ in range(draw(st.integers(0, 3)))]
+    server.write(Unit("transaction", 699, [*((0, relation(oid)) for oid in TABLES), *known]))
+    while lines:
+        line = draw(st.sampled_from(lines))
+        server.write(line.pop(0))
+        lines = [line for line in lines if line]
+    return server.payloads
+
+
+_entries = st.one_of(
+    st.lists(st.sampled_from(ENTRIES[:18]), min_size=1, max_size=3),
+    st.lists(st.sampled_from(ENTRIES), min_size=1, max_size=3),
+    st.just([WIDE, WIDE]),
+).map(tuple)
+rule_sets = st.builds(rule_set, _entries, st.just(()) | _entries, st.sampled_from([False, False, True]))
+_cuts = st.lists(st.integers(0, 2**20), max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(rule_sets, streams(), _cuts)
+def test_any_stream_busts_the_same_by_the_pass_and_by_the_reference(
+    rule_set: RuleSet, payloads: Payloads, cuts: list[int]
+) -> None:
+    wanted, runs = agree(rule_set, payloads, cuts)
+
+    assert not wanted.malformed
+    event("some of it in runs" if runs else "no run")
+
+
+@st.composite
+def garbled(draw: st.DrawFn, rows_of: tuple[bytes, ...]) -> Payloads:
+    payloads = draw(streams())
+    # Rows of a table that no rule reads are not looked into.
+    able = [
+        at
+        for at, each in enumerate(payloads)
+        if each[:1] not in b"IUDk" or each[1:5] in rows_of or each[5:9] in rows_of
+    ]
+    at = draw(st.sampled_from(able))
+    payload = payloads[at]
+    how = draw(st.sampled_from(["cut", "longer", "byte", "gone", "twice", "width"]))
+    if how == "cut":
+        payload = payload[: draw(st.integers(0, len(payload) - 1))]
+    elif how == "longer":
+        payload += draw(st.sampled_from([b"\0", b"n", b"t\0\0\0\0"]))
+    elif how == "byte":
+        # Not the relation's oid, which may become that of a table that no rule reads; nor a position in the WAL.
+        places = {b"B": [0], b"C": [0, 1], b"c": [0, 5], b"M": [0, 1]}.get(payload[:1])
+        place = draw(st.sampled_from(places or [0, *range(9 if payload[5:9] in rows_of else 5, len(payload))]))
+        payload = payload[:place] + bytes([draw(st.integers(0, 255))]) + payload[place + 1 :]
+    elif how == "width":
+        oid = struct.unpack(">I", rows_of[0])[0]
+        payload = draw(st.sampled_from([insert(oid, [b"1"] * 3), delete(oid, b"K", [b"1"] * 5)])).payload()
+    return Payloads([*payloads[:at], *[payload] * {"gone": 0, "twice": 2}.get(how, 1), *payloads[at + 1 :]])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), _cuts)
+def test_whatever_is_garbled_fails_at_the_same_place_by_the_pass_and_by_the_reference(
+    data: st.DataObject, cuts: list[int]
+) -> None:
+    entries = data.draw(_entries.filter(bool))
+    oids = tuple(struct.pack(">I", oid) for oid in (USERS, ORDERS, PART))
+
+    wanted, _ = agree(rule_set(entries, entries, False), data.draw(garbled(oids)), cuts)
+
+    event("malformed" if wanted.malformed else "still a stream")
+
+
+# ── Single cases ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def of_users(*transactions: Sequence[Content]) -> Payloads:
+    server = Server()
+    server.write(Unit("transaction", 699, [(0, relation(oid)) for oid in TABLES]))
+    for xid, contents in enumerate(transactions, 700):
+        server.write(Unit("transaction", xid, [(0, content) for content in contents]))
+    return server.payloads
+
+
+def by_id(number: int) -> Content:
+    return insert(USERS, (b"%d" % number, b"7", b"Ada", None))
+
+
+def test_a_transaction_of_few_rows_is_taken_whole_and_a_larger_one_is_not() -> None:
+    plain = rule_set(("bust: [counts]",), (), False)
+    for rows, runs in ((1, 1), (64, 1), (65, 0)):
+        assert agree(plain, of_users([by_id(at) for at in range(rows)]))[1] == runs
+
+
+def test_a_transaction_of_few_keys_is_taken_whole_and_a_larger_one_is_not() -> None:
+    plain = rule_set(("bust: [user]",), (), False)
+    for keys, runs in ((32, 1), (33, 0)):
+        assert agree(plain, of_users([by_id(at % keys) for at in range(64)]))[1] == runs
+
+
+def test_a_transaction_of_few_targets_is_taken_whole_and_a_larger_one_is_not() -> None:
+    eight = "bust: [user, team, member, twice, dash, every, counts, bio], old_row: ignore"
+    shown = insert(USERS, (b"1", b"2", b"3", b"4"))
+    for entries, runs in (((eight, eight), 1), ((eight, eight, "bust: [user]"), 0)):
+        assert agree(rule_set(entries, (), False), of_users([shown]))[1] == runs
+
+
+def test_a_transaction_that_comes_in_two_pieces_is_taken_once() -> None:
+    plain = rule_set(("bust: [user]",), (), False)
+    payloads = of_users([by_id(1)], [by_id(2), by_id(3)], [by_id(4)])
+    size = len(copied(payloads))
+
+    for cut in range(size):
+        wanted, _ = agree(plain, payloads, [cut])
+        assert wanted.transactions == 4
+
+
+def test_a_truncate_is_not_made_a_change_by_the_rows_that_follow_it() -> None:
+    payloads = of_users([truncate([USERS]), by_id(1)])
+
+    wanted, _ = agree(rule_set(("bust: [counts]",), (), False), payloads)
+
+    ((_, _, reasons),) = wanted.busts[1200, 700, 8400].values()
+    assert reasons == {"truncate"}
+
+
+def test_rows_of_a_table_that_no_rule_reads_are_taken_with_the_others() -> None:
+    other = insert(OTHER, (b"1", b"2"))
+
+    _, runs = agree(
+        rule_set(("bust: [user]",), (), False), of_users([other, by_id(1), other], [other] * 200, [by_id(2)])
+    )
+
+    assert runs == 1

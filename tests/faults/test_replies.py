@@ -84,7 +84,7 @@ def test_an_error_reply_at_any_place_of_a_pipeline_loses_no_bust(stage: Stage, c
         with Writer(stage.dsn, stage.valkey.url, rows=1500) as writer:
             writer.goes_on()
             for _ in range(3):
-                stage.proxy.fail_next(20, reply, resp.named("EVALSHA"))
+                stage.proxy.fail_next(20, reply, resp.named("EVALSHA", "UNLINK"))
                 eventually(lambda: not stage.proxy.armed, "the error is injected")
                 writer.goes_on()
         assert_all_is_well(stage.dsn, client, stage.daemon)
@@ -123,7 +123,7 @@ def test_a_reply_that_ends_in_its_middle_loses_no_bust(stage: Stage) -> None:
         with Writer(stage.dsn, stage.valkey.url, rows=1500) as writer:
             writer.goes_on()
             for n in range(1, 6):
-                stage.proxy.half(n, resp.named("EVALSHA"))
+                stage.proxy.half(n, resp.named("EVALSHA", "UNLINK"))
                 eventually(lambda: not stage.proxy.armed, "the reply is cut")
                 writer.goes_on()
         assert_all_is_well(stage.dsn, client, stage.daemon)

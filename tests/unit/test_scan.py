@@ -381,8 +381,9 @@ def received(rule_set: RuleSet, pieces: Iterable[bytes]) -> tuple[Outcome, int]:
         stream, catalogs, world.invalidation, lambda: catalogs, backlog=backlog, checkpoint=checkpoint, metrics=metrics
     ).run()
     try:
-        # It waits for nothing here.
-        receiving.send(None)
+        # It waits for nothing here but its turn.
+        while True:
+            receiving.send(None)
     except errors.MalformedMessage:
         outcome.malformed = True
     except Over:

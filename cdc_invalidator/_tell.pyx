@@ -135,7 +135,6 @@ cdef class Teller:
             raise ValueError("too many buckets")
         for at, bound in enumerate(bounds):
             self.bounds_us[at] = round(bound * 1_000_000)
-        self.known_second = -1
 
     def busted(self, list lines not None, list existed not None, dict versions not None, uint64_t replay_until,
                int64_t now_us, int64_t missing):
@@ -151,7 +150,7 @@ cdef class Teller:
         cdef list totals = []
         cdef Total total
         cdef Py_ssize_t deletes = 0, count, at
-        cdef int64_t found, version, committed_us, lag_us, thousandths
+        cdef int64_t found, version, committed_us, second, us, lag_us, thousandths
         cdef uint64_t lsn
         cdef int bucket
         for target, action, op, keys, reason, commit_lsn, committed_at, xid in lines:
@@ -179,6 +178,9 @@ cdef class Teller:
                     text.put(b'"', 1)
                 text.put(b'],', 2)
             if action == "delete":
+                # There is one for each; if not, it must not be read from behind the end.
+                if deletes >= len(existed):
+                    raise IndexError
                 found = existed[deletes]
                 deletes += 1
             else:
@@ -221,14 +223,18 @@ cdef class Teller:
                     bucket += 1
                 total.counts[bucket] += 1
                 total.lag_us += lag_us
-                if committed_us // 1_000_000 != self.known_second:
-                    self.known_second = committed_us // 1_000_000
+                second, us = committed_us // 1_000_000, committed_us % 1_000_000
+                if us < 0:
+                    # Before 1970: C rounds towards zero.
+                    second, us = second - 1, us + 1_000_000
+                if self.known_text is None or second != self.known_second:
+                    self.known_second = second
                     self.known_text = self.second(self.known_second).encode()
                 text.put(b',"committed_at":"', 17)
                 text.room(A_LINE + PyBytes_GET_SIZE(self.known_text))
                 text.put(PyBytes_AS_STRING(self.known_text), PyBytes_GET_SIZE(self.known_text))
                 text.put(b'.', 1)
-                text.padded(committed_us % 1_000_000, 6)
+                text.padded(us, 6)
                 text.put(b'Z","lag_ms":', 12)
                 text.number(lag_us // 1000)
                 # The shortest form of the same number, as everywhere in JSON: 12.0, 12.5, 12.345.

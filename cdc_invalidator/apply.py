@@ -42,6 +42,7 @@ FLUSH_WEIGHT = 10_000
 # The watermark moves at least once a second; the rest is for the round trip.
 HEARTBEAT_SECONDS = 0.8
 INFO_SECONDS = 10.0
+# No WAL reaches it.
 _NEVER = 2**64 - 1
 
 

@@ -53,7 +53,7 @@ class Events:
         self._display = display
         self._log = log
         self._children: dict[tuple[str, str, str], tuple[Any, ...]] = {}
-        self._second = -1
+        self._second: int | None = None
         self._second_text = ""
         self._teller = None
         if compiled and log.direct and display.form != "raw":

@@ -12,7 +12,7 @@ from typing import Any
 from Cython.Build import cythonize
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from setuptools import Distribution, Extension
-from setuptools.errors import BaseError
+from setuptools.errors import BaseError, CCompilerError
 
 MODULES = ("_scan", "_tell")
 
@@ -35,7 +35,7 @@ class Compile(BuildHookInterface[Any]):
             command.build_lib, command.build_temp = str(self.root), str(build)
             command.ensure_finalized()
             command.run()
-        except (BaseError, OSError) as error:
+        except (BaseError, CCompilerError, OSError) as error:  # the two have no base in common
             print(f"cdc-invalidator: its compiled part is left out ({error})", file=sys.stderr)
             return
         build_data["pure_python"] = False

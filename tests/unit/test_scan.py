@@ -8,21 +8,41 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
+from walsender import (
+    COLUMNS,
+    EXTRA,
+    KEEPALIVE,
+    ORDERS,
+    OTHER,
+    PART,
+    TABLES,
+    USERS,
+    Collecting,
+    Content,
+    Payloads,
+    Reader,
+    Server,
+    Unit,
+    World,
+    copied,
+    delete,
+    insert,
+    message,
+    relation,
+    truncate,
+    update,
+)
 
 from cdc_invalidator import errors, pgoutput, receive, rules, scan
 from cdc_invalidator.assembly import Assembly
-from cdc_invalidator.backlog import Backlog
-from cdc_invalidator.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.invalidation import Batch, Invalidation, Run
-from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.pgoutput import UNCHANGED, Value
+from cdc_invalidator.invalidation import Batch
+from cdc_invalidator.pgoutput import UNCHANGED
 from cdc_invalidator.replication import COPY, PAYLOAD, Keepalive
 from cdc_invalidator.rulefile import Table
 from cdc_invalidator.rules import Pair, RuleSet
@@ -30,11 +50,6 @@ from cdc_invalidator.rules import Pair, RuleSet
 if not scan.COMPILED:
     assert not os.environ.get("CI"), "the compiled part is not there"
     pytest.skip("the compiled part is not there", allow_module_level=True)
-
-# Of these, the rules name users, orders and one that is not there (it may be EXTRA); PART is a partition of orders.
-USERS, ORDERS, PART, OTHER, EXTRA = 0x4001, 0x4112, 0x4223, 0x4334, 0x4445
-TABLES = {USERS: "users", ORDERS: "orders", PART: "orders_1", OTHER: "other", EXTRA: "extra"}
-COLUMNS = ("id", "team", "name", "bio")
 
 CACHES = """
 version: 1
@@ -98,132 +113,6 @@ def no_complaints() -> Iterator[None]:
         yield
 
 
-# ── A stream ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Content(NamedTuple):
-    """A message inside a transaction, without the id of its subtransaction."""
-
-    tag: bytes
-    rest: bytes
-
-    def payload(self, xid: int | None = None) -> bytes:
-        return self.tag + (b"" if xid is None or self.tag == b"O" else struct.pack(">I", xid)) + self.rest
-
-
-KEEPALIVE = Content(b"k", b"")
-"""One in the middle of a transaction."""
-
-
-def row(values: Sequence[Value]) -> bytes:
-    parts = [struct.pack(">H", len(values))]
-    for value in values:
-        if value is None or value is UNCHANGED:
-            parts.append(b"n" if value is None else b"u")
-        else:
-            parts.append(b"t" + struct.pack(">I", len(value)) + value)
-    return b"".join(parts)
-
-
-def insert(oid: int, new: Sequence[Value]) -> Content:
-    return Content(b"I", struct.pack(">I", oid) + b"N" + row(new))
-
-
-def update(oid: int, old_kind: bytes, old: Sequence[Value], new: Sequence[Value]) -> Content:
-    return Content(b"U", struct.pack(">I", oid) + (old_kind + row(old) if old_kind else b"") + b"N" + row(new))
-
-
-def delete(oid: int, old_kind: bytes, old: Sequence[Value]) -> Content:
-    return Content(b"D", struct.pack(">I", oid) + old_kind + row(old))
-
-
-def truncate(oids: Sequence[int]) -> Content:
-    return Content(b"T", struct.pack(f">IB{len(oids)}I", len(oids), 0, *oids))
-
-
-def relation(
-    oid: int, identity: bytes = b"d", keys: Iterable[str] = ("id",), columns: Sequence[str] = COLUMNS
-) -> Content:
-    carried = {b"f": columns, b"n": ()}.get(identity, keys)
-    shape = [
-        struct.pack(">B", name in carried) + name.encode() + b"\0" + struct.pack(">Ii", 25, -1) for name in columns
-    ]
-    head = struct.pack(">I", oid) + b"public\0" + TABLES[oid].encode() + b"\0" + identity
-    return Content(b"R", head + struct.pack(">H", len(columns)) + b"".join(shape))
-
-
-def message(
-    content: bytes, *, transactional: bool = True, lsn: int = 5, prefix: str = receive.MESSAGE_PREFIX
-) -> Content:
-    head = struct.pack(">BQ", transactional, lsn) + prefix.encode() + b"\0"
-    return Content(b"M", head + struct.pack(">I", len(content)) + content)
-
-
-class Unit(NamedTuple):
-    """What comes in one piece: a transaction, a block of one, its end, or a message outside of any."""
-
-    kind: str
-    xid: int = 0
-    contents: Sequence[tuple[int, Content]] = ()
-    first: bool = False
-
-
-class Payloads(list[bytes]):
-    """Whatever comes in a CopyData message, one after the other; to look at, long ones are told in short."""
-
-    def __repr__(self) -> str:
-        shown = [repr(each) for each in self[:100]]
-        return f"Payloads([{', '.join(shown)}{f', and {len(self) - 100} more' if len(self) > 100 else ''}])"
-
-
-@dataclass
-class Server:
-    """Gives units their place in the WAL, and writes them as a walsender does."""
-
-    lsn: int = 1000
-    payloads: Payloads = field(default_factory=Payloads)
-
-    def write(self, unit: Unit) -> None:
-        put = self.payloads.append
-        if unit.kind == "transaction":
-            self.lsn += 100
-            put(struct.pack(">cQqI", b"B", self.lsn, self.lsn * 7, unit.xid))
-            self._contents(unit, streamed=False)
-            put(struct.pack(">cBQQq", b"C", 0, self.lsn, self.lsn + 48, self.lsn * 7))
-        elif unit.kind == "block":
-            put(struct.pack(">cIB", b"S", unit.xid, unit.first))
-            self._contents(unit, streamed=True)
-            put(b"E")
-        elif unit.kind == "stream commit":
-            self.lsn += 100
-            put(struct.pack(">cIBQQq", b"c", unit.xid, 0, self.lsn, self.lsn + 48, self.lsn * 7))
-        elif unit.kind == "stream abort":
-            put(struct.pack(">cII", b"A", unit.xid, unit.contents[0][0]))
-        elif unit.kind == "keepalive":
-            self._keepalive()
-        elif unit.kind == "manual":
-            self.lsn += 70
-            put(message(unit.contents[0][1].rest, transactional=False, lsn=self.lsn - 10).payload())
-        else:
-            put(unit.contents[0][1].payload())
-
-    def _contents(self, unit: Unit, *, streamed: bool) -> None:
-        for subxid, content in unit.contents:
-            if content is KEEPALIVE:
-                self._keepalive()
-            else:
-                self.payloads.append(content.payload(subxid if streamed else None))
-
-    def _keepalive(self) -> None:
-        self.payloads.append(struct.pack(">cQqB", b"k", self.lsn + 50, 0, self.lsn % 200 == 0))
-
-
-def copied(payloads: Iterable[bytes]) -> bytes:
-    """The same as CopyData messages; keepalives are ones already."""
-    frames = [each if each[:1] == b"k" else struct.pack(">cQQq", b"w", 1, 1, 1) + each for each in payloads]
-    return b"".join(b"d" + struct.pack(">I", len(frame) + 4) + frame for frame in frames)
-
-
 # ── What it busts ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 Told = dict[tuple[str, str], tuple[frozenset[bytes], frozenset[str], frozenset[str]]]
@@ -271,20 +160,6 @@ def ended(batches: Iterable[Batch], lsns: set[int]) -> dict[tuple[int, int, int 
     return {name: found for name, some in by_transaction.items() if (found := told(some))}
 
 
-class World:
-    """Rules, and what the catalogs say of the tables."""
-
-    def __init__(self, rule_set: RuleSet) -> None:
-        self.invalidation = Invalidation(rule_set)
-        self.unknown = [table for table in (Table("public", "gone"),) if self.invalidation.names(table)]
-
-    def known_as(self, _oid: int) -> list[Table]:
-        return []
-
-    async def ancestors(self, oid: int) -> list[Table]:
-        return [Table("public", "orders")] if oid == PART else []
-
-
 def by_reference(rule_set: RuleSet, data: bytes) -> Outcome:
     """Message by message, as the documentation of the parts says."""
     world, outcome = World(rule_set), Outcome()
@@ -326,76 +201,20 @@ def by_reference(rule_set: RuleSet, data: bytes) -> Outcome:
     return outcome
 
 
-class Over(Exception):
-    """There is no more to read."""
-
-
-class Stream:
-    """A replication that brings bytes in given pieces."""
-
-    def __init__(self, pieces: Iterable[bytes]) -> None:
-        self._pieces = iter(pieces)
-        self._rest = b""
-
-    async def read(self) -> bytes:
-        for piece in self._pieces:
-            self._rest += piece
-            if size := scan.whole(self._rest):
-                data, self._rest = self._rest[:size], self._rest[size:]
-                return data
-        assert not self._rest
-        raise Over
-
-    def status(self, confirmed: int, received: int) -> None:
-        assert confirmed <= received
-
-
-class Collecting(Backlog):
-    """Keeps all that is put, and never is full."""
-
-    def __init__(self) -> None:
-        super().__init__(capacity=2**60)
-        self.batches: list[Batch] = []
-        self.runs = 0
-
-    def put(self, batch: Batch | Run, ticket: Ticket) -> None:
-        # Until it is resolved no position at or after its first commit may be confirmed.
-        assert ticket.below <= batch.first_lsn
-        assert ticket.parts == 1
-        assert batch.weight > 0
-        if isinstance(batch, Run):
-            self.runs += 1
-            self.batches += batch.batches()
-        else:
-            self.batches.append(batch)
-        super().put(batch, ticket)
-
-
 def received(rule_set: RuleSet, pieces: Iterable[bytes]) -> tuple[Outcome, int]:
     """By `Receive`, and how many runs there were."""
-    world, outcome, backlog = World(rule_set), Outcome(), Collecting()
-    checkpoint, metrics = Checkpoint(0), Metrics(CollectorRegistry())
-    stream: Any = Stream(pieces)
-    catalogs: Any = world
-    receiving = receive.Receive(
-        stream, catalogs, world.invalidation, lambda: catalogs, backlog=backlog, checkpoint=checkpoint, metrics=metrics
-    ).run()
+    backlog, outcome = Collecting(), Outcome()
+    reader = Reader(rule_set, backlog)
     try:
-        # It waits for nothing here but its turn.
-        while True:
-            receiving.send(None)
+        reader.read(*pieces)
     except errors.MalformedMessage:
         outcome.malformed = True
-    except Over:
-        pass
-    finally:
-        receiving.close()
-    outcome.received = checkpoint.received_lsn
-    outcome.transactions = int(metrics.transactions._value.get())
+    outcome.received = reader.checkpoint.received_lsn
+    outcome.transactions = int(reader.metrics.transactions._value.get())
     lsns = {batch.commit_lsn for batch in backlog.batches if batch.commit_lsn + 48 <= outcome.received}
     outcome.busts = ended(backlog.batches, lsns)
-    outcome.counts = Counter(world.invalidation.counted())
-    children: dict[Any, Any] = metrics.changes._metrics
+    outcome.counts = Counter(reader.world.invalidation.counted())
+    children: dict[Any, Any] = reader.metrics.changes._metrics
     for labels, child in children.items():
         outcome.counts[labels] += int(child._value.get())
     return outcome, backlog.runs

@@ -125,16 +125,20 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
-async def readable(descriptor: int) -> None:
-    """Wait until there is something to read."""
+async def ready(descriptor: int, *, writable: bool = False) -> None:
+    """Wait until there is something to read, or to be ``writable``."""
     # The reader is removed again each time: while the backlog is full nobody reads, and it must not fire then.
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
     loop.add_reader(descriptor, _wake, ready)
+    if writable:
+        loop.add_writer(descriptor, _wake, ready)
     try:
         await ready
     finally:
         loop.remove_reader(descriptor)
+        if writable:
+            loop.remove_writer(descriptor)
 
 
 def _wake(ready: asyncio.Future[None]) -> None:

@@ -211,7 +211,7 @@ class _Libpq(_Stream):
         pgconn.send_query(command)
         pgconn.flush()
         while pgconn.is_busy():
-            await postgres.readable(pgconn.socket)
+            await postgres.ready(pgconn.socket)
             pgconn.consume_input()
         result = pgconn.get_result()
         if result is None or result.status != pq.ExecStatus.COPY_BOTH:
@@ -220,7 +220,7 @@ class _Libpq(_Stream):
     async def read(self) -> bytes:
         messages: list[bytes] = []
         while not (self._over or self._drain(messages)):
-            await postgres.readable(self._pgconn.socket)
+            await postgres.ready(self._pgconn.socket)
             self._pgconn.consume_input()
         return b"".join(messages)
 
@@ -311,15 +311,24 @@ class _Socket(_Stream):
         if nap:
             await asyncio.sleep(nap)
         asked = time.monotonic()
-        await postgres.readable(self._socket.fileno())
+        await postgres.ready(self._socket.fileno(), writable=bool(self._unsent))
         waited = time.monotonic() - asked
+        if self._unsent:
+            self._write(b"")
         size = 0
         while size < BYTES_A_READ:
             try:
                 received = self._socket.recv_into(self._buffer[size:])
             except BlockingIOError:
                 break
+            except OSError:
+                if size:
+                    break
+                raise
             if not received:
+                if size:
+                    # What came before the end is taken first: it may be why. The end is there at the next read again.
+                    break
                 raise errors.PostgresUnavailable("PostgreSQL closed the replication connection; it is opened anew.")
             size += received
         self._rest += self._buffer[:size]
@@ -341,7 +350,7 @@ class _Socket(_Stream):
             sent = self._socket.send(data)
         except BlockingIOError:
             sent = 0
-        # The server is not reading; what is left goes with the next one.
+        # The server is not reading; what is left goes with the next one, or as soon as it reads again.
         self._unsent = data[sent:]
 
     def close(self) -> None:

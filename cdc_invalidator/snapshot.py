@@ -56,7 +56,7 @@ class Snapshots:
                 found = None
                 while True:
                     while pgconn.is_busy():
-                        await postgres.readable(pgconn.socket)
+                        await postgres.ready(pgconn.socket)
                         pgconn.consume_input()
                     result = pgconn.get_result()
                     if result is None:

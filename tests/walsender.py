@@ -243,8 +243,9 @@ class Reader:
         self._stream.pieces += pieces
         receiving = self._receive.run()
         try:
-            # It waits for nothing here.
-            receiving.send(None)
+            # It waits for nothing here but its turn.
+            while True:
+                receiving.send(None)
         except Over:
             return
         finally:

@@ -1,0 +1,112 @@
+"""The replication stream by the socket itself: whole messages, whatever comes how, and the server's last words."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import psycopg
+import pytest
+
+from cdc_invalidator import errors, replication
+from cdc_invalidator.replication import _Socket
+
+ROW = b"d" + struct.pack(">I", 4 + 30) + b"w" + b"x" * 29
+SHUTDOWN = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
+LAST_WORDS = b"E" + struct.pack(">I", 4 + len(SHUTDOWN)) + SHUTDOWN
+
+
+class Server:
+    def __init__(self) -> None:
+        self.socket, self._client = socket.socketpair()
+        connection: Any = SimpleNamespace(socket=self._client.fileno())
+        self.stream = _Socket(connection)
+
+    def close(self) -> None:
+        self.socket.close()
+        self._client.close()
+        self.stream.close()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.close()
+
+
+async def test_what_comes_with_the_end_of_the_connection_is_given_before_it(server: Server) -> None:
+    server.socket.sendall(ROW + ROW)
+    server.socket.shutdown(socket.SHUT_WR)
+
+    assert await server.stream.read() == ROW + ROW
+    with pytest.raises(errors.PostgresUnavailable):
+        await server.stream.read()
+
+
+async def test_the_servers_last_words_are_heard_though_it_has_gone(server: Server) -> None:
+    server.socket.sendall(ROW + LAST_WORDS)
+    server.socket.shutdown(socket.SHUT_WR)
+
+    assert await server.stream.read() == ROW
+    with pytest.raises(psycopg.errors.AdminShutdown, match="administrator command"):
+        await server.stream.read()
+
+
+async def test_the_servers_last_words_are_heard_though_it_hung_up_on_us() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    peer, _ = listener.accept()
+    connection: Any = SimpleNamespace(socket=client.fileno())
+    stream = _Socket(connection)
+    peer.sendall(ROW + LAST_WORDS)
+    client.send(b"never read")
+    peer.close()  # a reset, since not all was read
+
+    try:
+        assert await stream.read() == ROW
+        with pytest.raises(psycopg.errors.AdminShutdown):
+            await stream.read()
+    finally:
+        stream.close()
+        client.close()
+        listener.close()
+
+
+@pytest.mark.parametrize("size", [1, 4, 5, 20, len(ROW) - 1])
+async def test_a_read_that_is_cancelled_loses_nothing(server: Server, size: int) -> None:
+    server.socket.sendall(ROW[:size])
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(server.stream.read(), 0.05)
+
+    server.socket.sendall(ROW[size:])
+
+    assert await server.stream.read() == ROW
+
+
+async def test_what_the_server_did_not_take_goes_with_the_next_and_with_the_end(server: Server) -> None:
+    server.stream._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    sent = 0
+    while not server.stream._unsent:
+        server.stream.send(b"r" * 33)
+        sent += 1
+    server.stream.end()
+    server.socket.setblocking(False)
+
+    async def answer() -> bytes:
+        seen = b""
+        while not seen.endswith(b"c\0\0\0\x04"):
+            try:
+                seen += server.socket.recv(1 << 16)
+            except BlockingIOError:
+                await asyncio.sleep(0.001)
+        server.socket.sendall(b"c\0\0\0\x04")
+        return seen
+
+    answering = asyncio.create_task(answer())
+    assert await asyncio.wait_for(server.stream.read(), 10) == b""
+    assert (await answering).count(b"r" * 33) == sent

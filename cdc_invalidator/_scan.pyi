@@ -16,7 +16,7 @@ class Table:
 
 def whole(data: bytes) -> int: ...
 def transactions(
-    data: bytes, pos: int, plans: Plans, line_type: type[Line]
+    data: bytes, pos: int, plans: Plans, line_type: type[Line], limit: int
 ) -> tuple[int, int, int, list[Line], list[int]]: ...
 def rows(
     data: bytes, pos: int, plans: Plans, own_plans: Plans, in_stream: bool, limit: int

@@ -360,7 +360,7 @@ def whole(bytes data not None):
     return pos
 
 
-def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type line_type not None):
+def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type line_type not None, Py_ssize_t limit):
     """See `scan.transactions`."""
     cdef const uint8_t* start = <const uint8_t*>PyBytes_AS_STRING(data)
     cdef const uint8_t* end = start + PyBytes_GET_SIZE(data)
@@ -369,7 +369,7 @@ def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type 
     cdef const uint8_t* behind = NULL
     cdef const uint8_t* begin
     cdef int op
-    cdef Py_ssize_t rows, row, count = 0
+    cdef Py_ssize_t rows, row, count = 0, keys = 0
     cdef uint32_t oid, known_oid = 0
     cdef bint plain
     cdef Table table = None
@@ -378,7 +378,7 @@ def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type 
     cdef set touched = set()
     cdef _Line line
     cdef uint64_t end_lsn = 0
-    while True:
+    while keys < limit:
         begin = _payload(at, end, &behind)
         if begin is NULL or begin[0] != c'B' or behind - begin != BEGIN:
             break
@@ -439,6 +439,7 @@ def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type 
             xid = u32(begin + 17)
             xids.append(xid)
             for line in lines:
+                keys += len(line.keys)
                 fields = (line.firing.target, line.firing.action, line.op, line.keys, "change", lsn, committed_at, xid)
                 all_lines.append(tuple.__new__(line_type, fields))
     for table in touched:

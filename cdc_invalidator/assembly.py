@@ -128,7 +128,7 @@ class Assembly:
 
     def transactions(self, data: bytes, pos: int) -> scan.Transactions:
         """Take small, plain transactions as a whole, outside of any other; see `scan.transactions`."""
-        return scan.transactions(data, pos, self._plans, Line)
+        return scan.transactions(data, pos, self._plans, Line, limit=self._chunk)
 
     def rows(self, data: bytes, pos: int) -> tuple[int, Iterable[Batch]]:
         """Take plain rows of the transaction at hand; see `scan.rows`.

@@ -79,9 +79,9 @@ class Receive:
                 if self._backlog.full:
                     await self._backlog.room()
                 if scan.COMPILED:
-                    pos = self._common(data, pos)
-                    if pos == len(data):
-                        break
+                    before, pos = pos, self._common(data, pos)
+                    if pos > before:
+                        continue
                 end = pos + 1 + _LENGTH(data, pos + 1)[0]
                 await self._one(data[pos + COPY : end])
                 pos = end
@@ -90,7 +90,7 @@ class Receive:
             self._count()
 
     def _common(self, data: bytes, pos: int) -> int:
-        """Take what is common in one pass; the rest, from where it stops, is taken message by message."""
+        """Take what is common in one pass, a batch at most; where it gets nowhere, it is taken message by message."""
         if self._assembly.in_transaction:
             pos, batches = self._assembly.rows(data, pos)
             for batch in batches:

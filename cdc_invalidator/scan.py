@@ -80,7 +80,7 @@ def table(
     return _scan.Table(name, identity, inserts, updates, deletes, counts) if COMPILED else None
 
 
-def transactions(data: bytes, pos: int, plans: Plans, line_type: type[Line]) -> Transactions:
+def transactions(data: bytes, pos: int, plans: Plans, line_type: type[Line], *, limit: int) -> Transactions:
     """Take whole transactions, as long as they are small and plain.
 
     Args:
@@ -88,8 +88,9 @@ def transactions(data: bytes, pos: int, plans: Plans, line_type: type[Line]) -> 
         pos: where in them to begin: between two transactions.
         plans: by relation.
         line_type: `invalidation.Line`.
+        limit: how many keys to take.
     """
-    return Transactions(*_scan.transactions(data, pos, plans, line_type))
+    return Transactions(*_scan.transactions(data, pos, plans, line_type, limit))
 
 
 def rows(data: bytes, pos: int, plans: Plans, own_plans: Plans, *, in_stream: bool, limit: int) -> Rows:

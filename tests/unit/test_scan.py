@@ -489,3 +489,14 @@ def test_rows_of_a_table_that_no_rule_reads_are_taken_with_the_others() -> None:
     )
 
     assert runs == 1
+
+
+def test_no_run_is_larger_than_a_batch() -> None:
+    rule = rule_set((WIDE,), (), False)
+    payloads = of_users(*([insert(USERS, (b"%d" % at, b"%d" % -at, b"", b"1"))] for at in range(1000)))
+    backlog = Collecting()
+
+    Reader(rule, backlog).read(copied(payloads))
+
+    assert backlog.runs > 5
+    assert max(len(list(batch.lines())) for batch, _ in backlog.take(2**60)) < 1000 + 16

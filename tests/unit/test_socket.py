@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from cdc_invalidator import errors, replication
+from cdc_invalidator import errors
 from cdc_invalidator.replication import _Socket
 
 ROW = b"d" + struct.pack(">I", 4 + 30) + b"w" + b"x" * 29

@@ -39,6 +39,7 @@ AT_ONCE = 4
 AT_ONCE_SECONDS = 0.0002
 NAP_SECONDS = 0.001
 LONGEST_NAP_SECONDS = 0.010
+LONGEST_NAP_ON_UNIX_SECONDS = 0.001
 BUSY_BYTES_A_SECOND = 8_000_000
 COPY = 5
 """Where what a CopyData message carries begins: after its tag and length."""
@@ -265,6 +266,9 @@ class _Socket(_Stream):
         # How many reads in a row did not have to wait, and how long to let more come before the next one.
         self._at_once = 0
         self._nap = 0.0
+        self._longest_nap = (
+            LONGEST_NAP_ON_UNIX_SECONDS if self._socket.family == socket.AF_UNIX else LONGEST_NAP_SECONDS
+        )
         self._unsent = b""
         self._over = False
 
@@ -332,8 +336,10 @@ class _Socket(_Stream):
                 raise errors.PostgresUnavailable("PostgreSQL closed the replication connection; it is opened anew.")
             size += received
         self._rest += self._buffer[:size]
-        if nap:
-            self._nap = min(2 * nap, LONGEST_NAP_SECONDS) if size > nap * BUSY_BYTES_A_SECOND else 0.0
+        if size > BYTES_A_READ // 2:
+            self._nap = nap / 2
+        elif nap:
+            self._nap = min(2 * nap, self._longest_nap) if size > nap * BUSY_BYTES_A_SECOND else 0.0
         else:
             self._at_once = self._at_once + 1 if waited < AT_ONCE_SECONDS else 0
             self._nap = NAP_SECONDS if self._at_once >= AT_ONCE else 0.0

@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from cdc_invalidator import errors
+from cdc_invalidator import errors, replication
 from cdc_invalidator.replication import _Socket
 
 ROW = b"d" + struct.pack(">I", 4 + 30) + b"w" + b"x" * 29
@@ -110,3 +110,39 @@ async def test_what_the_server_did_not_take_goes_with_the_next_and_with_the_end(
     answering = asyncio.create_task(answer())
     assert await asyncio.wait_for(server.stream.read(), 10) == b""
     assert (await answering).count(b"r" * 33) == sent
+
+
+async def test_a_busy_stream_is_left_alone_no_longer_than_a_unix_socket_holds_what_comes(server: Server) -> None:
+    # More than what ends a nap; a Unix socket has no room for the tenth part of a long one's.
+    busy = ROW * (20_000 // len(ROW))
+    server.stream._nap = replication.NAP_SECONDS
+    naps = []
+    for _ in range(10):
+        server.socket.sendall(busy)
+        await server.stream.read()
+        naps.append(server.stream._nap)
+
+    assert max(naps) == replication.LONGEST_NAP_ON_UNIX_SECONDS
+
+
+async def test_a_nap_ends_where_the_buffer_runs_full_meanwhile() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    peer, _ = listener.accept()
+    connection: Any = SimpleNamespace(socket=client.fileno())
+    stream = _Socket(connection)
+    stream._nap = replication.LONGEST_NAP_SECONDS
+    much = ROW * (3 * replication.BYTES_A_READ // len(ROW))
+    sending = asyncio.create_task(asyncio.to_thread(peer.sendall, much))
+
+    try:
+        got = 0
+        naps = []
+        while got < len(much):
+            got += len(await stream.read())
+            naps.append(stream._nap)
+        await sending
+        assert min(naps) < replication.LONGEST_NAP_SECONDS
+    finally:
+        for each in (stream, client, peer, listener):
+            each.close()

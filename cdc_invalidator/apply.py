@@ -284,7 +284,7 @@ class Apply:
             if weight >= FLUSH_WEIGHT:
                 break
         self._told_later(*await self._bust(server, some), _NEVER)
-        self._metrics.anew.inc(len(some))
+        self._metrics.anew.inc(sum(len(batch.xids) for batch in some))
         for batch in some:
             self._anew.popleft()
             self._sweep_for_gap("redis_behind", {target.cache for target, busts in batch.busts.items() if busts.sweep})

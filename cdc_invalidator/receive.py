@@ -31,7 +31,7 @@ CONFIRM_SECONDS = 1.0
 # Of the logical messages that are busts by hand; all others are none of ours.
 MESSAGE_PREFIX = "cdc_invalidator"
 
-_XLOGDATA = ord("w")
+_XLOGDATA = b"w"
 _LENGTH = struct.Struct(">I").unpack_from
 
 
@@ -106,7 +106,7 @@ class Receive:
 
     async def _one(self, frame: bytes) -> None:
         """Take what one CopyData message carries."""
-        if frame[0] != _XLOGDATA:
+        if frame[:1] != _XLOGDATA:
             self._keepalive(Keepalive.read(frame))
             return
         message = self._decoder.decode(frame, PAYLOAD - COPY)

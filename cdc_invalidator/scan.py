@@ -23,6 +23,8 @@ except ImportError:
 else:
     COMPILED = True
 
+# What the compiled part has room for: PostgreSQL's limit is 1,600.
+_MOST_COLUMNS = 1664
 _LENGTH = struct.Struct(">I").unpack_from
 
 Plans: TypeAlias = "Mapping[int, Plan | None]"
@@ -67,7 +69,7 @@ def table(
     deletes: Rules,
     counts: MutableMapping[tuple[str, str], int],
 ) -> _scan.Table | None:
-    """Make the rules of a relation ready for the pass; ``None`` without the compiled part.
+    """Make the rules of a relation ready for the pass; ``None`` without the compiled part, and for too wide a relation.
 
     Args:
         name: what rules know it by.
@@ -77,7 +79,9 @@ def table(
         deletes: as well.
         counts: is counted up, by table and kind of change.
     """
-    return _scan.Table(name, identity, inserts, updates, deletes, counts) if COMPILED else None
+    if not COMPILED or len(identity) > _MOST_COLUMNS:
+        return None
+    return _scan.Table(name, identity, inserts, updates, deletes, counts)
 
 
 def transactions(data: bytes, pos: int, plans: Plans, line_type: type[Line], *, limit: int) -> Transactions:

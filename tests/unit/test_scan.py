@@ -491,6 +491,19 @@ def test_rows_of_a_table_that_no_rule_reads_are_taken_with_the_others() -> None:
     assert runs == 1
 
 
+def test_a_relation_wider_than_any_is_none_of_the_pass() -> None:
+    plain = rule_set(("bust: [user]",), (), False)
+    for width, runs in ((1664, 1), (1665, 0)):
+        wide = relation(USERS, columns=("id", *(f"c{at}" for at in range(width - 1))))
+        shown = insert(USERS, [b"1"] * width)
+        assert agree(plain, of_users([wide], [shown]))[1] == runs
+
+
+def test_a_message_without_anything_is_malformed() -> None:
+    with pytest.raises(errors.MalformedMessage):
+        Reader(rule_set(("bust: [user]",), (), False), Collecting()).read(b"d\0\0\0\x04")
+
+
 def test_no_run_is_larger_than_a_batch() -> None:
     rule = rule_set((WIDE,), (), False)
     payloads = of_users(*([insert(USERS, (b"%d" % at, b"%d" % -at, b"", b"1"))] for at in range(1000)))

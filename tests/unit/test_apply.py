@@ -1,0 +1,224 @@
+"""Runs and batches on their way to a Redis that fails, loses data, and is asked for what readers can't see yet.
+
+One thing must hold whatever happens: no watermark, and so no confirmation, passes a transaction that has not been
+busted in the Redis that is there, at a time when all readers saw it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+from unittest.mock import AsyncMock, Mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from cdc_invalidator import apply, errors, rules
+from cdc_invalidator.apply import Apply
+from cdc_invalidator.backlog import Backlog
+from cdc_invalidator.cache import Outcome
+from cdc_invalidator.checkpoint import Checkpoint
+from cdc_invalidator.events import Events
+from cdc_invalidator.invalidation import Batch, Line, Run, Target
+from cdc_invalidator.log import EventLog, KeyDisplay
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.recent import Recent
+from cdc_invalidator.watermark import Position, Watermark
+
+START = 1000
+DIGESTS = {"user": "1"}
+RULES = rules.parse(
+    [
+        (
+            "rules.yaml",
+            (
+                'version: 1\ncaches:\n  user: {key: "user:{id}"}\n'
+                "rules:\n  - {name: changed, table: public.users, bust: [user]}\n"
+            ),
+        )
+    ],
+    {},
+)
+TARGET = Target("changed", RULES.caches["user"], "public.users")
+
+
+@dataclasses.dataclass
+class Redis:
+    """What one has: the keys that are busted for good, by the commit that asked for it, and a watermark."""
+
+    busted: set[int] = dataclasses.field(default_factory=set)
+    mark: Watermark | None = None
+
+    def copy(self) -> Redis:
+        return Redis(set(self.busted), self.mark)
+
+
+class World:
+    """A daemon's apply task with all that it talks to."""
+
+    def __init__(self, *, standby: bool) -> None:
+        self.lsn = START
+        self.commits: set[int] = set()
+        self.hidden: set[int] = set()
+        self.redis = Redis(mark=Watermark(START, 0, "7", 1, DIGESTS))
+        self.saved = self.redis.copy()
+        self.opened = 0
+        self.failures = 0
+        self.replicas = Mock(
+            awaited=standby, replayed=START, known={}, **{"returned.return_value": False, "recall.return_value": False}
+        )
+        metrics = Metrics(CollectorRegistry())
+        self.backlog = Backlog()
+        self.checkpoint = Checkpoint(START)
+        output: Any = Mock(full=False, failure=None)
+        server: Any = lambda: Server(self)  # noqa: E731
+        self.apply = Apply(
+            server,
+            self._hidden,
+            backlog=self.backlog,
+            checkpoint=self.checkpoint,
+            recent=Recent(),
+            replicas=self.replicas,
+            queries=Mock(derive=AsyncMock()),
+            rules=RULES,
+            position=Position("7", 1, START, 2**60),
+            digests=DIGESTS,
+            sweep_gaps=True,
+            sweep_rate=0,
+            metrics=metrics,
+            events=Events(metrics, KeyDisplay("hash"), EventLog(output, "json", "info")),
+        )
+
+    async def _hidden(self, xids: Iterable[int]) -> set[int]:
+        return self.hidden & set(xids)
+
+    # What happens.
+
+    def commit(self, hidden: Sequence[bool], *, run: bool) -> None:
+        """Transactions, each with a key of its own; as a run, or batch by batch."""
+        lines = []
+        for is_hidden in hidden:
+            self.lsn += 10
+            self.commits.add(self.lsn)
+            if is_hidden:
+                self.hidden.add(self.lsn)
+            lines.append(Line(TARGET, "delete", "insert", [b"%d" % self.lsn], "change", self.lsn, 77, self.lsn))
+        if run:
+            self.backlog.put(Run(lines, [line.xid for line in lines], self.lsn + 5), self.checkpoint.track())
+            self.checkpoint.received(self.lsn + 5)
+            return
+        for line in lines:
+            batch = Batch(line.commit_lsn, 77, line.xid, line.commit_lsn + 5)
+            batch.add_all(TARGET, ["insert"], line.keys, "change")
+            self.backlog.put(batch, self.checkpoint.track())
+            self.checkpoint.received(line.commit_lsn + 5)
+
+    def show(self, count: int) -> None:
+        self.hidden -= set(sorted(self.hidden)[:count])
+
+    def replay(self) -> None:
+        self.replicas.replayed = self.lsn + 1
+
+    def save(self) -> None:
+        self.saved = self.redis.copy()
+
+    def lose(self) -> None:
+        """Another Redis stands there, as this one was when it was saved."""
+        self.redis = self.saved.copy()
+        self.opened += 1
+
+    def turn(self) -> None:
+        async def one() -> None:
+            await self.apply._turn()
+
+        asyncio.run(one())
+
+    def bust(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            commit = int(key)
+            if commit not in self.hidden and (not self.replicas.awaited or self.replicas.replayed > commit):
+                self.redis.busted.add(commit)
+
+    def record(self, mark: Watermark) -> None:
+        self.redis.mark = mark
+        missing = {commit for commit in self.commits if commit < mark.lsn} - self.redis.busted
+        assert not missing, (mark.lsn, missing)
+
+
+class Server:
+    """A connection."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._opened = world.opened
+
+    def _ask(self) -> None:
+        if self._world.failures or self._opened != self._world.opened:
+            self._world.failures = max(0, self._world.failures - 1)
+            raise errors.RedisUnavailable("it is gone", code="CLOSED")
+
+    async def connect(self) -> None:
+        self._ask()
+
+    async def close(self) -> None:
+        pass
+
+    async def read_watermarks(self) -> list[Watermark | None]:
+        self._ask()
+        return [self._world.redis.mark]
+
+    async def bust(self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int]) -> Outcome:
+        half = len(deletes) // 2
+        if self._world.failures == 1:
+            # It may have had a part of it.
+            self._world.bust(key for keys in deletes[:half] for key in keys)
+        self._ask()
+        self._world.bust(key for keys in deletes for key in keys)
+        return Outcome([len(keys) for keys in deletes], {})
+
+    async def write_watermark(self, watermark: Watermark) -> bool:
+        self._ask()
+        self._world.record(watermark)
+        return True
+
+    async def info(self) -> None:
+        pass
+
+
+_steps = st.one_of(
+    st.tuples(st.just("run"), st.lists(st.booleans(), min_size=1, max_size=4)),
+    st.tuples(st.just("run"), st.lists(st.just(value=False), min_size=1, max_size=4)),
+    st.tuples(st.just("batches"), st.lists(st.booleans(), min_size=1, max_size=2)),
+    st.tuples(st.sampled_from(["show", "fail"]), st.integers(1, 3)),
+    st.tuples(st.sampled_from(["turn", "turn", "turn", "replay", "save", "lose"]), st.none()),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(_steps, max_size=20), st.booleans())
+def test_no_watermark_passes_a_transaction_that_was_not_busted_while_readers_saw_it(
+    steps: list[tuple[str, Any]], standby: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply, "_log", Mock())
+        # As fast as the test asks: it waits for nothing, and every position is recorded.
+        patch.setattr(apply, "HEARTBEAT_SECONDS", 0.0)
+        patch.setattr(Backlog, "wait", AsyncMock())
+        patch.setattr(apply.asyncio, "sleep", AsyncMock())  # type: ignore[attr-defined]
+        world = World(standby=standby)
+        for step, given_with in [*steps, ("show", 100), ("replay", None), *[("turn", None)] * 10]:
+            if step in {"run", "batches"}:
+                world.commit(given_with, run=step == "run")
+            elif step == "fail":
+                world.failures = given_with
+            elif step == "show":
+                world.show(given_with)
+            else:
+                getattr(world, step)()
+        assert world.redis.mark is not None
+        assert world.redis.mark.lsn == world.checkpoint.received_lsn == world.checkpoint.confirmable
+        assert world.redis.busted >= world.commits

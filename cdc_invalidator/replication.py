@@ -356,6 +356,9 @@ class _Socket(_Stream):
             sent = self._socket.send(data)
         except BlockingIOError:
             sent = 0
+        except OSError:
+            # The server has gone; what it said last is still to be read, and then there is nothing more.
+            sent = len(data)
         # The server is not reading; what is left goes with the next one, or as soon as it reads again.
         self._unsent = data[sent:]
 

@@ -68,6 +68,8 @@ async def test_the_servers_last_words_are_heard_though_it_hung_up_on_us() -> Non
     peer.close()  # a reset, since not all was read
 
     try:
+        for _ in range(3):
+            stream.send(b"r" * 33)
         assert await stream.read() == ROW
         with pytest.raises(psycopg.errors.AdminShutdown):
             await stream.read()

@@ -112,7 +112,7 @@ def translate(error: Exception) -> errors.InvalidatorError:
         return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state]}.")
     # Before a session exists, psycopg gives no SQLSTATE: the server's words must do.
     for words, sqlstate in _WORDS.items():
-        if words in str(error):
+        if not state and words in str(error):
             return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[sqlstate]}.")
     return errors.PostgresUnavailable(
         f"PostgreSQL is not available ({first_line(error)}); check CDC_POSTGRES_DSN and the server."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -67,10 +66,8 @@ def say(
     output: Any = Collecting()
     metrics = Metrics(CollectorRegistry())
     told = Events(metrics, KeyDisplay(form, b"secret"), EventLog(output, "json", "info"), compiled=compiled)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(time, "time_ns", lambda: NOW_US * 1000)
-        for lines, outcome in flushes:
-            told.busted(lines, outcome, replay_until)
+    for lines, outcome in flushes:
+        told.busted(lines, outcome, replay_until, NOW_US)
     counted = [line for line in generate_latest(metrics.registry).splitlines() if b"_created" not in line]
     return Said(re.sub(rb'"ts":"[^"]*"', b'"ts":""', output.text), counted)
 

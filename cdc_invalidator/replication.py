@@ -378,9 +378,9 @@ def _of_result(result: pq.abc.PGresult | None) -> Exception:
 
 
 def _of_fields(body: bytes) -> Exception:
-    """Make the driver's error of what an ErrorResponse carries."""
+    """Make the driver's error of what an ErrorResponse carries, with the words that the driver gives it."""
     fields = {field[:1]: field[1:].decode("utf-8", "replace") for field in body.split(b"\0") if field}
-    sentence = f"{fields.get(b'S', 'ERROR')}:  {fields.get(b'M', '')}"
+    sentence = fields.get(b"M", "")
     try:
         return psycopg.errors.lookup(fields.get(b"C", ""))(sentence)
     except KeyError:

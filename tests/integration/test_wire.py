@@ -164,7 +164,9 @@ async def test_a_walsender_that_is_terminated_says_so(stream_dsn: str, slot_name
     async with streaming(stream_dsn, slot_name, way) as replication:
         execute(stream_dsn, f"SELECT pg_terminate_backend({replication.backend_pid})")
 
-        with pytest.raises(errors.PostgresUnavailable, match="terminating connection due to administrator command"):
+        with pytest.raises(
+            errors.PostgresUnavailable, match=r"\(terminating connection due to administrator command\)"
+        ):
             await asyncio.wait_for(until_it_fails(replication), 60)
 
 
@@ -197,7 +199,7 @@ async def test_a_slot_that_somebody_uses_is_in_use(stream_dsn: str, slot_name: s
 
 
 async def test_a_slot_that_is_not_there_is_told_with_its_name(dsn: str, slot_name: str, way: str) -> None:
-    with pytest.raises(errors.PostgresUnavailable, match=f'replication slot "{slot_name}" does not exist'):
+    with pytest.raises(errors.PostgresUnavailable, match=rf'\(replication slot "{slot_name}" does not exist\)'):
         async with streaming(dsn, slot_name, way):
             pass
 

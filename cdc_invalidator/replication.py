@@ -127,9 +127,13 @@ class Replication:
         )
         with postgres.translated():
             await self._connection.execute(_LESS_MEMORY)
+            text = command.as_bytes(self._connection)
+            if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
+                # What such a database holds need not be UTF-8, and the server would refuse to send it as that.
+                await self._connection.execute("SET client_encoding = 'SQL_ASCII'")
             if await self._readable_by_others():
                 self._stream = _Socket(self._connection.pgconn)
-            await self._stream.start(command.as_bytes(self._connection))
+            await self._stream.start(text)
 
     async def _readable_by_others(self) -> bool:
         """Tell whether what the socket brings is the protocol as it is: neither TLS nor GSSAPI encrypts it."""

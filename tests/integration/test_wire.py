@@ -210,3 +210,36 @@ async def test_a_publication_that_was_dropped_gives_up_the_position(stream_dsn: 
 
         with pytest.raises(errors.PositionGivenUp):
             await asyncio.wait_for(until_it_fails(replication), 60)
+
+
+@pytest.mark.parametrize("sslmode", ["disable", "require"])
+def test_a_database_without_an_encoding_gives_keys_of_its_bytes(
+    tls_server: embedded.Postgres,
+    sslmode: str,
+    slot_name: str,
+    redis_url: str,
+    redis_client: redis.Redis,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rules.yaml").write_text(RULES)
+    name = f"{slot_name}_ascii"
+    execute(tls_server.dsn, f"CREATE DATABASE {name} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    dsn = make_conninfo(tls_server.dsn_for(name), sslmode=sslmode)
+    execute(dsn, "CREATE TABLE pages (id text PRIMARY KEY, text text)")
+    rows = [rb"E'\351'", rb"E'\303\251'"]
+    keys = [b"page:\xe9", b"page:\xc3\xa9"]
+    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=tmp_path / "rules.yaml", slot=slot_name) as daemon:
+        daemon.ready()
+        settled(dsn, redis_client, slot_name)
+        redis_client.mset(dict.fromkeys(keys, "old"))
+
+        for row in rows:
+            execute(dsn, b"INSERT INTO pages VALUES (" + row + b", 'x')")
+        settled(dsn, redis_client, slot_name)
+        assert redis_client.exists(*keys) == 0
+        redis_client.mset(dict.fromkeys(keys, "old"))
+        execute(dsn, "UPDATE pages SET text = 'y'")
+
+        settled(dsn, redis_client, slot_name)
+        assert redis_client.exists(*keys) == 0
+    tls_server.drop_database(name)

@@ -74,6 +74,7 @@ ENTRIES = (
     "bust: [team, user], columns: [team]",
     "bust: [team], old_row: ignore",
     "bust: [team], old_row: ignore, columns: [name, bio]",
+    "bust: [team], old_row: ignore, columns: [id]",
     "bust: [team], old_row: sweep",
     "bust: [team, member], immutable: [team]",
     "bust: [member, twice], immutable: [team], columns: [bio]",
@@ -369,7 +370,7 @@ def streams(draw: st.DrawFn) -> Payloads:
 
 
 _entries = st.one_of(
-    st.lists(st.sampled_from(ENTRIES[:18]), min_size=1, max_size=3),
+    st.lists(st.sampled_from(ENTRIES[:19]), min_size=1, max_size=3),
     st.lists(st.sampled_from(ENTRIES), min_size=1, max_size=3),
     st.just([WIDE, WIDE]),
 ).map(tuple)

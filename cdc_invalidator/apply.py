@@ -405,10 +405,14 @@ class Apply:
         deletes = [line.keys for line in lines if line.action == "delete"]
         bumps = {key: line.target.cache.version_ttl for line in lines if line.action == "bump" for key in line.keys}
         busting = asyncio.create_task(server.bust(deletes, bumps), name="bust")
-        # Once it is on its way, there is time to tell the one before.
-        await asyncio.sleep(0)
-        self._tell()
-        return lines, await busting
+        try:
+            # Once it is on its way, there is time to tell the one before.
+            await asyncio.sleep(0)
+            self._tell()
+            return lines, await busting
+        finally:
+            # Where this was broken off; nobody would ask it for its outcome.
+            busting.cancel()
 
     def _told_later(self, lines: list[Line], outcome: Outcome, replay_until: int) -> None:
         self._untold.append((lines, outcome, replay_until, time.time_ns() // 1000))

@@ -24,12 +24,6 @@ from psycopg import pq, sql
 from cdc_invalidator import errors, lsn, postgres, scan
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
 
-# What the walsender holds of running transactions before it sends what they have done so far. A large transaction's
-# keys are here by the time that it commits, then, and the server neither holds its changes nor spills them to disk.
-_LESS_MEMORY = """
-    SELECT set_config(name, '4MB', false) FROM pg_settings
-    WHERE name = 'logical_decoding_work_mem' AND setting::int > 4096
-"""
 # Bytes a read: enough to pay for the wake-up, few enough that other tasks get their turn.
 BYTES_A_READ = 1 << 20
 # Where so many reads in a row found something at once, the walsender may be busy, and is left alone for a moment, and
@@ -126,7 +120,6 @@ class Replication:
             publication=sql.Literal(sql.Identifier(publication).as_string(self._connection)),
         )
         with postgres.translated():
-            await self._connection.execute(_LESS_MEMORY)
             text = command.as_bytes(self._connection)
             if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
                 # What such a database holds need not be UTF-8, and the server would refuse to send it as that.

@@ -54,6 +54,9 @@ cdef Value _new[MOST_COLUMNS]
 cdef Value _old[MOST_COLUMNS]
 
 
+# Below, `noexcept` stands only where `nogil` does: what touches no Python object has nothing to raise.
+
+
 cdef inline uint16_t u16(const uint8_t* at) noexcept nogil:
     return (<uint16_t>at[0] << 8) | at[1]
 
@@ -91,7 +94,7 @@ cdef class _Firing:
     def __dealloc__(self):
         PyMem_Free(self.columns)
 
-    cdef bint sent(self, Value* row) noexcept:
+    cdef bint sent(self, Value* row) except -1:
         """Whether all values of the key were sent."""
         cdef Py_ssize_t at
         for at in range(self.count):
@@ -214,7 +217,7 @@ cdef inline bint _differ(Value* one, Value* other) noexcept nogil:
     )
 
 
-cdef bint _known_to_differ(Table table, Py_ssize_t column, uint8_t old_kind, bint* known) noexcept:
+cdef bint _known_to_differ(Table table, Py_ssize_t column, uint8_t old_kind, bint* known) except -1:
     """Whether a column of an UPDATE has changed, as far as the old row tells (``known``)."""
     if old_kind == c'O' or (old_kind and table.identity[column]):
         known[0] = _old[column].kind != NOT_SENT
@@ -224,7 +227,7 @@ cdef bint _known_to_differ(Table table, Py_ssize_t column, uint8_t old_kind, bin
     return not known[0]
 
 
-cdef bint _fires(Table table, _Rule rule, uint8_t old_kind) noexcept:
+cdef bint _fires(Table table, _Rule rule, uint8_t old_kind) except -1:
     """As invalidation._fires."""
     cdef Py_ssize_t at
     cdef bint known = False

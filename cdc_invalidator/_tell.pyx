@@ -42,7 +42,9 @@ cdef class _Text:
             self.start, self.at, self.end = grown, grown + used, grown + whole
         return True
 
-    cdef inline void put(self, const char* text, Py_ssize_t size) noexcept:
+    # These four are `noexcept` because they write to memory alone and have nothing to raise; `room` came before them.
+
+    cdef inline void put(self, const char* text, Py_ssize_t size) noexcept nogil:
         memcpy(self.at, text, size)
         self.at += size
 
@@ -54,7 +56,7 @@ cdef class _Text:
         self.put(utf8, size)
         return True
 
-    cdef inline void number(self, int64_t value) noexcept:
+    cdef inline void number(self, int64_t value) noexcept nogil:
         cdef char digits[20]
         cdef int count = 0
         cdef uint64_t left
@@ -73,7 +75,7 @@ cdef class _Text:
             self.at[0] = digits[count]
             self.at += 1
 
-    cdef inline void padded(self, int64_t value, int width) noexcept:
+    cdef inline void padded(self, int64_t value, int width) noexcept nogil:
         """Put just so many digits."""
         cdef int place
         for place in range(width - 1, -1, -1):
@@ -81,7 +83,7 @@ cdef class _Text:
             value //= 10
         self.at += width
 
-    cdef inline void hexadecimal(self, uint64_t value) noexcept:
+    cdef inline void hexadecimal(self, uint64_t value) noexcept nogil:
         cdef int shift = 60
         while shift and not (value >> shift):
             shift -= 4

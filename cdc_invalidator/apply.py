@@ -179,15 +179,17 @@ class Apply:
                 self.gap(dict.fromkeys(self._digests, "replica_returned"))
             if self._sweeps:
                 self._finish(await self._sweeps.step(server))
+            if not self._backlog:
+                # Before the watermark and the slot pass them: a crash in between would leave them untold.
+                self._tell()
             await self._record(server)
             await self._inform(server)
         except errors.RedisUnavailable as error:
+            self._tell()
             await self._lost(error)
             return
         self._backoff.reset()
         self.last_error = self.away_since = None
-        if not self._backlog:
-            self._tell()
         await self._backlog.wait(self._patience())
 
     async def _take(self) -> list[tuple[Batch | Run, Ticket]]:

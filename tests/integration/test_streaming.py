@@ -94,8 +94,11 @@ def test_nothing_is_busted_before_the_commit_and_everything_after_it(
         connection.commit()
     settled(dsn, redis_client, slot_name)
     assert left(redis_client) == set(range(10001, 20000))
-    lines = daemon.named("bust", cache="item", op="update")
-    assert sum(line["existed"] for line in lines) == 10_001
+
+    def existed() -> int:
+        return sum(line["existed"] for line in daemon.named("bust", cache="item", op="update"))
+
+    eventually(lambda: existed() == 10_001, "all events are written")
 
 
 def test_a_rolled_back_transaction_and_rolled_back_parts_bust_nothing(

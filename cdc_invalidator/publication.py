@@ -234,11 +234,17 @@ class Publication:
     def __init__(self, connection: psycopg.AsyncConnection[Any], name: str) -> None:
         self._connection = connection
         self._name = name
+        self._last: tuple[object, Survey] | None = None
 
     async def survey(self, rules: RuleSet) -> Survey:
-        """Look at the publication and at the tables of the rules."""
+        """Look at the publication and at the tables of the rules; the same object while nothing has changed."""
         tables = rules.tables
-        kin = _KIN.format(schemas=_SCHEMAS if self._connection.info.server_version >= 150000 else _NO_SCHEMAS)
+        # PostgreSQL 14 publishes no schemas.
+        schemas = _SCHEMAS if self._connection.info.server_version >= 150000 else ""
+        of_roots = _ROOTS.format(carriers=_CARRIERS.format(table="roots", schemas=schemas))
+        of_leaves = _LEAVES.format(
+            usable=_USABLE, identity=_IDENTITY, carriers=_CARRIERS.format(table="tree", schemas=schemas)
+        )
         given = {
             "publication": self._name,
             "schemas": [table.schema for table in tables],
@@ -246,9 +252,12 @@ class Publication:
         }
         with postgres.translated():
             publications = await (await self._connection.execute(_PUBLICATION, given)).fetchall()
-            roots = await (await self._connection.execute((kin + _ROOTS).encode(), given)).fetchall()
-            leaves = await (await self._connection.execute((kin + _LEAVES).encode(), given)).fetchall()
+            roots = await (await self._connection.execute((_KIN + of_roots).encode(), given)).fetchall()
+            leaves = await (await self._connection.execute((_KIN + of_leaves).encode(), given)).fetchall()
             harmed = await (await self._connection.execute(_WITHOUT_IDENTITY, given)).fetchall()
+        seen = (tables, publications, roots, leaves, harmed)
+        if self._last is not None and self._last[0] == seen:
+            return self._last[1]
         subjects: dict[Table, Subject | None] = dict.fromkeys(tables)
         for row in roots:
             subjects[Table(row.schema, row.name)] = Subject(
@@ -259,7 +268,9 @@ class Publication:
             if subject is not None:
                 subject.leaves.append(_leaf(row))
         suits = bool(publications) and publications[0].suits
-        return Survey(bool(publications), suits, subjects, [Table(row.schema, row.name) for row in harmed])
+        survey = Survey(bool(publications), suits, subjects, [Table(row.schema, row.name) for row in harmed])
+        self._last = seen, survey
+        return survey
 
     async def filled(self, oids: Sequence[int]) -> set[int]:
         """Give those of these tables that take any space, or may: one that is locked is not waited for long."""
@@ -380,13 +391,8 @@ FROM pg_publication WHERE pubname = %(publication)s
 # No function that looks at a table itself (pg_publication_tables, pg_partition_tree, pg_relation_size): it would wait
 # for whoever has locked that table.
 _KIN = """
-WITH RECURSIVE entries (oid, relation, schema) AS (
-  SELECT p.oid, NULL::oid, NULL::oid FROM pg_publication p WHERE p.pubname = %(publication)s AND p.puballtables
-  UNION ALL
-  SELECT r.oid, r.prrelid, NULL FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
-  WHERE p.pubname = %(publication)s
-  UNION ALL
-  {schemas}
+WITH RECURSIVE publication AS (
+  SELECT oid, puballtables FROM pg_publication WHERE pubname = %(publication)s
 ), roots AS (
   SELECT n.nspname AS schema, c.relname AS name, c.oid, c.relkind
   FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
@@ -398,28 +404,37 @@ WITH RECURSIVE entries (oid, relation, schema) AS (
   SELECT tree.schema, tree.name, c.oid, c.relkind FROM tree
   JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending JOIN pg_class c ON c.oid = i.inhrelid
   WHERE tree.relkind = 'p'
-), carriers (relation, oids) AS (
-  SELECT tree.oid, array_agg(DISTINCT entries.oid) FROM tree
-  CROSS JOIN LATERAL (SELECT tree.oid UNION SELECT above.relid FROM pg_partition_ancestors(tree.oid) above) AS kin (oid)
-  JOIN pg_class c ON c.oid = kin.oid
-  JOIN entries ON coalesce(entries.relation, kin.oid) = kin.oid
-    AND coalesce(entries.schema, c.relnamespace) = c.relnamespace
-  GROUP BY tree.oid
 )
 """
 
-_SCHEMAS = """SELECT s.oid, NULL, s.pnnspid FROM pg_publication p JOIN pg_publication_namespace s ON s.pnpubid = p.oid
-  WHERE p.pubname = %(publication)s"""
-# PostgreSQL 14 has no such catalog.
-_NO_SCHEMAS = "SELECT NULL::oid, NULL::oid, NULL::oid WHERE false"
+# What of the publication carries a table: it or a table above it, its schema, all tables. One look-up in an index for
+# each table: joined as a whole, the planner would compare each table with each, every three seconds.
+# The two columns of `limited` came with PostgreSQL 15. A filter on a root holds for its partitions.
+_CARRIERS = """
+LEFT JOIN LATERAL (
+  SELECT array_agg(DISTINCT entries.oid) AS oids, bool_or(entries.limited) AS limited
+  FROM (SELECT {table}.oid UNION SELECT above.relid FROM pg_partition_ancestors({table}.oid) above) AS kin (oid)
+  CROSS JOIN LATERAL (
+    SELECT r.oid, coalesce(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') IS NOT NULL AS limited
+    FROM publication p JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = kin.oid
+    UNION ALL
+    SELECT p.oid, false FROM publication p WHERE p.puballtables
+    {schemas}
+  ) AS entries
+) AS carriers ON true
+"""
+
+_SCHEMAS = """UNION ALL
+    SELECT s.oid, false FROM publication p JOIN pg_publication_namespace s ON s.pnpubid = p.oid
+    JOIN pg_class c ON c.oid = kin.oid AND c.relnamespace = s.pnnspid"""
 
 _ROOTS = """
 SELECT schema, name, oid, relkind = 'p' AS partitioned,
   EXISTS (SELECT FROM pg_index i WHERE i.indrelid = roots.oid AND i.indisprimary AND i.indimmediate) AS keyed,
   relkind = 'r' AND EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = roots.oid) AS parent,
-  EXISTS (SELECT FROM entries WHERE entries.relation = roots.oid) AS listed,
-  coalesce(carriers.oids, '{}') AS carriers
-FROM roots LEFT JOIN carriers ON carriers.relation = roots.oid
+  EXISTS (SELECT FROM publication p JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = roots.oid) AS listed,
+  coalesce(carriers.oids, '{{}}') AS carriers
+FROM roots {carriers}
 """
 
 # A primary key that is deferrable does not serve as replica identity.
@@ -437,7 +452,7 @@ _USABLE = """(
 )"""
 
 # Of an index, INCLUDEd columns are not part of the identity.
-_LEAVES = f"""
+_LEAVES = """
 SELECT tree.schema AS root_schema, tree.name AS root_name, n.nspname AS schema, c.relname AS name, c.oid,
   CASE c.relpersistence WHEN 'p' THEN c.relkind ELSE c.relpersistence END::text AS kind,
   ARRAY(SELECT attname::text FROM pg_attribute
@@ -450,13 +465,11 @@ SELECT tree.schema AS root_schema, tree.name AS root_name, n.nspname AS schema, 
     WHEN 'n' THEN '{{}}'
     ELSE ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid
                AND attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])) END AS carried,
-  {_USABLE} AS usable,
+  {usable} AS usable,
   coalesce(carriers.oids, '{{}}') AS carriers,
-  -- These two columns of the catalog came with PostgreSQL 15. A filter on a root holds for its partitions.
-  EXISTS (SELECT FROM pg_publication_rel r WHERE r.oid = ANY (carriers.oids)
-          AND coalesce(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') IS NOT NULL) AS limited
+  coalesce(carriers.limited, false) AS limited
 FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
-LEFT JOIN carriers ON carriers.relation = c.oid {_IDENTITY}
+{identity} {carriers}
 WHERE tree.relkind <> 'p'
 ORDER BY 1, 2, 3, 4
 """

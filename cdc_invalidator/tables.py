@@ -52,6 +52,7 @@ class Tables:
         self._survey: Survey | None = None
         self._settling: dict[Table, str] = {}
         self._unsettled = unsettled
+        self._digested: tuple[Survey, list[Table], dict[str, str]] | None = None
 
     @property
     def survey(self) -> Survey:
@@ -66,7 +67,10 @@ class Tables:
 
     def digests(self) -> dict[str, str]:
         """Give, for each cache that is kept, what the watermark says of its rules and tables."""
-        return self.survey.digests(self._rules, self._settling)
+        survey, settling = self.survey, list(self._settling)
+        if self._digested is None or self._digested[0] is not survey or self._digested[1] != settling:
+            self._digested = survey, settling, survey.digests(self._rules, self._settling)
+        return self._digested[2]
 
     def relent(self) -> None:
         """Refuse nothing from now on: what was right enough to start with goes on, whatever becomes of it."""
@@ -110,10 +114,12 @@ class Tables:
             _log.error("table_taken_out", tables=[str(table) for table in now.harmful], error=mistakes)
         if await self._set_up_each(self._publication.statements(now)):
             now = await self._publication.survey(self._rules)
-        filled = await self._publication.filled(now.leaves_since(before))
-        added = await self.settled(now.published_since(before), snapshots)
-        broken = self.caches(now.changed_since(before, filled), "table_changed")
-        broken |= added
+        if now is before:
+            broken = await self.settled((), snapshots)
+        else:
+            filled = await self._publication.filled(now.leaves_since(before))
+            added = await self.settled(now.published_since(before), snapshots)
+            broken = self.caches(now.changed_since(before, filled), "table_changed") | added
         # What happens to a table that can't be published is not seen: its caches are kept empty until it can be.
         # One sweep after the other, with the watermark written in between: else the slot would never move on.
         if not sweeping:

@@ -251,12 +251,15 @@ class Apply:
         self._written_ms = max(self._written_ms, *(mark.at for mark in found if mark), 0)
         if self._recorded is None:
             self._replay_until = lowest
+            if all(found):
+                # How old it is is known before it is written again.
+                self._metrics.watermark_at.set(min(mark.at for mark in found if mark) / 1000)
         self._anew.clear()
         # Where all is swept anyway, nothing need be applied anew.
         if not (self._sweep_gaps and broken.keys() >= self._digests.keys()):
             self._anew.extend(self._recent.since(lowest))
         if self._anew and lowest < position.start:
-            self._metrics.gaps.labels("redis_behind").inc()
+            self._metrics.gap("redis_behind")
             caches = sorted({target.cache.name for batch in self._anew for target in batch.targets})
             _log.warning("gap", reason="redis_behind", caches=caches, swept=False, lsn=lsn.text(lowest))
         if broken:
@@ -301,7 +304,7 @@ class Apply:
         """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""
         for reason in sorted(set(broken.values())):
             caches = sorted(name for name, why in broken.items() if why == reason)
-            self._metrics.gaps.labels(reason).inc()
+            self._metrics.gap(reason)
             _log.warning(
                 "gap", reason=reason, caches=caches, swept=self._sweep_gaps, lsn=lsn.text(self._position.start)
             )

@@ -52,6 +52,7 @@ class Daemon:
         self._options = options
         self._rules = rules
         self._metrics = metrics
+        metrics.retained_wal_limit.set(options.max_retained_wal)
         self._events = events
         self._stop = asyncio.Event()
         # The session's end: we are told to stop, or other rules come.
@@ -82,7 +83,7 @@ class Daemon:
             errors.WrongSettings: settings or rules can't be kept on this database.
             errors.ServerRefuses: a server says no for good.
         """
-        pages = http.Pages(self._metrics.registry, self.status, lambda: self._role != "connecting")
+        pages = http.Pages(self._metrics.shown(self._options.slot), self.status, lambda: self._role != "connecting")
         with _signals(self._told, self._reload.ask):
             async with http.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
@@ -158,12 +159,12 @@ class Daemon:
             # Another standby was faster.
             self._be("standby")
             # Those who wait hold no walsender: there are few of them.
-            await session.close()
+            await self._close(session)
             await self._pause(STANDBY_SECONDS)
         except errors.PositionGivenUp as error:
             self._be("connecting")
             self._last_error = str(error)
-            await session.close()
+            await self._close(session)
             await self._give_up(session, error)
             await self._pause(self._backoff.next())
         except errors.Retryable as error:
@@ -174,10 +175,15 @@ class Daemon:
             self._last_error = str(error)
             self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
             _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
-            await session.close()
+            await self._close(session)
             await self._pause(delay)
         finally:
-            await session.close()
+            await self._close(session)
+
+    async def _close(self, session: Session) -> None:
+        await session.close()
+        # Its tasks have said their last.
+        self._metrics.forget()
 
     async def _give_up(self, session: Session, reason: errors.PositionGivenUp) -> None:
         try:

@@ -1,12 +1,16 @@
-"""All metrics, in one class with a registry that is passed in. Labels come from rule files and SQL, never from data."""
+"""All metrics, in one class with a registry that is passed in. Labels come from rule files and SQL, never from data.
+
+Of the daemons of one slot one leads. What only the leader knows, the others don't show, or show as 0: so that `max` and
+`sum` over all of them give the truth, whoever led before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import add
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from cdc_invalidator import __version__
@@ -32,6 +36,14 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, labels, namespace=NAMESPACE, registry=registry)
 
+        def told(family: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str) -> Told:
+            figure = Told(family, f"{NAMESPACE}_{name}", text)
+            registry.register(figure)
+            self._told.append(figure)
+            return figure
+
+        self._told: list[Told] = []
+
         self.build_info = gauge("build_info", "Constant 1, labelled with the version.", "version")
         self.build_info.labels(__version__).set(1)
 
@@ -54,16 +66,22 @@ class Metrics:
         self.leader = gauge("leader", "1 while this daemon streams from the slot, 0 while it stands by.")
         self.received_lsn = gauge("received_lsn", "LSN up to which the stream has been received.")
         self.confirmed_lsn = gauge("confirmed_lsn", "LSN confirmed to PostgreSQL.")
-        self.slot_active = gauge("slot_active", "1 while a session streams from the slot.")
+        self.slot_active = told(GaugeMetricFamily, "slot_active", "1 while a session streams from the slot.")
         self.slot_wal_status = gauge(
             "slot_wal_status", "1 for the slot's wal_status in pg_replication_slots.", "wal_status"
         )
-        self.retained_wal = gauge("retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.")
+        self.retained_wal = told(GaugeMetricFamily, "retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.")
+        self.retained_wal_limit = gauge("retained_wal_limit_bytes", "CDC_MAX_RETAINED_WAL.")
+        self.postgres_up = gauge("postgres_up", "1 while a session with PostgreSQL stands.")
         self.postgres_errors = counter("postgres_errors_total", "Lost or failed PostgreSQL sessions.", "error")
         self.postgres_connects = counter("postgres_connects_total", "PostgreSQL sessions opened.")
         self.watches = counter("watches_total", "Looks at the slot, the publication and the tables of the rules.")
-        self.database_commits = gauge("database_commits", "xact_commit of the database in pg_stat_database.")
-        self.database_rollbacks = gauge("database_rollbacks", "xact_rollback of the database in pg_stat_database.")
+        self.database_commits = told(
+            CounterMetricFamily, "database_commits", "xact_commit of the database in pg_stat_database."
+        )
+        self.database_rollbacks = told(
+            CounterMetricFamily, "database_rollbacks", "xact_rollback of the database in pg_stat_database."
+        )
 
         # The busts.
         self.busts = counter("busts_total", "Bust events.", "rule", "cache", "action")
@@ -83,7 +101,8 @@ class Metrics:
         self.sweeps = counter("sweeps_total", "Whole caches busted by their key pattern.", "cache", "reason")
         self.sweeps_running = gauge("sweeps_running", "Sweeps begun and not finished.")
         self.swept = counter("sweep_scanned_keys_total", "Keys looked at by sweeps, of everybody's.", "cache")
-        self.gaps = counter("gaps_total", "Times continuity could not be proven.", "reason")
+        self._gaps = counter("gaps_total", "Times continuity could not be proven.", "reason")
+        self._gap_at = gauge("gap_timestamp_seconds", "When continuity could last not be proven.", "reason")
         self.rule_errors = counter(
             "rule_errors_total", "Relations on which a rule can't name its keys, and failures of its queries.", "rule"
         )
@@ -94,7 +113,6 @@ class Metrics:
         self.watermark_at = gauge(
             "watermark_timestamp_seconds", "When the watermark was last written; its age is time() minus this."
         )
-
         self.watermark_stalled = gauge("watermark_stalled", "1 while Redis has no memory for the watermark.")
 
         # The standbys that readers use.
@@ -104,16 +122,96 @@ class Metrics:
         )
 
         # Redis.
-        self.redis_up = gauge("redis_up", "1 while the connection to Redis stands.")
+        self.redis_up = told(GaugeMetricFamily, "redis_up", "1 while the leader's connection to Redis stands.")
         self.redis_errors = counter(
             "redis_errors_total", "Failures of Redis, by the first word of its reply, or TIMEOUT, CLOSED, …", "error"
         )
         self.redis_connects = counter("redis_connects_total", "Connections to Redis opened.")
-        self.redis_hits = gauge("redis_keyspace_hits", "keyspace_hits of INFO.")
-        self.redis_misses = gauge("redis_keyspace_misses", "keyspace_misses of INFO.")
-        self.redis_evicted = gauge("redis_evicted_keys", "evicted_keys of INFO.")
-        self.redis_expired = gauge("redis_expired_keys", "expired_keys of INFO.")
-        self.redis_memory = gauge("redis_used_memory_bytes", "used_memory of INFO.")
+        self.redis_hits = told(CounterMetricFamily, "redis_keyspace_hits", "keyspace_hits of INFO.")
+        self.redis_misses = told(CounterMetricFamily, "redis_keyspace_misses", "keyspace_misses of INFO.")
+        self.redis_evicted = told(CounterMetricFamily, "redis_evicted_keys", "evicted_keys of INFO.")
+        self.redis_expired = told(CounterMetricFamily, "redis_expired_keys", "expired_keys of INFO.")
+        self.redis_memory = told(GaugeMetricFamily, "redis_used_memory_bytes", "used_memory of INFO.")
+
+    def gap(self, reason: str) -> None:
+        """Count a gap, and when it was: one at the start is counted before anybody has seen the counter at 0."""
+        self._gaps.labels(reason).inc()
+        self._gap_at.labels(reason).set_to_current_time()
+
+    def rules(self, digest: str, names: Iterable[str]) -> None:
+        """Show which rules are in force; their errors are counted from 0, so that the first is seen as a rise."""
+        self.rule_set.clear()
+        self.rule_set.labels(digest).set(1)
+        for name in ("", *names):
+            self.rule_errors.labels(name)
+
+    def forget(self) -> None:
+        """Show no more what a session knew: it is over, and another daemon may know better."""
+        for figure in self._told:
+            figure.forget()
+        for labelled in (self.slot_wal_status, self.replica_awaited, self.replica_replayed):
+            labelled.clear()
+        for gauge in (
+            self.postgres_up,
+            self.backlog,
+            self.received_lsn,
+            self.confirmed_lsn,
+            self.sweeps_running,
+            self.watermark_lsn,
+            self.watermark_stalled,
+        ):
+            gauge.set(0)
+
+    def shown(self, slot: str) -> CollectorRegistry:
+        """Give all metrics as they are served: ours labelled with the slot.
+
+        One job of Prometheus may hold the daemons of several slots, and only they know which of them belong together.
+        """
+        registry = CollectorRegistry()
+        registry.register(_OfSlot(self.registry, slot))
+        return registry
+
+
+class Told(Collector):
+    """One figure that a server tells: no sample until it has, and none once that is forgotten.
+
+    A counter that began at 0 and jumped to what Redis has counted for months would look like a burst.
+
+    Args:
+        family: what it is: a counter if only the server's restart ever lowers it.
+        name: its whole name; a counter's gets ``_total``.
+        text: its help.
+    """
+
+    def __init__(self, family: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str) -> None:
+        self._family = family
+        self._name = name
+        self._text = text
+        self._figure: float | None = None
+
+    def set(self, figure: float) -> None:
+        """Note what the server has told."""
+        self._figure = figure
+
+    def forget(self) -> None:
+        """Show nothing until the server has told something again."""
+        self._figure = None
+
+    def collect(self) -> Iterator[Metric]:
+        """Give the metric as it is now."""
+        yield self._family(self._name, self._text, value=self._figure)
+
+
+class _OfSlot(Collector):
+    def __init__(self, registry: CollectorRegistry, slot: str) -> None:
+        self._registry = registry
+        self._slot = {"slot": slot}
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            if family.name.startswith(NAMESPACE):
+                family.samples = [each._replace(labels=self._slot | each.labels) for each in family.samples]
+            yield family
 
 
 class Lags(Collector):

@@ -92,7 +92,7 @@ class Reload:
         self._looked_at = running.fingerprint
         self._unwatched = False
         self.last: Attempt | None = None
-        metrics.rule_set.labels(running.digest).set(1)
+        metrics.rules(running.digest, (rule.name for rule in running.rules))
         self._in_step()
 
     def ask(self) -> None:
@@ -229,8 +229,7 @@ class Reload:
 
     def _take(self, found: RuleSet) -> None:
         running, self._running = self._running, found
-        self._metrics.rule_set.clear()
-        self._metrics.rule_set.labels(found.digest).set(1)
+        self._metrics.rules(found.digest, (rule.name for rule in found.rules))
         self._done("ok")
         _log.info("reloaded", rules=found.digest, **_difference(running, found))
         self._switch(found)

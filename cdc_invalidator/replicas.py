@@ -71,8 +71,6 @@ class Replicas:
         self._received: Callable[[], int] = lambda: 0
         self._system_id = ""
         self._returned = False
-        for replica in self._replicas:
-            self._show(replica)
 
     @property
     def known(self) -> dict[str, str | None]:
@@ -150,6 +148,8 @@ class Replicas:
             wake: is called when one has gone ahead.
         """
         self._system_id, self._position, self._received, self._wake = system_id, position, received, wake
+        for replica in self._replicas:
+            self._show(replica)
         # Without any, too, this ends by being cancelled.
         await asyncio.gather(asyncio.Event().wait(), *map(self._follow, self._replicas))
 

@@ -211,6 +211,7 @@ class Session:
     async def _open(self) -> None:
         options = self._options
         connection = self._connection = await postgres.connect(options.postgres_dsn, "cdc-invalidator catalogs")
+        self._metrics.postgres_up.set(1)
         slot = self._slot = Slot(connection, options.slot)
         publication = self._publication = Publication(connection, options.publication)
         tables = self._tables = Tables(
@@ -222,6 +223,7 @@ class Session:
             # Who stands by may publish long before it leads.
             self._unsettled.update(survey.published_since(before))
             state = await slot.state()
+            self._show(state)
             if state is None or not state.active:
                 break
             # What the catalogs said may be hours old once it is our turn: they are asked again then.
@@ -274,6 +276,7 @@ class Session:
         while True:
             await asyncio.sleep(STANDBY_SECONDS)
             state = await slot.state()
+            self._show(state)
             if state is None or not state.active:
                 return
 
@@ -340,11 +343,15 @@ class Session:
         if broken or digests != before:
             apply.redigest(digests, broken)
 
-    def _show(self, state: State) -> None:
-        self._metrics.slot_active.set(state.active)
-        self._metrics.retained_wal.set(state.retained)
+    def _show(self, state: State | None) -> None:
         self._metrics.slot_wal_status.clear()
-        self._metrics.slot_wal_status.labels(state.wal_status).set(1)
+        if state is None:
+            self._metrics.slot_active.set(0)
+            self._metrics.retained_wal.set(0)
+        else:
+            self._metrics.slot_active.set(state.active)
+            self._metrics.retained_wal.set(state.retained)
+            self._metrics.slot_wal_status.labels(state.wal_status).set(1)
 
     async def give_up(self, reason: errors.PositionGivenUp) -> None:
         """Drop the slot, so that PostgreSQL may drop the WAL: the next session makes a new one and sweeps.
@@ -360,7 +367,7 @@ class Session:
             return
         finally:
             await connection.close()
-        self._metrics.gaps.labels("position_given_up").inc()
+        self._metrics.gap("position_given_up")
         caches = sorted(self._rules.caches)
         _log.error("gap", reason="position_given_up", caches=caches, swept=False, error=str(reason))
 

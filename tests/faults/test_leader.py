@@ -141,6 +141,11 @@ def test_a_frozen_leader_is_replaced_and_stands_by_when_it_wakes_up(
         eventually(lambda: first.alive() and first.status().get("role") == "standby", "the old leader stands by")
         writer.goes_on()
         assert leaders(first, second) == [second]
+        # What it knew as the leader it shows no more; at the slot it looks as the leader does.
+        assert first.metric("cdc_invalidator_watermark_lsn") == 0 < second.metric("cdc_invalidator_watermark_lsn")
+        assert "\ncdc_invalidator_redis_keyspace_hits_total{" not in first.get("/metrics")[1]
+        assert "\ncdc_invalidator_redis_keyspace_hits_total{" in second.get("/metrics")[1]
+        assert all(daemon.metric("cdc_invalidator_slot_active") == 1 for daemon in (first, second))
     assert_all_is_well(database, redis_client, first, second)
     assert first.get("/readyz")[0] == 200
     assert not second.named("gap")

@@ -1,0 +1,248 @@
+"""Rules and dashboard against a real Prometheus, which scrapes a leader and a standby at work.
+
+Everything that a panel or an alert may ask for happens first: reads that hit and miss, busts of all kinds, a sweep,
+reloads, lost connections, a change of leaders.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import signal
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import psycopg
+import pytest
+import redis
+import yaml
+from prometheus import MONITORING, Prometheus, binary, promtool
+from running import RunningDaemon, eventually, execute
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+RULES = """
+version: 1
+caches:
+  user: {key: "w:user:{id}", ttl: 5m, again_after: 1s}
+  page: {key: "w:page:{id}:v{version}", version: "w:page:{id}:ver", ttl: 5m}
+  team: {key: "w:team:{team_id}", ttl: 5m}
+rules:
+  - name: user-changed
+    table: public.users
+    bust:
+      - user
+      - page
+      - team: {via: "SELECT team_id FROM members WHERE user_id = {id}"}
+"""
+MORE_RULES = RULES.replace("ttl: 5m}\nrules:", "ttl: 5m}\n  later: {key: 'w:later', ttl_only: true, ttl: 5m}\nrules:")
+USERS = 50
+
+DASHBOARD: dict[str, Any] = json.loads((MONITORING / "dashboard.json").read_text())
+QUERIES = [
+    (f"{panel['title']} {target['refId']}", target)
+    for panel in DASHBOARD["panels"]
+    for target in panel.get("targets", [])
+]
+ALERTS = {
+    rule["alert"]
+    for group in yaml.safe_load((MONITORING / "rules.yml").read_text())["groups"]
+    for rule in group["rules"]
+    if "alert" in rule
+}
+# Seconds; Prometheus scrapes every second here.
+WINDOW = "30s"
+
+
+class Load:
+    """An application that reads and changes users, whatever happens; use it as a context manager."""
+
+    def __init__(self, dsn: str, url: str) -> None:
+        self._dsn = dsn
+        self._url = url
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            with redis.Redis.from_url(self._url) as client, psycopg.connect(self._dsn, autocommit=True) as connection:
+                number = 0
+                while not self._stop.wait(0.01):
+                    number = (number + 1) % USERS
+                    client.mget([f"w:user:{number}", f"w:user:{(number + 7) % USERS}"])
+                    client.mset(
+                        {f"w:user:{number}": "cached", f"w:page:{number}:ver": 1, f"w:team:{number % 5}": "cached"}
+                    )
+                    if number % 2:
+                        connection.execute("UPDATE users SET name = name || '.' WHERE id = %s", [number])
+        except Exception as error:  # noqa: BLE001  raised again by the test's own thread
+            self._failure = error
+
+
+class Stage(NamedTuple):
+    """All that runs."""
+
+    prometheus: Prometheus
+    daemons: list[RunningDaemon]
+
+    def alerts(self) -> set[str]:
+        """Name the alerts that fire, or soon will; busts may come late here, where machines are slow."""
+        return {labels["alertname"] for labels, _ in self.prometheus.query("ALERTS")} - {"CdcInvalidatorSlowBusts"}
+
+    def roles(self) -> tuple[RunningDaemon, RunningDaemon]:
+        """Give who leads and who stands by; they may change places whenever a session begins anew."""
+
+        def found() -> list[RunningDaemon]:
+            by_role = {daemon.status().get("role"): daemon for daemon in self.daemons}
+            return [by_role[role] for role in ("leader", "standby")] if by_role.keys() == {"leader", "standby"} else []
+
+        leader, standby = eventually(found, "one leads, one stands by")
+        return leader, standby
+
+    def seen(self, event: str, **fields: Any) -> None:
+        """Wait until one of the daemons has told this."""
+        eventually(lambda: [each for daemon in self.daemons for each in daemon.named(event, **fields)], event)
+
+
+@pytest.fixture(scope="module")
+def stage(postgres: embedded.Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    for name in ("prometheus", "promtool"):
+        binary(name)
+    folder = tmp_path_factory.mktemp("monitoring")
+    rules = folder / "rules.yaml"
+    rules.write_text(RULES)
+    dsn = postgres.create_database("monitoring")
+    execute(
+        dsn,
+        "CREATE TABLE users (id int PRIMARY KEY, name text NOT NULL)",
+        "CREATE TABLE members (user_id int PRIMARY KEY, team_id int NOT NULL)",
+        f"INSERT INTO users SELECT n, '' FROM generate_series(0, {USERS - 1}) n",
+        f"INSERT INTO members SELECT n, n % 5 FROM generate_series(0, {USERS - 1}) n",
+        "ALTER DATABASE monitoring SET wal_sender_timeout = '2s'",
+    )
+    # The server itself as its own standby: it has always replayed everything.
+
+    def daemon(url: str) -> RunningDaemon:
+        return RunningDaemon(dsn=dsn, redis_url=url, rules=rules, slot="monitoring", postgres_replicas=dsn)
+
+    with (
+        embedded.Valkey() as valkey,
+        daemon(valkey.url) as first,
+        daemon(valkey.url) as second,
+        Prometheus(folder, [first, second]) as prometheus,
+        Load(dsn, valkey.url),
+    ):
+        yield played(Stage(prometheus, [first.ready(), second.ready()]), dsn, valkey.url, rules)
+    postgres.drop_database("monitoring")
+
+
+def played(stage: Stage, dsn: str, url: str, rules: Path) -> Stage:
+    """Let happen what the panels are there to show."""
+    stage.roles()
+    # A slot was made, which is a gap. Nothing else is wrong, though one of the two knows hardly anything.
+    eventually(lambda: stage.alerts() == {"CdcInvalidatorGap"}, "all else is well")
+
+    for text, event in ((MORE_RULES, "reloaded"), ("version: 2", "reload_failed"), (MORE_RULES, "reload_unchanged")):
+        rules.write_text(text)
+        for daemon in stage.daemons:
+            daemon.seen(event)
+
+    execute(dsn, "TRUNCATE users", f"INSERT INTO users SELECT n, '' FROM generate_series(0, {USERS - 1}) n")
+    stage.seen("bust", action="sweep", reason="truncate")
+    with redis.Redis.from_url(url) as client:
+        clients: Any = client.client_list()
+        for each in clients:
+            if each["name"] == "cdc-invalidator":
+                client.client_kill_filter(_id=each["id"])
+    stage.seen("redis_unavailable")
+
+    leader, standby = stage.roles()
+    # Long enough for PostgreSQL to give it up.
+    leader.send(signal.SIGSTOP)
+    eventually(lambda: standby.status()["role"] == "leader", "the standby leads")
+    leader.send(signal.SIGCONT)
+    eventually(lambda: leader.status().get("role") == "standby", "who led stands by")
+    return stage
+
+
+@pytest.mark.parametrize("target", [pytest.param(target, id=name) for name, target in QUERIES])
+def test_each_query_of_the_dashboard_gives_data_that_its_legend_can_name(stage: Stage, target: dict[str, Any]) -> None:
+    expression = re.sub(r"\$(namespace|job|slot|cache)\b", ".*", target["expr"]).replace("$__rate_interval", WINDOW)
+    assert "$" not in expression
+
+    def found() -> list[Any]:
+        return [labels for labels, value in stage.prometheus.query(expression) if not math.isnan(value)]
+
+    series = eventually(found, f"data for {expression}")
+    for labels in series:
+        # Two lines with one legend can't be told from each other.
+        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) - {"rule"} <= labels.keys()
+    if target["legendFormat"]:
+        legends = [
+            re.sub(r"{{(\w+)}}", lambda match, labels=labels: labels.get(match[1], ""), target["legendFormat"])  # type: ignore[misc]
+            for labels in series
+        ]
+        assert len(set(legends)) == len(legends)
+
+
+def test_each_rule_can_be_evaluated(stage: Stage) -> None:
+    rules = [rule for group in stage.prometheus.ask("rules")["groups"] for rule in group["rules"]]
+    assert {rule["name"] for rule in rules if rule["type"] == "alerting"} == ALERTS
+    for rule in rules:
+        assert rule["health"] == "ok", rule
+        if rule["type"] == "recording":
+            eventually(functools.partial(stage.prometheus.query, rule["name"]), f"data for {rule['name']}")
+
+
+def test_each_metric_that_is_named_is_served_by_a_running_daemon(stage: Stage) -> None:
+    served = {
+        re.split(r"[{ ]", line)[0]
+        for daemon in stage.daemons
+        for line in daemon.get("/metrics")[1].splitlines()
+        if not line.startswith("#")
+    }
+    rules = (MONITORING / "rules.yml").read_text()
+    named = set(re.findall(r"(?<![\w:])cdc_invalidator_\w+", rules))
+    named |= {
+        name for _, target in QUERIES for name in re.findall(r"\b(?:cdc_invalidator|process)_\w+", target["expr"])
+    }
+    assert len(named) > 40
+    assert named <= served
+
+
+def test_promtool_has_nothing_against_the_metrics(stage: Stage) -> None:
+    for daemon in stage.daemons:
+        promtool("check", "metrics", given=daemon.get("/metrics")[1])
+
+
+def test_a_leader_that_became_a_standby_raises_no_alarm(stage: Stage) -> None:
+    eventually(
+        lambda: {"CdcInvalidatorGap"} >= stage.alerts(),
+        "what was wrong for a moment is over, and nothing is left of it",
+    )
+
+
+def test_a_daemon_that_is_gone_is_missed_only_if_it_was_the_last(stage: Stage) -> None:
+    leader, standby = stage.roles()
+    assert leader.terminate() == 0
+    eventually(lambda: stage.prometheus.query("up == 0"), "Prometheus has noticed")
+    assert {"CdcInvalidatorGap"} >= stage.alerts()
+    assert standby.terminate() == 0
+    eventually(lambda: stage.alerts() >= {"CdcInvalidatorAbsent"}, "nobody is left")

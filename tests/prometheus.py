@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import urllib.error
 import urllib.parse
@@ -12,9 +10,9 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import pytest
 import yaml
 from running import RunningDaemon, eventually
+from tools import tool
 
 from cdc_invalidator import embedded
 
@@ -24,21 +22,13 @@ if TYPE_CHECKING:
 MONITORING = Path(__file__).parents[1] / "deploy" / "monitoring"
 
 
-def binary(name: str) -> str:
-    """Find ``prometheus`` or ``promtool`` on PATH; without it the test is skipped, and fails where CI is set."""
-    found = shutil.which(name)
-    if found is None:
-        missing = f"{name} is missing; install Debian's package prometheus."
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    return found
-
-
 def promtool(*words: str | Path, given: str = "", folder: Path = MONITORING) -> str:
-    """Run ``promtool`` with this on its standard input, and give what it said; it must be content."""
+    """Run ``promtool`` with this on its standard input, and give what it said; it must be content.
+
+    It comes with Debian's package prometheus.
+    """
     done = subprocess.run(
-        [binary("promtool"), *words], input=given, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [tool("promtool"), *words], input=given, cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
     said = done.stdout + done.stderr
     assert done.returncode == 0, said
@@ -84,7 +74,7 @@ class Prometheus:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [
-                    binary("prometheus"),
+                    tool("prometheus"),
                     f"--config.file={self._config}",
                     f"--storage.tsdb.path={self._data}",
                     f"--web.listen-address={embedded.HOST}:{self.port}",

@@ -18,8 +18,9 @@ import psycopg
 import pytest
 import redis
 import yaml
-from prometheus import MONITORING, Prometheus, binary, promtool
+from prometheus import MONITORING, Prometheus, promtool
 from running import RunningDaemon, eventually, execute
+from tools import tool
 
 from cdc_invalidator import embedded
 
@@ -124,7 +125,7 @@ class Stage(NamedTuple):
 @pytest.fixture(scope="module")
 def stage(postgres: embedded.Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     for name in ("prometheus", "promtool"):
-        binary(name)
+        tool(name)
     folder = tmp_path_factory.mktemp("monitoring")
     rules = folder / "rules.yaml"
     rules.write_text(RULES)

@@ -152,6 +152,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "cps",
             Query(CHANGES, "{{slot}} changes matched"),
             Query(total(rate("database_commits_total")), "{{slot}} commits, the whole database"),
+            about="All commits of the database: readers' and the daemon's own are among them.",
         ),
         lines("Keys busted a change", "short", Query(f"{BUSTED} / {CHANGES}", "{{slot}}")),
         lines("Share of busted keys that were there", "percentunit", Query(f"{EXISTED} / {BUSTED}", "{{slot}}"), max=1),
@@ -205,7 +206,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         states(
             "The slot's wal_status",
             Query(highest(gauge("slot_wal_status"), "wal_status"), "{{slot}} {{wal_status}}"),
-            {"1": ("yes", "green")},
+            {"1": ("yes", "blue")},
             about="reserved and extended are well; unreserved is about to be lost.",
         ),
         states(

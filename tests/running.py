@@ -58,6 +58,7 @@ class RunningDaemon:
     """``python -m cdc_invalidator run`` with its output collected; use it as a context manager."""
 
     def __init__(self, *, dsn: str, redis_url: str, rules: Path, slot: str, **settings: str) -> None:
+        self.command = [sys.executable, "-m", "cdc_invalidator", "run"]
         self.slot = slot
         self.port = int(settings.get("http_port", embedded.free_port()))
         self._env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")} | {
@@ -78,7 +79,7 @@ class RunningDaemon:
     def start(self) -> Self:
         """Start it, or start it again."""
         process = self._process = subprocess.Popen(
-            [sys.executable, "-m", "cdc_invalidator", "run"],
+            self.command,
             env=self._env,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

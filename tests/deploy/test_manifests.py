@@ -1,0 +1,189 @@
+"""The Kubernetes manifests: nothing is wrong with them, and each kind of mistake would be found.
+
+They are held against the API's schemas and against a running daemon; no cluster has seen them.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from manifests import DEPLOY, KUBERNETES, Document, kustomize, pods, problems, schema_problems
+from running import RunningDaemon
+from writing import create, rules_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cdc_invalidator import embedded
+
+EXAMPLES = DEPLOY / "kustomize/example"
+
+
+@pytest.fixture(scope="module")
+def page(
+    postgres: embedded.Postgres, valkey: embedded.Valkey, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], int]]:
+    """The status that a running daemon, which streams, answers a request for a path with."""
+    name = "manifests"
+    dsn = postgres.create_database(name)
+    create(dsn)
+    rules = rules_file(tmp_path_factory.mktemp(name))
+    with RunningDaemon(dsn=dsn, redis_url=valkey.url, rules=rules, slot=name) as daemon:
+        daemon.ready()
+        yield lambda path: daemon.get(path)[0]
+    postgres.drop_database(name)
+
+
+@pytest.fixture(scope="module")
+def forms() -> dict[str, list[Document]]:
+    """What kustomize makes of the examples."""
+    return {name: kustomize(EXAMPLES / name) for name in ("sidecar", "standalone")}
+
+
+@pytest.mark.parametrize("form", ["sidecar", "standalone"])
+def test_nothing_is_wrong_with_it(form: str, forms: dict[str, list[Document]], page: Callable[[str], int]) -> None:
+    assert problems(forms[form], page) == []
+
+
+def find(documents: list[Document], kind: str) -> Document:
+    (document,) = [one for one in documents if one["kind"] == kind]
+    return document
+
+
+def ours(documents: list[Document]) -> dict[str, Any]:
+    (pod,) = pods(documents)
+    return pod.ours
+
+
+def spec(documents: list[Document]) -> dict[str, Any]:
+    found: dict[str, Any] = find(documents, "Deployment")["spec"]
+    return found
+
+
+Mistake = tuple[str, "Callable[[list[Document]], object]", str]
+
+# Of each form: what is done to it, and what must be said then.
+MISTAKES: list[Mistake] = [
+    ("a misspelt field", lambda d: ours(d).update(livenesProbe=ours(d).pop("livenessProbe")), "livenesProbe"),
+    ("a wrong type", lambda d: spec(d).update(replicas="2"), "replicas"),
+    ("a port that is text", lambda d: ours(d)["ports"][0].update(containerPort="9479"), "containerPort"),
+    ("an old API", lambda d: find(d, "Deployment").update(apiVersion="apps/v1beta1"), "apps/v1beta1"),
+    ("no such enum", lambda d: ours(d).update(imagePullPolicy="WhenMissing"), "imagePullPolicy is WhenMissing"),
+    ("no such strategy", lambda d: spec(d).update(strategy={"type": "Rolling"}), "type is Rolling"),
+    (
+        "a lower-case word",
+        lambda d: spec(d)["template"]["spec"].update(restartPolicy="always"),
+        "restartPolicy is always",
+    ),
+    ("root", lambda d: ours(d)["securityContext"].update(runAsUser=0), "runAsUser is root"),
+    ("maybe root", lambda d: ours(d)["securityContext"].update(runAsNonRoot=False), "runAsNonRoot"),
+    ("privileges", lambda d: ours(d)["securityContext"].update(privileged=True), "privileged"),
+    ("escalation", lambda d: ours(d)["securityContext"].pop("allowPrivilegeEscalation"), "allowPrivilegeEscalation"),
+    ("a writable root", lambda d: ours(d)["securityContext"].pop("readOnlyRootFilesystem"), "readOnlyRootFilesystem"),
+    ("capabilities", lambda d: ours(d)["securityContext"]["capabilities"].update(add=["NET_ADMIN"]), "capabilities"),
+    (
+        "no seccomp",
+        lambda d: ours(d)["securityContext"].update(seccompProfile={"type": "Unconfined"}),
+        "seccompProfile",
+    ),
+    ("the node's network", lambda d: spec(d)["template"]["spec"].update(hostNetwork=True), "hostNetwork"),
+    (
+        "a token",
+        lambda d: spec(d)["template"]["spec"].pop("automountServiceAccountToken"),
+        "automountServiceAccountToken",
+    ),
+    ("a wrong port", lambda d: ours(d)["livenessProbe"]["httpGet"].update(port=8080), "asks port 8080"),
+    ("a wrong port name", lambda d: ours(d)["livenessProbe"]["httpGet"].update(port="metrics"), "asks port metrics"),
+    ("a port where nobody listens", lambda d: ours(d)["ports"][0].update(containerPort=9480), "its port is not 9479"),
+    ("a wrong path", lambda d: ours(d)["livenessProbe"]["httpGet"].update(path="/healthz"), "asks /healthz"),
+    (
+        "life by readiness",
+        lambda d: ours(d)["livenessProbe"]["httpGet"].update(path="/readyz"),
+        "/readyz is for readiness",
+    ),
+    ("a long port name", lambda d: ours(d)["ports"][0].update(name="cdc-invalidator-metrics"), "name of a port"),
+    ("another selector", lambda d: spec(d)["selector"]["matchLabels"].update(app="other"), "does not match"),
+    ("an unknown volume", lambda d: ours(d)["volumeMounts"][0].update(name="rules"), "a volume rules that"),
+    (
+        "no such ConfigMap",
+        lambda d: find(d, "ConfigMap")["metadata"].update(name="other"),
+        "ConfigMap cdc-invalidator-rules",
+    ),
+    ("no such Secret", lambda d: find(d, "Secret")["metadata"].update(name="other"), "that is not there"),
+    ("a subPath", lambda d: ours(d)["volumeMounts"][0].update(subPath="rules.yaml"), "is a subPath"),
+    (
+        "an unknown setting",
+        lambda d: ours(d)["env"].append({"name": "CDC_REDIS", "value": "x"}),
+        "no setting CDC_REDIS",
+    ),
+    ("an unknown secret", lambda d: find(d, "Secret")["data"].update(redis_url="eA=="), "no setting redis_url"),
+    ("a missing secret", lambda d: find(d, "Secret")["data"].pop("cdc_redis_url"), "CDC_REDIS_URL is not set"),
+    ("a wrong value", lambda d: ours(d)["env"].append({"name": "CDC_ON_GAP", "value": "no"}), "CDC_ON_GAP is wrong"),
+    ("rules elsewhere", lambda d: ours(d)["env"][1].update(value="/rules"), "CDC_RULES is /rules"),
+    ("a wrong rule file", lambda d: find(d, "ConfigMap")["data"].update({"rules.yaml": "version: 2"}), "refuses"),
+    ("no tag", lambda d: ours(d).update(image="cdc-invalidator"), "no tag"),
+    ("whatever is latest", lambda d: ours(d).update(image="a.example/cdc-invalidator:latest"), "no tag"),
+    ("another version", lambda d: ours(d).update(image="a.example/cdc-invalidator:0.0.9"), "is not of version"),
+    ("no quantity", lambda d: ours(d)["resources"]["limits"].update(memory="64MiB"), "no quantity"),
+    (
+        "more than the limit",
+        lambda d: ours(d)["resources"]["requests"].update(memory="1Gi"),
+        "more memory than its limit",
+    ),
+    ("no limit", lambda d: ours(d)["resources"].pop("limits"), "no limit"),
+    ("no probe", lambda d: ours(d).pop("livenessProbe"), "no livenessProbe"),
+    ("a short farewell", lambda d: spec(d)["template"]["spec"].update(terminationGracePeriodSeconds=1), "too short"),
+    (
+        "a policy of nobody",
+        lambda d: find(d, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"].update(app="other"),
+        "matches no Pod",
+    ),
+    (
+        "a budget of nobody",
+        lambda d: find(d, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"].update(app="other"),
+        "matches no Pod",
+    ),
+    (
+        "a policy in another namespace",
+        lambda d: find(d, "NetworkPolicy")["metadata"].update(namespace="other"),
+        "matches no Pod",
+    ),
+    (
+        "a policy for another port",
+        lambda d: find(d, "NetworkPolicy")["spec"]["ingress"][-1]["ports"][0].update(port=9187),
+        "lets in port 9187",
+    ),
+]
+SIDECAR: list[Mistake] = [
+    ("readiness", lambda d: ours(d).update(readinessProbe=ours(d)["livenessProbe"]), "takes the application out"),
+    ("no sidecar", lambda d: ours(d).pop("restartPolicy"), "is no sidecar"),
+    ("a lower-case word of its own", lambda d: ours(d).update(restartPolicy="always"), "restartPolicy is always"),
+    ("one name twice", lambda d: ours(d)["ports"][0].update(name="http"), "two ports are named http"),
+]
+STANDALONE: list[Mistake] = [
+    ("no readiness", lambda d: ours(d).pop("readinessProbe"), "does not wait for the standby"),
+    ("readiness by life", lambda d: ours(d)["readinessProbe"]["httpGet"].update(path="/livez"), "/readyz is for"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "mistake"),
+    [
+        *[pytest.param("sidecar", mistake, id=f"sidecar: {mistake[0]}") for mistake in MISTAKES + SIDECAR],
+        *[pytest.param("standalone", mistake, id=f"standalone: {mistake[0]}") for mistake in MISTAKES + STANDALONE],
+    ],
+)
+def test_a_mistake_is_found(
+    form: str, mistake: Mistake, forms: dict[str, list[Document]], page: Callable[[str], int]
+) -> None:
+    documents = copy.deepcopy(forms[form])
+    _, make, words = mistake
+    make(documents)
+    found = problems(documents, page, KUBERNETES[-1:])
+    assert any(words in problem for problem in found), found
+
+
+def test_a_kubernetes_that_is_too_old_for_sidecars_refuses_them(forms: dict[str, list[Document]]) -> None:
+    assert any("restartPolicy" in problem for problem in schema_problems(forms["sidecar"], ["1.27"]))

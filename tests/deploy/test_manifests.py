@@ -6,19 +6,29 @@ They are held against the API's schemas and against a running daemon; no cluster
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+import json
+import os
+from typing import TYPE_CHECKING, Any, get_args
 
+import charts
 import pytest
-from manifests import DEPLOY, KUBERNETES, Document, kustomize, pods, problems, schema_problems
+import yaml
+from manifests import DEPLOY, KUBERNETES, Document, kustomize, pods, problems, schema_problems, volume_source
 from running import RunningDaemon
 from writing import create, rules_file
 
+from cdc_invalidator import __version__
+from cdc_invalidator.settings import Settings
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from cdc_invalidator import embedded
 
 EXAMPLES = DEPLOY / "kustomize/example"
+SECRET = {path.name: path.read_text() for path in (EXAMPLES / "standalone/secret").iterdir()}
+VALUES = {"rules": {"rules.yaml": (EXAMPLES / "standalone/rules.yaml").read_text()}}
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +48,12 @@ def page(
 
 @pytest.fixture(scope="module")
 def forms() -> dict[str, list[Document]]:
-    """What kustomize makes of the examples."""
-    return {name: kustomize(EXAMPLES / name) for name in ("sidecar", "standalone")}
+    """What kustomize makes of the examples, and Helm of the chart."""
+    built = {name: kustomize(EXAMPLES / name) for name in ("sidecar", "standalone")}
+    return built | {"helm": charts.render(VALUES, SECRET, namespace="shop")}
 
 
-@pytest.mark.parametrize("form", ["sidecar", "standalone"])
+@pytest.mark.parametrize("form", ["sidecar", "standalone", "helm"])
 def test_nothing_is_wrong_with_it(form: str, forms: dict[str, list[Document]], page: Callable[[str], int]) -> None:
     assert problems(forms[form], page) == []
 
@@ -187,3 +198,115 @@ def test_a_mistake_is_found(
 
 def test_a_kubernetes_that_is_too_old_for_sidecars_refuses_them(forms: dict[str, list[Document]]) -> None:
     assert any("restartPolicy" in problem for problem in schema_problems(forms["sidecar"], ["1.27"]))
+
+
+# Injecting.
+
+
+def test_the_component_goes_before_what_a_stateful_set_starts_with_and_leaves_others_alone(tmp_path: Path) -> None:
+    one = {
+        "apiVersion": "apps/v1",
+        "kind": "StatefulSet",
+        "metadata": {"name": "one", "labels": {"cdc-invalidator.io/inject": "true"}},
+        "spec": {
+            "serviceName": "one",
+            "selector": {"matchLabels": {"app": "one"}},
+            "template": {
+                "metadata": {"labels": {"app": "one"}},
+                "spec": {
+                    "initContainers": [{"name": "migrate", "image": "one:1"}],
+                    "containers": [{"name": "one", "image": "one:1"}],
+                    "volumes": [{"name": "data", "emptyDir": {}}],
+                },
+            },
+        },
+    }
+    other = copy.deepcopy(one)
+    other["metadata"] = {"name": "other", "labels": {"cdc-invalidator.io/inject": "false"}}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump_all([one, other]))
+    component = os.path.relpath(DEPLOY / "kustomize/sidecar", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(
+        yaml.safe_dump({"resources": ["both.yaml"], "components": [component]})
+    )
+    first, second = pods(kustomize(tmp_path))
+    assert [container["name"] for container in first.containers] == ["cdc-invalidator", "migrate", "one"]
+    assert {volume["name"] for volume in first.spec["volumes"]} >= {"data", "cdc-invalidator-rules"}
+    assert second.spec == other["spec"]["template"]["spec"]  # type: ignore[index]
+
+
+# The chart.
+
+
+def test_the_chart_has_no_lint() -> None:
+    assert charts.lint(VALUES) == []
+
+
+def test_the_chart_is_of_the_same_version_as_the_daemon() -> None:
+    about = yaml.safe_load((charts.CHART / "Chart.yaml").read_text())
+    assert (about["version"], about["appVersion"]) == (__version__, __version__)
+
+
+def test_chart_and_kustomization_make_the_same_pod(forms: dict[str, list[Document]]) -> None:
+    (ours,), (theirs,) = pods(copy.deepcopy(forms["standalone"])), pods(copy.deepcopy(forms["helm"]))
+    assert ours.labels.items() <= theirs.labels.items()
+    for pod in (ours, theirs):
+        pod.spec["topologySpreadConstraints"][0].pop("labelSelector")
+        pod.ours.pop("imagePullPolicy", None)
+        pod.ours["image"] = "cdc-invalidator"
+        for volume in pod.spec["volumes"]:
+            source = volume_source(volume)
+            assert source
+            volume.update({"configMap": None, "secret": None, "shows": source[0]})
+    assert ours.spec == theirs.spec
+    assert deployment(forms["standalone"]) == deployment(forms["helm"])
+
+
+def deployment(documents: list[Document]) -> dict[str, Any]:
+    return {name: value for name, value in spec(documents).items() if name not in {"selector", "template"}}
+
+
+def test_the_chart_takes_the_settings_that_are_no_secrets_and_hands_them_on(page: Callable[[str], int]) -> None:
+    schema = json.loads((charts.CHART / "values.schema.json").read_text())
+    offered = schema["properties"]["settings"]["properties"]
+    fields = Settings.model_fields
+    secret = {name for name, field in fields.items() if "SecretStr" in str(field.annotation)}
+    assert offered.keys() == fields.keys() - secret - {"rules", "http_port"}
+    for name, known in offered.items():
+        if "enum" in known:
+            assert set(known["enum"]) == set(get_args(fields[name].annotation))
+    more = {"settings": {"slot": "shop", "sweep_rate": "5000"}, "env": {"APP_ENV": "staging"}, "replicas": 3}
+    documents = charts.render(VALUES | more, SECRET, namespace="shop")
+    assert problems(documents, page) == []
+    given = {one["name"]: one["value"] for one in ours(documents)["env"]}
+    assert given.items() >= {"CDC_SLOT": "shop", "CDC_SWEEP_RATE": "5000", "APP_ENV": "staging"}.items()
+    assert spec(documents)["replicas"] == 3
+
+
+def test_the_chart_takes_a_config_map_that_is_there_and_leaves_out_what_is_not_wanted() -> None:
+    values = {"rulesConfigMap": "rules", "networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}}
+    documents = charts.render(values, SECRET, namespace="shop")
+    assert sorted(document["kind"] for document in documents) == ["Deployment", "Secret"]
+    (pod,) = pods(documents)
+    assert {"name": "cdc-invalidator-rules", "configMap": {"name": "rules"}} in pod.spec["volumes"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"replica": 2}, "replica"),
+        ({"replicas": "2"}, "replicas"),
+        ({"settings": {"slots": "shop"}}, "slots"),
+        ({"settings": {"postgres_dsn": "postgresql://u:p@h/d"}}, "postgres_dsn"),
+        ({"settings": {"on_gap": "no"}}, "on_gap"),
+        ({"settings": {"sweep_rate": 5000}}, "sweep_rate"),
+        ({"env": {"CDC_SLOT": "shop"}}, "CDC_SLOT"),
+        ({"image": {"tag": "latest"}}, "tag"),
+        ({"rules": {"rules": "version: 1"}}, "rules"),
+        ({"rules": {}}, "There are no rules"),
+        ({"rulesConfigMap": "also"}, "leave one of them out"),
+    ],
+    ids=str,
+)
+def test_the_chart_refuses_wrong_values_by_their_names(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(charts.helm().HelmError, match=words):
+        charts.render(VALUES | values, SECRET, namespace="shop")

@@ -485,6 +485,9 @@ class Apply:
         """Seconds until there is something to do though nothing is put."""
         if self._anew or self._queued:
             return 0.0
+        if self._finishing and self._recordable and self._checkpoint.idle:
+            # Nothing comes any more: what is left is to record the position, and to end.
+            return 0.0
         now = time.monotonic()
         patience = HEARTBEAT_SECONDS - (now - self._recorded_at) if self._recordable else HEARTBEAT_SECONDS
         if self._again.hidden:

@@ -40,7 +40,7 @@ from cdc_invalidator.watermark import Position
 _log = structlog.get_logger()
 
 # How often a standby looks whether the leader is gone, and how often the leader looks at its slot.
-STANDBY_SECONDS = 0.5
+STANDBY_SECONDS = 0.25
 WATCH_SECONDS = 3.0
 # A server that has not answered for so long is not going to; statements of ours end sooner by themselves.
 SILENCE_SECONDS = 60.0

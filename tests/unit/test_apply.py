@@ -222,3 +222,21 @@ def test_no_watermark_passes_a_transaction_that_was_not_busted_while_readers_saw
         assert world.redis.mark is not None
         assert world.redis.mark.lsn == world.checkpoint.received_lsn == world.checkpoint.confirmable
         assert world.redis.busted >= world.commits
+
+
+@pytest.mark.parametrize("run", [True, False])
+async def test_it_ends_as_soon_as_what_was_left_is_recorded(monkeypatch: pytest.MonkeyPatch, *, run: bool) -> None:
+    """At SIGTERM a standby waits for it to end: there is no heartbeat left to wait for."""
+    monkeypatch.setattr(apply, "HEARTBEAT_SECONDS", 1000.0)
+    monkeypatch.setattr(apply, "_log", Mock())
+    world = World(standby=False)
+    running = asyncio.create_task(world.apply.run())
+    async with asyncio.timeout(30):
+        world.commit([False], run=run)
+        while world.checkpoint.confirmable < world.checkpoint.received_lsn:
+            await asyncio.sleep(0.001)
+        world.commit([False, False], run=run)
+        world.apply.finish()
+        await running
+    assert world.checkpoint.confirmable == world.checkpoint.received_lsn
+    assert world.redis.busted == world.commits

@@ -36,13 +36,15 @@ def create(dsn: str) -> None:
 class Writer:
     """Caches a row and changes it, one row after the other, whatever happens to the servers.
 
-    A key is cached before its row's one change is committed, so in the end none may be left.
+    A key is cached before its row's one change is committed, so in the end none may be left. Of several writers, each
+    has rows of its own from ``first`` on.
     """
 
-    def __init__(self, dsn: str, redis_url: str, *, rows: int = 1, pause: float = 0.005) -> None:
+    def __init__(self, dsn: str, redis_url: str, *, rows: int = 1, pause: float = 0.005, first: int = 0) -> None:
         self._dsn = dsn
         self._redis_url = redis_url
         self._rows = rows
+        self._first = first
         self._pause = pause
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -81,7 +83,7 @@ class Writer:
     def _connected(self, client: redis.Redis) -> None:
         with psycopg.connect(self._dsn, autocommit=True, connect_timeout=5) as connection:
             while not self._stop.wait(self._pause):
-                first = self.committed * self._rows
+                first = self._first + self.committed * self._rows
                 last = first + self._rows - 1
                 with contextlib.suppress(redis.RedisError):
                     client.mset({f"t:thing:{n}": "cached" for n in range(first, last + 1)})

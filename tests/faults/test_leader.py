@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import ExitStack
+from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -203,3 +205,41 @@ def test_a_rolling_update_of_three_sidecars_under_load_loses_nothing(
     assert left(redis_client) == set()
     # Nobody had to sweep: what is left was busted key by key.
     assert [len(daemon.named("gap")) for daemon in daemons] == [1, 0, 0]
+
+
+def test_a_rollout_of_leader_and_standby_under_load_loses_nothing_and_hands_over_at_sigterm(
+    make: Callable[..., RunningDaemon], database: str, redis_url: str, redis_client: redis.Redis, slot_name: str
+) -> None:
+    """As a Deployment does it: a new one is ready, by standing by, before an old one is told to stop."""
+    leader = make().ready()
+    settled(database, redis_client, slot_name)
+    old, new = [leader, make().ready()], []
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(Writer(database, redis_url, first=n * 10_000_000, pause=0.002)) for n in range(3)
+        ]
+        for stopped in old:
+            new.append(make().ready())
+            for writer in writers:
+                writer.goes_on()
+            led = leaders(stopped)
+            began = time.time()
+            stopped.send(signal.SIGTERM)
+            others = [daemon for daemon in (*old, *new) if daemon is not stopped]
+            first = eventually(partial(busts_since, others, began), "a bust by one of the others")
+            print(
+                f"{'leader' if led else 'standby'} told to stop: the next bust by another after {first - began:.2f} s"
+            )
+            assert stopped.wait() == 0
+            assert_nothing_confirmed_too_early(database, redis_client, slot_name)
+        for writer in writers:
+            writer.goes_on()
+    assert_all_is_well(database, redis_client, *new)
+    assert len(leaders(*new)) == 1
+    assert not [event for daemon in new for event in daemon.named("gap")]
+
+
+def busts_since(daemons: list[RunningDaemon], began: float) -> float | None:
+    """When the first bust of these daemons was, since then."""
+    times = [datetime.fromisoformat(bust["ts"]).timestamp() for daemon in daemons for bust in daemon.named("bust")]
+    return min((at for at in times if at >= began), default=None)

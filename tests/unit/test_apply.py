@@ -233,7 +233,7 @@ async def test_it_ends_as_soon_as_what_was_left_is_recorded(monkeypatch: pytest.
     running = asyncio.create_task(world.apply.run())
     async with asyncio.timeout(30):
         world.commit([False], run=run)
-        while world.checkpoint.confirmable < world.checkpoint.received_lsn:
+        while world.checkpoint.confirmable < world.checkpoint.received_lsn:  # noqa: ASYNC110  nothing tells of it
             await asyncio.sleep(0.001)
         world.commit([False, False], run=run)
         world.apply.finish()

@@ -1,0 +1,119 @@
+"""What an administrator runs on PostgreSQL and Redis, run on real ones; then the daemon lives with these rights."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+import redis
+from manifests import DEPLOY
+from running import RunningDaemon, command, eventually, execute, settled
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+RULES = DEPLOY / "kustomize/example/standalone/rules.yaml"
+ROLE = "cdc_invalidator"
+
+
+@pytest.fixture
+def dsn(database: str, postgres: embedded.Postgres, slot_name: str) -> Iterator[str]:
+    """A DSN of the role that deploy/postgresql.sql makes; role and publication are named like the slot here."""
+    execute(
+        database,
+        "CREATE TABLE users (id int PRIMARY KEY, name text)",
+        "CREATE TABLE orders (id int PRIMARY KEY, user_id int)",
+    )
+    script = (DEPLOY / "postgresql.sql").read_text().replace(ROLE, slot_name).replace("change-me", "pw")
+    with psycopg.connect(database) as connection:
+        # Without parameters, the server is sent the whole script, as psql sends it.
+        connection.execute(script)
+    name = database.rpartition("/")[2]
+    yield postgres.dsn_for(name, user=slot_name, password="pw")
+    execute(
+        postgres.dsn,
+        f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{slot_name}'",
+        f"DROP ROLE {slot_name}",
+    )
+
+
+def test_the_role_has_no_more_rights_than_it_needs_and_the_daemon_lives_with_them(
+    dsn: str, database: str, redis_url: str, redis_client: redis.Redis, slot_name: str
+) -> None:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for refused in (
+            "SELECT * FROM users",
+            "DELETE FROM orders",
+            "CREATE TABLE public.more ()",
+            "CREATE SCHEMA more",
+        ):
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                connection.execute(refused)
+    given = {"postgres_dsn": dsn, "redis_url": redis_url, "rules": RULES, "slot": slot_name, "publication": slot_name}
+    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=RULES, slot=slot_name) as daemon:
+        daemon.ready()
+        settled(database, redis_client, slot_name)
+        for number, change in enumerate(
+            ("INSERT INTO users VALUES (1, 'Ada')", "UPDATE users SET name = 'Grace'", "DELETE FROM users")
+        ):
+            redis_client.set("shop:prod:user:1", number)
+            execute(database, change)
+            settled(database, redis_client, slot_name)
+            assert not redis_client.exists("shop:prod:user:1")
+        checked = command("check", **given)
+        assert checked.returncode == 0, checked.stdout
+        assert daemon.terminate() == 0
+        assert not daemon.errors
+        assert not [
+            event for event in daemon.events if event["level"] in {"warning", "error"} and event["event"] != "gap"
+        ]
+
+
+def test_a_rule_for_another_table_is_refused_with_the_statement_to_run(
+    dsn: str, database: str, redis_url: str, slot_name: str, tmp_path: Path
+) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES.read_text().replace("public.users", "public.orders"))
+    given = {"postgres_dsn": dsn, "redis_url": redis_url, "rules": rules, "slot": slot_name, "publication": slot_name}
+    refused = command("run", **given, http_port=embedded.free_port())
+    assert refused.returncode == 3
+    (statement,) = re.findall(r"have an administrator run, on the primary: (ALTER PUBLICATION [^;]+;)", refused.stderr)
+    execute(database, statement)
+    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
+        daemon.ready()
+        assert daemon.terminate() == 0
+
+
+# Redis.
+
+
+def test_the_acl_files_grant_what_the_readme_does() -> None:
+    readme = (DEPLOY.parent / "README.md").read_text()
+    granted = re.findall(r"^ACL SETUSER (.+)$", readme, re.MULTILINE)
+    files = [(DEPLOY / name).read_text() for name in ("redis.acl", "sentinel.acl")]
+    assert [f"user {line}\n" for line in granted] == files
+
+
+def test_a_server_loads_the_acl_file_and_the_daemon_lives_with_its_rights(
+    database: str, slot_name: str, tmp_path: Path
+) -> None:
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)")
+    acl = tmp_path / "redis.acl"
+    acl.write_text((DEPLOY / "redis.acl").read_text().replace(ROLE, slot_name))
+    with embedded.Valkey(settings={"aclfile": str(acl)}) as server, redis.Redis.from_url(server.url) as client:
+        url = server.url.replace("://", "://cdc:secret@")
+        with redis.Redis.from_url(url) as limited, pytest.raises(redis.exceptions.NoPermissionError):
+            limited.delete("other:key")
+        with RunningDaemon(dsn=database, redis_url=url, rules=RULES, slot=slot_name) as daemon:
+            daemon.ready()
+            client.set("shop:prod:user:1", "cached")
+            execute(database, "INSERT INTO users VALUES (1, 'Ada')")
+            eventually(lambda: not client.exists("shop:prod:user:1"), "the key is busted")
+            settled(database, client, slot_name)
+            assert daemon.terminate() == 0
+            assert not daemon.named("redis_unavailable")

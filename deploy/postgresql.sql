@@ -2,12 +2,21 @@
 --   psql --single-transaction --set=ON_ERROR_STOP=1 --dbname=shop --file=deploy/postgresql.sql
 -- First put in a password and your tables. wal_level must be logical, which takes a restart.
 
--- REPLICATION lets the role read the WAL of every table of every database: keep its password as the superuser's.
+-- REPLICATION lets the role read the WAL of every database: guard its password as you do the superuser's.
 CREATE ROLE cdc_invalidator LOGIN REPLICATION PASSWORD 'change-me' CONNECTION LIMIT 50;
 
--- The tables that rules name. The daemon does not own them, so it can't publish others itself: when rules come that
--- need more, it says which statement to run here. `cdc-invalidator setup --print` says it beforehand.
+-- A leader that is frozen or cut off loses the slot to a standby after this time; the default is 60 s.
+ALTER ROLE cdc_invalidator SET wal_sender_timeout = '10s';
+
+-- The tables that rules name. `cdc-invalidator setup --print` gives this statement for your rules; when rules come that
+-- need more tables, the daemon says what to run.
 CREATE PUBLICATION cdc_invalidator FOR TABLE ONLY public.users;
+
+-- The owner may take tables out, which the daemon does with one that lost its replica identity: while it is published,
+-- its UPDATEs and DELETEs fail. To put tables in takes their owner, which the daemon is not.
+-- (Who is no superuser first runs GRANT cdc_invalidator TO CURRENT_USER and GRANT CREATE ON DATABASE shop TO
+-- cdc_invalidator, and takes both back afterwards.)
+ALTER PUBLICATION cdc_invalidator OWNER TO cdc_invalidator;
 
 -- Only where it is needed: for tables that `via` queries read, and for keys over values that may be stored out of line.
 -- GRANT USAGE ON SCHEMA public TO cdc_invalidator;

@@ -38,14 +38,17 @@ def dsn(database: str, postgres: embedded.Postgres, slot_name: str) -> Iterator[
     execute(
         postgres.dsn,
         f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{slot_name}'",
-        f"DROP ROLE {slot_name}",
     )
+    # Its publication goes with the database.
+    execute(database, f"REASSIGN OWNED BY {slot_name} TO CURRENT_USER", f"DROP OWNED BY {slot_name}")
+    execute(postgres.dsn, f"DROP ROLE {slot_name}")
 
 
 def test_the_role_has_no_more_rights_than_it_needs_and_the_daemon_lives_with_them(
     dsn: str, database: str, redis_url: str, redis_client: redis.Redis, slot_name: str
 ) -> None:
     with psycopg.connect(dsn, autocommit=True) as connection:
+        assert connection.execute("SHOW wal_sender_timeout").fetchone() == ("10s",)
         for refused in (
             "SELECT * FROM users",
             "DELETE FROM orders",
@@ -72,6 +75,29 @@ def test_the_role_has_no_more_rights_than_it_needs_and_the_daemon_lives_with_the
         assert not [
             event for event in daemon.events if event["level"] in {"warning", "error"} and event["event"] != "gap"
         ]
+
+
+def test_a_table_that_loses_its_identity_is_taken_out_before_it_hurts_for_long(
+    dsn: str, database: str, redis_url: str, slot_name: str
+) -> None:
+    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=RULES, slot=slot_name) as daemon:
+        daemon.ready()
+        execute(database, "INSERT INTO users VALUES (1, 'Ada')", "ALTER TABLE users REPLICA IDENTITY NOTHING")
+        daemon.seen("table_taken_out")
+        eventually(lambda: updates(database), "the application's UPDATE works again")
+        execute(database, "ALTER TABLE users REPLICA IDENTITY DEFAULT")
+        # To put it in again takes its owner.
+        told = daemon.seen("not_set_up")["error"]
+        assert "have an administrator run, on the primary: ALTER PUBLICATION" in told
+        assert daemon.terminate() == 0
+
+
+def updates(dsn: str) -> bool:
+    try:
+        execute(dsn, "UPDATE users SET name = 'Grace'")
+    except psycopg.errors.ObjectNotInPrerequisiteState:
+        return False
+    return True
 
 
 def test_a_rule_for_another_table_is_refused_with_the_statement_to_run(

@@ -47,7 +47,7 @@ class Images:
         """Run buildah, and give what it printed."""
         store = ["--root", f"{self._folder}/store", "--runroot", f"{self._folder}/run", "--storage-driver", "vfs"]
         command = ["buildah", *store, *map(str, words)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
         assert ran.returncode == 0, f"buildah {words}: {ran.stdout[-4000:]}{ran.stderr[-4000:]}"
         return ran.stdout
 

@@ -61,6 +61,7 @@ def images() -> Iterator[Images]:
         yield Images(Path(folder))
 
 
+@pytest.mark.timeout(900)  # 40 s of work for one core, of which others may want their share
 def test_the_image_busts_as_its_user_on_a_read_only_root_file_system(
     images: Images, database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path
 ) -> None:

@@ -12,6 +12,8 @@ import yaml
 from manifests import DEPLOY, kustomize, schema_problems
 from running import command
 
+from cdc_invalidator import __version__
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -40,6 +42,13 @@ def test_its_links_lead_somewhere(link: str) -> None:
     if anchor:
         headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
         assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_it_and_the_manifests_name_the_image_of_this_version() -> None:
+    assert f"--tag registry.example.com/cdc-invalidator:{__version__} " in TEXT
+    for file in ("kustomize/sidecar/sidecar.yaml", "kustomize/standalone/deployment.yaml"):
+        assert f"image: cdc-invalidator:{__version__}\n" in (DEPLOY / file).read_text()
+    assert f"--tag cdc-invalidator:{__version__} " in (DEPLOY / "image/Dockerfile").read_text()
 
 
 def test_the_files_that_its_commands_name_are_there() -> None:

@@ -40,7 +40,7 @@ def test_the_container_starts_is_probed_busts_and_reads_new_rules(
         text = (volumes.mounts[rules] / "rules.yaml").read_text()
         volumes.write(rules, {"rules.yaml": text.replace("public.users", "public.orders")})
         daemon.seen("reloaded")
-        eventually(lambda: len(daemon.named("streaming")) == 2, "it streams by the new rules")
+        eventually(lambda: len(daemon.named("streaming")) >= 2, "it streams by the new rules")
         settled(database, redis_client, slot_name)
         redis_client.set("shop:prod:user:2", "cached")
         execute(database, "INSERT INTO orders VALUES (2)")

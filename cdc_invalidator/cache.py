@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdc_invalidator import errors
+from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.node import Command, Node
 from cdc_invalidator.watermark import Watermark
 
-LOCK_SUFFIX = b":lock"
 # Keys a command: large enough that commands don't matter, small enough that no other client waits long.
 KEYS_A_COMMAND = 1000
 SCAN_COUNT = 1000

@@ -15,8 +15,8 @@ from enum import StrEnum
 from typing import Any
 
 from cdc_invalidator import overlap
-from cdc_invalidator.cache import LOCK_SUFFIX
 from cdc_invalidator.condition import Condition
+from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.document import Place
 from cdc_invalidator.errors import Problem
 from cdc_invalidator.overlap import Language, Values

@@ -23,7 +23,6 @@ from redis.crc import key_slot
 from cdc_invalidator import errors, node, replies
 from cdc_invalidator.cache import (
     INFO,
-    LOCK_SUFFIX,
     SCAN_COUNT,
     CacheServer,
     Cursor,
@@ -36,6 +35,7 @@ from cdc_invalidator.cache import (
     scanning,
     seal,
 )
+from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.endpoint import Address, Endpoint
 from cdc_invalidator.node import Command, Node, end
 from cdc_invalidator.watermark import Watermark

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import psycopg
 
 from cdc_invalidator import errors, lsn, node, overlap, postgres, replies
-from cdc_invalidator.cache import LOCK_SUFFIX
 from cdc_invalidator.check import Columns, Finding, Severity, never, offline
 from cdc_invalidator.condition import Condition
+from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.derive import statement
 from cdc_invalidator.document import Place
 from cdc_invalidator.endpoint import Endpoint

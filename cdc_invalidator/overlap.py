@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, Self
 
-from cdc_invalidator.cache import LOCK_SUFFIX
+from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.template import Param, Template
 
 

@@ -196,14 +196,19 @@ class RuleSet:
         return tuple(dict.fromkeys(rule.table for rule in self.rules))
 
 
-def load(path: Path, env: Mapping[str, str]) -> RuleSet:
+def load(path: Path, env: Mapping[str, str], *, conditions: bool = True) -> RuleSet:
     """Read a rule file, or all ``*.yaml`` and ``*.yml`` directly in a directory, hidden ones left out.
+
+    Args:
+        path: the file or directory.
+        env: the environment of templates.
+        conditions: False for who has no use for `when`, and perhaps no CEL: what it says is not looked at.
 
     Raises:
         WrongRules: all mistakes of all files; what cannot be read is one at line 1, column 1.
     """
     problems: list[Problem] = []
-    return _parse(_sources(path, problems), env, problems)
+    return _parse(_sources(path, problems), env, problems, conditions=conditions)
 
 
 def fingerprint(path: Path) -> str:
@@ -243,7 +248,9 @@ def parse(sources: Sequence[tuple[str, str]], env: Mapping[str, str]) -> RuleSet
     return _parse(sources, env, [])
 
 
-def _parse(sources: Sequence[tuple[str, str]], env: Mapping[str, str], problems: list[Problem]) -> RuleSet:
+def _parse(
+    sources: Sequence[tuple[str, str]], env: Mapping[str, str], problems: list[Problem], *, conditions: bool = True
+) -> RuleSet:
     documents: list[Document] = []
     for name, text in sources:
         try:
@@ -252,7 +259,7 @@ def _parse(sources: Sequence[tuple[str, str]], env: Mapping[str, str], problems:
             problems += wrong.problems
     for document in documents:
         check_format(document)
-    draft = _Draft(documents, env, every_file=not problems)
+    draft = _Draft(documents, env, every_file=not problems, conditions=conditions)
     problems += [problem for document in documents for problem in document.problems]
     if problems:
         # An alias brings the same mistake from the same place more than once.
@@ -344,10 +351,14 @@ class _Draft:
         documents: all files that are YAML.
         env: the environment of templates.
         every_file: no file is missing, so that a cache which is not found is a mistake.
+        conditions: whether to look at what `when` says.
     """
 
-    def __init__(self, documents: Sequence[Document], env: Mapping[str, str], *, every_file: bool) -> None:
+    def __init__(
+        self, documents: Sequence[Document], env: Mapping[str, str], *, every_file: bool, conditions: bool
+    ) -> None:
         self._every_file = every_file
+        self._conditions = conditions
         self._declared = _declared(documents)
         self._caches: dict[str, _CacheDraft] = {}
         env = _vars(documents, env)
@@ -385,7 +396,9 @@ class _Draft:
 
     def _busts(self, document: Document, loc: Loc, rule: RuleEntry) -> tuple[_BustDraft, ...]:
         _check_repeats(document, loc, rule)
-        _check_condition(document, loc, rule)
+        _check_debounce(document, loc, rule)
+        if self._conditions:
+            _check_condition(document, loc, rule)
         busts: list[_BustDraft] = []
         for number, entry in enumerate(rule.bust):
             name, mapping = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
@@ -702,6 +715,9 @@ def _check_condition(document: Document, loc: Loc, rule: RuleEntry) -> None:
             Condition(rule.when)
         except ConditionError as error:
             document.complain_inside((*loc, "when"), str(error), error.offset)
+
+
+def _check_debounce(document: Document, loc: Loc, rule: RuleEntry) -> None:
     if rule.debounce is not None and rule.debounce > LONGEST_AGAIN:
         sentence = "`debounce` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
         document.complain((*loc, "debounce"), sentence)

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import structlog
 
-from cdc_invalidator.cache import LOCK_SUFFIX, SCAN_COUNT, CacheServer, Cursor
+from cdc_invalidator.cache import SCAN_COUNT, CacheServer, Cursor
 from cdc_invalidator.checkpoint import Ticket
+from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.rules import Cache
 

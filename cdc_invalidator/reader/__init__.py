@@ -1,0 +1,18 @@
+"""Reads through the caches of a rule file, so that nothing older than a bust can be stored. See the README, *Reading*.
+
+::
+
+    caches = Caches.from_rules("rules/", redis.Redis(socket_timeout=0.25, socket_connect_timeout=0.25))
+    caches.user.get(id=42, load=load_user)
+
+`Caches` waits, `AsyncCaches` awaits; both drive `plan`, where all decisions are made and no I/O is done. Needs redis,
+orjson, pydantic and PyYAML (``pip install 'cdc-invalidator[reader]'``), and nothing that only the daemon needs.
+"""
+
+from cdc_invalidator.reader.aio import AsyncCache, AsyncCaches
+from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.metrics import Metrics
+from cdc_invalidator.reader.options import JSON, Options, Serializer
+from cdc_invalidator.reader.sync import Cache, Caches
+
+__all__ = ["JSON", "AsyncCache", "AsyncCaches", "Breaker", "Cache", "Caches", "Metrics", "Options", "Serializer"]

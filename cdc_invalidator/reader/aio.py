@@ -1,0 +1,369 @@
+"""`AsyncCaches` over redis.asyncio.Redis or redis.asyncio.cluster.RedisCluster: the shell that awaits."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from inspect import isawaitable
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+
+from redis import exceptions
+from redis.asyncio.cluster import RedisCluster
+
+from cdc_invalidator.reader import handle
+from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.freshness import Demand
+from cdc_invalidator.reader.keys import NoKey
+from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.plan import MISS, Command, Entry, Load, Plan, Send, Steps, Unavailable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Self
+
+T = TypeVar("T")
+R = TypeVar("R")
+Many: TypeAlias = Mapping[Any, T | None] | Sequence[T | None]
+Loader = Callable[[Sequence[Entry]], Awaitable[Sequence[Any]]]
+
+
+class Link:
+    """A client, and the breaker before it."""
+
+    def __init__(self, client: Any, breaker: Breaker, texts: Mapping[bytes, str]) -> None:
+        self.execute = client.execute_command
+        self.breaker = breaker
+        self._client = client
+        self._texts = texts
+
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands in one go and give their replies, errors in their places.
+
+        Raises:
+            Unavailable: there is no answer.
+        """
+        if not self.breaker.allows(time.monotonic()):
+            raise Unavailable("breaker_open")
+        try:
+            replies = await self._exchange(commands)
+            again = handle.unknown_scripts(commands, replies, self._texts)
+            if again:
+                for at, reply in zip(again, await self._exchange(list(again.values())), strict=True):
+                    replies[at] = reply
+            handle.sort_out(replies, self.breaker)
+        except (*handle.GONE, Unavailable) as error:
+            self.breaker.failed(time.monotonic())
+            raise Unavailable("redis_down") from error
+        return replies
+
+    async def _exchange(self, commands: Sequence[Command]) -> list[Any]:
+        if len(commands) == 1:
+            try:
+                return [await self.execute(*commands[0], NEVER_DECODE=True)]
+            except exceptions.ResponseError as error:
+                return [error]
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command, NEVER_DECODE=True)
+            return list(await pipeline.execute(raise_on_error=False))
+
+    async def run(self, steps: Steps[R], load: Loader) -> R:
+        """Do what the steps want, and give what they give."""
+        try:
+            effect = next(steps)
+            while True:
+                try:
+                    outcome: Any = None
+                    if isinstance(effect, Send):
+                        outcome = await self.send(effect.commands)
+                    elif isinstance(effect, Load):
+                        outcome = await load(effect.entries)
+                    else:
+                        await asyncio.sleep(effect.seconds)
+                except BaseException as error:  # noqa: BLE001  the steps raise it again, once they have given back leases
+                    effect = steps.throw(error)
+                else:
+                    effect = steps.send(outcome)
+        except StopIteration as end:
+            result: R = end.value
+            return result
+
+
+class AsyncCache(Generic[T]):
+    """One cache of the rule file.
+
+    Parameters are those of the key's template, given by name, or as a mapping where a name is one of ours. Loaders are
+    called with them by name, may be coroutine functions, give ``None`` where there is nothing, and what they raise comes
+    out of the read.
+    """
+
+    def __init__(self, plan: Plan[T], link: Link, demand: Demand) -> None:
+        self._plan = plan
+        self._link = link
+        self._demand = demand
+        self._quick = plan.plain and plan.looks_once and demand == (0, None)
+
+    def using(self, **options: Any) -> AsyncCache[Any]:
+        """Give the same cache with other `Options`: ``caches.user.using(schema=2, wait=0.5)``."""
+        plan = handle.other_options(self._plan, options)
+        return AsyncCache(plan, self._link, plan.demand._replace(lsn=self._demand.lsn))
+
+    async def get(
+        self,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        load: Callable[..., Awaitable[T | None] | T | None],
+        max_staleness: float | None = None,
+        **named: Any,
+    ) -> T | None:
+        """Give the value, from the cache or from the loader.
+
+        Args:
+            params: the parameters, if not by name.
+            load: gives the value for the parameters.
+            max_staleness: seconds that the watermark may be old; beyond, the value is loaded.
+            named: the parameters.
+
+        Raises:
+            TypeError: the parameters are not those of the cache.
+        """
+        given = named if params is None else params
+        plan, link = self._plan, self._link
+
+        async def loader(entries: Sequence[Entry]) -> Sequence[T | None]:
+            return [await _awaited(load(**entry.params)) for entry in entries]
+
+        try:
+            entry = plan.entry(given, given)
+        except NoKey as no:
+            entry = Entry(given, given, b"")
+            await link.run(plan.beside([entry], no.reason), loader)
+            return entry.value  # type: ignore[no-any-return]
+        first = None
+        if self._quick and max_staleness is None and not link.breaker.failures:
+            try:
+                reply = await link.execute(*plan.look(entry), NEVER_DECODE=True)
+            except exceptions.NoScriptError:
+                pass
+            except handle.GONE as error:
+                if not handle.answers(error):
+                    link.breaker.failed(time.monotonic())
+                    await link.run(plan.beside([entry], "redis_down"), loader)
+                    return entry.value  # type: ignore[no-any-return]
+            else:
+                value = plan.hit(reply)
+                if value is not MISS:
+                    return value  # type: ignore[no-any-return]
+                first = [reply]
+        await link.run(plan.read([entry], handle.demanded(self._demand, max_staleness), first=first), loader)
+        return entry.value  # type: ignore[no-any-return]
+
+    async def get_many(
+        self,
+        items: Iterable[Any],
+        *,
+        load: Callable[[list[Any]], Awaitable[Many[T]] | Many[T]],
+        max_staleness: float | None = None,
+    ) -> list[T | None]:
+        """Give the values of many keys: one look at the cache, and one call of the loader for all that is missing.
+
+        Only what somebody else is loading at the same time, and does not finish in time, is asked for in another call.
+
+        Args:
+            items: of a cache with one parameter its values, else mappings of the parameters.
+            load: is given the items that are missing, each once; gives their values in order, or a mapping from items.
+            max_staleness: as for `get`.
+        """
+        plan, link = self._plan, self._link
+        found = handle.group(plan, items)
+
+        async def loader(entries: Sequence[Entry]) -> Sequence[Any]:
+            missing = [entry.item for entry in entries]
+            return handle.in_order(missing, await _awaited(load(missing)))
+
+        for reason, entries in found.beside.items():
+            await link.run(plan.beside(entries, reason), loader)
+        if found.entries:
+            await link.run(plan.read(found.entries, handle.demanded(self._demand, max_staleness)), loader)
+        return [entry.value for entry in found.order]
+
+    def cached(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        ignore: Collection[str] = (),
+        params: Mapping[str, str] | None = None,
+    ) -> Any:
+        """Decorate a function that loads: calls of it read through the cache.
+
+        Args:
+            function: its arguments are the parameters.
+            ignore: arguments that are no part of the key, such as a session.
+            params: for a parameter, the argument that it is, where the names differ.
+
+        Raises:
+            TypeError: arguments and parameters don't fit.
+        """
+        if function is None:
+            return lambda function: self.cached(function, ignore=ignore, params=params)
+        of_call = handle.Cached(function, self._plan.keys.names, ignore, params)
+
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await self.get(of_call(args, kwargs), load=lambda **_: function(*args, **kwargs))
+
+        return handle.dressed(wrapper, function)
+
+    async def warm(
+        self,
+        items: Iterable[Any],
+        *,
+        load: Callable[..., Awaitable[T | None] | T | None],
+        rate: float = 50.0,
+        limit: int | None = None,
+    ) -> int:
+        """Load what is not in the cache, one after the other, and give how many values were stored.
+
+        What somebody else loads is left to them. It ends early when Redis is away.
+
+        Args:
+            items: as for `get_many`, the most wanted first.
+            load: as for `get`.
+            rate: loads a second, at most.
+            limit: loads, at most.
+        """
+
+        async def loader(entries: Sequence[Entry]) -> Sequence[T | None]:
+            return [await _awaited(load(**entry.params)) for entry in entries]
+
+        return await self._link.run(self._plan.warm(handle.keyed(self._plan, items), rate=rate, limit=limit), loader)
+
+    @asynccontextmanager
+    async def writing(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> AsyncIterator[AsyncWrite[T]]:
+        """Write through: enter it before the transaction begins, and `AsyncWrite.set` the new value after its commit.
+
+        From here on, what others are loading is not stored. The value is stored if no bust came in between, be it of
+        this transaction or of a later one; a bust that comes after it deletes it. Never fails because of Redis.
+        """
+        given = named if params is None else params
+        plan, link = self._plan, self._link
+        try:
+            entry = plan.entry(given, given)
+        except NoKey as no:
+            plan.tally.bypasses(no.reason)
+            yield AsyncWrite(plan, link, None)
+            return
+        write = AsyncWrite(plan, link, entry if await link.run(plan.seize(entry), _nothing) else None)
+        try:
+            yield write
+        finally:
+            await write.close()
+
+    async def invalidate(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> bool:
+        """Do now what the bust of a commit is about to do; False where Redis did not. Call it after the commit."""
+        given = named if params is None else params
+        try:
+            entry = self._plan.entry(given, given)
+        except NoKey as no:
+            self._plan.tally.bypasses(no.reason)
+            return False
+        return await self._link.run(self._plan.invalidate(entry), _nothing)
+
+
+class AsyncWrite(Generic[T]):
+    """A value that is about to be written; see `AsyncCache.writing`."""
+
+    def __init__(self, plan: Plan[T], link: Link, entry: Entry | None) -> None:
+        self._plan = plan
+        self._link = link
+        self._entry = entry
+        self._began = plan.world.clocks.wall()
+
+    async def set(self, value: T | None) -> bool:
+        """Store the value that was committed; False if it was not stored."""
+        entry, self._entry = self._entry, None
+        return entry is not None and await self._link.run(self._plan.put(entry, value, self._began), _nothing)
+
+    async def close(self) -> None:
+        """Give the lease back, if nothing was set."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            await self._link.run(self._plan.let_go(entry), _nothing)
+
+
+async def _nothing(_entries: Sequence[Entry]) -> Sequence[Any]:
+    return ()
+
+
+async def _awaited(value: Any) -> Any:
+    return await value if isawaitable(value) else value
+
+
+class AsyncCaches:
+    """The caches of a rule file, as attributes: ``caches.user``, and ``caches["team-members"]``.
+
+    Make it by `from_rules`. It belongs to the event loop that its client belongs to.
+    """
+
+    def __init__(self, book: handle.Book, link: Link, lsn: int = 0) -> None:
+        self._book = book
+        self._link = link
+        self._lsn = lsn
+        self._handles: dict[str, AsyncCache[Any]] = {}
+
+    @classmethod
+    def from_rules(
+        cls,
+        path: str | Path,
+        redis: Any,
+        *,
+        slot: str = "cdc_invalidator",
+        standby: str = "",
+        env: Mapping[str, str] | None = None,
+        options: Options[Any] | None = None,
+        breaker: Breaker | None = None,
+        registry: Any = None,
+    ) -> Self:
+        """Read rule files, as the daemon does.
+
+        Args:
+            path: a rule file, or a directory of them.
+            redis: a client: `redis.asyncio.Redis`, also of a master that Sentinel names, or a `RedisCluster` from there.
+                Give it time-outs: a read waits as long as they say for a server that does not answer.
+            slot: the daemon's ``CDC_SLOT``, which names the watermark.
+            standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.
+            env: the environment of key templates; the process's by default.
+            options: how caches are read, unless `AsyncCache.using` says otherwise.
+            breaker: what notices that Redis is gone.
+            registry: of prometheus-client, or a `Metrics` that several share; nothing is counted without.
+
+        Raises:
+            errors.WrongRules: all mistakes of all files.
+        """
+        world = handle.world(slot, standby, cluster=isinstance(redis, RedisCluster))
+        caches = handle.load_rules(path, os.environ if env is None else env)
+        book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
+        return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts))
+
+    def __getitem__(self, name: str) -> AsyncCache[Any]:
+        found = self._handles.get(name)
+        if found is None:
+            plan = self._book.plan(name)
+            found = self._handles[name] = AsyncCache(plan, self._link, plan.demand._replace(lsn=self._lsn))
+        return found
+
+    def __getattr__(self, name: str) -> AsyncCache[Any]:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
+
+    def at_least(self, lsn: int) -> Self:
+        """Give a view whose reads show at least what was committed up to an LSN, from the database if need be."""
+        return type(self)(self._book, self._link, lsn)

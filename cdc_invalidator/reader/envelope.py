@@ -1,0 +1,57 @@
+r"""What is stored under a key: a line that says what it is, then the value. Pure.
+
+::
+
+    cdc1 <schema> <began> <expires> <load>\n<payload>
+
+``schema``: the program's number for the payload's shape. ``began``, ``expires``: when its load began and when it
+expires, in ms since 1970 by the clock of whoever stored it (13 digits). ``load``: how long the load took, in ms (7
+digits). An empty payload says that there is nothing. Whatever begins otherwise is of another schema or of another
+program: a miss.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_LATEST, _LONGEST = 10**13 - 1, 10**7 - 1
+_TIMES = 13 + 1 + 13 + 1 + 7 + 1  # with what stands behind each
+
+
+class Times(NamedTuple):
+    """What an entry says of itself, in ms; see the module."""
+
+    began: int
+    expires: int
+    load: int
+
+
+class Envelope:
+    """The form of the entries of one cache.
+
+    ``header``: what each of them begins with; ``size``: how many bytes stand before the payload.
+    """
+
+    def __init__(self, schema: int) -> None:
+        self.header = b"cdc1 %d " % schema
+        self.size = len(self.header) + _TIMES
+
+    def seal(self, payload: bytes, times: Times) -> bytes:
+        """Give what is stored; an empty payload says that there is nothing."""
+        began, expires, load = times
+        return b"%b%013d %013d %07d\n%b" % (
+            self.header,
+            min(began, _LATEST),
+            min(expires, _LATEST),
+            min(load, _LONGEST),
+            payload,
+        )
+
+    def times(self, entry: bytes) -> Times:
+        """Read the times of an entry that begins with our header.
+
+        Raises:
+            ValueError: it only seems to be one.
+        """
+        began, expires, load = entry[len(self.header) : self.size].split()
+        return Times(int(began), int(expires), int(load))

@@ -1,0 +1,251 @@
+"""What `sync` and `aio` have in common that is no I/O: finding caches, their options, and what callers hand in."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from redis import exceptions
+
+from cdc_invalidator import rules
+from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.freshness import Demand, Feed
+from cdc_invalidator.reader.keys import NoKey
+from cdc_invalidator.reader.metrics import Metrics, silent
+from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.plan import Entry, Plan, Unavailable, World
+from cdc_invalidator.rulefile import nearest
+
+if TYPE_CHECKING:
+    from cdc_invalidator.reader.plan import Command
+
+# What the driver raises where there is no answer. ResponseError is an answer, but for a cluster without one.
+GONE = (exceptions.RedisError, OSError)
+
+
+class Book:
+    """The caches of a rule set, each as a `Plan`; what views of one `Caches` share.
+
+    Args:
+        caches: by name.
+        world: what their plans share.
+        metrics: what to count, if anything.
+        options: how they are read, unless said otherwise.
+    """
+
+    def __init__(
+        self, caches: Mapping[str, rules.Cache], world: World, metrics: Metrics | None, options: Options[Any]
+    ) -> None:
+        self._caches = caches
+        self._world = world
+        self._metrics = metrics
+        self._options = options
+        self._plans: dict[str, Plan[Any]] = {}
+
+    def plan(self, name: str) -> Plan[Any]:
+        """Give the plan of a cache, whose name may be written with ``_`` for ``-`` and ``.``.
+
+        Raises:
+            KeyError: there is no such cache; the message is a sentence.
+            ValueError: it can't be read by this library as it is.
+        """
+        plan = self._plans.get(name)
+        if plan is None:
+            plan = self._plans[name] = self._make(name)
+        return plan
+
+    def _make(self, name: str) -> Plan[Any]:
+        names = [known for known in self._caches if name in {known, _identifier(known)}]
+        if name in names:
+            names = [name]
+        if len(names) != 1:
+            remedy = f"write one of {', '.join(names)} in brackets" if names else nearest(name, self._caches)
+            raise KeyError(f"there is no cache {name}; {remedy}")
+        if names[0] != name:
+            return self.plan(names[0])
+        tally = self._metrics.tally(name) if self._metrics is not None else silent()
+        return Plan(self._caches[name], self._options, self._world, tally)
+
+
+def _identifier(name: str) -> str:
+    return name.replace("-", "_").replace(".", "_")
+
+
+def load_rules(path: str | Path, env: Mapping[str, str]) -> Mapping[str, rules.Cache]:
+    """Read the caches of a rule file or a directory of them.
+
+    Raises:
+        errors.WrongRules: all mistakes of all files.
+    """
+    return rules.load(Path(path), env, conditions=False).caches
+
+
+def other_options(plan: Plan[Any], changes: Mapping[str, Any]) -> Plan[Any]:
+    """Give the same cache with other options."""
+    return Plan(plan.cache, replace(plan.options, **changes), plan.world, plan.tally, plan.space)
+
+
+def demanded(base: Demand, max_staleness: float | None) -> Demand:
+    """Give what one call asks for."""
+    return base if max_staleness is None else base._replace(max_age=int(max_staleness * 1000))
+
+
+class Group(NamedTuple):
+    """What `get_many` was asked for: the entries, each key once, and for each item its entry.
+
+    ``beside``: those without a key.
+    """
+
+    entries: list[Entry]
+    beside: dict[str, list[Entry]]
+    order: list[Entry]
+
+
+def group(plan: Plan[Any], items: Iterable[Any]) -> Group:
+    """Make entries of items: mappings, or bare values where the cache has one parameter.
+
+    Raises:
+        TypeError: an item is not of this cache.
+    """
+    entries: dict[bytes, Entry] = {}
+    beside: dict[str, list[Entry]] = {}
+    order = []
+    for item in items:
+        params = as_params(plan, item)
+        try:
+            entry = plan.entry(item, params)
+            entry = entries.setdefault(entry.rest, entry)
+        except NoKey as no:
+            entry = Entry(item, params, b"")
+            beside.setdefault(no.reason, []).append(entry)
+        order.append(entry)
+    return Group(list(entries.values()), beside, order)
+
+
+def as_params(plan: Plan[Any], item: Any) -> Mapping[str, Any]:
+    """Give an item's parameters."""
+    if isinstance(item, Mapping):
+        return item
+    names = plan.keys.names
+    if len(names) != 1:
+        raise TypeError(
+            f"cache {plan.cache.name} has the parameters {', '.join(names) or 'none'}; give mappings of them"
+        )
+    return {names[0]: item}
+
+
+def keyed(plan: Plan[Any], items: Iterable[Any]) -> Iterator[Entry]:
+    """Make entries one by one; items without a key are left out."""
+    for item in items:
+        try:
+            yield plan.entry(item, as_params(plan, item))
+        except NoKey as no:
+            plan.tally.bypasses(no.reason)
+
+
+def in_order(items: Sequence[Any], answer: Any) -> Sequence[Any]:
+    """Bring what a loader of many gave into the order in which it was asked.
+
+    Raises:
+        TypeError: it is neither a mapping nor a sequence of the same length.
+    """
+    if isinstance(answer, Mapping):
+        if any(isinstance(item, Mapping) for item in items):
+            raise TypeError("a loader that is given mappings gives a list of values, in the same order")
+        return [answer.get(item) for item in items]
+    if isinstance(answer, (str, bytes)) or not isinstance(answer, Sequence) or len(answer) != len(items):
+        raise TypeError(
+            f"a loader that is asked for {len(items)} values gives as many, in order and None where there is nothing, "
+            "or a mapping"
+        )
+    return answer
+
+
+class Cached:
+    """How the arguments of a decorated function become parameters.
+
+    Args:
+        function: what loads.
+        names: the cache's parameters.
+        ignore: arguments that are no part of the key.
+        params: for a parameter, the argument that it is, where the names differ.
+
+    Raises:
+        TypeError: they don't fit; the message is a sentence with the remedy.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        names: Sequence[str],
+        ignore: Collection[str],
+        params: Mapping[str, str] | None,
+    ) -> None:
+        self._signature = inspect.signature(function)
+        self._arguments = {name: (params or {}).get(name, name) for name in names}
+        has = self._signature.parameters
+        missing = [argument for argument in self._arguments.values() if argument not in has]
+        if missing:
+            raise TypeError(f"{function.__name__} has no argument {missing[0]}, which is a parameter of the cache")
+        extra = [argument for argument in has if argument not in {*self._arguments.values(), *ignore}]
+        if extra:
+            raise TypeError(
+                f"the argument {extra[0]} of {function.__name__} is no parameter of the cache, so that one value would "
+                f'be served for all of its values; make it one, or write ignore=["{extra[0]}"]'
+            )
+
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the parameters of a call."""
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return {name: bound.arguments[argument] for name, argument in self._arguments.items()}
+
+
+def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """Give the wrapper the function's name and documentation."""
+    return functools.update_wrapper(wrapper, function)
+
+
+# ── Replies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sort_out(replies: Sequence[Any], breaker: Breaker) -> None:
+    """Look at the replies of a round trip, errors among them.
+
+    Raises:
+        Unavailable: one of them says that there is no answer.
+    """
+    for reply in replies:
+        if isinstance(reply, Exception) and not answers(reply):
+            raise Unavailable("redis_down") from reply
+    breaker.worked()
+
+
+def answers(error: BaseException) -> bool:
+    """Whether an error is a server's answer to a command, and not that there is none."""
+    return isinstance(error, exceptions.ResponseError) and not isinstance(error, exceptions.ClusterDownError)
+
+
+def unknown_scripts(
+    commands: Sequence[Command], replies: Sequence[Any], texts: Mapping[bytes, str]
+) -> dict[int, Command]:
+    """Give, by position, the commands that a server did not know the script of, with its text."""
+    return {
+        at: ("EVAL", texts[command[1]], *command[2:])
+        for at, (command, reply) in enumerate(zip(commands, replies, strict=True))
+        if isinstance(reply, exceptions.NoScriptError)
+    }
+
+
+def world(slot: str, standby: str, *, cluster: bool) -> World:
+    """Make what caches share."""
+    return World(Feed(slot, standby), cluster=cluster)
+
+
+def metrics_for(registry: Any) -> Metrics | None:
+    """Give the metrics of a registry; a `Metrics` may be handed in as well."""
+    return registry if registry is None or isinstance(registry, Metrics) else Metrics(registry)

@@ -1,0 +1,164 @@
+"""From a read's parameters to its keys, as the daemon makes them of a row. Pure.
+
+The rule that holds here: what the daemon could never bust has no key. It knows values as PostgreSQL prints them, so
+they are written the same way here; NULL gives no key, and neither does text of any length that no filter shortens.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import enum
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cdc_invalidator.rules import Cache
+from cdc_invalidator.template import MakeKey, Param, Template
+
+LONGEST = 512
+"""Bytes that a value may have which stands in a key as it is."""
+
+NUL = b"\0"
+
+
+class NoKey(Exception):
+    """These parameters have no key; ``reason`` is a word for metrics: null, unbounded, unprintable."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Keys:
+    """The keys of one cache.
+
+    ``names``: its parameters. Of a cache with a version, `key` has NUL in the version's place.
+
+    Raises:
+        ValueError: the key's template has a filter on its version.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        parts = cache.key.parts
+        if cache.version is not None:
+            parts = tuple(NUL if _is_version(part) else part for part in parts)
+            if any(isinstance(part, Param) and part.name == "version" for part in parts):
+                raise ValueError(f"the key of cache {cache.name} has a filter on `version`; take it off")
+        key = Template.of(parts)
+        versions = cache.version.params if cache.version is not None else ()
+        self.names = tuple(dict.fromkeys((*key.params, *versions)))
+        templates = (key, *([cache.version] if cache.version is not None else []))
+        # A value that is hashed wherever it stands may be of any length.
+        self._plain = {
+            part.name
+            for template in templates
+            for part in template.parts
+            if isinstance(part, Param) and "sha256" not in part.filters
+        }
+        index = {name: at for at, name in enumerate(self.names)}
+        self._key: MakeKey = key.compile(index)
+        self._version: MakeKey | None = cache.version.compile(index) if cache.version is not None else None
+        self._cache_name = cache.name
+
+    def of(self, params: Mapping[str, Any]) -> tuple[bytes, bytes]:
+        """Give the key and the version's key, which is empty where there is none.
+
+        Raises:
+            NoKey: the daemon could not bust it.
+            TypeError: a parameter is missing or too much, or of a type that PostgreSQL may print in several ways.
+        """
+        names = self.names
+        try:
+            values = [params[name] for name in names]
+        except KeyError:
+            raise self._wrong(params) from None
+        if len(params) != len(names):
+            raise self._wrong(params)
+        row = []
+        for name, value in zip(names, values, strict=True):
+            make = _TEXTS.get(type(value))
+            text = make(value) if make is not None else _text(value, name)
+            if len(text) > LONGEST and name in self._plain:
+                raise NoKey("unbounded")
+            if NUL in text:
+                raise NoKey("unprintable")
+            row.append(text)
+        key = self._key(row)
+        version = self._version(row) if self._version is not None else b""
+        assert key is not None
+        assert version is not None
+        return key, version
+
+    def _wrong(self, params: Mapping[str, Any]) -> TypeError:
+        wanted = ", ".join(self.names) or "none"
+        given = ", ".join(params) or "none"
+        return TypeError(f"cache {self._cache_name} has the parameters {wanted}, and was given {given}")
+
+
+def same_slot(cache: Cache) -> bool:
+    """Whether a cluster keeps a key and its version in one slot, which their hash tags tell."""
+    return cache.version is None or _tag(cache.key) == _tag(cache.version) != ()
+
+
+def _tag(template: Template) -> tuple[bytes | Param, ...]:
+    """Give the parts between the first ``{`` and the first ``}`` behind it; nothing if there is no tag."""
+    tag: list[bytes | Param] = []
+    inside = False
+    for part in template.parts:
+        if isinstance(part, Param):
+            if inside:
+                tag.append(part)
+            continue
+        text = part
+        if not inside:
+            _, opened, text = part.partition(b"{")
+            inside = bool(opened)
+        if inside:
+            text, closed, _ = text.partition(b"}")
+            tag += [text] if text else []
+            if closed:
+                return tuple(tag)
+    return ()
+
+
+def _is_version(part: bytes | Param) -> bool:
+    return isinstance(part, Param) and part.name == "version" and not part.filters
+
+
+# ── Values as PostgreSQL prints them ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _of_text(value: str) -> bytes:
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        raise NoKey("unprintable") from None
+
+
+def _of_null(_value: None) -> bytes:
+    raise NoKey("null")
+
+
+_TEXTS: Mapping[type, Callable[[Any], bytes]] = {
+    int: b"%d".__mod__,
+    str: _of_text,
+    bool: lambda value: b"t" if value else b"f",
+    bytes: bytes,
+    uuid.UUID: lambda value: str(value).encode(),
+    dt.date: lambda value: value.isoformat().encode(),
+    decimal.Decimal: lambda value: format(value, "f").encode(),
+    type(None): _of_null,
+}
+
+
+def _text(value: Any, name: str) -> bytes:
+    """Give a value of no usual type as text."""
+    if isinstance(value, enum.Enum) and type(value.value) in _TEXTS:
+        return _TEXTS[type(value.value)](value.value)
+    if isinstance(value, (int, str)):
+        return _of_text(value) if isinstance(value, str) else b"%d" % value
+    raise TypeError(
+        f"parameter {name} is a {type(value).__name__}, which PostgreSQL may print in several ways; give it as text, "
+        "as the database prints it"
+    )

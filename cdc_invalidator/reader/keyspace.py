@@ -1,0 +1,58 @@
+"""About how many keys of a cache live: `max_keys_hint` as a bound. Pure.
+
+A key lives for the cache's TTL, so those that were stored within that time are those that there can be. They are
+counted as marks in a bitmap (linear counting), which is begun anew each TTL; what other processes store is not seen, so
+nothing is refused that the hint allows.
+"""
+
+from __future__ import annotations
+
+import math
+from zlib import crc32
+
+# An estimate is some percent off, and the hint is a rough number itself.
+_ROOM = 1.25
+
+
+class KeySpace:
+    """The keys that this process has stored in the last TTL, or two.
+
+    Args:
+        hint: how many there may be, roughly.
+        ttl: how long one lives, in seconds.
+    """
+
+    def __init__(self, hint: int, ttl: float) -> None:
+        self._most = hint * _ROOM
+        self._ttl = ttl
+        self._size = max(1024, 2 * hint)
+        self._begin(0.0)
+
+    def _begin(self, now: float) -> None:
+        self._until = now + self._ttl
+        self._marks = bytearray((self._size + 7) // 8)
+        self._marked = 0
+
+    def admits(self, key: bytes, now: float) -> bool:
+        """Count a key that is about to be stored; False if it is one too many.
+
+        Args:
+            key: the key.
+            now: a monotonic time in seconds.
+        """
+        if now >= self._until:
+            self._begin(now)
+        at, bit = divmod(crc32(key) % self._size, 8)
+        if self._marks[at] >> bit & 1:
+            return True
+        if self.estimate >= self._most:
+            return False
+        self._marks[at] |= 1 << bit
+        self._marked += 1
+        return True
+
+    @property
+    def estimate(self) -> float:
+        """How many keys that were, roughly."""
+        free = max(1, self._size - self._marked)
+        return -self._size * math.log(free / self._size)

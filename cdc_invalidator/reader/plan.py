@@ -1,0 +1,648 @@
+"""What a read does, step by step, without doing it: generators that yield what is wanted and are sent what came of it.
+
+Both shells, `sync` and `aio`, drive the same generators. What is wanted is one of
+
+- `Send`: commands for Redis, in one round trip. Its replies come back, an error reply as an exception in its place.
+  `Unavailable` is thrown in where there is no answer at all.
+- `Load`: the values of some entries from the database. They come back in order; what the program's loader raises is
+  thrown in, and comes out again once the leases are given back.
+- `Sleep`: seconds to wait.
+
+The rules that hold here: whatever Redis does, a read is answered, from the database at last; and nothing is stored but
+by the script that looks at the lease. No clock, socket or thread is touched: clocks are handed in.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from cdc_invalidator.contract import LOCK_SUFFIX
+from cdc_invalidator.reader.envelope import Envelope, Times
+from cdc_invalidator.reader.freshness import Demand, Feed
+from cdc_invalidator.reader.keys import NUL, Keys, same_slot
+from cdc_invalidator.reader.keyspace import KeySpace
+from cdc_invalidator.reader.metrics import Tally
+from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.scripts import Scripts
+from cdc_invalidator.rules import Cache
+
+_log = logging.getLogger("cdc_invalidator.reader")
+
+T = TypeVar("T")
+Command: TypeAlias = tuple[Any, ...]
+
+# Between two looks at what somebody else loads, in seconds; with a dice, so that not all look at once.
+FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.1
+
+
+class Unavailable(Exception):
+    """Redis gives no answer; ``reason``: redis_down, or breaker_open where it was not even asked."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Miss:
+    """What is not in the cache; `MISS` is the only one."""
+
+
+MISS = Miss()
+
+
+class Entry:
+    """One key on its way to a value.
+
+    ``params``: what the loader is given; ``item``: the same as the caller gave it. ``key``: for a cache with a version,
+    with NUL in its place until the version is known; ``counter``: the version's key.
+    """
+
+    __slots__ = ("counter", "done", "item", "key", "params", "refresh", "rest", "token", "value")
+
+    def __init__(self, item: Any, params: Mapping[str, Any], key: bytes, counter: bytes = b"") -> None:
+        self.item = item
+        self.params = params
+        self.key = self.rest = key
+        self.counter = counter
+        # Of its lease, once it is asked for.
+        self.token = b""
+        self.value: Any = None
+        self.done = False
+        # Have it loaded whatever is there: it can't be read, or is too old.
+        self.refresh = False
+
+    def found(self, value: Any) -> None:
+        """Note its value."""
+        self.value = value
+        self.done = True
+
+
+class Send(NamedTuple):
+    """Commands for Redis, in one round trip."""
+
+    commands: Sequence[Command]
+
+
+class Load(NamedTuple):
+    """Entries whose values are to be loaded."""
+
+    entries: Sequence[Entry]
+
+
+class Sleep(NamedTuple):
+    """Seconds to wait."""
+
+    seconds: float
+
+
+Effect: TypeAlias = Send | Load | Sleep
+Steps: TypeAlias = Generator[Effect, Any, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """Where time and chance come from; ``steady``: seconds from whenever; ``wall``: seconds since 1970."""
+
+    steady: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+    chance: Callable[[], float] = random.random
+
+
+class Tokens:
+    """Tokens of leases: no other process, or time, gives the same."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._owner = (0, b"")
+
+    def next(self) -> bytes:
+        """Give another one."""
+        # A process that was forked must not go on with its parent's.
+        process, prefix = self._owner
+        if process != os.getpid():
+            self._owner = process, prefix = os.getpid(), os.urandom(8).hex().encode()
+        return b"%b-%d" % (prefix, next(self._numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What the caches of one program share."""
+
+    feed: Feed
+    scripts: Scripts = field(default_factory=Scripts)
+    tokens: Tokens = field(default_factory=Tokens)
+    clocks: Clocks = field(default_factory=Clocks)
+    cluster: bool = False
+
+
+class Plan(Generic[T]):
+    """How one cache is read, with some options.
+
+    Args:
+        cache: the cache, from the rule file.
+        options: what the program decides.
+        world: what all caches share.
+        tally: the cache's counters.
+        space: bounds the number of keys.
+
+    Raises:
+        ValueError: the cache can't be read by this library as it is; the message is a sentence with the remedy.
+    """
+
+    def __init__(
+        self, cache: Cache, options: Options[T], world: World, tally: Tally, space: KeySpace | None = None
+    ) -> None:
+        if cache.ttl is None:
+            raise ValueError(f"cache {cache.name} has no `ttl`, so what is stored would stay for ever; add one to it")
+        if world.cluster and cache.version is None and not cache.key.tagged:
+            raise ValueError(
+                f"in a cluster, a key of cache {cache.name} and its lock lie in different slots; give the key a hash "
+                "tag, such as `user:{{{id}}}:profile`"
+            )
+        self.cache = cache
+        self.options = options
+        self.world = world
+        self.tally = tally
+        self.keys = Keys(cache)
+        self.space = space or (KeySpace(cache.max_keys_hint, cache.ttl / 1000) if cache.max_keys_hint else None)
+        self._envelope = Envelope(options.schema)
+        self._header = self._envelope.header
+        self._loads = options.serializer.loads
+        self._lease = max(1, int(options.lease * 1000))
+        self._ttl, self._jitter = cache.ttl, cache.jitter
+        self._versioned = cache.version is not None
+        self._one_slot = not world.cluster or same_slot(cache)
+        self.plain = not options.early
+        max_age = options.max_staleness
+        self.demand = Demand(0, None if max_age is None else int(max_age * 1000))
+
+    # ── One look, which most reads are ───────────────────────────────────────────────────────────────────────────────
+
+    def entry(self, item: Any, params: Mapping[str, Any]) -> Entry:
+        """Make an entry.
+
+        Raises:
+            NoKey: the parameters have no key.
+            TypeError: they are not those of the cache.
+        """
+        return Entry(item, params, *self.keys.of(params))
+
+    def look(self, entry: Entry, *, taking: bool = True) -> Command:
+        """Give the command that looks for an entry; for a cache with a version, it also takes the lease."""
+        if not self._versioned:
+            return ("GET", entry.key)
+        return (
+            "EVALSHA",
+            self.world.scripts.versioned,
+            1,
+            entry.counter,
+            self._token(entry) if taking else b"",
+            self._lease,
+            NUL if entry.refresh else self._header,
+            self.cache.version_ttl,
+            entry.rest,
+            LOCK_SUFFIX,
+        )
+
+    @property
+    def looks_once(self) -> bool:
+        """Whether one command is enough to look."""
+        return self._one_slot or not self._versioned
+
+    def hit(self, reply: Any) -> Any:
+        """Give the value in what a look gave, or `MISS`; counted if it is there."""
+        if self._versioned:
+            reply = reply[1]
+        if type(reply) is not bytes or not reply.startswith(self._header):
+            return MISS
+        payload = reply[self._envelope.size :]
+        if not payload:
+            self.tally.negative_hits()
+            return None
+        try:
+            value = self._loads(payload)
+        except Exception:  # noqa: BLE001  whatever a serializer raises, the database has the value
+            return MISS
+        self.tally.hits()
+        return value
+
+    # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def read(self, entries: Sequence[Entry], demand: Demand, *, first: Sequence[Any] | None = None) -> Steps[None]:
+        """Give each entry its value.
+
+        Args:
+            entries: no key twice.
+            demand: how fresh it must be.
+            first: what each entry's look gave, which was a miss by `hit`, if that was done already.
+        """
+        try:
+            if first is None:
+                refusal, first = yield from self._look(entries, demand)
+                if refusal:
+                    yield from self.beside(entries, refusal)
+                    return
+                first = yield from self._judge(entries, first, demand)
+            missing = [entry for entry in entries if not entry.done]
+            if missing:
+                self.tally.misses(len(missing))
+                yield from self._miss(missing, first if self._versioned else None)
+        except Unavailable as gone:
+            yield from self.beside(entries, gone.reason)
+
+    def _look(self, entries: Sequence[Entry], demand: Demand) -> Steps[tuple[str, Sequence[Any]]]:
+        """Look for all entries, and tell why none of them may be served from the cache, if so."""
+        checks, refusal = self._checks(demand), ""
+        if demand.lsn and self.cache.ttl_only:
+            return "ttl_only", ()
+        commands: list[Command] = [self.world.feed.command] if checks else []
+        if not self.looks_once:
+            first = yield Send(commands + [self._make_version(entry) for entry in entries])
+            refusal = self._refusal(demand, first) if checks else ""
+            versions = first[1:] if checks else first
+            for entry, version in zip(entries, versions, strict=True):
+                self._name(entry, version)
+            replies = [] if refusal else (yield Send([("GET", entry.key) for entry in entries]))
+            return refusal, [[version, reply] for version, reply in zip(versions, replies, strict=False)]
+        if self._versioned:
+            looks = [self.look(entry, taking=not checks) for entry in entries]
+        elif len(entries) > 1 and not self.world.cluster:
+            looks = [("MGET", *(entry.key for entry in entries))]
+        else:
+            looks = [self.look(entry) for entry in entries]
+        replies = yield Send([*commands, *looks])
+        if checks:
+            refusal = self._refusal(demand, replies)
+            replies = replies[1:]
+        if len(looks) < len(entries):
+            (answer,) = replies
+            replies = answer if isinstance(answer, list) else [answer] * len(entries)
+        return refusal, replies
+
+    def _checks(self, demand: Demand) -> bool:
+        """Whether the watermark must be read; time-outs of caches that nothing busts are looked at by themselves."""
+        if self.cache.ttl_only or demand == (0, None):
+            return False
+        return not self.world.feed.recent(demand, self.cache.name, self._now())
+
+    def _refusal(self, demand: Demand, replies: Sequence[Any]) -> str:
+        fields = replies[0]
+        if isinstance(fields, Exception):
+            return self._refused(fields)
+        self.world.feed.note(fields)
+        return self.world.feed.refusal(demand, self.cache.name, self._now())
+
+    def _judge(self, entries: Sequence[Entry], replies: Sequence[Any], demand: Demand) -> Steps[Sequence[Any]]:
+        """Take the values that may be served, and refresh some of them early."""
+        early = []
+        for entry, reply in zip(entries, replies, strict=True):
+            stored = reply[1] if self._versioned and isinstance(reply, list) else reply
+            if isinstance(stored, Exception):
+                yield from self.beside([entry], self._refused(stored))
+                continue
+            self._name(entry, reply[0] if self._versioned else b"")
+            if type(stored) is not bytes or not stored.startswith(self._header):
+                continue
+            value = self._value(entry, stored, demand)
+            if value is MISS:
+                continue
+            (self.tally.negative_hits if value is None else self.tally.hits)()
+            entry.found(value)
+            if self.options.early and self._due(stored):
+                early.append(entry)
+        if early:
+            yield from self._refresh(early)
+        return replies
+
+    def _value(self, entry: Entry, stored: bytes, demand: Demand) -> Any:
+        """Read what is stored; `MISS`, and a refresh, where it can't be read or is too old."""
+        try:
+            if self.cache.ttl_only and demand.max_age is not None:
+                entry.refresh = self._now() - self._envelope.times(stored).began > demand.max_age
+            payload = stored[self._envelope.size :]
+            if not entry.refresh:
+                return self._loads(payload) if payload else None
+        except Exception:  # noqa: BLE001  whatever a serializer raises, the database has the value
+            entry.refresh = True
+        return MISS
+
+    # ── Not there: the lease, or somebody else's load ────────────────────────────────────────────────────────────────
+
+    def _miss(self, missing: Sequence[Entry], first: Sequence[Any] | None) -> Steps[None]:
+        """Load what nobody else loads, and wait for the rest.
+
+        Args:
+            missing: entries that are not there.
+            first: with a version, what their looks gave, which have taken leases.
+        """
+        clocks = self.world.clocks
+        deadline = clocks.steady() + self.options.wait
+        pause, waited = FIRST_PAUSE, False
+        waiting = list(missing)
+        replies = self._leases(waiting, first)
+        while True:
+            if replies is None:
+                replies = yield from self._take(waiting)
+            mine, others = [], []
+            for entry, reply in zip(waiting, replies, strict=True):
+                if isinstance(reply, Exception):
+                    yield from self.beside([entry], self._refused(reply))
+                elif reply == 1:
+                    mine.append(entry)
+                elif not self._served(entry, reply):
+                    others.append(entry)
+            if mine:
+                yield from self._load(mine)
+            if not others:
+                return
+            if not waited:
+                self.tally.waits(len(others))
+                waited = True
+            left = deadline - clocks.steady()
+            if left <= 0:
+                yield from self.beside(others, "waited")
+                return
+            yield Sleep(min(left, pause * (0.5 + clocks.chance())))
+            pause = min(2 * pause, LONGEST_PAUSE)
+            waiting, replies = others, None
+
+    def _leases(self, waiting: Sequence[Entry], first: Sequence[Any] | None) -> list[Any] | None:
+        """Give what the first looks say of leases, if all of them tried to take one."""
+        if first is None or len(first) != len(waiting):
+            return None
+        found = [reply[1] if isinstance(reply, list) else None for reply in first]
+        if any(type(reply) not in {int, list} for reply in found) or any(entry.refresh for entry in waiting):
+            return None
+        for entry, reply in zip(waiting, first, strict=True):
+            self._name(entry, reply[0])
+        return found
+
+    def _take(self, entries: Sequence[Entry]) -> Steps[list[Any]]:
+        """Look again and take leases: a value, 1 (mine), 0 or a list (somebody else's), or an error for each."""
+        if not self._versioned:
+            replies = yield Send([self._taking(entry) for entry in entries])
+            return list(replies)
+        if self._one_slot:
+            replies = yield Send([self.look(entry) for entry in entries])
+            found = []
+            for entry, reply in zip(entries, replies, strict=True):
+                if not isinstance(reply, Exception):
+                    self._name(entry, reply[0])
+                found.append(reply if isinstance(reply, Exception) else reply[1])
+            return found
+        versions = yield Send([self._make_version(entry) for entry in entries])
+        for entry, version in zip(entries, versions, strict=True):
+            self._name(entry, version)
+        replies = yield Send([self._taking(entry) for entry in entries])
+        return [
+            version if isinstance(version, Exception) else reply
+            for version, reply in zip(versions, replies, strict=True)
+        ]
+
+    def _taking(self, entry: Entry) -> Command:
+        header = NUL if entry.refresh else self._header
+        lock = entry.key + LOCK_SUFFIX
+        return ("EVALSHA", self.world.scripts.take, 2, lock, entry.key, self._token(entry), self._lease, header)
+
+    def _token(self, entry: Entry) -> bytes:
+        if not entry.token:
+            entry.token = self.world.tokens.next()
+        return entry.token
+
+    def _make_version(self, entry: Entry) -> Command:
+        return ("EVALSHA", self.world.scripts.version, 1, entry.counter, self.cache.version_ttl)
+
+    def _name(self, entry: Entry, version: Any) -> None:
+        if self._versioned and isinstance(version, bytes):
+            entry.key = entry.rest.replace(NUL, version)
+
+    def _served(self, entry: Entry, reply: Any) -> bool:
+        """Whether what somebody else has stored, or left, is this entry's value."""
+        stale = isinstance(reply, list)
+        stored = reply[0] if stale and reply else reply
+        if type(stored) is not bytes or not stored.startswith(self._header):
+            return False
+        value = self._value(entry, stored, Demand())
+        if value is MISS:
+            return False
+        if stale:
+            self.tally.stale_hits()
+        entry.found(value)
+        return True
+
+    # ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _load(self, mine: Sequence[Entry]) -> Steps[int]:
+        """Load entries whose leases are held, store them, and give how many were stored."""
+        clocks = self.world.clocks
+        began, started = clocks.wall(), clocks.steady()
+        try:
+            values = yield Load(mine)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            yield from self._release(mine)
+            raise
+        took = clocks.steady() - started
+        self.tally.load_seconds(took)
+        for entry, value in zip(mine, values, strict=True):
+            entry.found(value)
+        return (yield from self._store(mine, began, took))
+
+    def _store(self, mine: Sequence[Entry], began: float, took: float) -> Steps[int]:
+        """Store loaded values, as far as their leases are still held, and give how many were."""
+        commands = [self._storing(entry, began, took) for entry in mine]
+        replies = yield Send(commands)
+        stored = 0
+        for command, reply in zip(commands, replies, strict=True):
+            if isinstance(reply, Exception):
+                self.tally.bypasses(self._refused(reply))
+            elif command[1] == self.world.scripts.fill:
+                stored += reply == 1
+                (self.tally.fills if reply == 1 else self.tally.dropped_fills)()
+        return stored
+
+    def _storing(self, entry: Entry, began: float, took: float) -> Command:
+        """Give the command that stores a value, or that gives the lease back where nothing is to be stored."""
+        scripts, clocks, cache = self.world.scripts, self.world.clocks, self.cache
+        lock = entry.key + LOCK_SUFFIX
+        ttl = self._ttl if entry.value is not None else cache.negative_ttl
+        payload = self._payload(entry.value) if ttl is not None else None
+        if self.space is not None and payload is not None and not self.space.admits(entry.rest, clocks.steady()):
+            self.tally.bypasses("max_keys")
+            payload = None
+        if payload is None or ttl is None:
+            return ("EVALSHA", scripts.release, 1, lock, entry.token)
+        if entry.value is not None and self._jitter:
+            ttl += int(clocks.chance() * self._jitter)
+        expires = int(clocks.wall() * 1000) + ttl
+        stored = self._envelope.seal(payload, Times(int(began * 1000), expires, int(took * 1000)))
+        return ("EVALSHA", scripts.fill, 2, lock, entry.key, entry.token, stored, ttl)
+
+    def _payload(self, value: Any) -> bytes | None:
+        if value is None:
+            return b""
+        try:
+            payload = self.options.serializer.dumps(value)
+        except Exception as error:  # noqa: BLE001  the value is right, whatever its serializer makes of it
+            _log.warning("a value of cache %s can't be stored (%s)", self.cache.name, type(error).__name__)
+            self.tally.bypasses("unserializable")
+            return None
+        return payload or None
+
+    def _release(self, mine: Sequence[Entry]) -> Steps[None]:
+        scripts = self.world.scripts
+        try:
+            yield Send([("EVALSHA", scripts.release, 1, entry.key + LOCK_SUFFIX, entry.token) for entry in mine])
+        except Unavailable:
+            return  # it runs out by itself
+
+    def beside(self, entries: Iterable[Entry], reason: str) -> Steps[None]:
+        """Load, without storing, what has no value yet."""
+        left = [entry for entry in entries if not entry.done]
+        if not left:
+            return
+        self.tally.bypasses(reason, len(left))
+        started = self.world.clocks.steady()
+        values = yield Load(left)
+        self.tally.load_seconds(self.world.clocks.steady() - started)
+        for entry, value in zip(left, values, strict=True):
+            entry.found(value)
+
+    def _refused(self, error: Exception) -> str:
+        """Give the reason for metrics, and tell what Redis says: it is for an operator to put right."""
+        _log.warning("Redis refuses a read of cache %s (%s)", self.cache.name, _word(error))
+        return "refused"
+
+    # ── Early refresh ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def due(self, reply: Any) -> bool:
+        """Whether what a look gave, a hit, is to be loaded anew before its time is up."""
+        return self._due(reply[1] if self._versioned else reply)
+
+    def _due(self, stored: bytes) -> bool:
+        """Decide by chance, as in "Optimal Probabilistic Cache Stampede Prevention" (XFetch)."""
+        try:
+            times = self._envelope.times(stored)
+        except ValueError:
+            return True
+        ahead = times.load * self.options.early * -math.log(1.0 - self.world.clocks.chance())
+        return self._now() + ahead >= times.expires
+
+    def _refresh(self, early: Sequence[Entry]) -> Steps[None]:
+        """Load entries that have a value anew, as far as nobody else does."""
+        lease = self._lease
+        replies = yield Send(
+            [("SET", entry.key + LOCK_SUFFIX, self._token(entry), "NX", "PX", lease) for entry in early]
+        )
+        mine = [entry for entry, reply in zip(early, replies, strict=True) if reply in {True, b"OK", "OK"}]
+        if not mine:
+            return
+        self.tally.early_refreshes(len(mine))
+        try:
+            yield from self._load(mine)
+        except Exception:  # noqa: BLE001  a value is there, and in date; if loads still fail when it is not, that shows
+            _log.warning("an early refresh of cache %s failed", self.cache.name, exc_info=True)
+
+    # ── Warming, writing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def warm(self, entries: Iterable[Entry], *, rate: float, limit: int | None) -> Steps[int]:
+        """Load what is not there and nobody else loads, one after the other, and give how many were stored.
+
+        Args:
+            entries: in the order in which they are wanted; no more are taken than needed.
+            rate: how many are loaded a second, at most.
+            limit: how many are loaded, at most.
+        """
+        clocks = self.world.clocks
+        loaded = stored = 0
+        due = clocks.steady()
+        try:
+            for entry in entries:
+                if loaded == limit:
+                    break
+                (reply,) = yield from self._take([entry])
+                if isinstance(reply, Exception):
+                    self.tally.bypasses(self._refused(reply))
+                    break
+                if reply != 1:
+                    continue
+                stored += yield from self._load([entry])
+                loaded += 1
+                due = max(due + 1 / rate, clocks.steady() - 1)
+                if (early := due - clocks.steady()) > 0:
+                    yield Sleep(early)
+        except Unavailable as gone:
+            self.tally.bypasses(gone.reason)
+        return stored
+
+    def seize(self, entry: Entry) -> Steps[bool]:
+        """Take the lease from whoever has it: what they load may be older than what is about to be written."""
+        try:
+            if self._versioned:
+                (version,) = yield Send([self._make_version(entry)])
+                if isinstance(version, Exception):
+                    self.tally.bypasses(self._refused(version))
+                    return False
+                self._name(entry, version)
+            (reply,) = yield Send([("SET", entry.key + LOCK_SUFFIX, self._token(entry), "PX", self._lease)])
+        except Unavailable as gone:
+            self.tally.bypasses(gone.reason)
+            return False
+        if isinstance(reply, Exception):
+            self.tally.bypasses(self._refused(reply))
+            return False
+        return True
+
+    def put(self, entry: Entry, value: Any, began: float) -> Steps[bool]:
+        """Store what was written, if no bust came since `seize`."""
+        entry.found(value)
+        try:
+            return (yield from self._store([entry], began, 0.0)) == 1
+        except Unavailable as gone:
+            self.tally.bypasses(gone.reason)
+            return False
+
+    def let_go(self, entry: Entry) -> Steps[None]:
+        """Give back what `seize` took."""
+        yield from self._release([entry])
+
+    def invalidate(self, entry: Entry) -> Steps[bool]:
+        """Do what a bust does; False if Redis did not."""
+        commands: list[Command] = []
+        try:
+            if self._versioned and self.cache.bump_over is None:
+                # The next reader makes another, from the clock.
+                commands = [("UNLINK", entry.counter)]
+            else:
+                if self._versioned:
+                    (version,) = yield Send([("GET", entry.counter)])
+                    if version is None:
+                        return True
+                    self._name(entry, version)
+                commands = [("UNLINK", entry.key + LOCK_SUFFIX), ("UNLINK", entry.key)]
+            replies = yield Send(commands)
+        except Unavailable as gone:
+            self.tally.bypasses(gone.reason)
+            return False
+        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        if refused:
+            self.tally.bypasses(self._refused(refused[0]))
+        return not refused
+
+    def _now(self) -> int:
+        return int(self.world.clocks.wall() * 1000)
+
+
+def _word(error: Exception) -> str:
+    """Give what may be shown of an error reply: its first word, and no key."""
+    word = str(error).split(" ", 1)[0]
+    return word if word.isupper() and word.isalpha() else type(error).__name__

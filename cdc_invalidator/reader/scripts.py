@@ -1,0 +1,90 @@
+"""The scripts by which a reader keeps the fill contract. Pure: texts, and the digests that servers know them by.
+
+Each is safe to send twice, as drivers do after a lost connection: who holds the lease already is told so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from hashlib import sha1
+
+# KEYS: the lock, the key, and for a cache with stale_for the old value's key. ARGV: token, milliseconds of the lease,
+# what a value must begin with.
+# Looks once more, so that nobody loads what was stored in the meantime. Gives the value; 1: the lease is yours, load;
+# 0: somebody else loads; a list with the old value, or with nothing: the same, for a cache with stale_for.
+TAKE = """
+local value = redis.call('GET', KEYS[2])
+if value and string.sub(value, 1, #ARGV[3]) == ARGV[3] then return value end
+if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
+if redis.call('GET', KEYS[1]) == ARGV[1] then return 1 end
+if KEYS[3] then return {redis.call('GET', KEYS[3])} end
+return 0
+"""
+
+# KEYS: the version. ARGV: token, milliseconds of the lease, what a value must begin with, milliseconds that a version
+# is kept, the key with NUL in the version's place, suffix of locks.
+# The version first, then the key with it, and the lease on that if there is no value. A missing version is made from
+# the clock, in microseconds, so that it never repeats. Without a token it only looks.
+# Gives the version, and the same as TAKE; nothing instead of a lease where it only looked.
+VERSIONED = """
+local version = redis.call('GET', KEYS[1])
+if not version then
+  local time = redis.call('TIME')
+  version = string.format('%.0f', time[1] * 1000000 + time[2])
+  redis.call('SET', KEYS[1], version, 'PX', ARGV[4])
+end
+local key = string.gsub(ARGV[5], '%z', version)
+local value = redis.call('GET', key)
+if value and string.sub(value, 1, #ARGV[3]) == ARGV[3] then return {version, value} end
+if ARGV[1] == '' then return {version, false} end
+local lock = key .. ARGV[6]
+if redis.call('SET', lock, ARGV[1], 'NX', 'PX', ARGV[2]) then return {version, 1} end
+if redis.call('GET', lock) == ARGV[1] then return {version, 1} end
+return {version, 0}
+"""
+
+# KEYS: the version. ARGV: milliseconds that it is kept. Gives the version, which is made if it is missing: for a
+# cluster where it lies in another slot than the keys under it.
+VERSION = """
+local version = redis.call('GET', KEYS[1])
+if not version then
+  local time = redis.call('TIME')
+  version = string.format('%.0f', time[1] * 1000000 + time[2])
+  redis.call('SET', KEYS[1], version, 'PX', ARGV[1])
+end
+return version
+"""
+
+# KEYS: the lock, the key. ARGV: token, value, milliseconds.
+# Stores only while the lease is held: a bust deletes the lock before the key, so what it overtook is dropped.
+# Gives 1 if stored, 0 if dropped.
+FILL = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
+redis.call('UNLINK', KEYS[1])
+return 1
+"""
+
+# KEYS: the lock. ARGV: token. Gives the lease back, if it is still held: nothing is stored.
+RELEASE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('UNLINK', KEYS[1]) end
+return 0
+"""
+
+
+def _digest(text: str) -> bytes:
+    return sha1(text.encode(), usedforsecurity=False).hexdigest().encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Scripts:
+    """The digests of all scripts, and ``texts`` by digest for a server that does not know one yet."""
+
+    take: bytes = field(default_factory=lambda: _digest(TAKE))
+    versioned: bytes = field(default_factory=lambda: _digest(VERSIONED))
+    version: bytes = field(default_factory=lambda: _digest(VERSION))
+    fill: bytes = field(default_factory=lambda: _digest(FILL))
+    release: bytes = field(default_factory=lambda: _digest(RELEASE))
+    texts: dict[bytes, str] = field(
+        default_factory=lambda: {_digest(text): text for text in (TAKE, VERSIONED, VERSION, FILL, RELEASE)}
+    )

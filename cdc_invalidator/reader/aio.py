@@ -48,7 +48,7 @@ class Link:
         if not self.breaker.allows(time.monotonic()):
             raise Unavailable("breaker_open")
         try:
-            replies = await self._exchange(commands)
+            replies = await self._patiently(commands)
             again = handle.unknown_scripts(commands, replies, self._texts)
             if again:
                 for at, reply in zip(again, await self._exchange(list(again.values())), strict=True):
@@ -58,6 +58,17 @@ class Link:
             self.breaker.failed(time.monotonic())
             raise Unavailable("redis_down") from error
         return replies
+
+    async def _patiently(self, commands: Sequence[Command]) -> list[Any]:
+        """Wait for a connection, where our own reads have them all: that says nothing of the server."""
+        deadline = time.monotonic() + handle.CONNECTION_SECONDS
+        while True:
+            try:
+                return await self._exchange(commands)
+            except handle.NO_CONNECTION:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(handle.pause())
 
     async def _exchange(self, commands: Sequence[Command]) -> list[Any]:
         if len(commands) == 1:
@@ -95,9 +106,9 @@ class Link:
 class AsyncCache(Generic[T]):
     """One cache of the rule file.
 
-    Parameters are those of the key's template, given by name, or as a mapping where a name is one of ours. Loaders are
-    called with them by name, may be coroutine functions, give ``None`` where there is nothing, and what they raise comes
-    out of the read.
+    Parameters are those of the key's template, given by name, or as a mapping where a name is one of ours.
+    Loaders may be coroutine functions; they are called with them by name, give ``None`` where there is nothing, and what
+    they raise comes out of the read.
     """
 
     def __init__(self, plan: Plan[T], link: Link, demand: Demand) -> None:
@@ -147,7 +158,7 @@ class AsyncCache(Generic[T]):
         if self._quick and max_staleness is None and not link.breaker.failures:
             try:
                 reply = await link.execute(*plan.look(entry), NEVER_DECODE=True)
-            except exceptions.NoScriptError:
+            except (exceptions.NoScriptError, *handle.NO_CONNECTION):
                 pass
             except handle.GONE as error:
                 if not handle.answers(error):
@@ -155,7 +166,7 @@ class AsyncCache(Generic[T]):
                     await link.run(plan.beside([entry], "redis_down"), loader)
                     return entry.value  # type: ignore[no-any-return]
             else:
-                value = plan.hit(reply)
+                value = plan.hit(entry, reply)
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
                 first = [reply]
@@ -332,7 +343,7 @@ class AsyncCaches:
 
         Args:
             path: a rule file, or a directory of them.
-            redis: a client: `redis.asyncio.Redis`, also of a master that Sentinel names, or a `RedisCluster` from there.
+            redis: a client: `redis.asyncio.Redis`, also of a master that Sentinel names, or a `RedisCluster` of these.
                 Give it time-outs: a read waits as long as they say for a server that does not answer.
             slot: the daemon's ``CDC_SLOT``, which names the watermark.
             standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
 
 # What the driver raises where there is no answer. ResponseError is an answer, but for a cluster without one.
 GONE = (exceptions.RedisError, OSError)
+# What it raises where all of a pool's connections are in use; older ones have no word for it, and no bound.
+NO_CONNECTION: tuple[type[Exception], ...] = tuple(
+    getattr(exceptions, name) for name in ("MaxConnectionsError",) if hasattr(exceptions, name)
+)
+CONNECTION_SECONDS = 2.0
+# What says nothing of the server: the slow way knows what to do.
+HARMLESS: tuple[type[Exception], ...] = (exceptions.NoScriptError, *NO_CONNECTION)
+
+
+def pause() -> float:
+    """Give the seconds to wait for a connection before asking again."""
+    return random.uniform(0.002, 0.01)  # noqa: S311  no secret
 
 
 class Book:

@@ -40,7 +40,8 @@ class Options(Generic[T]):
     other numbers are misses. ``lease``: how long a loader may take before its value is not stored any more and somebody
     else may load. ``wait``: how long a read waits for somebody else's load before it loads by itself, without storing.
     ``early``: refresh before the end of the `ttl`, by chance, the likelier the nearer it is and the longer a load
-    takes; 1.0 is a good value, 0 is off. ``max_staleness``: how old the watermark may be; beyond, reads go to the database.
+    takes; 1.0 is a good value, 0 is off. ``max_staleness``: how old the watermark may be; beyond, reads go to the
+    database.
     """
 
     serializer: Serializer[T] = JSON

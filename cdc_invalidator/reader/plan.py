@@ -41,6 +41,8 @@ Command: TypeAlias = tuple[Any, ...]
 
 # Between two looks at what somebody else loads, in seconds; with a dice, so that not all look at once.
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.1
+# Versions that a process keeps in mind, for each cache.
+REMEMBERED = 10_000
 
 
 class Unavailable(Exception):
@@ -65,7 +67,7 @@ class Entry:
     with NUL in its place until the version is known; ``counter``: the version's key.
     """
 
-    __slots__ = ("counter", "done", "item", "key", "params", "refresh", "rest", "token", "value")
+    __slots__ = ("counter", "done", "guess", "item", "key", "params", "refresh", "rest", "token", "value")
 
     def __init__(self, item: Any, params: Mapping[str, Any], key: bytes, counter: bytes = b"") -> None:
         self.item = item
@@ -74,6 +76,8 @@ class Entry:
         self.counter = counter
         # Of its lease, once it is asked for.
         self.token = b""
+        # The version that was looked for, if it was remembered.
+        self.guess = b""
         self.value: Any = None
         self.done = False
         # Have it loaded whatever is there: it can't be read, or is too old.
@@ -180,6 +184,8 @@ class Plan(Generic[T]):
         self._ttl, self._jitter = cache.ttl, cache.jitter
         self._versioned = cache.version is not None
         self._one_slot = not world.cluster or same_slot(cache)
+        # The versions of the last reads: the key can then be asked for together with its version.
+        self._versions: dict[bytes, bytes] = {}
         self.plain = not options.early
         max_age = options.max_staleness
         self.demand = Demand(0, None if max_age is None else int(max_age * 1000))
@@ -196,9 +202,17 @@ class Plan(Generic[T]):
         return Entry(item, params, *self.keys.of(params))
 
     def look(self, entry: Entry, *, taking: bool = True) -> Command:
-        """Give the command that looks for an entry; for a cache with a version, it also takes the lease."""
+        """Give the command that looks for an entry; for a cache with a version, it may also take the lease."""
         if not self._versioned:
             return ("GET", entry.key)
+        guess = self._versions.get(entry.counter)
+        if guess is not None:
+            entry.guess = guess
+            return ("MGET", entry.counter, entry.rest.replace(NUL, guess))
+        return self._versioned_look(entry, taking=taking)
+
+    def _versioned_look(self, entry: Entry, *, taking: bool = True) -> Command:
+        entry.guess = b""
         return (
             "EVALSHA",
             self.world.scripts.versioned,
@@ -217,10 +231,27 @@ class Plan(Generic[T]):
         """Whether one command is enough to look."""
         return self._one_slot or not self._versioned
 
-    def hit(self, reply: Any) -> Any:
+    def stored(self, entry: Entry, reply: Any) -> Any:
+        """Give what a look found under the key: bytes if there is anything, or how it stands with the lease."""
+        if not self._versioned or isinstance(reply, Exception):
+            return reply
+        version, found = reply
+        if not entry.guess:
+            self._remember(entry.counter, version)
+        elif version != entry.guess:
+            self._versions.pop(entry.counter, None)
+            return None
+        entry.key = entry.rest.replace(NUL, version)
+        return found
+
+    def _remember(self, counter: bytes, version: bytes) -> None:
+        if len(self._versions) >= REMEMBERED:
+            self._versions.clear()
+        self._versions[counter] = version
+
+    def hit(self, entry: Entry, reply: Any) -> Any:
         """Give the value in what a look gave, or `MISS`; counted if it is there."""
-        if self._versioned:
-            reply = reply[1]
+        reply = self.stored(entry, reply)
         if type(reply) is not bytes or not reply.startswith(self._header):
             return MISS
         payload = reply[self._envelope.size :]
@@ -304,11 +335,10 @@ class Plan(Generic[T]):
         """Take the values that may be served, and refresh some of them early."""
         early = []
         for entry, reply in zip(entries, replies, strict=True):
-            stored = reply[1] if self._versioned and isinstance(reply, list) else reply
+            stored = self.stored(entry, reply)
             if isinstance(stored, Exception):
                 yield from self.beside([entry], self._refused(stored))
                 continue
-            self._name(entry, reply[0] if self._versioned else b"")
             if type(stored) is not bytes or not stored.startswith(self._header):
                 continue
             value = self._value(entry, stored, demand)
@@ -379,10 +409,8 @@ class Plan(Generic[T]):
         if first is None or len(first) != len(waiting):
             return None
         found = [reply[1] if isinstance(reply, list) else None for reply in first]
-        if any(type(reply) not in {int, list} for reply in found) or any(entry.refresh for entry in waiting):
+        if any(entry.guess or entry.refresh for entry in waiting) or any(type(reply) is not int for reply in found):
             return None
-        for entry, reply in zip(waiting, first, strict=True):
-            self._name(entry, reply[0])
         return found
 
     def _take(self, entries: Sequence[Entry]) -> Steps[list[Any]]:
@@ -391,13 +419,8 @@ class Plan(Generic[T]):
             replies = yield Send([self._taking(entry) for entry in entries])
             return list(replies)
         if self._one_slot:
-            replies = yield Send([self.look(entry) for entry in entries])
-            found = []
-            for entry, reply in zip(entries, replies, strict=True):
-                if not isinstance(reply, Exception):
-                    self._name(entry, reply[0])
-                found.append(reply if isinstance(reply, Exception) else reply[1])
-            return found
+            replies = yield Send([self._versioned_look(entry) for entry in entries])
+            return [self.stored(entry, reply) for entry, reply in zip(entries, replies, strict=True)]
         versions = yield Send([self._make_version(entry) for entry in entries])
         for entry, version in zip(entries, versions, strict=True):
             self._name(entry, version)
@@ -523,10 +546,6 @@ class Plan(Generic[T]):
         return "refused"
 
     # ── Early refresh ────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def due(self, reply: Any) -> bool:
-        """Whether what a look gave, a hit, is to be loaded anew before its time is up."""
-        return self._due(reply[1] if self._versioned else reply)
 
     def _due(self, stored: bytes) -> bool:
         """Decide by chance, as in "Optimal Probabilistic Cache Stampede Prevention" (XFetch)."""

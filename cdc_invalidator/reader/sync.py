@@ -45,7 +45,7 @@ class Link:
         if not self.breaker.allows(time.monotonic()):
             raise Unavailable("breaker_open")
         try:
-            replies = self._exchange(commands)
+            replies = self._patiently(commands)
             again = handle.unknown_scripts(commands, replies, self._texts)
             if again:
                 for at, reply in zip(again, self._exchange(list(again.values())), strict=True):
@@ -55,6 +55,17 @@ class Link:
             self.breaker.failed(time.monotonic())
             raise Unavailable("redis_down") from error
         return replies
+
+    def _patiently(self, commands: Sequence[Command]) -> list[Any]:
+        """Wait for a connection, where our own reads have them all: that says nothing of the server."""
+        deadline = time.monotonic() + handle.CONNECTION_SECONDS
+        while True:
+            try:
+                return self._exchange(commands)
+            except handle.NO_CONNECTION:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(handle.pause())
 
     def _exchange(self, commands: Sequence[Command]) -> list[Any]:
         if len(commands) == 1:
@@ -93,7 +104,7 @@ class Cache(Generic[T]):
     """One cache of the rule file.
 
     Parameters are those of the key's template, given by name, or as a mapping where a name is one of ours. Loaders are
-    called with them by name, give ``None`` where there is nothing, and what they raise comes out of the read.
+    called with them by name, and give ``None`` where there is nothing; what they raise comes out of the read.
     """
 
     def __init__(self, plan: Plan[T], link: Link, demand: Demand) -> None:
@@ -143,7 +154,7 @@ class Cache(Generic[T]):
         if self._quick and max_staleness is None and not link.breaker.failures:
             try:
                 reply = link.execute(*plan.look(entry), NEVER_DECODE=True)
-            except exceptions.NoScriptError:
+            except handle.HARMLESS:
                 pass
             except handle.GONE as error:
                 if not handle.answers(error):
@@ -151,7 +162,7 @@ class Cache(Generic[T]):
                     link.run(plan.beside([entry], "redis_down"), loader)
                     return entry.value  # type: ignore[no-any-return]
             else:
-                value = plan.hit(reply)
+                value = plan.hit(entry, reply)
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
                 first = [reply]
@@ -319,8 +330,8 @@ class Caches:
 
         Args:
             path: a rule file, or a directory of them.
-            redis: a client: `redis.Redis`, also of a master that Sentinel names, or a `RedisCluster`. Give it time-outs:
-                a read waits as long as they say for a server that does not answer.
+            redis: a client: `redis.Redis`, also of a master that Sentinel names, or a `RedisCluster`. Give it
+                time-outs: a read waits as long as they say for a server that does not answer.
             slot: the daemon's ``CDC_SLOT``, which names the watermark.
             standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.
             env: the environment of key templates; the process's by default.

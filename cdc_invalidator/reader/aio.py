@@ -106,9 +106,9 @@ class Link:
 class AsyncCache(Generic[T]):
     """One cache of the rule file.
 
-    Parameters are those of the key's template, given by name, or as a mapping where a name is one of ours.
-    Loaders may be coroutine functions; they are called with them by name, give ``None`` where there is nothing, and what
-    they raise comes out of the read.
+    Parameters are those of the key's template, given by name, or as a mapping where a name is one of ours. Loaders are
+    called with them by name, may be coroutine functions, and give ``None`` where there is nothing; what they raise
+    comes out of the read.
     """
 
     def __init__(self, plan: Plan[T], link: Link, demand: Demand) -> None:
@@ -158,7 +158,7 @@ class AsyncCache(Generic[T]):
         if self._quick and max_staleness is None and not link.breaker.failures:
             try:
                 reply = await link.execute(*plan.look(entry), NEVER_DECODE=True)
-            except (exceptions.NoScriptError, *handle.NO_CONNECTION):
+            except handle.HARMLESS:
                 pass
             except handle.GONE as error:
                 if not handle.answers(error):

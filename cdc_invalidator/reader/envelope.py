@@ -35,6 +35,7 @@ class Envelope:
     def __init__(self, schema: int) -> None:
         self.header = b"cdc1 %d " % schema
         self.size = len(self.header) + _TIMES
+        self._end = self.size - 1
 
     def seal(self, payload: bytes, times: Times) -> bytes:
         """Give what is stored; an empty payload says that there is nothing."""
@@ -46,6 +47,12 @@ class Envelope:
             min(load, _LONGEST),
             payload,
         )
+
+    def payload(self, entry: bytes) -> bytes | None:
+        """Give the payload of what was stored; ``None`` if it is not an entry of this schema."""
+        if entry[self._end : self.size] != b"\n" or not entry.startswith(self.header):
+            return None
+        return entry[self.size :]
 
     def times(self, entry: bytes) -> Times:
         """Read the times of an entry that begins with our header.

@@ -8,7 +8,6 @@ nothing is refused that the hint allows.
 from __future__ import annotations
 
 import math
-from zlib import crc32
 
 # An estimate is some percent off, and the hint is a rough number itself.
 _ROOM = 1.25
@@ -25,7 +24,7 @@ class KeySpace:
     def __init__(self, hint: int, ttl: float) -> None:
         self._most = hint * _ROOM
         self._ttl = ttl
-        self._size = max(1024, 2 * hint)
+        self._size = max(8192, 4 * hint)
         self._begin(0.0)
 
     def _begin(self, now: float) -> None:
@@ -42,7 +41,7 @@ class KeySpace:
         """
         if now >= self._until:
             self._begin(now)
-        at, bit = divmod(crc32(key) % self._size, 8)
+        at, bit = divmod(hash(key) % self._size, 8)
         if self._marks[at] >> bit & 1:
             return True
         if self.estimate >= self._most:

@@ -252,9 +252,11 @@ class Plan(Generic[T]):
     def hit(self, entry: Entry, reply: Any) -> Any:
         """Give the value in what a look gave, or `MISS`; counted if it is there."""
         reply = self.stored(entry, reply)
-        if type(reply) is not bytes or not reply.startswith(self._header):
+        if type(reply) is not bytes:
             return MISS
-        payload = reply[self._envelope.size :]
+        payload = self._envelope.payload(reply)
+        if payload is None:
+            return MISS
         if not payload:
             self.tally.negative_hits()
             return None
@@ -339,8 +341,6 @@ class Plan(Generic[T]):
             if isinstance(stored, Exception):
                 yield from self.beside([entry], self._refused(stored))
                 continue
-            if type(stored) is not bytes or not stored.startswith(self._header):
-                continue
             value = self._value(entry, stored, demand)
             if value is MISS:
                 continue
@@ -352,12 +352,15 @@ class Plan(Generic[T]):
             yield from self._refresh(early)
         return replies
 
-    def _value(self, entry: Entry, stored: bytes, demand: Demand) -> Any:
+    def _value(self, entry: Entry, stored: Any, demand: Demand) -> Any:
         """Read what is stored; `MISS`, and a refresh, where it can't be read or is too old."""
+        if type(stored) is not bytes:
+            return MISS
         try:
+            payload = self._envelope.payload(stored)
+            entry.refresh = payload is None
             if self.cache.ttl_only and demand.max_age is not None:
-                entry.refresh = self._now() - self._envelope.times(stored).began > demand.max_age
-            payload = stored[self._envelope.size :]
+                entry.refresh |= self._now() - self._envelope.times(stored).began > demand.max_age
             if not entry.refresh:
                 return self._loads(payload) if payload else None
         except Exception:  # noqa: BLE001  whatever a serializer raises, the database has the value
@@ -451,8 +454,6 @@ class Plan(Generic[T]):
         """Whether what somebody else has stored, or left, is this entry's value."""
         stale = isinstance(reply, list)
         stored = reply[0] if stale and reply else reply
-        if type(stored) is not bytes or not stored.startswith(self._header):
-            return False
         value = self._value(entry, stored, Demand())
         if value is MISS:
             return False

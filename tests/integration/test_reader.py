@@ -1,0 +1,546 @@
+"""The reader on a real Valkey, both shells by the same tests; a bust is what the daemon's own code sends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+from prometheus_client import CollectorRegistry
+from readers import RULES, Loader, Reads, rules_file
+
+from cdc_invalidator import cache, topology
+from cdc_invalidator.endpoint import Endpoint
+from cdc_invalidator.reader import JSON, Caches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+VERSIONED = ("page", "far", "both")
+CACHES = ("user", *VERSIONED)
+
+
+@pytest.fixture(params=["sync", "async"])
+def reads(request: pytest.FixtureRequest) -> Iterator[Reads]:
+    with Reads(request.param) as reads:
+        yield reads
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def caches(reads: Reads, redis_url: str, tmp_path: Path, registry: CollectorRegistry) -> Any:
+    return reads.caches(rules_file(tmp_path), redis_url, registry=registry)
+
+
+@pytest.fixture
+def bust(redis_url: str) -> Any:
+    """What the daemon does to a key, or to a version."""
+
+    async def busting(keys: list[bytes], versions: list[bytes]) -> None:
+        server: cache.CacheServer = topology.cache_server(Endpoint.parse(redis_url), "slot")
+        await server.connect()
+        await server.bust([keys] if keys else [], dict.fromkeys(versions, 10_000))
+        await server.close()
+
+    def bust(name: str, number: int = 1) -> None:
+        keys = [] if name in VERSIONED else [b"t:%b:{%d}" % (name.encode(), number)]
+        version = b"t:far:ver" if name == "far" else b"t:%b:{%d}:ver" % (name.encode(), number)
+        asyncio.run(busting(keys, [] if keys else [version]))
+
+    return bust
+
+
+class Counts:
+    """The reader's counters."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def __call__(self, name: str, cache: str = "user", **labels: str) -> float:
+        return self._registry.get_sample_value(f"cdc_invalidator_reader_{name}", {"cache": cache, **labels}) or 0.0
+
+
+@pytest.fixture
+def count(registry: CollectorRegistry) -> Counts:
+    return Counts(registry)
+
+
+# ── Read-through ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_value_is_loaded_once_and_then_read(name: str, caches: Any, count: Counts) -> None:
+    load = Loader({1: {"name": "Ada"}})
+    for _ in range(3):
+        assert caches[name].get(id=1, load=load) == {"name": "Ada"}
+    assert load.asked == [1]
+    assert (count("misses_total", name), count("fills_total", name), count("hits_total", name)) == (1, 1, 2)
+    assert count("load_seconds_count", name) == 1
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_after_a_bust_it_is_loaded_again(name: str, caches: Any, bust: Any) -> None:
+    load = Loader({1: "Ada"})
+    caches[name].get(id=1, load=load)
+    load.rows[1] = "Grace"
+    assert caches[name].get(id=1, load=load) == "Ada"
+    bust(name)
+    assert caches[name].get(id=1, load=load) == "Grace"
+    assert caches[name].get(id=1, load=load) == "Grace"
+    assert load.asked == [1, 1]
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_load_that_a_bust_overtakes_is_not_kept(name: str, caches: Any, bust: Any, count: Counts) -> None:
+    load = Loader({1: "Ada"}, before=lambda: bust(name))
+    assert caches[name].get(id=1, load=load) == "Ada", "it was so when it was asked"
+    load.rows[1], load.before = "Grace", lambda: None
+    assert caches[name].get(id=1, load=load) == "Grace"
+    if name not in VERSIONED:
+        assert count("dropped_fills_total", name) == 1
+
+
+def test_the_key_of_a_cache_with_bump_over_goes_by_itself_too(
+    caches: Any, redis_client: redis.Redis, count: Counts
+) -> None:
+    def delete_both() -> None:
+        version = redis_client.get("t:both:{1}:ver")
+        assert isinstance(version, bytes)
+        key = b"t:both:{1}:" + version
+        redis_client.unlink(key + b":lock", key)
+
+    load = Loader({1: "Ada"}, before=delete_both)
+    caches.both.get(id=1, load=load)
+    assert count("dropped_fills_total", "both") == 1
+    load.before = lambda: None
+    caches.both.get(id=1, load=load)
+    caches.both.get(id=1, load=load)
+    assert load.asked == [1, 1]
+
+
+def test_entries_expire_within_ttl_and_jitter_and_locks_are_given_back(caches: Any, redis_client: redis.Redis) -> None:
+    load = Loader(dict.fromkeys(range(20), "Ada"))
+    for number in range(20):
+        caches.user.get(id=number, load=load)
+    times = [redis_client.pttl(f"t:user:{{{number}}}") for number in range(20)]
+    assert all(300_000 - 60_000 < int(left) <= 330_000 for left in times)
+    assert len(set(times)) > 10, "what was filled together does not expire together"
+    assert not redis_client.keys("*:lock")
+
+
+def test_what_the_loader_raises_comes_out_and_the_lease_is_given_back(caches: Any, redis_client: redis.Redis) -> None:
+    def fail(id: int) -> None:  # noqa: A002
+        raise LookupError(id)
+
+    for name in CACHES:
+        with pytest.raises(LookupError):
+            caches[name].get(id=1, load=fail)
+    assert not redis_client.keys("*:lock")
+    assert caches.user.get(id=1, load=Loader({1: "Ada"})) == "Ada"
+
+
+def test_nothing_is_remembered_only_where_the_rules_say_so(caches: Any, bust: Any, count: Counts) -> None:
+    load = Loader()
+    for name in ("user", "known"):
+        assert [caches[name].get(id=1, load=load) for _ in range(3)] == [None] * 3
+    assert len(load.asked) == 3 + 1
+    assert count("negative_hits_total", "known") == 2
+    load.rows[1] = "Ada"
+    bust("known")
+    assert caches.known.get(id=1, load=load) == "Ada"
+
+
+def test_a_hot_key_that_expires_under_500_readers_is_loaded_once(
+    reads: Reads, redis_url: str, tmp_path: Path, redis_client: redis.Redis
+) -> None:
+    caches = reads.caches(rules_file(tmp_path), redis_url).user.using(wait=100.0)
+    load = Loader({1: "Ada"}, before=lambda: None)
+    caches.get(id=1, load=load)
+    redis_client.delete("t:user:{1}")
+    got: list[Any] = []
+    if reads.kind == "sync":
+        load.before = lambda: time.sleep(0.3)
+        threads = [threading.Thread(target=lambda: got.append(caches.get(id=1, load=load))) for _ in range(500)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    else:
+
+        async def slow(id: int) -> Any:  # noqa: A002
+            value = load(id)
+            await asyncio.sleep(0.3)
+            return value
+
+        async def all_at_once() -> list[Any]:
+            return await asyncio.gather(*(caches._of.get(id=1, load=slow) for _ in range(500)))
+
+        got = reads.wait(all_at_once())
+    assert got == ["Ada"] * 500
+    assert load.asked == [1, 1], "the first time, and once for all 500"
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_who_waits_in_vain_loads_by_itself_and_stores_nothing(
+    name: str, caches: Any, redis_client: redis.Redis, count: Counts
+) -> None:
+    version = b"1700000000000000"
+    redis_client.set("t:far:ver" if name == "far" else f"t:{name}:{{1}}:ver", version)
+    redis_client.set(
+        {"user": b"t:user:{1}", "far": b"t:far:1:" + version}.get(name, b"t:%b:{1}:%b" % (name.encode(), version))
+        + b":lock",
+        "somebody else",
+    )
+    load = Loader({1: "Ada"})
+    assert caches[name].using(wait=0.05).get(id=1, load=load) == "Ada"
+    assert (count("waits_total", name), count("bypasses_total", name, reason="waited")) == (1, 1)
+    assert count("fills_total", name) == 0
+    assert len(redis_client.keys("*:lock")) == 1
+
+
+def test_who_waits_is_given_what_somebody_else_stores(
+    caches: Any, reads: Reads, redis_url: str, tmp_path: Path
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow(id: int) -> str:  # noqa: A002
+        started.set()
+        assert go_on.wait(60)
+        return "Ada"
+
+    other = Caches.from_rules(rules_file(tmp_path), redis.Redis.from_url(redis_url, socket_timeout=20))
+    loader = threading.Thread(target=lambda: other.user.get(id=1, load=slow))
+    loader.start()
+    assert started.wait(60)
+    threading.Timer(0.1, go_on.set).start()
+    load = Loader({1: "not asked"})
+    assert caches.user.using(wait=100.0).get(id=1, load=load) == "Ada"
+    loader.join()
+    assert load.asked == []
+
+
+def test_another_schema_is_a_miss_and_so_is_what_nobody_can_read(caches: Any, redis_client: redis.Redis) -> None:
+    load = Loader({1: {"name": "Ada"}})
+    caches.user.get(id=1, load=load)
+    newer = caches.user.using(schema=2)
+    assert newer.get(id=1, load=load) == newer.get(id=1, load=load) == {"name": "Ada"}
+    assert load.asked == [1, 1]
+    for foreign in (
+        b'{"name": "an older program\'s"}',
+        b"",
+        b"cdc1 2 ",
+        b"cdc1 2 0000000000000 0000000000000 0000000\n{",
+    ):
+        redis_client.set("t:user:{1}", foreign)
+        assert newer.get(id=1, load=load) == newer.get(id=1, load=load) == {"name": "Ada"}
+    assert load.asked == [1] * 6
+
+
+def test_a_serializer_of_ones_own(caches: Any, redis_client: redis.Redis) -> None:
+    class Text:
+        def dumps(self, value: str, /) -> bytes:
+            return value.encode("utf-16")
+
+        def loads(self, data: bytes, /) -> str:
+            return data.decode("utf-16")
+
+    texts = caches.user.using(serializer=Text())
+    load = Loader({1: "Ada"})
+    assert texts.get(id=1, load=load) == texts.get(id=1, load=load) == "Ada"
+    entry = redis_client.get("t:user:{1}")
+    assert isinstance(entry, bytes)
+    assert entry.endswith("Ada".encode("utf-16"))
+
+
+def test_what_can_not_be_stored_is_read_all_the_same(caches: Any, redis_client: redis.Redis, count: Counts) -> None:
+    value = {"a set": {1, 2}}
+    assert caches.user.get(id=1, load=Loader({1: value})) is value
+    assert count("bypasses_total", reason="unserializable") == 1
+    assert not redis_client.keys("*")
+
+
+def test_a_client_that_decodes_replies_does_as_well(reads: Reads, redis_url: str, tmp_path: Path) -> None:
+    caches = reads.caches(rules_file(tmp_path), redis_url, client={"decode_responses": True})
+    load = Loader({1: "\udc00".encode("utf-8", "surrogatepass").hex(), 2: "Grace"})
+    for name in CACHES:
+        load.asked.clear()
+        assert caches[name].get(id=1, load=load) == caches[name].get(id=1, load=load)
+        assert caches[name].get_many([1, 2], load=load.many)[1] == "Grace"
+        assert load.asked == [1, [2]]
+
+
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_either_protocol(protocol: int, reads: Reads, redis_url: str, tmp_path: Path) -> None:
+    caches = reads.caches(rules_file(tmp_path), redis_url, client={"protocol": protocol})
+    load = Loader({1: "Ada"})
+    for name in CACHES:
+        load.asked.clear()
+        assert caches[name].get(id=1, load=load) == caches[name].get(id=1, load=load) == "Ada"
+        assert load.asked == [1]
+
+
+# ── Parameters ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_parameters_by_name_or_as_a_mapping(caches: Any) -> None:
+    asked = []
+
+    def load(**params: Any) -> Any:
+        asked.append(params)
+        return 1
+
+    teams = caches.team_members
+    assert teams.get(id=7, kind="all", load=load) == teams.get({"id": 7, "kind": "all"}, load=load) == 1
+    assert asked == [{"id": 7, "kind": "all"}]
+    with pytest.raises(TypeError, match="cache team-members has the parameters id, kind, and was given id"):
+        teams.get(id=7, load=load)
+    with pytest.raises(TypeError, match="was given id, kind, more"):
+        teams.get(id=7, kind="all", more=1, load=load)
+
+
+@pytest.mark.parametrize(("value", "reason"), [(None, "null"), ("a" * 513, "unbounded"), ("a\0b", "unprintable")])
+def test_what_has_no_key_is_loaded_each_time(
+    value: Any, reason: str, caches: Any, count: Counts, redis_client: redis.Redis
+) -> None:
+    load = Loader({value: "Ada"})
+    assert [caches.user.get(id=value, load=load) for _ in range(2)] == ["Ada", "Ada"]
+    assert caches.user.get_many([value, value], load=load.many) == ["Ada", "Ada"]
+    assert count("bypasses_total", reason=reason) == 4
+    assert not redis_client.keys("*")
+
+
+def test_no_more_keys_than_the_hint_allows(caches: Any, redis_client: redis.Redis, count: Counts) -> None:
+    load = Loader({number: number for number in range(100)})
+    assert [caches.few.get(id=number, load=load) for number in range(100)] == list(range(100))
+    assert 10 <= len(redis_client.keys("t:few:*")) < 20
+    assert count("bypasses_total", "few", reason="max_keys") > 80
+    assert not redis_client.keys("*:lock")
+
+
+def test_an_unknown_cache_is_told_with_the_nearest(caches: Any) -> None:
+    with pytest.raises(AttributeError, match="there is no cache usr; did you mean `user`"):
+        _ = caches._of.usr
+    with pytest.raises(KeyError, match="did you mean `team-members`"):
+        _ = caches._of["team-member"]
+
+
+# ── Many at once ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_many_are_one_look_and_one_load(name: str, caches: Any, redis_client: redis.Redis) -> None:
+    load = Loader({number: f"user {number}" for number in range(1, 8)})
+    caches[name].get(id=2, load=load)
+    load.asked.clear()
+    got = caches[name].get_many([1, 2, 3, 2, 9], load=load.many)
+    assert got == ["user 1", "user 2", "user 3", "user 2", None]
+    assert load.asked == [[1, 3, 9]]
+    assert caches[name].get_many([3, 2, 1], load=load.many) == ["user 3", "user 2", "user 1"]
+    assert len(load.asked) == 1
+    assert caches[name].get_many([], load=load.many) == []
+    assert not redis_client.keys("*:lock")
+
+
+def test_many_of_a_cache_with_two_parameters_are_mappings(caches: Any) -> None:
+    asked = []
+
+    def load(items: list[dict[str, Any]]) -> list[str]:
+        asked.append(items)
+        return [f"{item['id']} {item['kind']}" for item in items]
+
+    items = [{"id": 1, "kind": "all"}, {"id": 2, "kind": "all"}]
+    assert caches.team_members.get_many(items, load=load) == ["1 all", "2 all"]
+    assert caches.team_members.get_many(items, load=load) == ["1 all", "2 all"]
+    assert asked == [items]
+    with pytest.raises(TypeError, match="gives a list of values, in the same order"):
+        caches.team_members.get_many([{"id": 3, "kind": "x"}], load=lambda _: {})
+    with pytest.raises(TypeError, match="asked for 1 values gives as many"):
+        caches.team_members.get_many([{"id": 3, "kind": "x"}], load=lambda _: [1, 2])
+    with pytest.raises(TypeError, match="give mappings of them"):
+        caches.team_members.get_many([3], load=load)
+
+
+def test_one_of_many_that_a_bust_overtakes_is_dropped_alone(caches: Any, bust: Any, count: Counts) -> None:
+    load = Loader({1: "one", 2: "two"}, before=lambda: bust("user", 2))
+    assert caches.user.get_many([1, 2], load=load.many) == ["one", "two"]
+    assert (count("fills_total"), count("dropped_fills_total")) == (1, 1)
+
+
+def test_one_of_many_that_somebody_else_loads_is_waited_for(
+    caches: Any, redis_client: redis.Redis, count: Counts
+) -> None:
+    redis_client.set("t:user:{2}:lock", "somebody else")
+    load = Loader({1: "one", 2: "two"})
+    assert caches.user.using(wait=0.05).get_many([1, 2], load=load.many) == ["one", "two"]
+    assert load.asked == [[1], [2]]
+    assert redis_client.exists("t:user:{1}", "t:user:{2}") == 1
+
+
+# ── Decorator, warming, writing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_decorated_function_reads_through(caches: Any, reads: Reads) -> None:
+    asked = []
+
+    def user(session: str, id: int = 1) -> str:  # noqa: A002
+        """Load a user."""
+        asked.append((session, id))
+        return "Ada"
+
+    read = caches._of.user.cached(ignore=["session"])(user)
+    assert [reads.wait(read("a")), reads.wait(read("b", 1)), reads.wait(read("c", id=1))] == ["Ada"] * 3
+    assert asked == [("a", 1)]
+    assert read.__doc__ == "Load a user."
+    with pytest.raises(TypeError, match="the argument session of user is no parameter of the cache"):
+        caches._of.user.cached(user)
+    with pytest.raises(TypeError, match="user has no argument kind"):
+        caches._of.team_members.cached(user)
+
+    @caches._of.user.cached(params={"id": "number"})  # type: ignore[untyped-decorator]
+    def numbered(number: int) -> str:
+        raise AssertionError(number)
+
+    assert reads.wait(numbered(1)) == "Ada"
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_warming_loads_what_is_missing_up_to_a_limit_and_respects_leases(
+    name: str, caches: Any, redis_client: redis.Redis
+) -> None:
+    load = Loader({number: number for number in range(10)})
+    caches[name].get(id=1, load=load)
+    load.asked.clear()
+    assert caches[name].warm(range(10), load=load, rate=10_000, limit=3) == 3
+    assert load.asked == [0, 2, 3]
+    if name == "user":
+        redis_client.set("t:user:{4}:lock", "somebody else")
+        assert caches.user.warm([4, 5, None], load=load, rate=10_000) == 1
+        assert load.asked == [0, 2, 3, 5]
+
+
+def test_warming_keeps_its_pace(caches: Any) -> None:
+    load = Loader({number: number for number in range(5)})
+    started = time.monotonic()
+    assert caches.user.warm(range(5), load=load, rate=20) == 5
+    assert time.monotonic() - started >= 5 / 20
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_writer_stores_what_it_has_committed(name: str, caches: Any, redis_client: redis.Redis) -> None:
+    load = Loader({1: "old"})
+    with caches[name].writing(id=1) as write:
+        assert write.set("new") is True
+        assert write.set("newer") is False, "once"
+    assert caches[name].get(id=1, load=load) == "new"
+    assert load.asked == []
+    assert not redis_client.keys("*:lock")
+
+
+@pytest.mark.parametrize("name", ["user", "both"])
+def test_a_bust_between_the_commit_and_the_write_wins(
+    name: str, caches: Any, bust: Any, redis_client: redis.Redis, count: Counts
+) -> None:
+    with caches[name].writing(id=1) as write:
+        if name == "user":
+            bust(name)
+        else:
+            redis_client.unlink(*redis_client.keys("*:lock"))
+        assert write.set("old by now") is False
+    assert count("dropped_fills_total", name) == 1
+    assert caches[name].get(id=1, load=Loader({1: "new"})) == "new"
+
+
+def test_a_write_under_a_version_that_was_bumped_is_never_read(caches: Any, bust: Any) -> None:
+    with caches.page.writing(id=1) as write:
+        bust("page")
+        write.set("old by now")
+    assert caches.page.get(id=1, load=Loader({1: "new"})) == "new"
+
+
+def test_a_reader_that_loads_while_somebody_writes_does_not_store(caches: Any, count: Counts) -> None:
+    writing = contextlib.ExitStack()
+    load = Loader({1: "old"}, before=lambda: writing.enter_context(caches.user.writing(id=1)) and None)
+    assert caches.user.get(id=1, load=load) == "old"
+    writing.close()
+    assert count("dropped_fills_total") == 1
+
+
+def test_a_writer_that_stores_nothing_gives_the_lease_back(caches: Any, redis_client: redis.Redis) -> None:
+    with contextlib.suppress(LookupError), caches.user.writing(id=1):
+        raise LookupError
+    assert not redis_client.keys("*:lock")
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_an_invalidation_by_the_application(name: str, caches: Any) -> None:
+    load = Loader({1: "old"})
+    assert caches[name].invalidate(id=1) is True, "nothing there is fine"
+    caches[name].get(id=1, load=load)
+    load.rows[1] = "new"
+    assert caches[name].invalidate(id=1) is True
+    assert caches[name].get(id=1, load=load) == "new"
+    assert caches[name].invalidate(id=None) is False
+
+
+# ── Versions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", VERSIONED)
+def test_a_version_that_is_evicted_never_comes_again(name: str, caches: Any, redis_client: redis.Redis) -> None:
+    load = Loader({1: "old"})
+    caches[name].get(id=1, load=load)
+    counter = "t:far:ver" if name == "far" else f"t:{name}:{{1}}:ver"
+    before = redis_client.get(counter)
+    redis_client.unlink(counter)
+    load.rows[1] = "new"
+    assert caches[name].get(id=1, load=load) == "new"
+    after = redis_client.get(counter)
+    assert isinstance(before, bytes)
+    assert isinstance(after, bytes)
+    assert int(after) > int(before)
+    assert int(redis_client.pttl(counter)) > 29 * 86_400_000
+
+
+def test_a_hit_of_a_version_that_is_remembered_is_one_command(caches: Any, redis_client: redis.Redis) -> None:
+    load = Loader({1: "Ada"})
+    caches.page.get(id=1, load=load)
+    before: Any = redis_client.info("commandstats")
+    assert caches.page.get(id=1, load=load) == "Ada"
+    after: Any = redis_client.info("commandstats")
+    grown = {name for name in after if after[name] != before.get(name)}
+    assert grown - {"cmdstat_info", "cmdstat_select", "cmdstat_client|setinfo", "cmdstat_hello"} == {"cmdstat_mget"}
+
+
+# ── Early refresh ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_an_entry_that_is_nearly_over_is_refreshed_by_one_reader(
+    name: str, reads: Reads, caches: Any, count: Counts
+) -> None:
+    load = Loader({1: "old"}, before=lambda: time.sleep(0.002))
+    eager = caches[name].using(early=1e9)
+    assert eager.get(id=1, load=load) == "old"
+    load.rows[1] = "new"
+    assert eager.get(id=1, load=load) == "new"
+    assert count("early_refreshes_total", name) == 1
+
+    def fail(id: int) -> None:  # noqa: A002
+        raise LookupError(id)
+
+    assert eager.get(id=1, load=fail) == "new", "a value is there"
+    assert caches[name].using(early=1e-9).get(id=1, load=fail) == "new"
+    assert JSON.dumps(1) == b"1"
+
+
+def test_the_rules_of_these_tests_name_all_caches() -> None:
+    assert all(f"  {name}:" in RULES for name in CACHES)

@@ -102,6 +102,7 @@ class Apply:
         self._sweeps = Sweeps(metrics, rate=sweep_rate)
         self._asks_again = any(cache.again_after for cache in rules.caches.values())
         self._again = Again(self._resolve)
+        self._leaves = any(cache.stale_for for cache in rules.caches.values())
         self._debounces = any(rule.debounce for rule in rules.rules)
         self._debounce = Debounce(self._resolve)
         # In the hands of this turn until Redis has acknowledged them.
@@ -409,7 +410,11 @@ class Apply:
             lines = await _name_versions(server, lines, pairs)
         deletes = [line.keys for line in lines if line.action == "delete"]
         bumps = {key: line.target.cache.version_ttl for line in lines if line.action == "bump" for key in line.keys}
-        busting = asyncio.create_task(server.bust(deletes, bumps), name="bust")
+        graces: dict[bytes, int] = {}
+        for line in lines if self._leaves else ():
+            if line.target.cache.stale_for is not None:
+                graces |= dict.fromkeys(line.keys, line.target.cache.stale_for)
+        busting = asyncio.create_task(server.bust(deletes, bumps, graces), name="bust")
         try:
             # Once it is on its way, there is time to tell the one before.
             await asyncio.sleep(0)

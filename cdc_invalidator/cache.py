@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdc_invalidator import errors
-from cdc_invalidator.contract import LOCK_SUFFIX
+from cdc_invalidator.contract import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.node import Command, Node
 from cdc_invalidator.watermark import Watermark
 
@@ -40,7 +40,25 @@ end
 return existed
 """
 
-# KEYS: version counters. ARGV: for each, the milliseconds that it is kept.
+# KEYS: keys whose old values may be shown for a while; their locks are gone. ARGV: for how many milliseconds, and under
+# which suffix. The time runs from the bust on, and ends it whatever comes later. Where Redis refuses to move a value
+# (there is no right to, or the suffix is in another slot) it is deleted as any other. Gives how many were there.
+_KEEP = """
+local existed = 0
+for _, key in ipairs(KEYS) do
+  local bound = redis.pcall('PEXPIRE', key, ARGV[1])
+  if bound == 1 then
+    if redis.pcall('RENAME', key, key .. ARGV[2]).err then redis.call('UNLINK', key) end
+    existed = existed + 1
+  elseif bound ~= 0 then
+    existed = existed + redis.call('UNLINK', key)
+  end
+end
+return existed
+"""
+
+# KEYS: version counters. ARGV: for each, the milliseconds that it is kept; then, for each, for how many milliseconds
+# the version before it is left under a suffix (0: not at all), and the suffix.
 # A version becomes the larger of current + 1 and Redis TIME in microseconds: it never repeats, not even after it was
 # evicted and created anew. A missing one needs no bump: the next reader creates it before it loads. Where the write is
 # refused (memory is full, or the key holds something else) the counter is deleted instead, which serves as well.
@@ -59,6 +77,8 @@ for at, key in ipairs(KEYS) do
     local stored = number and redis.pcall('SET', key, string.format('%.0f', version), 'PX', ARGV[at])
     if stored and not stored.err then
       versions[at] = version
+      local grace = ARGV[#KEYS + at]
+      if grace ~= '0' then redis.pcall('SET', key .. ARGV[2 * #KEYS + 1], current, 'PX', grace) end
     else
       redis.call('UNLINK', key)
       versions[at] = -1
@@ -86,6 +106,7 @@ if string.find(stored.err, 'OOM', 1, true) then return -1 end
 return redis.error_reply(stored.err)
 """
 
+NO_GRACES: Mapping[bytes, int] = {}
 BUMP_MISSING, BUMP_DELETED = 0, -1
 _MARKED, _OTHER_MARK = 1, 0
 
@@ -108,12 +129,12 @@ class Outcome:
 class Scripts:
     """The digests that a server knows our scripts by; they are the same everywhere."""
 
-    delete = bump = mark = ""
+    delete = keep = bump = mark = ""
 
     async def load(self, node: Node) -> None:
         """Load them into a server, which forgets them when it ends."""
-        loaded = await node.ask(*(("SCRIPT LOAD", script) for script in (_DELETE, _BUMP, _MARK)))
-        self.delete, self.bump, self.mark = (str(reply, "ascii") for reply in loaded)
+        loaded = await node.ask(*(("SCRIPT LOAD", script) for script in (_DELETE, _KEEP, _BUMP, _MARK)))
+        self.delete, self.keep, self.bump, self.mark = (str(reply, "ascii") for reply in loaded)
 
 
 class CacheServer(ABC):
@@ -136,12 +157,16 @@ class CacheServer(ABC):
         """Drop the connections; what was sent and not answered may or may not have been done."""
 
     @abstractmethod
-    async def bust(self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int]) -> Outcome:
+    async def bust(
+        self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
+    ) -> Outcome:
         """Delete keys with their locks and bump versions.
 
         Args:
             deletes: groups of keys; each key is deleted with its lock, the lock no later than the key.
             bumps: from a version counter's key to the milliseconds that it is kept.
+            graces: from a key or a counter to the milliseconds for which readers may still show what it had; for none,
+                or all, of a group.
         """
 
     @abstractmethod
@@ -221,11 +246,23 @@ class Single(CacheServer):
         if self._node is not None:
             await self._node.close()
 
-    async def bust(self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int]) -> Outcome:
+    async def bust(
+        self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
+    ) -> Outcome:
         """See `CacheServer`."""
         commands: list[Command] = []
         counted: list[list[int]] = []  # for each command, the groups that its counts belong to
-        for keys, counts, numbers in _chunks(deletes):
+        plain = deletes
+        if graces:
+            kept = {number for number, group in enumerate(deletes) if group and group[0] in graces}
+            plain = [() if number in kept else group for number, group in enumerate(deletes)]
+            for number in sorted(kept):
+                for start in range(0, len(deletes[number]), KEYS_A_COMMAND):
+                    some = deletes[number][start : start + KEYS_A_COMMAND]
+                    commands.append(("UNLINK", *(key + LOCK_SUFFIX for key in some)))
+                    commands.append(("EVALSHA", self.scripts.keep, len(some), *some, graces[some[0]], STALE_SUFFIX))
+                    counted += [[], [number]]
+        for keys, counts, numbers in _chunks(plain):
             locks = [key + LOCK_SUFFIX for key in keys]
             if len(numbers) == 1:
                 # Without a script, at half the cost; nothing but locks is counted by the first.
@@ -239,7 +276,7 @@ class Single(CacheServer):
         counters = list(bumps)
         for start in range(0, len(counters), KEYS_A_COMMAND):
             some = counters[start : start + KEYS_A_COMMAND]
-            commands.append(("EVALSHA", self.scripts.bump, len(some), *some, *(bumps[key] for key in some)))
+            commands.append(bumping(self.scripts, some, bumps, graces))
         answers = await self._ask(*commands) if commands else []
         existed = [0] * len(deletes)
         for numbers, answer in zip(counted, answers[:deleting], strict=True):
@@ -299,6 +336,15 @@ class Single(CacheServer):
 
 
 # What a cluster does on each of its servers as well.
+
+
+def bumping(
+    scripts: Scripts, counters: Sequence[bytes], bumps: Mapping[bytes, int], graces: Mapping[bytes, int]
+) -> Command:
+    """Give the command that bumps some counters."""
+    kept = [graces.get(key, 0) for key in counters]
+    times = [bumps[key] for key in counters]
+    return ("EVALSHA", scripts.bump, len(counters), *counters, *times, *kept, STALE_SUFFIX)
 
 
 def scanning(cursor: int, pattern: bytes, count: int) -> Command:

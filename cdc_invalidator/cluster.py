@@ -23,10 +23,12 @@ from redis.crc import key_slot
 from cdc_invalidator import errors, node, replies
 from cdc_invalidator.cache import (
     INFO,
+    NO_GRACES,
     SCAN_COUNT,
     CacheServer,
     Cursor,
     Outcome,
+    bumping,
     marked,
     marking,
     read_info,
@@ -35,7 +37,7 @@ from cdc_invalidator.cache import (
     scanning,
     seal,
 )
-from cdc_invalidator.contract import LOCK_SUFFIX
+from cdc_invalidator.contract import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.endpoint import Address, Endpoint
 from cdc_invalidator.node import Command, Node, end
 from cdc_invalidator.watermark import Watermark
@@ -269,15 +271,21 @@ class Cluster(CacheServer):
         if self._left is not None:
             raise errors.RedisUnavailable(self._left, code="MOVED_AWAY")
 
-    async def bust(self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int]) -> Outcome:
+    async def bust(
+        self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
+    ) -> Outcome:
         """See `CacheServer`."""
         keys = [key for group in deletes for key in group]
         await self._ask([(lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for key in keys])
-        unlinked = [(key, ("UNLINK", key)) for key in keys]
-        bumped = [(key, ("EVALSHA", self.scripts.bump, 1, key, ttl)) for key, ttl in bumps.items()]
+        unlinked = [(key, self._unlinking(key, graces)) for key in keys]
+        bumped = [(key, bumping(self.scripts, [key], bumps, graces)) for key in bumps]
         answers = iter(await self._ask([*unlinked, *bumped]))
         existed = [sum(next(answers) for _ in group) for group in deletes]
         return Outcome(existed, {key: next(answers)[0] for key in bumps})
+
+    def _unlinking(self, key: bytes, graces: Mapping[bytes, int]) -> Command:
+        grace = graces.get(key)
+        return ("UNLINK", key) if grace is None else ("EVALSHA", self.scripts.keep, 1, key, grace, STALE_SUFFIX)
 
     async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
         """See `CacheServer`."""

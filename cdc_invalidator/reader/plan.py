@@ -24,7 +24,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from cdc_invalidator.contract import LOCK_SUFFIX
+from cdc_invalidator.contract import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NUL, Keys, same_slot
@@ -67,7 +67,7 @@ class Entry:
     with NUL in its place until the version is known; ``counter``: the version's key.
     """
 
-    __slots__ = ("counter", "done", "guess", "item", "key", "params", "refresh", "rest", "token", "value")
+    __slots__ = ("counter", "done", "guess", "item", "key", "params", "refresh", "rest", "stale", "token", "value")
 
     def __init__(self, item: Any, params: Mapping[str, Any], key: bytes, counter: bytes = b"") -> None:
         self.item = item
@@ -80,6 +80,8 @@ class Entry:
         self.guess = b""
         self.value: Any = None
         self.done = False
+        # Whether an old value will do while somebody else loads.
+        self.stale = False
         # Have it loaded whatever is there: it can't be read, or is too old.
         self.refresh = False
 
@@ -187,6 +189,7 @@ class Plan(Generic[T]):
         # The versions of the last reads: the key can then be asked for together with its version.
         self._versions: dict[bytes, bytes] = {}
         self.plain = not options.early
+        self._stale = cache.stale_for is not None
         max_age = options.max_staleness
         self.demand = Demand(0, None if max_age is None else int(max_age * 1000))
 
@@ -199,7 +202,9 @@ class Plan(Generic[T]):
             NoKey: the parameters have no key.
             TypeError: they are not those of the cache.
         """
-        return Entry(item, params, *self.keys.of(params))
+        entry = Entry(item, params, *self.keys.of(params))
+        entry.stale = self._stale
+        return entry
 
     def look(self, entry: Entry, *, taking: bool = True) -> Command:
         """Give the command that looks for an entry; for a cache with a version, it may also take the lease."""
@@ -224,6 +229,7 @@ class Plan(Generic[T]):
             self.cache.version_ttl,
             entry.rest,
             LOCK_SUFFIX,
+            STALE_SUFFIX if entry.stale else b"",
         )
 
     @property
@@ -278,6 +284,9 @@ class Plan(Generic[T]):
             first: what each entry's look gave, which was a miss by `hit`, if that was done already.
         """
         try:
+            if demand.lsn or (demand.max_age is not None and demand.max_age < (self.cache.stale_for or 0)):
+                for entry in entries:
+                    entry.stale = False
             if first is None:
                 refusal, first = yield from self._look(entries, demand)
                 if refusal:
@@ -412,7 +421,9 @@ class Plan(Generic[T]):
         if first is None or len(first) != len(waiting):
             return None
         found = [reply[1] if isinstance(reply, list) else None for reply in first]
-        if any(entry.guess or entry.refresh for entry in waiting) or any(type(reply) is not int for reply in found):
+        if any(entry.guess or entry.refresh for entry in waiting) or any(
+            type(reply) not in {int, list} for reply in found
+        ):
             return None
         return found
 
@@ -435,8 +446,8 @@ class Plan(Generic[T]):
 
     def _taking(self, entry: Entry) -> Command:
         header = NUL if entry.refresh else self._header
-        lock = entry.key + LOCK_SUFFIX
-        return ("EVALSHA", self.world.scripts.take, 2, lock, entry.key, self._token(entry), self._lease, header)
+        keys = (entry.key + LOCK_SUFFIX, entry.key, *((entry.key + STALE_SUFFIX,) if entry.stale else ()))
+        return ("EVALSHA", self.world.scripts.take, len(keys), *keys, self._token(entry), self._lease, header)
 
     def _token(self, entry: Entry) -> bytes:
         if not entry.token:
@@ -641,14 +652,18 @@ class Plan(Generic[T]):
         try:
             if self._versioned and self.cache.bump_over is None:
                 # The next reader makes another, from the clock.
-                commands = [("UNLINK", entry.counter)]
+                commands = [("UNLINK", entry.counter), ("UNLINK", entry.counter + STALE_SUFFIX)]
             else:
                 if self._versioned:
                     (version,) = yield Send([("GET", entry.counter)])
                     if version is None:
                         return True
                     self._name(entry, version)
-                commands = [("UNLINK", entry.key + LOCK_SUFFIX), ("UNLINK", entry.key)]
+                commands = [
+                    ("UNLINK", entry.key + LOCK_SUFFIX),
+                    ("UNLINK", entry.key),
+                    ("UNLINK", entry.key + STALE_SUFFIX),
+                ]
             replies = yield Send(commands)
         except Unavailable as gone:
             self.tally.bypasses(gone.reason)

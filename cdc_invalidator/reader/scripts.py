@@ -22,7 +22,7 @@ return 0
 """
 
 # KEYS: the version. ARGV: token, milliseconds of the lease, what a value must begin with, milliseconds that a version
-# is kept, the key with NUL in the version's place, suffix of locks.
+# is kept, the key with NUL in the version's place, suffix of locks, suffix of old values and versions (empty: none).
 # The version first, then the key with it, and the lease on that if there is no value. A missing version is made from
 # the clock, in microseconds, so that it never repeats. Without a token it only looks.
 # Gives the version, and the same as TAKE; nothing instead of a lease where it only looked.
@@ -40,7 +40,11 @@ if ARGV[1] == '' then return {version, false} end
 local lock = key .. ARGV[6]
 if redis.call('SET', lock, ARGV[1], 'NX', 'PX', ARGV[2]) then return {version, 1} end
 if redis.call('GET', lock) == ARGV[1] then return {version, 1} end
-return {version, 0}
+if ARGV[7] == '' then return {version, 0} end
+local old = redis.call('GET', key .. ARGV[7])
+local before = not old and redis.call('GET', KEYS[1] .. ARGV[7])
+if before then old = redis.call('GET', (string.gsub(ARGV[5], '%z', before))) end
+return {version, {old}}
 """
 
 # KEYS: the version. ARGV: milliseconds that it is kept. Gives the version, which is made if it is missing: for a

@@ -57,6 +57,49 @@ async def test_the_same_key_in_two_groups_is_counted_once(server: CacheServer, r
     assert outcome.existed == [1, 0]
 
 
+async def test_a_grace_leaves_the_old_value_for_a_while_and_no_longer(
+    server: CacheServer, redis_client: redis.Redis
+) -> None:
+    keys = [f"k{n}".encode() for n in range(KEYS_A_COMMAND + 10)]
+    for key in (*keys[:-1], b"plain"):
+        redis_client.set(key, b"old", ex=1000)
+        redis_client.set(key + b":lock", 1)
+    outcome = await server.bust([[b"plain"], keys], {}, dict.fromkeys(keys, 60_000))
+    assert outcome.existed == [1, KEYS_A_COMMAND + 9]
+    assert redis_client.dbsize() == KEYS_A_COMMAND + 9
+    assert redis_client.get("k7:stale") == b"old"
+    left = redis_client.pttl("k7:stale")
+    await server.bust([[b"k7"]], {}, {b"k7": 60_000})
+    assert 0 < redis_client.pttl("k7:stale") <= left, "another bust gives no more time to what is old already"
+    redis_client.set("k7", b"newer")
+    await server.bust([[b"k7"]], {}, {b"k7": 60_000})
+    assert redis_client.get("k7:stale") == b"newer"
+
+
+async def test_a_grace_of_a_version_leaves_the_one_before(server: CacheServer, redis_client: redis.Redis) -> None:
+    redis_client.set("v", 5)
+    redis_client.set("w", 5)
+    await server.bust([], {b"v": 60_000, b"w": 60_000, b"missing": 60_000}, {b"v": 30_000, b"missing": 30_000})
+    assert redis_client.get("v:stale") == b"5"
+    assert 0 < redis_client.pttl("v:stale") <= 30_000
+    assert redis_client.exists("w:stale", "missing:stale") == 0
+
+
+@pytest.mark.parametrize("missing", ["pexpire", "rename"])
+async def test_without_the_right_to_move_a_value_it_is_deleted(missing: str, own_valkey: embedded.Valkey) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        granted = ["+@all", f"-{missing}"]
+        client.execute_command("ACL", "SETUSER", "app", "on", ">secret", "~*", *granted)
+        client.set("k", b"old")
+        server = cache_at(own_valkey.url.replace("redis://", "redis://app:secret@"))
+        await server.connect()
+        try:
+            assert (await server.bust([[b"k"]], {}, {b"k": 60_000})).existed == [1]
+        finally:
+            await server.close()
+        assert client.dbsize() == 0
+
+
 async def test_bumps_never_repeat(server: CacheServer, redis_client: redis.Redis) -> None:
     future = int(time.time() * 1e6) + 10**12
     redis_client.set("small", 1)

@@ -171,7 +171,9 @@ class Server:
         self._ask()
         return [self._world.redis.mark]
 
-    async def bust(self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int]) -> Outcome:
+    async def bust(
+        self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int], _graces: Mapping[bytes, int]
+    ) -> Outcome:
         half = len(deletes) // 2
         if self._world.failures == 1:
             # It may have had a part of it.

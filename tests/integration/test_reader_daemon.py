@@ -1,0 +1,375 @@
+"""The reader and the daemon together: PostgreSQL, Valkey, and a process that busts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import redis
+import sqlalchemy
+import sqlalchemy.ext.asyncio
+import sqlalchemy.orm
+from prometheus_client import CollectorRegistry
+from readers import Loader, Reads, rules_file
+from running import RunningDaemon, eventually, execute, settled, watermark
+
+from cdc_invalidator.reader.commit import acommit_lsn, commit_lsn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+RULES = """
+version: 1
+caches:
+  user: {key: "t:user:{id}", ttl: 5m, negative_ttl: 1m}
+  team: {key: "t:team:{team_id}", ttl: 5m}
+  page: {key: "t:page:{id}:v{version}", version: "t:page:{id}:ver", ttl: 5m}
+  old-user: {key: "t:old-user:{id}", ttl: 5m, stale_for: 1m}
+  old-page: {key: "t:old-page:{id}:v{version}", version: "t:old-page:{id}:ver", ttl: 5m, stale_for: 1m}
+  brief: {key: "t:brief:{id}", ttl: 5m, stale_for: 300ms}
+  rate: {key: "t:rate:{id}", ttl: 5m, ttl_only: true}
+rules:
+  - name: user-changed
+    table: public.users
+    bust: [user, page, old-user, old-page, brief, team]
+"""
+
+
+@pytest.fixture(params=["sync", "async"])
+def reads(request: pytest.FixtureRequest) -> Iterator[Reads]:
+    with Reads(request.param) as reads:
+        yield reads
+
+
+class Stage:
+    """A table of users, the daemon on it, and reads of both shells."""
+
+    def __init__(self, dsn: str, url: str, client: redis.Redis, daemon: RunningDaemon, rules: Path) -> None:
+        self.dsn = dsn
+        self.url = url
+        self.client = client
+        self.daemon = daemon
+        self.rules = rules
+        self.registry = CollectorRegistry()
+        self._connection = psycopg.connect(dsn, autocommit=True)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def caches(self, reads: Reads, **settings: Any) -> Any:
+        return reads.caches(self.rules, self.url, slot=self.daemon.slot, registry=self.registry, **settings)
+
+    def name(self, id: int) -> str | None:  # noqa: A002  the parameter's name
+        row = self._connection.execute("SELECT name FROM users WHERE id = %s", [id]).fetchone()
+        return None if row is None else str(row[0])
+
+    def members(self, team_id: int) -> list[str]:
+        rows = self._connection.execute("SELECT name FROM users WHERE team_id = %s ORDER BY id", [team_id]).fetchall()
+        return [name for (name,) in rows]
+
+    def write(self, sql: str) -> int:
+        """Commit, and give the commit's LSN."""
+        with psycopg.connect(self.dsn) as connection:
+            connection.execute(sql.encode())
+            connection.commit()
+            return commit_lsn(connection)
+
+    def settled(self) -> None:
+        settled(self.dsn, self.client, self.daemon.slot)
+
+    def bypasses(self, reason: str, cache: str = "user") -> float:
+        name = "cdc_invalidator_reader_bypasses_total"
+        return self.registry.get_sample_value(name, {"cache": cache, "reason": reason}) or 0.0
+
+
+@pytest.fixture
+def stage(database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path) -> Iterator[Stage]:
+    execute(
+        database,
+        "CREATE TABLE users (id int PRIMARY KEY, name text, team_id int)",
+        "ALTER TABLE users REPLICA IDENTITY FULL",
+        "INSERT INTO users VALUES (1, 'Ada', 7), (2, 'Barbara', 9)",
+    )
+    rules = rules_file(tmp_path, RULES)
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
+        daemon.ready()
+        settled(database, redis_client, slot_name)
+        stage = Stage(database, redis_url, redis_client, daemon, rules)
+        yield stage
+        stage.close()
+        assert not daemon.errors
+
+
+def test_whatever_is_written_shows(stage: Stage, reads: Reads) -> None:
+    caches = stage.caches(reads)
+
+    def shown() -> list[Any]:
+        return [
+            *(caches.user.get(id=number, load=stage.name) for number in (1, 2, 3)),
+            *caches.page.get_many([1, 2], load=lambda ids: [stage.name(each) for each in ids]),
+            *(caches.team.get(team_id=number, load=stage.members) for number in (7, 9)),
+        ]
+
+    assert shown() == ["Ada", "Barbara", None, "Ada", "Barbara", ["Ada"], ["Barbara"]]
+    stage.write("UPDATE users SET name = 'Grace', team_id = 9 WHERE id = 1")
+    stage.settled()
+    assert shown() == ["Grace", "Barbara", None, "Grace", "Barbara", [], ["Grace", "Barbara"]]
+    stage.write("INSERT INTO users VALUES (3, 'Edsger', 7)")
+    stage.write("DELETE FROM users WHERE id = 2")
+    stage.settled()
+    assert shown() == ["Grace", None, "Edsger", "Grace", None, ["Edsger"], ["Grace"]]
+    stage.write("TRUNCATE users")
+    stage.settled()
+    assert shown() == [None, None, None, None, None, [], []]
+
+
+def test_a_load_that_a_commit_overtakes_is_not_kept(stage: Stage, reads: Reads) -> None:
+    caches = stage.caches(reads)
+
+    def slow(id: int) -> str | None:  # noqa: A002
+        name = stage.name(id)
+        stage.write("UPDATE users SET name = name || '!'")
+        stage.settled()
+        return name
+
+    for name in ("user", "page", "old-user", "old-page"):
+        before = stage.name(1)
+        assert caches[name].get(id=1, load=slow) == before
+        assert caches[name].get(id=1, load=stage.name) == stage.name(1)
+
+
+@pytest.mark.parametrize("name", ["old-user", "old-page"])
+def test_after_a_bust_one_reader_loads_and_the_others_are_shown_the_old_value(
+    name: str, stage: Stage, reads: Reads
+) -> None:
+    users = stage.caches(reads)[name].using(wait=60.0)
+    assert users.get(id=1, load=stage.name) == "Ada"
+    stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
+    stage.settled()
+    loading, go_on = threading.Event(), threading.Event()
+
+    def slow(id: int) -> str | None:  # noqa: A002
+        loading.set()
+        assert go_on.wait(60)
+        return stage.name(id)
+
+    got: list[Any] = []
+    first = threading.Thread(target=lambda: got.append(users.get(id=1, load=slow)))
+    first.start()
+    assert loading.wait(60)
+    load = Loader({1: "not asked"})
+    assert [users.get(id=1, load=load) for _ in range(3)] == ["Ada"] * 3
+    assert users.get_many([1], load=load.many) == ["Ada"]
+    # Who asks for what was committed is not shown what is older.
+    unstale = users.using(wait=0.01, max_staleness=30.0)
+    assert unstale.get(id=1, load=stage.name) == "Grace"
+    go_on.set()
+    first.join()
+    assert got == ["Grace"]
+    assert users.get(id=1, load=load) == "Grace"
+    assert load.asked == []
+    stale = stage.registry.get_sample_value("cdc_invalidator_reader_stale_hits_total", {"cache": name})
+    assert stale == 4
+
+
+def test_the_old_value_is_shown_no_longer_than_stale_for(stage: Stage, reads: Reads) -> None:
+    users = stage.caches(reads).brief.using(wait=0.01)
+    assert users.get(id=1, load=stage.name) == "Ada"
+    stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
+    stage.settled()
+    stage.client.set("t:brief:1:lock", "somebody else, for ever")
+    eventually(lambda: users.get(id=1, load=stage.name) == "Grace", "its time is up")
+    assert stage.client.exists("t:brief:1:stale", "t:brief:1") == 0
+
+
+def test_a_sweep_leaves_no_old_value_of_its_own(stage: Stage, reads: Reads) -> None:
+    users = stage.caches(reads)["old-user"]
+    assert users.get(id=1, load=stage.name) == "Ada"
+    stage.write("TRUNCATE users")
+    stage.settled()
+    assert not stage.client.keys("t:old-user:*")
+
+
+def test_a_writer_reads_its_own_write(stage: Stage, reads: Reads) -> None:
+    caches = stage.caches(reads)
+    names = ("user", "page", "old-user")
+    for round_ in range(20):
+        for name in names:
+            caches[name].get(id=1, load=stage.name)
+        mine = f"Grace {round_}"
+        lsn = stage.write(f"UPDATE users SET name = '{mine}' WHERE id = 1")
+        view = caches.at_least(lsn)
+        assert [view[name].get(id=1, load=stage.name) for name in names] == [mine] * 3
+        assert view.user.get_many([1, 2], load=lambda ids: [stage.name(each) for each in ids]) == [mine, "Barbara"]
+        stage.settled()
+        before = stage.bypasses("behind")
+        assert [view[name].get(id=1, load=stage.name) for name in names] == [mine] * 3
+        assert stage.bypasses("behind") == before, "the watermark has passed it"
+        load = Loader({1: "not asked"})
+        assert view.user.get(id=1, load=load) == mine
+        assert load.asked == []
+
+
+def test_what_the_watermark_does_not_speak_for_is_loaded(stage: Stage, reads: Reads) -> None:
+    caches = stage.caches(reads)
+    lsn = stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
+    stage.settled()
+    assert caches.at_least(lsn).rate.get(id=1, load=stage.name) == "Grace"
+    assert stage.bypasses("ttl_only", "rate") == 1
+    far = caches.at_least(2**60).user
+    assert far.get(id=1, load=stage.name) == "Grace"
+    assert stage.bypasses("behind") == 1
+    other = reads.caches(stage.rules, stage.url, slot="nobody's")
+    assert other.at_least(lsn).user.get(id=1, load=stage.name) == "Grace"
+    stage.daemon.terminate()
+    stage.client.hset(f"cdc:{stage.daemon.slot}:watermark", "rules", '{"another": "x"}')
+    assert caches.at_least(lsn).user.get(id=1, load=stage.name) == "Grace"
+    assert stage.bypasses("not_covered") == 1
+    broken: Any
+    for broken in ({"rules": "{"}, {"lsn": "x"}):
+        stage.client.hset(f"cdc:{stage.daemon.slot}:watermark", mapping=broken)
+        assert caches.at_least(lsn).user.get(id=1, load=stage.name) == "Grace"
+    assert stage.bypasses("no_watermark") == 2
+
+
+def test_a_feed_that_is_dead_is_noticed(stage: Stage, reads: Reads) -> None:
+    caches = stage.caches(reads)
+    careful = caches.user.using(max_staleness=3.0)
+    load = Loader({1: "loaded"})
+    assert careful.get(id=1, load=stage.name) == "Ada"
+
+    def fresh() -> bool:
+        asked = len(load.asked)
+        careful.get(id=1, load=load)
+        return len(load.asked) == asked
+
+    eventually(fresh, "the watermark is young, and the value comes from the cache")
+    before: Any = stage.client.info("commandstats")
+    for _ in range(50):
+        careful.get(id=1, load=load)
+    after: Any = stage.client.info("commandstats")
+    read = after["cmdstat_hmget"]["calls"] - before["cmdstat_hmget"]["calls"]
+    assert read < 50 * 2 / 3, "what was read of the watermark a moment ago will do"
+    stage.daemon.terminate()
+    load.asked.clear()
+    eventually(lambda: careful.get(id=1, load=load) == "loaded", "the watermark is old")
+    assert stage.bypasses("old") >= 1
+    assert caches.user.get(id=1, load=load) == "Ada", "who does not ask for it is served from the cache"
+    assert caches.user.get(id=1, load=load, max_staleness=0.5) == "loaded"
+    assert caches.user.get(id=1, load=load, max_staleness=3600.0) == "Ada"
+
+
+def test_a_cache_that_nothing_busts_is_as_old_as_its_entry(stage: Stage, reads: Reads) -> None:
+    rate = stage.caches(reads).rate
+    load = Loader({1: "first"})
+    assert rate.get(id=1, load=load, max_staleness=3600.0) == "first"
+    load.rows[1] = "second"
+    assert rate.get(id=1, load=load, max_staleness=3600.0) == "first"
+    time.sleep(0.02)
+    assert rate.get(id=1, load=load, max_staleness=0.01) == "second"
+    assert rate.get(id=1, load=load) == "second"
+    assert load.asked == [1, 1]
+
+
+# ── The LSN of a commit ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def end_of(dsn: str, *, after: Callable[[], int]) -> tuple[int, int, int]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        before = commit_lsn(connection)
+        given = after()
+        return before, given, commit_lsn(connection)
+
+
+def sqlalchemy_url(dsn: str) -> sqlalchemy.URL:
+    parts = psycopg.conninfo.conninfo_to_dict(dsn)
+    return sqlalchemy.URL.create(
+        "postgresql+psycopg",
+        username=str(parts["user"]),
+        password=str(parts.get("password") or ""),
+        host=str(parts["host"]),
+        port=int(str(parts["port"])),
+        database=str(parts["dbname"]),
+    )
+
+
+def test_the_lsn_of_a_commit_by_psycopg(database: str) -> None:
+    execute(database, "CREATE TABLE things (id int)")
+
+    def write() -> int:
+        with psycopg.connect(database) as connection:
+            connection.execute("INSERT INTO things VALUES (1)")
+            with pytest.raises(ValueError, match="commit it first"):
+                commit_lsn(connection)
+            connection.commit()
+            lsn = commit_lsn(connection)
+            assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+            return lsn
+
+    async def awrite() -> int:
+        async with await psycopg.AsyncConnection.connect(database) as connection:
+            await connection.execute("INSERT INTO things VALUES (1)")
+            with pytest.raises(ValueError, match="commit it first"):
+                await acommit_lsn(connection)
+            await connection.commit()
+            return await acommit_lsn(connection)
+
+    for each in (write, lambda: asyncio.run(awrite())):
+        before, given, after = end_of(database, after=each)
+        assert before < given <= after
+
+
+def test_the_lsn_of_a_commit_by_sqlalchemy(database: str) -> None:
+    execute(database, "CREATE TABLE things (id int)")
+    insert = sqlalchemy.text("INSERT INTO things VALUES (1)")
+    engine = sqlalchemy.create_engine(sqlalchemy_url(database))
+
+    def by_session() -> int:
+        with sqlalchemy.orm.Session(engine) as session:
+            session.execute(insert)
+            session.commit()
+            return commit_lsn(session)
+
+    def by_connection() -> int:
+        with engine.connect() as connection:
+            connection.execute(insert)
+            connection.commit()
+            return commit_lsn(connection)
+
+    def by_engine() -> int:
+        with engine.begin() as connection:
+            connection.execute(insert)
+        return commit_lsn(engine)
+
+    async def awaited(by: str) -> int:
+        made = sqlalchemy.ext.asyncio.create_async_engine(sqlalchemy_url(database))
+        try:
+            if by == "session":
+                async with sqlalchemy.ext.asyncio.AsyncSession(made) as session:
+                    await session.execute(insert)
+                    await session.commit()
+                    return await acommit_lsn(session)
+            async with made.connect() as connection:
+                await connection.execute(insert)
+                await connection.commit()
+                return await acommit_lsn(made if by == "engine" else connection)
+        finally:
+            await made.dispose()
+
+    awaiting = [lambda by=by: asyncio.run(awaited(by)) for by in ("session", "engine", "connection")]
+    for each in (by_session, by_connection, by_engine, *awaiting):
+        before, given, after = end_of(database, after=each)
+        assert before < given <= after
+    engine.dispose()
+
+
+def test_the_watermark_reaches_the_lsn_of_a_commit(stage: Stage) -> None:
+    lsn = stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
+    eventually(
+        lambda: int(watermark(stage.client, stage.daemon.slot)[b"lsn"]) >= lsn, "it is passed on an idle database"
+    )

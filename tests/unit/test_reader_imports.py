@@ -1,0 +1,62 @@
+"""Who only reads needs redis, orjson, pydantic and PyYAML, and nothing else that the daemon needs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+RULES = """
+version: 1
+caches:
+  user: {key: "t:user:{id}", ttl: 5m}
+rules:
+  - {name: user-changed, table: public.users, when: "op != 'update' || new.name != old.name", bust: [user]}
+"""
+DAEMONS = (
+    *("aiohttp", "asyncpg", "cel", "django", "h11", "prometheus_client", "psycopg", "pydantic_settings", "rich"),
+    *("sqlalchemy", "structlog", "typer", "uvloop", "watchfiles"),
+)
+PROGRAM = """
+import importlib.abc, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused}:
+            raise ImportError("not installed here: " + name)
+
+sys.meta_path.insert(0, Refuse())
+import redis, redis.asyncio
+from cdc_invalidator.reader import AsyncCaches, Caches
+from cdc_invalidator.reader.commit import acommit_lsn, commit_lsn
+
+client = redis.Redis(port=1, retry=None, socket_timeout=1, socket_connect_timeout=1)
+assert Caches.from_rules({rules!r}, client).user.get(id=1, load=lambda id: id + 1) == 2
+AsyncCaches.from_rules({rules!r}, redis.asyncio.Redis())
+ours = sorted(name for name in sys.modules if name.startswith("cdc_invalidator."))
+print(*ours, sep="\\n")
+"""
+# The pure modules that the reader shares with the daemon.
+SHARED = {"condition", "contract", "document", "errors", "pgoutput", "rulefile", "rules", "template"}
+
+
+def test_the_reader_imports_nothing_that_only_the_daemon_needs(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES)
+    program = PROGRAM.format(refused=set(DAEMONS), rules=str(rules))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    ours = {name.split(".")[1] for name in done.stdout.split()}
+    assert ours - {"reader"} == SHARED
+
+
+def test_the_pure_part_does_no_io() -> None:
+    folder = Path(__file__).parents[2] / "cdc_invalidator" / "reader"
+    shells = {"aio.py", "commit.py", "handle.py", "sync.py", "tracking.py", "__init__.py"}
+    for file in folder.glob("*.py"):
+        if file.name not in shells:
+            text = file.read_text()
+            assert "import redis" not in text, file
+            assert "from redis" not in text, file
+            assert "asyncio" not in text, file
+            assert "time.sleep" not in text, file

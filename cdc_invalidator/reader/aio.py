@@ -17,8 +17,10 @@ from cdc_invalidator.reader import handle
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NoKey
+from cdc_invalidator.reader.local import Local
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.plan import MISS, Command, Entry, Load, Plan, Send, Steps, Unavailable
+from cdc_invalidator.reader.tracking import AsyncFollower
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +38,8 @@ class Link:
     def __init__(self, client: Any, breaker: Breaker, texts: Mapping[bytes, str]) -> None:
         self.execute = client.execute_command
         self.breaker = breaker
-        self._client = client
+        self.client = client
+        self.local: Local | None = None
         self._texts = texts
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
@@ -76,7 +79,7 @@ class Link:
                 return [await self.execute(*commands[0], NEVER_DECODE=True)]
             except exceptions.ResponseError as error:
                 return [error]
-        async with self._client.pipeline(transaction=False) as pipeline:
+        async with self.client.pipeline(transaction=False) as pipeline:
             for command in commands:
                 pipeline.execute_command(*command, NEVER_DECODE=True)
             return list(await pipeline.execute(raise_on_error=False))
@@ -156,6 +159,13 @@ class AsyncCache(Generic[T]):
             return entry.value  # type: ignore[no-any-return]
         first = None
         if self._quick and max_staleness is None and not link.breaker.failures:
+            local, token = link.local, None
+            if local is not None and plan.cache.name in local.names:
+                kept = local.get(entry.key, time.monotonic())
+                value: Any = MISS if kept is None else plan.local(kept)
+                if value is not MISS:
+                    return value  # type: ignore[no-any-return]
+                token = local.ask(entry.key)
             try:
                 reply = await link.execute(*plan.look(entry), NEVER_DECODE=True)
             except handle.HARMLESS:
@@ -167,6 +177,8 @@ class AsyncCache(Generic[T]):
                     return entry.value  # type: ignore[no-any-return]
             else:
                 value = plan.hit(entry, reply)
+                if token is not None and local is not None:
+                    local.keep(entry.key, token, *((None, 0.0) if value is MISS else (reply, plan.kept_until(reply))))
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
                 first = [reply]
@@ -378,3 +390,27 @@ class AsyncCaches:
     def at_least(self, lsn: int) -> Self:
         """Give a view whose reads show at least what was committed up to an LSN, from the database if need be."""
         return type(self)(self._book, self._link, lsn)
+
+    @asynccontextmanager
+    async def local(self, *names: str, size: int = 10_000) -> AsyncIterator[None]:
+        """Keep entries of some caches in this process's memory as well, as long as this is entered.
+
+        Redis tells when one changes, on a connection of its own; while that is silent for two seconds, nothing is
+        served from memory. Reads that ask for a freshness go to Redis as ever.
+
+        Args:
+            names: the caches; none of them may have a version.
+            size: how many entries are kept, at most.
+
+        Raises:
+            ValueError: a cache has a version, or the client is of a cluster.
+        """
+        local = Local((self._book.plan(name).cache for name in names), size)
+        follower = AsyncFollower(self._link.client, local)
+        follower.start()
+        self._link.local = local
+        try:
+            yield
+        finally:
+            self._link.local = None
+            await follower.stop()

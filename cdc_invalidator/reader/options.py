@@ -32,7 +32,7 @@ class _Json:
 JSON: Serializer[Any] = _Json()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # with slots, `Options[User](…)` would fail
 class Options(Generic[T]):
     """How a cache is read; times are in seconds.
 

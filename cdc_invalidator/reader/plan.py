@@ -41,6 +41,7 @@ Command: TypeAlias = tuple[Any, ...]
 
 # Between two looks at what somebody else loads, in seconds; with a dice, so that not all look at once.
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.1
+TELL_SECONDS = 60.0
 # Versions that a process keeps in mind, for each cache.
 REMEMBERED = 10_000
 
@@ -168,7 +169,8 @@ class Plan(Generic[T]):
     ) -> None:
         if cache.ttl is None:
             raise ValueError(f"cache {cache.name} has no `ttl`, so what is stored would stay for ever; add one to it")
-        if world.cluster and cache.version is None and not cache.key.tagged:
+        needs_tag = cache.version is None or cache.bump_over is not None
+        if world.cluster and needs_tag and not cache.key.tagged:
             raise ValueError(
                 f"in a cluster, a key of cache {cache.name} and its lock lie in different slots; give the key a hash "
                 "tag, such as `user:{{{id}}}:profile`"
@@ -186,8 +188,11 @@ class Plan(Generic[T]):
         self._ttl, self._jitter = cache.ttl, cache.jitter
         self._versioned = cache.version is not None
         self._one_slot = not world.cluster or same_slot(cache)
+        self._locks_beside = not world.cluster or cache.key.tagged
         # The versions of the last reads: the key can then be asked for together with its version.
         self._versions: dict[bytes, bytes] = {}
+        # When what Redis refuses with is told again.
+        self._told: dict[str, float] = {}
         self.plain = not options.early
         self._stale = cache.stale_for is not None
         max_age = options.max_staleness
@@ -272,6 +277,23 @@ class Plan(Generic[T]):
             return MISS
         self.tally.hits()
         return value
+
+    def local(self, stored: bytes) -> Any:
+        """Give the value of what `Local` has kept, or `MISS` if others' options have; counted if it is there."""
+        payload = self._envelope.payload(stored)
+        if payload is None:
+            return MISS
+        try:
+            value = self._loads(payload) if payload else None
+        except Exception:  # noqa: BLE001  whatever a serializer raises, the database has the value
+            return MISS
+        self.tally.l1_hits()
+        return value
+
+    def kept_until(self, stored: bytes) -> float:
+        """Give until when, as a steady time, what a look gave may be kept: its own end."""
+        left = self._envelope.times(stored).expires - self._now()
+        return self.world.clocks.steady() + left / 1000
 
     # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -446,8 +468,12 @@ class Plan(Generic[T]):
 
     def _taking(self, entry: Entry) -> Command:
         header = NUL if entry.refresh else self._header
-        keys = (entry.key + LOCK_SUFFIX, entry.key, *((entry.key + STALE_SUFFIX,) if entry.stale else ()))
+        keys = (self._lock(entry), entry.key, *((entry.key + STALE_SUFFIX,) if entry.stale else ()))
         return ("EVALSHA", self.world.scripts.take, len(keys), *keys, self._token(entry), self._lease, header)
+
+    def _lock(self, entry: Entry) -> bytes:
+        # The daemon does not touch the lease of a key that has only a version: it may be named after its slot.
+        return entry.key + LOCK_SUFFIX if self._locks_beside else b"{%b}%b" % (entry.key, LOCK_SUFFIX)
 
     def _token(self, entry: Entry) -> bytes:
         if not entry.token:
@@ -508,7 +534,7 @@ class Plan(Generic[T]):
     def _storing(self, entry: Entry, began: float, took: float) -> Command:
         """Give the command that stores a value, or that gives the lease back where nothing is to be stored."""
         scripts, clocks, cache = self.world.scripts, self.world.clocks, self.cache
-        lock = entry.key + LOCK_SUFFIX
+        lock = self._lock(entry)
         ttl = self._ttl if entry.value is not None else cache.negative_ttl
         payload = self._payload(entry.value) if ttl is not None else None
         if self.space is not None and payload is not None and not self.space.admits(entry.rest, clocks.steady()):
@@ -536,7 +562,7 @@ class Plan(Generic[T]):
     def _release(self, mine: Sequence[Entry]) -> Steps[None]:
         scripts = self.world.scripts
         try:
-            yield Send([("EVALSHA", scripts.release, 1, entry.key + LOCK_SUFFIX, entry.token) for entry in mine])
+            yield Send([("EVALSHA", scripts.release, 1, self._lock(entry), entry.token) for entry in mine])
         except Unavailable:
             return  # it runs out by itself
 
@@ -553,8 +579,11 @@ class Plan(Generic[T]):
             entry.found(value)
 
     def _refused(self, error: Exception) -> str:
-        """Give the reason for metrics, and tell what Redis says: it is for an operator to put right."""
-        _log.warning("Redis refuses a read of cache %s (%s)", self.cache.name, _word(error))
+        """Give the reason for metrics, and tell what Redis says, now and then: it is for an operator to put right."""
+        word, now = _word(error), self.world.clocks.steady()
+        if now >= self._told.get(word, now):
+            self._told[word] = now + TELL_SECONDS
+            _log.warning("Redis refuses reads of cache %s (%s)", self.cache.name, word)
         return "refused"
 
     # ── Early refresh ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -571,9 +600,7 @@ class Plan(Generic[T]):
     def _refresh(self, early: Sequence[Entry]) -> Steps[None]:
         """Load entries that have a value anew, as far as nobody else does."""
         lease = self._lease
-        replies = yield Send(
-            [("SET", entry.key + LOCK_SUFFIX, self._token(entry), "NX", "PX", lease) for entry in early]
-        )
+        replies = yield Send([("SET", self._lock(entry), self._token(entry), "NX", "PX", lease) for entry in early])
         mine = [entry for entry, reply in zip(early, replies, strict=True) if reply in {True, b"OK", "OK"}]
         if not mine:
             return
@@ -624,7 +651,7 @@ class Plan(Generic[T]):
                     self.tally.bypasses(self._refused(version))
                     return False
                 self._name(entry, version)
-            (reply,) = yield Send([("SET", entry.key + LOCK_SUFFIX, self._token(entry), "PX", self._lease)])
+            (reply,) = yield Send([("SET", self._lock(entry), self._token(entry), "PX", self._lease)])
         except Unavailable as gone:
             self.tally.bypasses(gone.reason)
             return False
@@ -660,7 +687,7 @@ class Plan(Generic[T]):
                         return True
                     self._name(entry, version)
                 commands = [
-                    ("UNLINK", entry.key + LOCK_SUFFIX),
+                    ("UNLINK", self._lock(entry)),
                     ("UNLINK", entry.key),
                     ("UNLINK", entry.key + STALE_SUFFIX),
                 ]

@@ -1,0 +1,158 @@
+"""The process's own memory before Redis: a bounded cache of entries, kept right by Redis's invalidation messages. Pure.
+
+Who follows the messages is `tracking`. The rules that hold here:
+
+- An entry is kept only if no message for its key came between asking Redis for it and keeping it. The two travel on
+  different connections, so either may come first; if the message is the later one, it takes the entry out again.
+- Nothing is given unless the connection of the messages has answered a ping that was sent less than ``patience``
+  seconds ago: all messages of before that ping have come by then. So no value is older than Redis's by more than that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from cdc_invalidator.rules import Cache
+
+PATIENCE = 2.0
+
+
+class Local:
+    """Entries by key; may be used by several threads.
+
+    Args:
+        caches: whose entries may be kept.
+        size: how many entries, at most; the least used go first.
+        patience: seconds that the connection of the messages may be silent.
+
+    Raises:
+        ValueError: a cache has a version, which must be asked for anyway.
+    """
+
+    def __init__(self, caches: Iterable[Cache], size: int, patience: float = PATIENCE) -> None:
+        caches = list(caches)
+        for cache in caches:
+            if cache.version is not None:
+                raise ValueError(f"cache {cache.name} has a version, which each read asks Redis for; leave it out")
+        self.names = frozenset(cache.name for cache in caches)
+        self.prefixes = _apart({cache.key.prefix for cache in caches})
+        self._size = size
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[bytes, tuple[bytes, float]] = OrderedDict()
+        self._asked: dict[bytes, object] = {}
+        self._proven_at = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: bytes, now: float) -> bytes | None:
+        """Give what is kept under a key; ``now``: a monotonic time in seconds."""
+        if now - self._proven_at > self._patience:
+            return None
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                return None
+            entry, until = found
+            if now >= until:
+                del self._entries[key]
+                return None
+            self._entries.move_to_end(key)
+            return entry
+
+    def ask(self, key: bytes) -> object:
+        """Note that Redis is about to be asked for a key, and give what `keep` wants."""
+        token = object()
+        with self._lock:
+            self._asked[key] = token
+        return token
+
+    def keep(self, key: bytes, token: object, entry: bytes | None, until: float) -> None:
+        """Keep what Redis gave until a monotonic time, or nothing if it is ``None`` or may be old by now."""
+        with self._lock:
+            if self._asked.get(key) is not token:
+                return
+            del self._asked[key]
+            if entry is None or self._proven_at == float("-inf"):
+                return
+            self._entries[key] = (entry, until)
+            self._entries.move_to_end(key)
+            if len(self._entries) > self._size:
+                self._entries.popitem(last=False)
+
+    def invalidate(self, keys: Sequence[bytes] | None) -> None:
+        """Take a message: these keys have changed, or all have (``None``)."""
+        with self._lock:
+            if keys is None:
+                self._entries.clear()
+                self._asked.clear()
+                return
+            for key in keys:
+                self._entries.pop(key, None)
+                self._asked.pop(key, None)
+
+    def proven(self, at: float) -> None:
+        """Note that all messages of before that time have come."""
+        self._proven_at = at
+
+    def lost(self) -> None:
+        """Forget all: the connection of the messages is gone."""
+        self._proven_at = float("-inf")
+        self.invalidate(None)
+
+    @property
+    def command(self) -> tuple[bytes | str, ...]:
+        """The command that asks for the messages."""
+        prefixes = [part for prefix in self.prefixes for part in ("PREFIX", prefix)]
+        return ("CLIENT", "TRACKING", "ON", "BCAST", *prefixes)
+
+
+def _apart(prefixes: Iterable[bytes]) -> list[bytes]:
+    """Leave out prefixes that begin with another: Redis wants none that overlap; none at all stand for all keys."""
+    kept: list[bytes] = []
+    for prefix in sorted(prefixes):
+        if not kept or not prefix.startswith(kept[-1]):
+            kept.append(prefix)
+    return [] if b"" in kept else kept
+
+
+class Pulse:
+    """When to send a ping, and when to give up on the connection; times are monotonic, in seconds.
+
+    Args:
+        local: is told what is proven.
+        beat: seconds between pings.
+        patience: seconds that a ping may go unanswered.
+    """
+
+    def __init__(self, local: Local, beat: float = PATIENCE / 4, patience: float = PATIENCE) -> None:
+        self.beat = beat
+        self._local = local
+        self._patience = patience
+        self._sent: float | None = None
+        self._next_at = 0.0
+
+    def due(self, now: float) -> bool:
+        """Whether to send a ping now.
+
+        Raises:
+            TimeoutError: the last one was not answered.
+        """
+        if self._sent is not None:
+            if now - self._sent > self._patience:
+                raise TimeoutError("a ping was not answered")
+            return False
+        if now < self._next_at:
+            return False
+        self._sent = now
+        self._next_at = now + self.beat
+        return True
+
+    def answered(self) -> None:
+        """Note the answer."""
+        if self._sent is not None:
+            self._local.proven(self._sent)
+            self._sent = None

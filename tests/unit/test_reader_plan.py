@@ -1,0 +1,392 @@
+"""What a read decides, step by step: any interleaving of readers, commits and busts, on a model of Redis."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cdc_invalidator import rules
+from cdc_invalidator.reader.freshness import Demand, Feed
+from cdc_invalidator.reader.metrics import silent
+from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.plan import Clocks, Entry, Load, Plan, Send, Sleep, Unavailable, World
+
+RULES = """
+version: 1
+caches:
+  user: {key: "t:user:{id}", ttl: 5m, negative_ttl: 1m}
+  page: {key: "t:page:{id}:{version}", version: "t:page:{id}:ver", ttl: 5m, negative_ttl: 1m}
+  both: {key: "t:both:{id}:{version}", version: "t:both:{id}:ver", bump_over: 10, ttl: 5m, negative_ttl: 1m}
+  old: {key: "t:old:{id}", ttl: 5m, negative_ttl: 1m, stale_for: 1m}
+rules: []
+"""
+CACHES = rules.parse([("rules.yaml", RULES)], {}).caches
+ANY = Demand()
+
+
+class Model:
+    """Redis as far as a reader sees it; nothing expires unless told to."""
+
+    def __init__(self, world: World) -> None:
+        self.data: dict[bytes, bytes] = {}
+        self.clock = 1_000_000
+        self._scripts = {
+            world.scripts.take: self._take,
+            world.scripts.versioned: self._versioned,
+            world.scripts.fill: self._fill,
+            world.scripts.release: self._release,
+        }
+
+    def ask(self, *command: Any) -> Any:
+        match command:
+            case ("GET", key):
+                return self.data.get(key)
+            case ("MGET", *keys):
+                return [self.data.get(key) for key in keys]
+            case ("UNLINK", *keys):
+                return sum(self.data.pop(key, None) is not None for key in keys)
+            case ("SET", key, value, "NX", "PX", _):
+                return b"OK" if self._set_new(key, value) else None
+            case ("SET", key, value, "PX", _):
+                self.data[key] = value
+                return b"OK"
+            case ("HMGET", key, *fields):
+                mark = json.loads(self.data.get(key, b"{}"))
+                return [mark[field.decode()].encode() if field.decode() in mark else None for field in fields]
+            case ("EVALSHA", digest, count, *rest):
+                return self._scripts[digest](rest[:count], rest[count:])
+        raise AssertionError(command)
+
+    def _set_new(self, key: bytes, value: bytes) -> bool:
+        return self.data.setdefault(key, value) is value
+
+    def _take(self, keys: list[bytes], args: list[Any]) -> Any:
+        value = self.data.get(keys[1])
+        if value is not None and value.startswith(args[2]):
+            return value
+        if self.data.setdefault(keys[0], args[0]) == args[0]:
+            return 1
+        return [self.data.get(keys[2])] if len(keys) > 2 else 0
+
+    def _versioned(self, keys: list[bytes], args: list[Any]) -> Any:
+        self.clock += 1
+        version = self.data.setdefault(keys[0], b"%d" % self.clock)
+        key = args[4].replace(b"\0", version)
+        value = self.data.get(key)
+        if value is not None and value.startswith(args[2]):
+            return [version, value]
+        if not args[0]:
+            return [version, None]
+        return [version, int(self.data.setdefault(key + args[5], args[0]) == args[0])]
+
+    def _fill(self, keys: list[bytes], args: list[Any]) -> int:
+        if self.data.get(keys[0]) != args[0]:
+            return 0
+        self.data[keys[1]] = args[1]
+        del self.data[keys[0]]
+        return 1
+
+    def _release(self, keys: list[bytes], args: list[Any]) -> int:
+        return int(self.data.get(keys[0]) == args[0] and self.data.pop(keys[0]) is not None)
+
+    # What the daemon does.
+
+    def delete(self, key: bytes, grace: bool) -> None:
+        self.data.pop(key + b":lock", None)
+        value = self.data.pop(key, None)
+        if grace and value is not None:
+            self.data[key + b":stale"] = value
+
+    def bump(self, counter: bytes) -> None:
+        self.clock += 1
+        if counter in self.data:
+            self.data[counter] = b"%d" % max(int(self.data[counter]) + 1, self.clock)
+
+
+class Times:
+    """A clock that only `Sleep` moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def clocks(self) -> Clocks:
+        return Clocks(steady=lambda: self.now, wall=lambda: self.now, chance=lambda: 0.5)
+
+
+def plan_of(name: str, times: Times, **options: Any) -> tuple[Plan[Any], Model]:
+    world = World(Feed("slot"), clocks=times.clocks())
+    return Plan(CACHES[name], Options(**options), world, silent()), Model(world)
+
+
+def drive(steps: Generator[Any, Any, Any], model: Model, load: Callable[[Entry], Any], times: Times) -> list[Any]:
+    """Run steps to their end, and give what they wanted."""
+    wanted = []
+    try:
+        effect = next(steps)
+        while True:
+            wanted.append(effect)
+            match effect:
+                case Send(commands):
+                    effect = steps.send([model.ask(*command) for command in commands])
+                case Load(entries):
+                    effect = steps.send([load(entry) for entry in entries])
+                case Sleep(seconds):
+                    times.now += seconds
+                    effect = steps.send(None)
+    except StopIteration:
+        return wanted
+
+
+def reading(plan: Plan[Any], **params: Any) -> tuple[Entry, Generator[Any, Any, None]]:
+    entry = plan.entry(params, params)
+    return entry, plan.read([entry], ANY)
+
+
+# ── Any interleaving ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Reader:
+    """One read of the row on its way; a step is one thing that it wants."""
+
+    def __init__(self, plan: Plan[Any], model: Model, times: Times, row: Callable[[], int]) -> None:
+        self.entry, self._steps = reading(plan, id=1)
+        self._model = model
+        self._times = times
+        self._row = row
+        self._effect: Any = next(self._steps)
+        self.done = False
+        # What readers may be given: what was there when it began, or later.
+        self.at_least = 0
+
+    def step(self) -> None:
+        try:
+            match self._effect:
+                case Send(commands):
+                    self._effect = self._steps.send([self._model.ask(*command) for command in commands])
+                case Load(entries):
+                    self._effect = self._steps.send([self._row()] * len(entries))
+                case Sleep(seconds):
+                    self._times.now += seconds
+                    self._effect = self._steps.send(None)
+        except StopIteration:
+            self.done = True
+
+
+ACTIONS = st.lists(st.sampled_from(["begin", "step 0", "step 1", "step 2", "commit", "bust", "evict"]), max_size=60)
+
+
+@pytest.mark.parametrize("name", CACHES)
+@settings(deadline=None, max_examples=300)
+@given(actions=ACTIONS)
+def test_nothing_older_than_an_applied_bust_is_ever_stored_or_served(name: str, actions: list[str]) -> None:
+    times = Times()
+    plan, model = plan_of(name, times, wait=0.05)
+    row, busted = 0, 0
+    readers: list[Reader] = []
+    key, counter = b"t:%b:1" % name.encode(), b"t:%b:1:ver" % name.encode()
+
+    def bust() -> None:
+        nonlocal busted
+        if name == "both" and row % 2:
+            version = model.data.get(counter)
+            if version is not None:
+                model.delete(key + b":" + version, grace=False)
+        elif counter in model.data or name in {"page", "both"}:
+            model.bump(counter)
+        else:
+            model.delete(key, grace=name == "old")
+        busted = row
+
+    def current() -> int:
+        return row
+
+    def step(number: int) -> None:
+        if number < len(readers) and not readers[number].done:
+            readers[number].step()
+
+    for action in actions:
+        if action == "begin" and len(readers) < 3:
+            readers.append(Reader(plan, model, times, current))
+            readers[-1].at_least = busted
+        elif action == "commit":
+            row += 1
+        elif action == "bust":
+            bust()
+        elif action == "evict":
+            model.data.pop(counter, None)
+        elif action.startswith("step"):
+            step(int(action[-1]))
+    for number in range(3):
+        while number < len(readers) and not readers[number].done:
+            step(number)
+    if busted < row:
+        bust()
+    if name != "old":
+        assert all(reader.entry.value >= reader.at_least for reader in readers)
+    entry, steps = reading(plan, id=1)
+    drive(steps, model, lambda _: row, times)
+    assert entry.value == row
+    times.now += 1
+    entry, steps = reading(plan, id=1)
+    drive(steps, model, lambda _: pytest.fail("it is stored now"), times)
+    assert entry.value == row
+
+
+# ── One step after the other ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_miss_is_a_look_a_lease_a_load_and_a_fill() -> None:
+    times = Times()
+    plan, model = plan_of("user", times)
+    entry, steps = reading(plan, id=1)
+    look, take, load, fill = drive(steps, model, lambda _: "Ada", times)
+    scripts = plan.world.scripts
+    assert look == Send([("GET", b"t:user:1")])
+    token = take.commands[0][5]
+    assert take == Send([("EVALSHA", scripts.take, 2, b"t:user:1:lock", b"t:user:1", token, 10_000, b"cdc1 1 ")])
+    assert load == Load([entry])
+    stored = b'cdc1 1 0000001000000 0000001300000 0000000\n"Ada"'
+    assert fill == Send([("EVALSHA", scripts.fill, 2, b"t:user:1:lock", b"t:user:1", token, stored, 300_000)])
+    entry, steps = reading(plan, id=1)
+    assert drive(steps, model, lambda _: None, times) == [look]
+    assert entry.value == "Ada"
+
+
+def test_who_waits_looks_again_ever_more_rarely_and_gives_up_in_time() -> None:
+    times = Times()
+    plan, model = plan_of("user", times, wait=1.0)
+    model.data[b"t:user:1:lock"] = b"somebody else"
+    entry, steps = reading(plan, id=1)
+    wanted = drive(steps, model, lambda _: "Ada", times)
+    pauses = [effect.seconds for effect in wanted if isinstance(effect, Sleep)]
+    assert pauses[:4] == [0.004, 0.008, 0.016, 0.032]
+    assert max(pauses) == 0.1
+    assert sum(pauses) == pytest.approx(1.0)
+    assert wanted[-1] == Load([entry])
+    assert model.data == {b"t:user:1:lock": b"somebody else"}
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("name", CACHES)
+def test_whenever_redis_goes_away_the_value_is_loaded_once(name: str, at: int) -> None:
+    times = Times()
+    plan, model = plan_of(name, times)
+    entry, steps = reading(plan, id=1)
+    loads = sends = 0
+    try:
+        effect = next(steps)
+        while True:
+            if isinstance(effect, Load):
+                loads += 1
+                effect = steps.send(["Ada"])
+            elif sends >= at:
+                effect = steps.throw(Unavailable("redis_down"))
+            else:
+                sends += 1
+                effect = steps.send([model.ask(*command) for command in effect.commands])
+    except StopIteration:
+        assert (entry.value, loads) == ("Ada", 1)
+
+
+def test_a_load_that_fails_gives_the_lease_back() -> None:
+    times = Times()
+    plan, model = plan_of("user", times)
+    _, steps = reading(plan, id=1)
+
+    def fail(_: Entry) -> None:
+        raise AssertionError
+
+    effect = next(steps)
+    while not isinstance(effect, Load):
+        effect = steps.send([model.ask(*command) for command in effect.commands])
+    assert model.data.keys() == {b"t:user:1:lock"}
+    effect = steps.throw(LookupError("no such row"))
+    for command in effect.commands:
+        model.ask(*command)
+    assert model.data == {}
+    with pytest.raises(LookupError):
+        steps.send([1])
+
+
+@pytest.mark.parametrize(
+    ("left", "beta", "due"), [(300_000, 1.0, False), (100, 1.0, False), (60, 1.0, True), (60, 0.1, False)]
+)
+def test_early_refresh_is_the_likelier_the_nearer_the_end_and_the_longer_the_load(
+    left: int, beta: float, due: bool
+) -> None:
+    times = Times()
+    plan, model = plan_of("user", times, early=beta)
+    # A chance of a half, and a load of 100 ms: 69 ms ahead.
+    model.data[b"t:user:1"] = b'cdc1 1 %013d %013d 0000100\n"old"' % (0, 1_000_000 + left)
+    entry, steps = reading(plan, id=1)
+    wanted = drive(steps, model, lambda _: "new", times)
+    assert entry.value == ("new" if due else "old")
+    assert any(isinstance(effect, Load) for effect in wanted) is due
+
+
+@pytest.mark.parametrize(
+    ("mark", "demand", "served"),
+    [
+        ({"lsn": "10", "at": "1000000", "rules": '{"user": "x"}'}, Demand(10), True),
+        ({"lsn": "9", "at": "1000000", "rules": '{"user": "x"}'}, Demand(10), False),
+        ({"lsn": "10", "at": "999000", "rules": '{"user": "x"}'}, Demand(0, 1000), True),
+        ({"lsn": "10", "at": "998999", "rules": '{"user": "x"}'}, Demand(0, 1000), False),
+        ({"lsn": "10", "at": "1000000", "rules": '{"page": "x"}'}, Demand(10), False),
+        ({"lsn": "ten", "at": "1000000", "rules": '{"user": "x"}'}, Demand(10), False),
+        ({"lsn": "10", "at": "1000000", "rules": "["}, Demand(10), False),
+        ({"lsn": "10", "at": "1000000"}, Demand(10), False),
+        ({}, Demand(10), False),
+    ],
+)
+def test_the_watermark_is_read_before_the_value_and_decides(mark: dict[str, str], demand: Demand, served: bool) -> None:
+    times = Times()
+    plan, model = plan_of("user", times)
+    model.data[b"t:user:1"] = b'cdc1 1 0000000000000 0000009999999 0000000\n"cached"'
+    model.data[b"cdc:slot:watermark"] = json.dumps(mark).encode()
+    entry = plan.entry(None, {"id": 1})
+    look, *rest = drive(plan.read([entry], demand), model, lambda _: "loaded", times)
+    assert [command[0] for command in look.commands] == ["HMGET", "GET"]
+    assert entry.value == ("cached" if served else "loaded")
+    assert rest == ([] if served else [Load([entry])])
+
+
+def test_a_standby_that_is_not_waited_for_is_not_spoken_for() -> None:
+    for standbys, reason in (
+        ("{}", "standby"),
+        ('{"a:1": null}', "standby"),
+        ('{"a:1": "2026"}', ""),
+        ("[", "no_watermark"),
+    ):
+        feed = Feed("slot", "a:1")
+        feed.note([b"10", b"0", b'{"user": "x"}', standbys.encode()])
+        assert feed.refusal(Demand(10), "user", 0) == reason
+
+
+# ── The model, as far as it may be wrong itself, is what tests/integration/test_reader.py runs on a real server ──────
+
+
+def test_the_options_are_checked() -> None:
+    for wrong in ({"schema": -1}, {"lease": 0}, {"wait": -1}, {"early": -0.5}, {"max_staleness": -1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` is"):
+            Options(**wrong)
+
+
+def test_a_cache_that_can_not_be_read_is_told_with_the_remedy() -> None:
+    text = """
+version: 1
+caches:
+  endless: {key: "t:endless:{id}"}
+  filtered: {key: "t:filtered:{version|lower}", version: "t:ver", ttl: 5m}
+rules: []
+"""
+    found = rules.parse([("rules.yaml", text)], {}).caches
+    world = World(Feed("slot"))
+    with pytest.raises(ValueError, match="cache endless has no `ttl`"):
+        Plan(found["endless"], Options[Any](), world, silent())
+    with pytest.raises(ValueError, match="cache filtered has a filter on `version`; take it off"):
+        Plan(found["filtered"], Options[Any](), world, silent())

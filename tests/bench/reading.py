@@ -1,0 +1,117 @@
+"""What a hit costs beside a bare GET of the same client: ``PYTHONPATH=tests python -m bench.reading``.
+
+Both are measured in turns, some hundred calls each, so that what else the machine does befalls all of them; medians of
+their times a call. The entry is a JSON object of some 100 bytes. Bare: the driver's ``get``, with nothing decoded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import redis
+import redis.asyncio
+from prometheus_client import CollectorRegistry
+
+from cdc_invalidator import embedded
+from cdc_invalidator.reader import AsyncCaches, Caches, Metrics
+
+RULES = """
+version: 1
+caches:
+  user: {key: "shop:prod:user:{id}", ttl: 1h, jitter: 1m}
+  page: {key: "shop:prod:page:{id}:v{version}", version: "shop:prod:page:{id}:ver", ttl: 1h}
+rules: []
+"""
+USER = {"id": 42, "name": "Ada Lovelace", "email": "ada@shop.example", "plan": "pro", "since": "2026-01-01"}
+ROUNDS, CALLS, MANY = 60, 300, 100
+
+
+def load(id: int) -> dict[str, Any]:  # noqa: A002  the parameter's name
+    return USER | {"id": id}
+
+
+def load_many(ids: list[int]) -> dict[int, Any]:
+    return {id: load(id) for id in ids}  # noqa: A001
+
+
+def _turns(ways: Mapping[str, Any]) -> Iterator[tuple[str, Any, list[float]]]:
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, way in ways.items():
+            yield name, way, times[name]
+    bare = statistics.median(times["bare GET"])
+    for name, found in times.items():
+        middle = statistics.median(found)
+        print(f"  {name:<44} {middle * 1e6:7.1f} µs  {middle / bare:5.2f}")
+
+
+def waiting(rules: Path, url: str, metrics: Metrics) -> None:
+    with redis.Redis.from_url(url) as client:
+        caches = Caches.from_rules(rules, client, registry=metrics)
+        silent = Caches.from_rules(rules, client)
+        ways: dict[str, Callable[[], Any]] = {
+            "bare GET": lambda: client.get("shop:prod:user:42"),
+            "hit": lambda: silent.user.get(id=42, load=load),
+            "hit, with metrics": lambda: caches.user.get(id=42, load=load),
+            "hit of a cache with a version": lambda: caches.page.get(id=42, load=load),
+            "hit, at_least": lambda: caches.at_least(1).user.get(id=42, load=load),
+            "bare GET of the version, then of the key": lambda: (client.get("a"), client.get("shop:prod:user:42")),
+            f"bare MGET of {MANY}": lambda: client.mget(keys),
+            f"get_many of {MANY}": lambda: caches.user.get_many(range(MANY), load=load_many),
+        }
+        keys = [f"shop:prod:user:{number}" for number in range(MANY)]
+        mark = {"lsn": 2, "at": int(time.time() * 1000), "rules": '{"user": "x"}'}
+        client.hset("cdc:cdc_invalidator:watermark", mapping=mark)
+        for _, way, times in _turns(ways):
+            started = time.perf_counter()
+            for _ in range(CALLS):
+                way()
+            times.append((time.perf_counter() - started) / CALLS)
+        with caches.local("user"):
+            time.sleep(0.5)
+            caches.user.get(id=42, load=load)
+            times = []
+            for _ in range(20):
+                started = time.perf_counter()
+                for _ in range(CALLS):
+                    caches.user.get(id=42, load=load)
+                times.append((time.perf_counter() - started) / CALLS)
+            print(f"  {'hit in the memory of the process':<44} {statistics.median(times) * 1e6:7.1f} µs")
+
+
+async def awaiting(rules: Path, url: str, metrics: Metrics) -> None:
+    async with redis.asyncio.Redis.from_url(url) as client:
+        caches = AsyncCaches.from_rules(rules, client, registry=metrics)
+        silent = AsyncCaches.from_rules(rules, client)
+        ways: dict[str, Callable[[], Awaitable[Any]]] = {
+            "bare GET": lambda: client.get("shop:prod:user:42"),
+            "hit": lambda: silent.user.get(id=42, load=load),
+            "hit, with metrics": lambda: caches.user.get(id=42, load=load),
+            "hit of a cache with a version": lambda: caches.page.get(id=42, load=load),
+        }
+        for _, way, times in _turns(ways):
+            started = time.perf_counter()
+            for _ in range(CALLS):
+                await way()
+            times.append((time.perf_counter() - started) / CALLS)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder, embedded.Valkey() as valkey:
+        rules = Path(folder, "rules.yaml")
+        rules.write_text(RULES)
+        metrics = Metrics(CollectorRegistry())
+        print("sync")
+        waiting(rules, valkey.url, metrics)
+        print("async")
+        asyncio.run(awaiting(rules, valkey.url, metrics))
+
+
+if __name__ == "__main__":
+    main()

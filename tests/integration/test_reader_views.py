@@ -1,0 +1,164 @@
+"""The views of the README, each as an application of its own, on a real database with the daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from running import RunningDaemon, execute, settled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import redis
+
+README = Path(__file__).parents[2] / "README.md"
+RULES = """
+version: 1
+caches:
+  user: {key: "shop:prod:user:{id}", ttl: 5m, negative_ttl: 10s}
+rules:
+  - {name: user-changed, table: public.users, bust: [user]}
+"""
+# What surrounds a view: it answers each line of its standard input, an id, with what the page shows.
+FASTAPI = """
+import sys
+from fastapi.testclient import TestClient
+from view import app
+
+with TestClient(app) as client:
+    for line in sys.stdin:
+        print(client.get(f"/users/{line.strip()}").text, flush=True)
+"""
+DJANGO = """
+import os, sys
+import psycopg
+from django.conf import settings
+from django.urls import path
+
+given = psycopg.conninfo.conninfo_to_dict(os.environ["DSN"])
+settings.configure(
+    ROOT_URLCONF="__main__", ALLOWED_HOSTS=["*"], INSTALLED_APPS=["shop"],
+    DATABASES={"default": {
+        "ENGINE": "django.db.backends.postgresql", "HOST": given["host"], "PORT": given["port"],
+        "NAME": given["dbname"], "USER": given["user"], "PASSWORD": given.get("password"),
+    }},
+)
+import django
+django.setup()
+from django.test import Client
+import view
+
+urlpatterns = [path("users/<int:id>", view.user)]
+client = Client()
+for line in sys.stdin:
+    print(client.get(f"/users/{line.strip()}").content.decode(), flush=True)
+"""
+MODELS = """
+from django.db import models
+
+class User(models.Model):
+    name = models.TextField()
+    class Meta:
+        app_label, db_table, managed = "shop", "users", False
+"""
+
+
+def blocks() -> list[str]:
+    section = README.read_text().split("\n## Reading")[1].split("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+class View:
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def shows(self, number: int) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{number}\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+
+@contextmanager
+def application(folder: Path, program: str, dsn: str, redis_url: str) -> Iterator[View]:
+    env = os.environ | {"DSN": dsn, "REDIS_URL": redis_url}
+    (folder / "main.py").write_text(program)
+    words = [sys.executable, "main.py"]
+    with subprocess.Popen(
+        words, cwd=folder, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            yield View(process)
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("framework", ["fastapi", "django"])
+def test_a_view_of_the_readme_shows_what_is_written(
+    framework: str, database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rules.yaml").write_text(RULES)
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "__init__.py").touch()
+    (tmp_path / "shop" / "models.py").write_text(MODELS)
+    with_fastapi, with_django, _ = blocks()
+    (tmp_path / "view.py").write_text(with_fastapi if framework == "fastapi" else with_django)
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)", "INSERT INTO users VALUES (42, 'Ada')")
+    with (
+        RunningDaemon(dsn=database, redis_url=redis_url, rules=tmp_path / "rules.yaml", slot=slot_name) as daemon,
+        application(tmp_path, FASTAPI if framework == "fastapi" else DJANGO, database, redis_url) as view,
+    ):
+        daemon.ready()
+        settled(database, redis_client, slot_name)
+        for _ in range(2):
+            assert view.shows(42) == {"id": 42, "name": "Ada"}
+            assert view.shows(43) is None
+        assert redis_client.exists("shop:prod:user:42", "shop:prod:user:43") == 2
+        execute(database, "UPDATE users SET name = 'Grace' WHERE id = 42", "INSERT INTO users VALUES (43, 'Edsger')")
+        settled(database, redis_client, slot_name)
+        assert redis_client.exists("shop:prod:user:42", "shop:prod:user:43") == 0
+        assert view.shows(42) == {"id": 42, "name": "Grace"}
+        assert view.shows(43) == {"id": 43, "name": "Edsger"}
+
+
+def test_a_writer_of_the_readme_reads_its_own_write(
+    database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path
+) -> None:
+    import redis as driver
+
+    from cdc_invalidator.reader import Caches
+
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES)
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)", "INSERT INTO users VALUES (42, 'Ada')")
+    block = blocks()[2]
+    with (
+        RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon,
+        driver.Redis.from_url(redis_url, socket_timeout=20) as client,
+        psycopg.connect(database) as connection,
+    ):
+        daemon.ready()
+        settled(database, redis_client, slot_name)
+        caches = Caches.from_rules(rules, client, slot=slot_name)
+
+        def load_user(id: int) -> Any:  # noqa: A002
+            with psycopg.connect(database) as other:
+                return other.execute("SELECT name FROM users WHERE id = %s", [id]).fetchone()
+
+        assert caches.user.get(id=42, load=load_user) == ("Ada",)
+        connection.execute("UPDATE users SET name = 'Grace' WHERE id = 42")
+        connection.commit()
+        assert block.rstrip().splitlines()[-1] == "caches.at_least(lsn).user.get(id=42, load=load_user)"
+        names = {"connection": connection, "caches": caches, "load_user": load_user}
+        exec(block.replace("caches.at_least", "shown = caches.at_least"), names)
+        assert list(names["shown"]) == ["Grace"]  # type: ignore[call-overload]

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
-FIELDS = (b"lsn", b"at", b"rules", b"standbys")
+FIELDS = (b"lsn", b"at", b"rules", b"standbys", b"as_of")
 
 
 class Demand(NamedTuple):
-    """What a read asks for: all busts up to ``lsn``, and a watermark that is at most ``max_age`` old (in ms)."""
+    """What a read asks for: all busts up to ``lsn``, and all of what was committed more than ``max_age`` ms ago."""
 
     lsn: int = 0
     max_age: int | None = None
@@ -24,10 +24,13 @@ class Demand(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A watermark, see `cdc_invalidator.watermark`, with the caches and the standbys that it is said of."""
+    """A watermark, see `cdc_invalidator.watermark`, with the caches and the standbys that it is said of.
+
+    ``as_of``: what was committed before that time, in ms, is in; where the daemon does not know, when it was written.
+    """
 
     lsn: int
-    at: int
+    as_of: int
     caches: frozenset[str]
     standbys: frozenset[str]
 
@@ -48,18 +51,19 @@ class Feed:
 
     def note(self, fields: Sequence[bytes | None]) -> None:
         """Take what `command` gave."""
-        lsn, at, rules, standbys = fields
+        lsn, at, rules, standbys, as_of = fields
         if lsn is None or at is None or rules is None:
             self._mark = None
             return
         try:
+            time = int(as_of or at)
             last = self._mark
             if last is not None and self._texts == (rules, standbys):
-                self._mark = Mark(int(lsn), int(at), last.caches, last.standbys)
+                self._mark = Mark(int(lsn), time, last.caches, last.standbys)
                 return
             known = orjson.loads(standbys or b"{}")
             waited = frozenset(name for name, since in known.items() if since is not None)
-            self._mark = Mark(int(lsn), int(at), frozenset(orjson.loads(rules)), waited)
+            self._mark = Mark(int(lsn), time, frozenset(orjson.loads(rules)), waited)
             self._texts = (rules, standbys)
         except (ValueError, TypeError, AttributeError):
             self._mark = None  # not what the daemon writes
@@ -82,7 +86,7 @@ class Feed:
 
         Returns:
             no_watermark; not_covered: the daemon does not know this cache, is sweeping it, or can't see its table;
-            standby: it does not wait for ours; behind: its LSN is lower; old: it was written too long ago.
+            standby: it does not wait for ours; behind: its LSN is lower; old: the feed is dead, or has not come so far.
         """
         mark = self._mark
         if mark is None:
@@ -93,6 +97,6 @@ class Feed:
             return "standby"
         if mark.lsn < demand.lsn:
             return "behind"
-        if demand.max_age is not None and now - mark.at > demand.max_age:
+        if demand.max_age is not None and now - mark.as_of > demand.max_age:
             return "old"
         return ""

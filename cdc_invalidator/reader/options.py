@@ -40,8 +40,8 @@ class Options(Generic[T]):
     other numbers are misses. ``lease``: how long a loader may take before its value is not stored any more and somebody
     else may load. ``wait``: how long a read waits for somebody else's load before it loads by itself, without storing.
     ``early``: refresh before the end of the `ttl`, by chance, the likelier the nearer it is and the longer a load
-    takes; 1.0 is a good value, 0 is off. ``max_staleness``: how old the watermark may be; beyond, reads go to the
-    database.
+    takes; 1.0 is a good value, 0 is off. ``max_staleness``: reads go to the database unless all of what was
+    committed so long ago is busted; the daemon's time is some seconds behind, so take 5 or more.
     """
 
     serializer: Serializer[T] = JSON

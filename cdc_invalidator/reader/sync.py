@@ -135,7 +135,7 @@ class Cache(Generic[T]):
         Args:
             params: the parameters, if not by name.
             load: gives the value for the parameters.
-            max_staleness: seconds that the watermark may be old; beyond, the value is loaded.
+            max_staleness: seconds since when all commits must have been busted; else the value is loaded.
             named: the parameters.
 
         Raises:

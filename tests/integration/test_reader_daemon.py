@@ -46,6 +46,13 @@ def reads(request: pytest.FixtureRequest) -> Iterator[Reads]:
         yield reads
 
 
+@pytest.fixture
+def waiting() -> Iterator[Reads]:
+    """One shell, where the other would only take the same time again."""
+    with Reads("sync") as reads:
+        yield reads
+
+
 class Stage:
     """A table of users, the daemon on it, and reads of both shells."""
 
@@ -237,9 +244,9 @@ def test_what_the_watermark_does_not_speak_for_is_loaded(stage: Stage, reads: Re
     assert stage.bypasses("no_watermark") == 2
 
 
-def test_a_feed_that_is_dead_is_noticed(stage: Stage, reads: Reads) -> None:
-    caches = stage.caches(reads)
-    careful = caches.user.using(max_staleness=3.0)
+def test_a_feed_that_is_dead_is_noticed(stage: Stage, waiting: Reads) -> None:
+    caches = stage.caches(waiting)
+    careful = caches.user.using(max_staleness=6.0)
     load = Loader({1: "loaded"})
     assert careful.get(id=1, load=stage.name) == "Ada"
 
@@ -262,6 +269,35 @@ def test_a_feed_that_is_dead_is_noticed(stage: Stage, reads: Reads) -> None:
     assert caches.user.get(id=1, load=load) == "Ada", "who does not ask for it is served from the cache"
     assert caches.user.get(id=1, load=load, max_staleness=0.5) == "loaded"
     assert caches.user.get(id=1, load=load, max_staleness=3600.0) == "Ada"
+
+
+def test_a_feed_that_lives_and_does_not_come_on_is_noticed(
+    database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path, waiting: Reads
+) -> None:
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY)", "CREATE TABLE others (id int PRIMARY KEY)")
+    # Until what is held back is busted, the watermark stays where it is, and is written all the same.
+    text = """
+version: 1
+caches:
+  user: {key: "t:user:{id}", ttl: 5m}
+  other: {key: "t:other:{id}", ttl: 5m}
+rules:
+  - {name: user-changed, table: public.users, bust: [user]}
+  - {name: other-changed, table: public.others, debounce: 1m, bust: [other]}
+"""
+    rules = rules_file(tmp_path, text)
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
+        daemon.ready()
+        settled(database, redis_client, slot_name)
+        users = waiting.caches(rules, redis_url, slot=slot_name).user
+        load = Loader({1: "loaded"})
+        users.get(id=1, load=Loader({1: "cached"}))
+        eventually(lambda: users.get(id=1, load=load, max_staleness=6.0) == "cached", "the feed is well")
+        execute(database, "INSERT INTO others VALUES (1)", "DELETE FROM others")
+        eventually(lambda: users.get(id=1, load=load, max_staleness=6.0) == "loaded", "it stands still")
+        mark = watermark(redis_client, slot_name)
+        assert int(mark[b"at"]) - int(mark[b"as_of"]) > 5000
+        assert users.get(id=1, load=load) == "cached"
 
 
 def test_a_cache_that_nothing_busts_is_as_old_as_its_entry(stage: Stage, reads: Reads) -> None:

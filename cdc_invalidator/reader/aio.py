@@ -36,6 +36,7 @@ class Link:
     """A client, and the breaker before it."""
 
     def __init__(self, client: Any, breaker: Breaker, texts: Mapping[bytes, str]) -> None:
+        handle.advise(client)
         self.execute = client.execute_command
         self.breaker = breaker
         self.client = client

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis import exceptions
+from redis.backoff import NoBackoff
 
 from cdc_invalidator import rules
 from cdc_invalidator.reader.breaker import Breaker
@@ -23,6 +25,8 @@ from cdc_invalidator.rulefile import nearest
 
 if TYPE_CHECKING:
     from cdc_invalidator.reader.plan import Command
+
+_log = logging.getLogger("cdc_invalidator.reader")
 
 # What the driver raises where there is no answer. ResponseError is an answer, but for a cluster without one.
 GONE = (exceptions.RedisError, OSError)
@@ -221,6 +225,22 @@ class Cached:
 def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:
     """Give the wrapper the function's name and documentation."""
     return functools.update_wrapper(wrapper, function)
+
+
+# ── Clients ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def advise(client: Any) -> None:
+    """Tell, in the log, what about a client would make reads wait for a Redis that is gone."""
+    options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
+    if "socket_timeout" in options and options["socket_timeout"] is None:
+        _log.warning("this client waits for ever for a Redis that does not answer; give it a socket_timeout")
+    retry = options.get("retry")
+    backoff = getattr(retry, "_backoff", None)
+    if retry is not None and backoff is not None and retry.get_retries() and not isinstance(backoff, NoBackoff):
+        _log.warning(
+            "this client pauses and tries again, for seconds, when Redis is gone; give it retry=Retry(NoBackoff(), 1)"
+        )
 
 
 # ── Replies ──────────────────────────────────────────────────────────────────────────────────────────────────────────

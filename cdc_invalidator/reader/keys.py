@@ -68,15 +68,14 @@ class Keys:
             NoKey: the daemon could not bust it.
             TypeError: a parameter is missing or too much, or of a type that PostgreSQL may print in several ways.
         """
-        names = self.names
-        try:
-            values = [params[name] for name in names]
-        except KeyError:
-            raise self._wrong(params) from None
-        if len(params) != len(names):
+        if len(params) != len(self.names):
             raise self._wrong(params)
         row = []
-        for name, value in zip(names, values, strict=True):
+        for name in self.names:
+            try:
+                value = params[name]
+            except KeyError:
+                raise self._wrong(params) from None
             make = _TEXTS.get(type(value))
             text = make(value) if make is not None else _text(value, name)
             if len(text) > LONGEST and name in self._plain:

@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
+import redis.asyncio
+import redis.asyncio.retry
+import redis.retry
 from prometheus_client import CollectorRegistry
-from readers import RULES, Loader, Reads, rules_file
+from readers import Loader, Reads, rules_file
+from redis.backoff import ExponentialBackoff
 
 from cdc_invalidator import cache, topology
 from cdc_invalidator.endpoint import Endpoint
-from cdc_invalidator.reader import JSON, Caches
+from cdc_invalidator.reader import AsyncCaches, Caches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -270,7 +274,7 @@ def test_what_can_not_be_stored_is_read_all_the_same(caches: Any, redis_client: 
 
 def test_a_client_that_decodes_replies_does_as_well(reads: Reads, redis_url: str, tmp_path: Path) -> None:
     caches = reads.caches(rules_file(tmp_path), redis_url, client={"decode_responses": True})
-    load = Loader({1: "\udc00".encode("utf-8", "surrogatepass").hex(), 2: "Grace"})
+    load = Loader({1: "Ada", 2: "Grace"})
     for name in CACHES:
         load.asked.clear()
         assert caches[name].get(id=1, load=load) == caches[name].get(id=1, load=load)
@@ -286,6 +290,42 @@ def test_either_protocol(protocol: int, reads: Reads, redis_url: str, tmp_path: 
         load.asked.clear()
         assert caches[name].get(id=1, load=load) == caches[name].get(id=1, load=load) == "Ada"
         assert load.asked == [1]
+
+
+def test_a_client_that_would_wait_for_long_is_told_of(
+    reads: Reads, redis_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules = rules_file(tmp_path)
+    reads.caches(rules, redis_url)
+    assert not caplog.messages
+    reads.caches(rules, redis_url, client={"socket_timeout": None})
+    retry = redis.retry.Retry if reads.kind == "sync" else redis.asyncio.retry.Retry
+    reads.caches(rules, redis_url, client={"retry": retry(ExponentialBackoff(), 3)})
+    assert [message.partition(";")[2] for message in caplog.messages] == [
+        " give it a socket_timeout",
+        " give it retry=Retry(NoBackoff(), 1)",
+    ]
+
+
+@pytest.mark.parametrize("name", CACHES)
+async def test_a_read_that_is_cancelled_while_it_loads_gives_the_lease_back(
+    name: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url, socket_timeout=20) as client:
+        caches = AsyncCaches.from_rules(rules_file(tmp_path), client)
+        loading = asyncio.Event()
+
+        async def never(id: int) -> None:  # noqa: A002
+            loading.set()
+            await asyncio.sleep(1000)
+
+        reading = asyncio.create_task(caches[name].get(id=1, load=never))
+        await loading.wait()
+        assert len(redis_client.keys("*:lock")) == 1
+        reading.cancel()
+        await asyncio.wait({reading})
+        assert reading.cancelled()
+        assert not redis_client.keys("*:lock")
 
 
 # ── Parameters ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -539,8 +579,3 @@ def test_an_entry_that_is_nearly_over_is_refreshed_by_one_reader(
 
     assert eager.get(id=1, load=fail) == "new", "a value is there"
     assert caches[name].using(early=1e-9).get(id=1, load=fail) == "new"
-    assert JSON.dumps(1) == b"1"
-
-
-def test_the_rules_of_these_tests_name_all_caches() -> None:
-    assert all(f"  {name}:" in RULES for name in CACHES)

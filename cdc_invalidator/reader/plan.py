@@ -68,7 +68,20 @@ class Entry:
     with NUL in its place until the version is known; ``counter``: the version's key.
     """
 
-    __slots__ = ("counter", "done", "guess", "item", "key", "params", "refresh", "rest", "stale", "token", "value")
+    __slots__ = (
+        "counter",
+        "done",
+        "guess",
+        "item",
+        "key",
+        "lease",
+        "params",
+        "refresh",
+        "rest",
+        "stale",
+        "token",
+        "value",
+    )
 
     def __init__(self, item: Any, params: Mapping[str, Any], key: bytes, counter: bytes = b"") -> None:
         self.item = item
@@ -77,6 +90,8 @@ class Entry:
         self.counter = counter
         # Of its lease, once it is asked for.
         self.token = b""
+        # What it is held under, once it is ours.
+        self.lease = b""
         # The version that was looked for, if it was remembered.
         self.guess = b""
         self.value: Any = None
@@ -419,7 +434,7 @@ class Plan(Generic[T]):
             for entry, reply in zip(waiting, replies, strict=True):
                 if isinstance(reply, Exception):
                     yield from self.beside([entry], self._refused(reply))
-                elif reply == 1:
+                elif self._granted(entry, reply):
                     mine.append(entry)
                 elif not self._served(entry, reply):
                     others.append(entry)
@@ -450,7 +465,7 @@ class Plan(Generic[T]):
         return found
 
     def _take(self, entries: Sequence[Entry]) -> Steps[list[Any]]:
-        """Look again and take leases: a value, 1 (mine), 0 or a list (somebody else's), or an error for each."""
+        """Look again and take leases: a value, a number (mine), 0 or a list (somebody else's), or an error for each."""
         if not self._versioned:
             replies = yield Send([self._taking(entry) for entry in entries])
             return list(replies)
@@ -479,6 +494,13 @@ class Plan(Generic[T]):
         if not entry.token:
             entry.token = self.world.tokens.next()
         return entry.token
+
+    def _granted(self, entry: Entry, reply: Any) -> bool:
+        """Tell whether the lease is ours, and note what it is held under; the number is what a late copy has not."""
+        if type(reply) is not int or not reply:
+            return False
+        entry.lease = b"%b:%d" % (entry.token, reply)
+        return True
 
     def _make_version(self, entry: Entry) -> Command:
         return ("EVALSHA", self.world.scripts.version, 1, entry.counter, self.cache.version_ttl)
@@ -541,12 +563,12 @@ class Plan(Generic[T]):
             self.tally.bypasses("max_keys")
             payload = None
         if payload is None or ttl is None:
-            return ("EVALSHA", scripts.release, 1, lock, entry.token)
+            return ("EVALSHA", scripts.release, 1, lock, entry.lease)
         if entry.value is not None and self._jitter:
             ttl += int(clocks.chance() * self._jitter)
         expires = int(clocks.wall() * 1000) + ttl
         stored = self._envelope.seal(payload, Times(int(began * 1000), expires, int(took * 1000)))
-        return ("EVALSHA", scripts.fill, 2, lock, entry.key, entry.token, stored, ttl)
+        return ("EVALSHA", scripts.fill, 2, lock, entry.key, entry.lease, stored, ttl)
 
     def _payload(self, value: Any) -> bytes | None:
         if value is None:
@@ -562,7 +584,7 @@ class Plan(Generic[T]):
     def _release(self, mine: Sequence[Entry]) -> Steps[None]:
         scripts = self.world.scripts
         try:
-            yield Send([("EVALSHA", scripts.release, 1, self._lock(entry), entry.token) for entry in mine])
+            yield Send([("EVALSHA", scripts.release, 1, self._lock(entry), entry.lease) for entry in mine])
         except Unavailable:
             return  # it runs out by itself
 
@@ -599,9 +621,10 @@ class Plan(Generic[T]):
 
     def _refresh(self, early: Sequence[Entry]) -> Steps[None]:
         """Load entries that have a value anew, as far as nobody else does."""
-        lease = self._lease
-        replies = yield Send([("SET", self._lock(entry), self._token(entry), "NX", "PX", lease) for entry in early])
-        mine = [entry for entry, reply in zip(early, replies, strict=True) if reply in {True, b"OK", "OK"}]
+        for entry in early:
+            entry.refresh = True
+        replies = yield Send([self._taking(entry) for entry in early])
+        mine = [entry for entry, reply in zip(early, replies, strict=True) if self._granted(entry, reply)]
         if not mine:
             return
         self.tally.early_refreshes(len(mine))
@@ -631,7 +654,7 @@ class Plan(Generic[T]):
                 if isinstance(reply, Exception):
                     self.tally.bypasses(self._refused(reply))
                     break
-                if reply != 1:
+                if not self._granted(entry, reply):
                     continue
                 stored += yield from self._load([entry])
                 loaded += 1
@@ -651,14 +674,15 @@ class Plan(Generic[T]):
                     self.tally.bypasses(self._refused(version))
                     return False
                 self._name(entry, version)
-            (reply,) = yield Send([("SET", self._lock(entry), self._token(entry), "PX", self._lease)])
+            seizing = ("EVALSHA", self.world.scripts.seize, 1, self._lock(entry), self._token(entry), self._lease)
+            (reply,) = yield Send([seizing])
         except Unavailable as gone:
             self.tally.bypasses(gone.reason)
             return False
         if isinstance(reply, Exception):
             self.tally.bypasses(self._refused(reply))
             return False
-        return True
+        return self._granted(entry, reply)
 
     def put(self, entry: Entry, value: Any, began: float) -> Steps[bool]:
         """Store what was written, if no bust came since `seize`."""

@@ -1,6 +1,7 @@
 """The scripts by which a reader keeps the fill contract. Pure: texts, and the digests that servers know them by.
 
-Each is safe to send twice, as drivers do after a lost connection: who holds the lease already is told so.
+Each is safe to send twice, as drivers do after a lost connection, also when the first copy is executed last: behind its
+token a lease has a number from the server's clock, so a copy that comes after a bust makes another lease.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from hashlib import sha1
 
 # KEYS: the lock, the key, and for a cache with stale_for the old value's key. ARGV: token, milliseconds of the lease,
 # what a value must begin with.
-# Looks once more, so that nobody loads what was stored in the meantime. Gives the value; 1: the lease is yours, load;
-# 0: somebody else loads; a list with the old value, or with nothing: the same, for a cache with stale_for.
+# Looks once more, so that nobody loads what was stored in the meantime. Gives the value; a number above 0: the lease is
+# yours, held under token:number, so load; 0: somebody else loads; a list with the old value, or with nothing: the same,
+# for a cache with stale_for.
 TAKE = """
 local value = redis.call('GET', KEYS[2])
 if value and string.sub(value, 1, #ARGV[3]) == ARGV[3] then return value end
-if redis.call('SET', KEYS[1], ARGV[1], 'NX', 'PX', ARGV[2]) then return 1 end
-if redis.call('GET', KEYS[1]) == ARGV[1] then return 1 end
-if KEYS[3] then return {redis.call('GET', KEYS[3])} end
-return 0
+local mine, held = ARGV[1] .. ':', redis.call('GET', KEYS[1])
+if held and string.sub(held, 1, #mine) == mine then return tonumber(string.sub(held, #mine + 1)) end
+if held then return KEYS[3] and {redis.call('GET', KEYS[3])} or 0 end
+local time = redis.call('TIME')
+local number = time[1] * 1000000 + time[2]
+redis.call('SET', KEYS[1], mine .. string.format('%.0f', number), 'PX', ARGV[2])
+return number
 """
 
 # KEYS: the version. ARGV: token, milliseconds of the lease, what a value must begin with, milliseconds that a version
@@ -37,9 +42,15 @@ local key = string.gsub(ARGV[5], '%z', version)
 local value = redis.call('GET', key)
 if value and string.sub(value, 1, #ARGV[3]) == ARGV[3] then return {version, value} end
 if ARGV[1] == '' then return {version, false} end
-local lock = key .. ARGV[6]
-if redis.call('SET', lock, ARGV[1], 'NX', 'PX', ARGV[2]) then return {version, 1} end
-if redis.call('GET', lock) == ARGV[1] then return {version, 1} end
+local lock, mine = key .. ARGV[6], ARGV[1] .. ':'
+local held = redis.call('GET', lock)
+if not held then
+  local time = redis.call('TIME')
+  local number = time[1] * 1000000 + time[2]
+  redis.call('SET', lock, mine .. string.format('%.0f', number), 'PX', ARGV[2])
+  return {version, number}
+end
+if string.sub(held, 1, #mine) == mine then return {version, tonumber(string.sub(held, #mine + 1))} end
 if ARGV[7] == '' then return {version, 0} end
 local old = redis.call('GET', key .. ARGV[7])
 local before = not old and redis.call('GET', KEYS[1] .. ARGV[7])
@@ -59,7 +70,15 @@ end
 return version
 """
 
-# KEYS: the lock, the key. ARGV: token, value, milliseconds.
+# KEYS: the lock. ARGV: token, milliseconds of the lease. Takes it from whoever has it, and gives its number.
+SEIZE = """
+local time = redis.call('TIME')
+local number = time[1] * 1000000 + time[2]
+redis.call('SET', KEYS[1], ARGV[1] .. ':' .. string.format('%.0f', number), 'PX', ARGV[2])
+return number
+"""
+
+# KEYS: the lock, the key. ARGV: token:number, value, milliseconds.
 # Stores only while the lease is held: a bust deletes the lock before the key, so what it overtook is dropped.
 # Gives 1 if stored, 0 if dropped.
 FILL = """
@@ -69,7 +88,7 @@ redis.call('UNLINK', KEYS[1])
 return 1
 """
 
-# KEYS: the lock. ARGV: token. Gives the lease back, if it is still held: nothing is stored.
+# KEYS: the lock. ARGV: token:number. Gives the lease back, if it is still held: nothing is stored.
 RELEASE = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('UNLINK', KEYS[1]) end
 return 0
@@ -87,8 +106,9 @@ class Scripts:
     take: bytes = field(default_factory=lambda: _digest(TAKE))
     versioned: bytes = field(default_factory=lambda: _digest(VERSIONED))
     version: bytes = field(default_factory=lambda: _digest(VERSION))
+    seize: bytes = field(default_factory=lambda: _digest(SEIZE))
     fill: bytes = field(default_factory=lambda: _digest(FILL))
     release: bytes = field(default_factory=lambda: _digest(RELEASE))
     texts: dict[bytes, str] = field(
-        default_factory=lambda: {_digest(text): text for text in (TAKE, VERSIONED, VERSION, FILL, RELEASE)}
+        default_factory=lambda: {_digest(text): text for text in (TAKE, VERSIONED, VERSION, SEIZE, FILL, RELEASE)}
     )

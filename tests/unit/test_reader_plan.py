@@ -40,6 +40,7 @@ class Model:
             world.scripts.versioned: self._versioned,
             world.scripts.fill: self._fill,
             world.scripts.release: self._release,
+            world.scripts.seize: self._seize,
         }
 
     def ask(self, *command: Any) -> Any:
@@ -50,11 +51,6 @@ class Model:
                 return [self.data.get(key) for key in keys]
             case ("UNLINK", *keys):
                 return sum(self.data.pop(key, None) is not None for key in keys)
-            case ("SET", key, value, "NX", "PX", _):
-                return b"OK" if self._set_new(key, value) else None
-            case ("SET", key, value, "PX", _):
-                self.data[key] = value
-                return b"OK"
             case ("HMGET", key, *fields):
                 mark = json.loads(self.data.get(key, b"{}"))
                 return [mark[field.decode()].encode() if field.decode() in mark else None for field in fields]
@@ -62,15 +58,24 @@ class Model:
                 return self._scripts[digest](rest[:count], rest[count:])
         raise AssertionError(command)
 
-    def _set_new(self, key: bytes, value: bytes) -> bool:
-        return self.data.setdefault(key, value) is value
+    def _lease(self, lock: bytes, token: bytes) -> int:
+        """Give the number of the lease, which is made if nobody holds one; 0 if somebody else does."""
+        held = self.data.get(lock)
+        if held is None:
+            return self._seize([lock], [token])
+        return int(held.removeprefix(token + b":")) if held.startswith(token + b":") else 0
+
+    def _seize(self, keys: list[bytes], args: list[Any]) -> int:
+        self.clock += 1
+        self.data[keys[0]] = b"%b:%d" % (args[0], self.clock)
+        return self.clock
 
     def _take(self, keys: list[bytes], args: list[Any]) -> Any:
         value = self.data.get(keys[1])
         if value is not None and value.startswith(args[2]):
             return value
-        if self.data.setdefault(keys[0], args[0]) == args[0]:
-            return 1
+        if number := self._lease(keys[0], args[0]):
+            return number
         return [self.data.get(keys[2])] if len(keys) > 2 else 0
 
     def _versioned(self, keys: list[bytes], args: list[Any]) -> Any:
@@ -82,7 +87,7 @@ class Model:
             return [version, value]
         if not args[0]:
             return [version, None]
-        return [version, int(self.data.setdefault(key + args[5], args[0]) == args[0])]
+        return [version, self._lease(key + args[5], args[0])]
 
     def _fill(self, keys: list[bytes], args: list[Any]) -> int:
         if self.data.get(keys[0]) != args[0]:
@@ -251,7 +256,8 @@ def test_a_miss_is_a_look_a_lease_a_load_and_a_fill() -> None:
     assert take == Send([("EVALSHA", scripts.take, 2, b"t:user:1:lock", b"t:user:1", token, 10_000, b"cdc1 1 ")])
     assert load == Load([entry])
     stored = b'cdc1 1 0000001000000 0000001300000 0000000\n"Ada"'
-    assert fill == Send([("EVALSHA", scripts.fill, 2, b"t:user:1:lock", b"t:user:1", token, stored, 300_000)])
+    lease = b"%b:%d" % (token, model.clock)
+    assert fill == Send([("EVALSHA", scripts.fill, 2, b"t:user:1:lock", b"t:user:1", lease, stored, 300_000)])
     entry, steps = reading(plan, id=1)
     assert drive(steps, model, lambda _: None, times) == [look]
     assert entry.value == "Ada"

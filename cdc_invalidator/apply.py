@@ -42,7 +42,6 @@ FLUSH_WEIGHT = 10_000
 # The watermark moves at least once a second; the rest is for the round trip.
 HEARTBEAT_SECONDS = 0.8
 INFO_SECONDS = 10.0
-SOUNDINGS = 600
 # No WAL reaches it.
 _NEVER = 2**64 - 1
 
@@ -121,9 +120,6 @@ class Apply:
         self._recorded: int | None = None
         self._recorded_at = float("-inf")
         self._written_ms = 0
-        # Where the WAL ended at which time, and has not been reached; of many, the oldest matter least.
-        self._soundings: deque[tuple[int, int]] = deque(maxlen=SOUNDINGS)
-        self._as_of: int | None = None
         self.recorded_at: float | None = None
         self._watermark_refused = False
         self._info_at = float("-inf")
@@ -150,10 +146,6 @@ class Apply:
         if much_wal and self._sweeps and not self._sweeps.hurry:
             _log.warning("sweeps_hurry", error="The slot holds more than CDC_MAX_RETAINED_WAL; CDC_SWEEP_RATE is left.")
         self._sweeps.hurry = much_wal
-
-    def sounded(self, at: int, end: int) -> None:
-        """Note that no commit of before a time (ms since 1970) lies beyond an LSN."""
-        self._soundings.append((at, end))
 
     def finish(self) -> None:
         """Let `run` end as soon as all that was put is in Redis."""
@@ -468,8 +460,6 @@ class Apply:
         now = time.monotonic()
         if position == self._recorded and now - self._recorded_at < HEARTBEAT_SECONDS:
             return
-        while self._soundings and self._soundings[0][1] <= position:
-            self._as_of, _ = self._soundings.popleft()
         at = time.time()
         at_ms = int(at * 1000)
         # Also of a write that fails: some servers may have it.
@@ -482,7 +472,7 @@ class Apply:
                 timeline=self._position.timeline,
                 rules=self._digests,
                 standbys=self._replicas.known,
-                as_of=self._as_of,
+                as_of=self._checkpoint.as_of,
             )
         )
         if stored:

@@ -37,6 +37,8 @@ class Checkpoint:
         self._confirmable = start
         self._in_flight: deque[Ticket] = deque()
         self._crowd = CROWD
+        self._awaited: tuple[int, int] | None = None
+        self._as_of = 0
 
     def track(self) -> Ticket:
         """Note work, in one part, that must be resolved before any position after now may be confirmed."""
@@ -73,6 +75,25 @@ class Checkpoint:
         reached = self._in_flight[0].below if self._in_flight else self._received
         self._position = max(self._position, reached)
         return self._position
+
+    def committed(self, lsn: int, at: int) -> None:
+        """Note that all that had been committed at a time lies below ``lsn``.
+
+        Args:
+            lsn: the end of the server's WAL, asked for at that time or later.
+            at: the time, in ms since 1970.
+        """
+        # One at a time: while the position is behind, the oldest is the one that it reaches first.
+        if self._awaited is None:
+            self._awaited = (lsn, at)
+
+    @property
+    def as_of(self) -> int:
+        """The last known time at which nothing above the position had been committed; 0 for none."""
+        if self._awaited is not None and self._awaited[0] <= self.position:
+            self._as_of = self._awaited[1]
+            self._awaited = None
+        return self._as_of
 
     @property
     def idle(self) -> bool:

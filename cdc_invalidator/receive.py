@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable
 
 import structlog
 
@@ -171,9 +172,22 @@ class Receive:
         self._metrics.received_lsn.set(self._checkpoint.received_lsn)
 
 
-async def confirm(replication: Replication, checkpoint: Checkpoint, metrics: Metrics) -> None:
-    """Confirm the position once a second until cancelled, also while Redis is down (the old one, then)."""
+async def confirm(
+    replication: Replication, checkpoint: Checkpoint, metrics: Metrics, written: Callable[[], Awaitable[int | None]]
+) -> None:
+    """Confirm the position once a second until cancelled, also while Redis is down (the old one, then).
+
+    Args:
+        replication: a started stream.
+        checkpoint: knows the position.
+        metrics: what to count.
+        written: asks for an LSN that all lies below that has been committed by now; see `Snapshots.written`.
+    """
     while True:
         await asyncio.sleep(CONFIRM_SECONDS)
+        at = time.time_ns() // 1_000_000
+        if (end := await written()) is not None:
+            # The position that is asked for below tells whether the stream has got there.
+            checkpoint.committed(end, at)
         replication.status(checkpoint.confirmable, checkpoint.received_lsn, reply=True)
         metrics.confirmed_lsn.set(checkpoint.confirmable)

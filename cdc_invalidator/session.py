@@ -42,8 +42,6 @@ _log = structlog.get_logger()
 # How often a standby looks whether the leader is gone, and how often the leader looks at its slot.
 STANDBY_SECONDS = 0.25
 WATCH_SECONDS = 3.0
-# How often it is asked where the WAL ends: the time in the watermark is about so exact.
-SOUND_SECONDS = 1.0
 # A server that has not answered for so long is not going to; statements of ours end sooner by themselves.
 SILENCE_SECONDS = 60.0
 # A Redis that is away for so long while WAL piles up has its position given up.
@@ -143,6 +141,7 @@ class Session:
         assert self._publication is not None
         assert self._tables is not None
         assert self._replication is not None
+        assert self._snapshots is not None
         assert self.apply is not None
         assert self.checkpoint is not None
         tables = self._tables
@@ -157,14 +156,15 @@ class Session:
         )
         receiving = self._start(receiver.run(), "receive")
         applying = self._start(self.apply.run(), "apply")
-        confirming = self._start(receive.confirm(self._replication, self.checkpoint, self._metrics), "confirm")
+        confirming = self._start(
+            receive.confirm(self._replication, self.checkpoint, self._metrics, self._snapshots.written), "confirm"
+        )
         self._watched_at = time.monotonic()
         watching = self._start(self._watch(self._slot, self._tables, self.apply), "watch")
         alarm = self._start(self._alarm(), "alarm")
         following = self._start(self._follow(self.checkpoint), "replicas")
-        sounding = self._start(self._sound(self._slot, self.apply), "sound")
         done, _ = await asyncio.wait(
-            {receiving, applying, confirming, watching, alarm, following, sounding, stopping},
+            {receiving, applying, confirming, watching, alarm, following, stopping},
             return_when=asyncio.FIRST_COMPLETED,
         )
         for task in done:
@@ -330,15 +330,6 @@ class Session:
             self._metrics.watches.inc()
             self._watched_at = time.monotonic()
             await asyncio.sleep(WATCH_SECONDS)
-
-    async def _sound(self, slot: Slot, apply: Apply) -> None:
-        """Ask where the WAL ends, so that the watermark can tell up to which time it holds."""
-        while True:
-            asked = time.time_ns() // 1_000_000
-            end = await slot.end_of_wal()
-            if end is not None:
-                apply.sounded(asked, end)
-            await asyncio.sleep(SOUND_SECONDS)
 
     async def _alarm(self) -> None:
         """End the session when the watch has not come round for long: the server is frozen, or the network deaf."""

@@ -136,11 +136,6 @@ class Slot:
             else:
                 return
 
-    async def end_of_wal(self) -> int | None:
-        """Give the LSN that no commit of before now lies beyond; ``None`` on a standby, which does not know."""
-        (row,) = await self._rows(_END)
-        return None if row.lsn is None else lsn.parse(row.lsn)
-
     async def activity(self) -> Activity:
         """Read the database's transaction counters."""
         (row,) = await self._rows(_ACTIVITY)
@@ -159,10 +154,6 @@ SELECT active, active_pid, plugin, database = current_database() AS here, confir
     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn
   ), 0)::bigint AS retained
 FROM pg_replication_slots WHERE slot_name = %(slot)s
-"""
-
-_END = """
-SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_wal_insert_lsn()::text END AS lsn
 """
 
 _ACTIVITY = """

@@ -1,4 +1,4 @@
-"""The edge that asks PostgreSQL which committed transactions its readers can see already.
+"""The edge that asks PostgreSQL what is committed, and which of that its readers can see already.
 
 The walsender sends a transaction as soon as its commit record is flushed. Its rows become visible a little later: some
 microseconds on a quiet server, and as long as the standbys take where commits are synchronous. A bust in between does
@@ -16,6 +16,15 @@ import psycopg
 from psycopg import pq
 
 from cdc_invalidator import postgres
+
+# An insert position at the beginning of a page already counts the page's header, which no record reaches: it is that
+# of the page then (24 bytes, or 40 for the first one of a segment).
+_WRITTEN = """
+PREPARE written AS
+SELECT lsn - CASE WHEN lsn % page IN (24, 40) THEN lsn % page ELSE 0 END
+FROM (SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn, current_setting('wal_block_size')::int
+  WHERE NOT pg_is_in_recovery()) AS written (lsn, page)
+"""
 
 
 class Snapshots:
@@ -35,6 +44,7 @@ class Snapshots:
         connection = await postgres.connect(dsn, "cdc-invalidator snapshots")
         with postgres.translated():
             await connection.execute("PREPARE taken AS SELECT pg_current_snapshot()::text")
+            await connection.execute(_WRITTEN)
         return cls(connection)
 
     def close(self) -> None:
@@ -47,11 +57,25 @@ class Snapshots:
         Raises:
             errors.PostgresUnavailable: nobody knows.
         """
+        taken = await self._ask(b"taken")
+        assert taken is not None
+        return taken.decode()
+
+    async def written(self) -> int | None:
+        """Give an LSN that all lies below that has been committed by now; ``None`` on a standby, which can't know.
+
+        Raises:
+            errors.PostgresUnavailable: nobody knows.
+        """
+        written = await self._ask(b"written")
+        return None if written is None else int(written)
+
+    async def _ask(self, statement: bytes) -> bytes | None:
         # By libpq itself: each bust waits for this, and the driver's way takes twice as long.
         pgconn = self._connection.pgconn
         async with self._turn:
             with postgres.translated():
-                pgconn.send_query_prepared(b"taken", [])
+                pgconn.send_query_prepared(statement, [])
                 pgconn.flush()
                 found = None
                 while True:
@@ -64,8 +88,7 @@ class Snapshots:
                     if result.status != pq.ExecStatus.TUPLES_OK:
                         raise psycopg.errors.error_from_result(result, encoding="utf-8")
                     found = result.get_value(0, 0)
-        assert found is not None
-        return found.decode()
+        return found
 
     async def hidden(self, xids: Iterable[int]) -> set[int]:
         """Give those of these committed transactions that a reader who starts now does not see yet.

@@ -33,7 +33,7 @@ class Watermark:
 
     ``rules``: the caches that this is said of, each with a digest of what busts it; ``standbys``: those that it is said
     of as well, each with the time of its start, and ``None`` for one that is dropped: the busts do not wait for it.
-    ``as_of``: what was committed before that time (ms since 1970) is not beyond ``lsn``; ``None`` while nobody knows.
+    ``as_of``: all that had been committed at that time (ms since 1970) lies below ``lsn``; 0 for not known.
     """
 
     lsn: int
@@ -42,10 +42,13 @@ class Watermark:
     timeline: int
     rules: Mapping[str, str]
     standbys: Mapping[str, str | None] = field(default_factory=dict)
-    as_of: int | None = None
+    as_of: int = 0
 
     def fields(self) -> dict[str, str | int]:
-        """Give the hash's fields; ``rules`` and ``standbys`` are JSON, the latter left out where there are none."""
+        """Give the hash's fields; ``rules`` and ``standbys`` are JSON.
+
+        ``standbys`` is left out where there are none, and ``as_of`` while it is not known: what is there stays true.
+        """
         fields: dict[str, str | int] = {
             "lsn": self.lsn,
             "at": self.at,
@@ -55,7 +58,7 @@ class Watermark:
         }
         if self.standbys:
             fields["standbys"] = json.dumps(dict(self.standbys), separators=(",", ":"), sort_keys=True)
-        if self.as_of is not None:
+        if self.as_of:
             fields["as_of"] = self.as_of
         return fields
 
@@ -74,7 +77,7 @@ class Watermark:
                 timeline=int(fields[b"timeline"]),
                 rules={str(cache): str(digest) for cache, digest in rules.items()},
                 standbys={str(name): None if since is None else str(since) for name, since in standbys.items()},
-                as_of=int(fields[b"as_of"]) if b"as_of" in fields else None,
+                as_of=int(fields.get(b"as_of", 0)),
             )
         except (KeyError, ValueError, RecursionError):  # the last one: JSON nested too deep
             return None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-FIELDS = (b"lsn", b"at", b"rules", b"standbys", b"as_of")
+FIELDS = (b"lsn", b"as_of", b"rules", b"standbys")
 
 
 class Demand(NamedTuple):
@@ -26,7 +26,7 @@ class Demand(NamedTuple):
 class Mark:
     """A watermark, see `cdc_invalidator.watermark`, with the caches and the standbys that it is said of.
 
-    ``as_of``: what was committed before that time, in ms, is in; where the daemon does not know, when it was written.
+    ``as_of`` is 0 where the daemon does not know it.
     """
 
     lsn: int
@@ -36,7 +36,7 @@ class Mark:
 
 
 class Feed:
-    """The watermark as it was read last.
+    """Reads watermarks, and remembers the last.
 
     Args:
         slot: the name of the daemon's replication slot, which names the watermark.
@@ -46,27 +46,26 @@ class Feed:
     def __init__(self, slot: str, standby: str = "") -> None:
         self.command = ("HMGET", f"cdc:{slot}:watermark".encode(), *FIELDS)
         self._standby = standby
-        self._mark: Mark | None = None
-        self._texts: tuple[Any, Any] | None = None
+        # The last one, and the texts that it was made of: they hardly ever change.
+        self._last: tuple[Mark, Any] | None = None
 
-    def note(self, fields: Sequence[bytes | None]) -> None:
-        """Take what `command` gave."""
-        lsn, at, rules, standbys, as_of = fields
-        if lsn is None or at is None or rules is None:
-            self._mark = None
-            return
+    def read(self, fields: Sequence[bytes | None]) -> Mark | None:
+        """Read what `command` gave; ``None`` if that is not what the daemon writes."""
+        lsn, as_of, rules, standbys = fields
+        last = self._last
         try:
-            time = int(as_of or at)
-            last = self._mark
-            if last is not None and self._texts == (rules, standbys):
-                self._mark = Mark(int(lsn), time, last.caches, last.standbys)
-                return
-            known = orjson.loads(standbys or b"{}")
-            waited = frozenset(name for name, since in known.items() if since is not None)
-            self._mark = Mark(int(lsn), time, frozenset(orjson.loads(rules)), waited)
-            self._texts = (rules, standbys)
+            if lsn is None or rules is None:
+                return None
+            if last is not None and last[1] == (rules, standbys):
+                mark = Mark(int(lsn), int(as_of or 0), last[0].caches, last[0].standbys)
+            else:
+                known = orjson.loads(standbys or b"{}")
+                waited = frozenset(name for name, since in known.items() if since is not None)
+                mark = Mark(int(lsn), int(as_of or 0), frozenset(orjson.loads(rules)), waited)
         except (ValueError, TypeError, AttributeError):
-            self._mark = None  # not what the daemon writes
+            return None
+        self._last = (mark, (rules, standbys))
+        return mark
 
     def recent(self, demand: Demand, cache: str, now: int) -> bool:
         """Whether the watermark that was read last is enough, so that it need not be read again.
@@ -74,21 +73,23 @@ class Feed:
         It only grows older, so this errs to the safe side. For an LSN it is never enough: Redis may have been replaced
         since.
         """
-        return not demand.lsn and self._mark is not None and self.refusal(demand, cache, now) == ""
+        last = self._last
+        return not demand.lsn and last is not None and not self.refusal(last[0], demand, cache, now)
 
-    def refusal(self, demand: Demand, cache: str, now: int) -> str:
+    def refusal(self, mark: Mark | None, demand: Demand, cache: str, now: int) -> str:
         """Tell why a value of a cache may not be served; empty if it may.
 
         Args:
+            mark: the watermark that was read before the value; another reader may have read a later one since.
             demand: what the read asks for.
             cache: the cache's name.
             now: ms since 1970.
 
         Returns:
             no_watermark; not_covered: the daemon does not know this cache, is sweeping it, or can't see its table;
-            standby: it does not wait for ours; behind: its LSN is lower; old: the feed is dead, or has not come so far.
+            standby: it does not wait for ours; behind: its LSN is lower; old: the feed is dead, has not come so far, or
+            does not know.
         """
-        mark = self._mark
         if mark is None:
             return "no_watermark"
         if cache not in mark.caches:

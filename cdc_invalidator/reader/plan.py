@@ -339,28 +339,33 @@ class Plan(Generic[T]):
 
     def _look(self, entries: Sequence[Entry], demand: Demand) -> Steps[tuple[str, Sequence[Any]]]:
         """Look for all entries, and tell why none of them may be served from the cache, if so."""
-        checks, refusal = self._checks(demand), ""
         if demand.lsn and self.cache.ttl_only:
             return "ttl_only", ()
-        commands: list[Command] = [self.world.feed.command] if checks else []
+        checks = self._checks(demand)
+        if checks and self.world.cluster:
+            # Nodes answer in any order: the watermark must have come before the looks are sent.
+            refusal = self._refusal(demand, (yield Send([self.world.feed.command])))
+            if refusal:
+                return refusal, ()
+            checks = False
         if not self.looks_once:
-            first = yield Send(commands + [self._make_version(entry) for entry in entries])
-            refusal = self._refusal(demand, first) if checks else ""
-            versions = first[1:] if checks else first
+            versions = yield Send([self._make_version(entry) for entry in entries])
             for entry, version in zip(entries, versions, strict=True):
                 self._name(entry, version)
-            replies = [] if refusal else (yield Send([("GET", entry.key) for entry in entries]))
-            return refusal, [[version, reply] for version, reply in zip(versions, replies, strict=False)]
+            replies = yield Send([("GET", entry.key) for entry in entries])
+            return "", [
+                version if isinstance(version, Exception) else [version, reply]
+                for version, reply in zip(versions, replies, strict=True)
+            ]
         if self._versioned:
             looks = [self.look(entry, taking=not checks) for entry in entries]
         elif len(entries) > 1 and not self.world.cluster:
             looks = [("MGET", *(entry.key for entry in entries))]
         else:
             looks = [self.look(entry) for entry in entries]
-        replies = yield Send([*commands, *looks])
-        if checks:
-            refusal = self._refusal(demand, replies)
-            replies = replies[1:]
+        replies = yield Send([*((self.world.feed.command,) if checks else ()), *looks])
+        refusal = self._refusal(demand, replies) if checks else ""
+        replies = replies[1:] if checks else replies
         if len(looks) < len(entries):
             (answer,) = replies
             replies = answer if isinstance(answer, list) else [answer] * len(entries)
@@ -376,8 +381,8 @@ class Plan(Generic[T]):
         fields = replies[0]
         if isinstance(fields, Exception):
             return self._refused(fields)
-        self.world.feed.note(fields)
-        return self.world.feed.refusal(demand, self.cache.name, self._now())
+        mark = self.world.feed.read(fields)
+        return self.world.feed.refusal(mark, demand, self.cache.name, self._now())
 
     def _judge(self, entries: Sequence[Entry], replies: Sequence[Any], demand: Demand) -> Steps[Sequence[Any]]:
         """Take the values that may be served, and refresh some of them early."""

@@ -376,7 +376,11 @@ class Caches:
             raise AttributeError(error.args[0]) from None
 
     def at_least(self, lsn: int) -> Self:
-        """Give a view whose reads show at least what was committed up to an LSN, from the database if need be."""
+        """Give a view whose reads show at least what was committed up to an LSN, from the database if need be.
+
+        Until the watermark has passed it, loaders must read where the commit can be seen: on the primary, not on a
+        standby that may lag.
+        """
         return type(self)(self._book, self._link, lsn)
 
     @contextmanager

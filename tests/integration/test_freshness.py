@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import redis
+from proxy import Proxy
 from running import RunningDaemon, eventually, execute, settled, watermark
 
 from cdc_invalidator import embedded
@@ -84,6 +85,54 @@ def test_the_watermark_moves_at_least_once_a_second_on_an_idle_database(
             time.sleep(0.05)
         # A machine that is slow now and then is given one second of the six.
         assert len(seen) >= 6
+
+
+def all_in_since(then: float, client: redis.Redis, slot: str) -> int:
+    """Wait until the watermark says that all is in that had been committed then (Unix, in ms), and give its time."""
+    eventually(lambda: int(watermark(client, slot).get(b"as_of", 0)) > then, "all up to then is in")
+    return int(watermark(client, slot)[b"as_of"])
+
+
+def test_the_watermark_tells_since_when_all_is_in_also_on_an_idle_database(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES)
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
+        daemon.ready()
+        settled(database, redis_client, slot_name)
+        for _ in range(3):
+            assert all_in_since(time.time() * 1000, redis_client, slot_name) <= time.time() * 1000
+
+
+def test_a_feed_that_stands_tells_no_later_time_though_the_daemon_lives(
+    postgres: embedded.Postgres,
+    database: str,
+    redis_url: str,
+    redis_client: redis.Redis,
+    tmp_path: Path,
+    slot_name: str,
+) -> None:
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES)
+    with Proxy(postgres.port) as way:
+        dsn = psycopg.conninfo.make_conninfo(database, port=way.port)
+        with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
+            daemon.ready()
+            all_in_since(time.time() * 1000, redis_client, slot_name)
+            way.stall()
+            stalled = time.time() * 1000
+            redis_client.set("shop:prod:user:42", "Ada")
+            execute(database, "INSERT INTO users VALUES (42, 'Grace')")
+            committed = time.time() * 1000
+            eventually(lambda: int(watermark(redis_client, slot_name)[b"at"]) > stalled + 3000, "the daemon lives")
+            assert redis_client.exists("shop:prod:user:42")
+            assert int(watermark(redis_client, slot_name)[b"as_of"]) < stalled
+            way.mend()
+            all_in_since(committed, redis_client, slot_name)
+            assert not redis_client.exists("shop:prod:user:42")
 
 
 def test_the_watermark_stops_when_busts_can_not_be_proven_applied(

@@ -55,6 +55,31 @@ def test_work_resolved_out_of_order_waits_for_the_oldest() -> None:
     assert checkpoint.position == 30
 
 
+def test_a_time_counts_once_the_position_has_reached_what_had_been_committed_then() -> None:
+    checkpoint = Checkpoint(100)
+    assert checkpoint.as_of == 0
+    checkpoint.committed(300, at=1)
+    checkpoint.received(299)
+    assert checkpoint.as_of == 0
+    ticket = checkpoint.track()
+    checkpoint.received(300)
+    assert checkpoint.as_of == 0
+    checkpoint.resolve(ticket)
+    assert checkpoint.as_of == 1
+
+
+def test_while_the_position_is_behind_the_oldest_time_is_the_one_to_reach() -> None:
+    checkpoint = Checkpoint(100)
+    checkpoint.committed(200, at=1)
+    checkpoint.committed(300, at=2)
+    checkpoint.received(250)
+    assert checkpoint.as_of == 1
+    checkpoint.committed(300, at=3)
+    assert checkpoint.as_of == 1
+    checkpoint.received(300)
+    assert checkpoint.as_of == 3
+
+
 def test_batches_of_one_large_transaction_hold_the_position_before_it() -> None:
     checkpoint = Checkpoint(0)
     checkpoint.received(10)

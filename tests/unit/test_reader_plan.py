@@ -338,16 +338,16 @@ def test_early_refresh_is_the_likelier_the_nearer_the_end_and_the_longer_the_loa
 @pytest.mark.parametrize(
     ("mark", "demand", "served"),
     [
-        ({"lsn": "10", "at": "1000000", "rules": '{"user": "x"}'}, Demand(10), True),
-        ({"lsn": "9", "at": "1000000", "rules": '{"user": "x"}'}, Demand(10), False),
-        ({"lsn": "10", "at": "999000", "rules": '{"user": "x"}'}, Demand(0, 1000), True),
-        ({"lsn": "10", "at": "998999", "rules": '{"user": "x"}'}, Demand(0, 1000), False),
-        ({"lsn": "10", "at": "1000000", "rules": '{"user": "x"}', "as_of": "998999"}, Demand(0, 1000), False),
-        ({"lsn": "10", "at": "998999", "rules": '{"user": "x"}', "as_of": "999000"}, Demand(0, 1000), True),
-        ({"lsn": "10", "at": "1000000", "rules": '{"page": "x"}'}, Demand(10), False),
-        ({"lsn": "ten", "at": "1000000", "rules": '{"user": "x"}'}, Demand(10), False),
-        ({"lsn": "10", "at": "1000000", "rules": "["}, Demand(10), False),
-        ({"lsn": "10", "at": "1000000"}, Demand(10), False),
+        ({"lsn": "10", "rules": '{"user": "x"}'}, Demand(10), True),
+        ({"lsn": "9", "rules": '{"user": "x"}'}, Demand(10), False),
+        ({"lsn": "10", "rules": '{"user": "x"}', "as_of": "999000"}, Demand(0, 1000), True),
+        ({"lsn": "10", "rules": '{"user": "x"}', "as_of": "998999"}, Demand(0, 1000), False),
+        ({"lsn": "10", "rules": '{"user": "x"}', "at": "1000000"}, Demand(0, 1000), False),
+        ({"lsn": "10", "rules": '{"page": "x"}'}, Demand(10), False),
+        ({"lsn": "ten", "rules": '{"user": "x"}'}, Demand(10), False),
+        ({"lsn": "10", "rules": '{"user": "x"}', "as_of": "now"}, Demand(10), False),
+        ({"lsn": "10", "rules": "["}, Demand(10), False),
+        ({"lsn": "10"}, Demand(10), False),
         ({}, Demand(10), False),
     ],
 )
@@ -371,8 +371,8 @@ def test_a_standby_that_is_not_waited_for_is_not_spoken_for() -> None:
         ("[", "no_watermark"),
     ):
         feed = Feed("slot", "a:1")
-        feed.note([b"10", b"0", b'{"user": "x"}', standbys.encode(), None])
-        assert feed.refusal(Demand(10), "user", 0) == reason
+        mark = feed.read([b"10", None, b'{"user": "x"}', standbys.encode()])
+        assert feed.refusal(mark, Demand(10), "user", 0) == reason
 
 
 # ── The model, as far as it may be wrong itself, is what tests/integration/test_reader.py runs on a real server ──────

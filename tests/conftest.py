@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 import redis
+from hypothesis import settings
 
 from cdc_invalidator import embedded, errors
 
@@ -22,6 +23,10 @@ Server = TypeVar("Server", embedded.Postgres, embedded.Valkey)
 
 _DATABASES = 63  # Valkey's databases 1 to 63 go round; 0 stays for tests that start a server of their own
 _numbers = itertools.count()
+
+# No test fails because the machine was slow; all else as hypothesis has it, which in CI is another profile.
+settings.register_profile("patient", settings(), deadline=None)
+settings.load_profile("patient")
 
 
 def _available(make: Callable[[], Server]) -> Server:

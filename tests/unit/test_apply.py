@@ -200,7 +200,7 @@ _steps = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(_steps, max_size=20), st.booleans())
 def test_no_watermark_passes_a_transaction_that_was_not_busted_while_readers_saw_it(
     steps: list[tuple[str, Any]], standby: bool

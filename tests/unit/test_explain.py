@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from example import DESIGN
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cdc_invalidator import errors, rules
@@ -303,7 +303,6 @@ def changes(draw: st.DrawFn) -> Change:
     return Change(Table("public", draw(st.sampled_from("tu"))), op, old, new)
 
 
-@settings(deadline=None)  # conditions are slow to compile on a busy machine
 @given(rule_sets(), changes(), st.lists(st.fixed_dictionaries({"member": SOME}), max_size=7))
 def test_both_ways_of_explain_agree(rule_set: RuleSet, change: Change, members: list[dict[str, str | None]]) -> None:
     for verdict in simulate(rule_set, change, {"derived": members}):

@@ -186,7 +186,7 @@ ACTIONS = st.lists(st.sampled_from(["begin", "step 0", "step 1", "step 2", "comm
 
 
 @pytest.mark.parametrize("name", CACHES)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(actions=ACTIONS)
 def test_nothing_older_than_an_applied_bust_is_ever_stored_or_served(name: str, actions: list[str]) -> None:
     times = Times()

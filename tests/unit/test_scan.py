@@ -378,7 +378,7 @@ rule_sets = st.builds(rule_set, _entries, st.just(()) | _entries, st.sampled_fro
 _cuts = st.lists(st.integers(0, 2**20), max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rule_sets, streams(), _cuts)
 def test_any_stream_busts_the_same_by_the_pass_and_by_the_reference(
     rule_set: RuleSet, payloads: Payloads, cuts: list[int]
@@ -416,7 +416,7 @@ def garbled(draw: st.DrawFn, rows_of: tuple[bytes, ...]) -> Payloads:
     return Payloads([*payloads[:at], *[payload] * {"gone": 0, "twice": 2}.get(how, 1), *payloads[at + 1 :]])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), _cuts)
 def test_whatever_is_garbled_fails_at_the_same_place_by_the_pass_and_by_the_reference(
     data: st.DataObject, cuts: list[int]

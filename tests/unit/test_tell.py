@@ -110,7 +110,7 @@ def _flushes(draw: st.DrawFn) -> tuple[list[Line], Outcome]:
     return lines, Outcome(existed, {key: answers[at % len(answers)] for at, key in enumerate(bumped)})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(_flushes(), min_size=1, max_size=3),
     st.sampled_from([0, 2**32, 0x16B374D848, apply._NEVER]),

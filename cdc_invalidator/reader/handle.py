@@ -20,7 +20,7 @@ from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.metrics import Metrics, silent
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.reader.plan import Entry, Plan, Unavailable, World
+from cdc_invalidator.reader.plan import Entry, Plan, World
 from cdc_invalidator.rulefile import nearest
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ GONE = (exceptions.RedisError, OSError)
 NO_CONNECTION: tuple[type[Exception], ...] = tuple(
     getattr(exceptions, name) for name in ("MaxConnectionsError",) if hasattr(exceptions, name)
 )
-CONNECTION_SECONDS = 2.0
+CONNECTION_SECONDS = 5.0
 # What says nothing of the server: the slow way knows what to do.
 HARMLESS: tuple[type[Exception], ...] = (exceptions.NoScriptError, *NO_CONNECTION)
 
@@ -230,6 +230,12 @@ def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:
 # ── Clients ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def turns(client: Any) -> int:
+    """Give how many round trips of misses may be under way at once: half of a pool, so that hits find a connection."""
+    most = getattr(getattr(client, "connection_pool", None), "max_connections", None)
+    return max(1, most // 2) if isinstance(most, int) else 1000
+
+
 def advise(client: Any) -> None:
     """Tell, in the log, what about a client would make reads wait for a Redis that is gone."""
     options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
@@ -247,14 +253,10 @@ def advise(client: Any) -> None:
 
 
 def sort_out(replies: Sequence[Any], breaker: Breaker) -> None:
-    """Look at the replies of a round trip, errors among them.
-
-    Raises:
-        Unavailable: one of them says that there is no answer.
-    """
+    """Look at the replies of a round trip, and raise the first that says that there is no answer."""
     for reply in replies:
         if isinstance(reply, Exception) and not answers(reply):
-            raise Unavailable("redis_down") from reply
+            raise reply
     breaker.worked()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class Link:
         handle.advise(client)
         self.execute = client.execute_command
         self.breaker = breaker
+        self._turns = threading.Semaphore(handle.turns(client))
         self.client = client
         self.local: Local | None = None
         self._texts = texts
@@ -46,18 +48,21 @@ class Link:
         Raises:
             Unavailable: there is no answer.
         """
-        if not self.breaker.allows(time.monotonic()):
-            raise Unavailable("breaker_open")
-        try:
-            replies = self._patiently(commands)
-            again = handle.unknown_scripts(commands, replies, self._texts)
-            if again:
-                for at, reply in zip(again, self._exchange(list(again.values())), strict=True):
-                    replies[at] = reply
-            handle.sort_out(replies, self.breaker)
-        except (*handle.GONE, Unavailable) as error:
-            self.breaker.failed(time.monotonic())
-            raise Unavailable("redis_down") from error
+        with self._turns:
+            if not self.breaker.allows(time.monotonic()):
+                raise Unavailable("breaker_open")
+            try:
+                replies = self._patiently(commands)
+                again = handle.unknown_scripts(commands, replies, self._texts)
+                if again:
+                    for at, reply in zip(again, self._patiently(list(again.values())), strict=True):
+                        replies[at] = reply
+                handle.sort_out(replies, self.breaker)
+            except handle.NO_CONNECTION as error:
+                raise Unavailable("no_connection") from error
+            except handle.GONE as error:
+                self.breaker.failed(time.monotonic())
+                raise Unavailable("redis_down") from error
         return replies
 
     def _patiently(self, commands: Sequence[Command]) -> list[Any]:

@@ -135,8 +135,8 @@ def test_whatever_is_written_shows(stage: Stage, reads: Reads) -> None:
     assert shown() == [None, None, None, None, None, [], []]
 
 
-def test_a_load_that_a_commit_overtakes_is_not_kept(stage: Stage, reads: Reads) -> None:
-    caches = stage.caches(reads)
+def test_a_load_that_a_commit_overtakes_is_not_kept(stage: Stage, waiting: Reads) -> None:
+    caches = stage.caches(waiting)
 
     def slow(id: int) -> str | None:  # noqa: A002
         name = stage.name(id)
@@ -184,8 +184,8 @@ def test_after_a_bust_one_reader_loads_and_the_others_are_shown_the_old_value(
     assert stale == 4
 
 
-def test_the_old_value_is_shown_no_longer_than_stale_for(stage: Stage, reads: Reads) -> None:
-    users = stage.caches(reads).brief.using(wait=0.01)
+def test_the_old_value_is_shown_no_longer_than_stale_for(stage: Stage, waiting: Reads) -> None:
+    users = stage.caches(waiting).brief.using(wait=0.01)
     assert users.get(id=1, load=stage.name) == "Ada"
     stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
     stage.settled()
@@ -194,8 +194,8 @@ def test_the_old_value_is_shown_no_longer_than_stale_for(stage: Stage, reads: Re
     assert stage.client.exists("t:brief:1:stale", "t:brief:1") == 0
 
 
-def test_a_sweep_leaves_no_old_value_of_its_own(stage: Stage, reads: Reads) -> None:
-    users = stage.caches(reads)["old-user"]
+def test_a_sweep_leaves_no_old_value_of_its_own(stage: Stage, waiting: Reads) -> None:
+    users = stage.caches(waiting)["old-user"]
     assert users.get(id=1, load=stage.name) == "Ada"
     stage.write("TRUNCATE users")
     stage.settled()
@@ -222,8 +222,8 @@ def test_a_writer_reads_its_own_write(stage: Stage, reads: Reads) -> None:
         assert load.asked == []
 
 
-def test_what_the_watermark_does_not_speak_for_is_loaded(stage: Stage, reads: Reads) -> None:
-    caches = stage.caches(reads)
+def test_what_the_watermark_does_not_speak_for_is_loaded(stage: Stage, waiting: Reads) -> None:
+    caches = stage.caches(waiting)
     lsn = stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
     stage.settled()
     assert caches.at_least(lsn).rate.get(id=1, load=stage.name) == "Grace"
@@ -231,7 +231,7 @@ def test_what_the_watermark_does_not_speak_for_is_loaded(stage: Stage, reads: Re
     far = caches.at_least(2**60).user
     assert far.get(id=1, load=stage.name) == "Grace"
     assert stage.bypasses("behind") == 1
-    other = reads.caches(stage.rules, stage.url, slot="nobody's")
+    other = waiting.caches(stage.rules, stage.url, slot="nobody's")
     assert other.at_least(lsn).user.get(id=1, load=stage.name) == "Grace"
     stage.daemon.terminate()
     stage.client.hset(f"cdc:{stage.daemon.slot}:watermark", "rules", '{"another": "x"}')
@@ -248,7 +248,7 @@ def test_a_feed_that_is_dead_is_noticed(stage: Stage, waiting: Reads) -> None:
     caches = stage.caches(waiting)
     careful = caches.user.using(max_staleness=6.0)
     load = Loader({1: "loaded"})
-    assert careful.get(id=1, load=stage.name) == "Ada"
+    assert caches.user.get(id=1, load=stage.name) == "Ada"
 
     def fresh() -> bool:
         asked = len(load.asked)
@@ -300,8 +300,8 @@ rules:
         assert users.get(id=1, load=load) == "cached"
 
 
-def test_a_cache_that_nothing_busts_is_as_old_as_its_entry(stage: Stage, reads: Reads) -> None:
-    rate = stage.caches(reads).rate
+def test_a_cache_that_nothing_busts_is_as_old_as_its_entry(stage: Stage, waiting: Reads) -> None:
+    rate = stage.caches(waiting).rate
     load = Loader({1: "first"})
     assert rate.get(id=1, load=load, max_staleness=3600.0) == "first"
     load.rows[1] = "second"

@@ -153,14 +153,11 @@ class AsyncCache(Generic[T]):
         given = named if params is None else params
         plan, link = self._plan, self._link
 
-        async def loader(entries: Sequence[Entry]) -> Sequence[T | None]:
-            return [await _awaited(load(**entry.params)) for entry in entries]
-
         try:
             entry = plan.entry(given, given)
         except NoKey as no:
             entry = Entry(given, given, b"")
-            await link.run(plan.beside([entry], no.reason), loader)
+            await link.run(plan.beside([entry], no.reason), _each(load))
             return entry.value  # type: ignore[no-any-return]
         first = None
         if self._quick and max_staleness is None and not link.breaker.failures:
@@ -178,7 +175,7 @@ class AsyncCache(Generic[T]):
             except handle.GONE as error:
                 if not handle.answers(error):
                     link.breaker.failed(time.monotonic())
-                    await link.run(plan.beside([entry], "redis_down"), loader)
+                    await link.run(plan.beside([entry], "redis_down"), _each(load))
                     return entry.value  # type: ignore[no-any-return]
             else:
                 value = plan.hit(entry, reply)
@@ -187,7 +184,7 @@ class AsyncCache(Generic[T]):
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
                 first = [reply]
-        await link.run(plan.read([entry], handle.demanded(self._demand, max_staleness), first=first), loader)
+        await link.run(plan.read([entry], handle.demanded(self._demand, max_staleness), first=first), _each(load))
         return entry.value  # type: ignore[no-any-return]
 
     async def get_many(
@@ -264,11 +261,9 @@ class AsyncCache(Generic[T]):
             rate: loads a second, at most.
             limit: loads, at most.
         """
-
-        async def loader(entries: Sequence[Entry]) -> Sequence[T | None]:
-            return [await _awaited(load(**entry.params)) for entry in entries]
-
-        return await self._link.run(self._plan.warm(handle.keyed(self._plan, items), rate=rate, limit=limit), loader)
+        return await self._link.run(
+            self._plan.warm(handle.keyed(self._plan, items), rate=rate, limit=limit), _each(load)
+        )
 
     @asynccontextmanager
     async def writing(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> AsyncIterator[AsyncWrite[T]]:
@@ -321,6 +316,15 @@ class AsyncWrite(Generic[T]):
         entry, self._entry = self._entry, None
         if entry is not None:
             await self._link.run(self._plan.let_go(entry), _nothing)
+
+
+def _each(load: Callable[..., Any]) -> Loader:
+    """Load entries one by one."""
+
+    async def loader(entries: Sequence[Entry]) -> Sequence[Any]:
+        return [await _awaited(load(**entry.params)) for entry in entries]
+
+    return loader
 
 
 async def _nothing(_entries: Sequence[Entry]) -> Sequence[Any]:

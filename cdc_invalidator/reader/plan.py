@@ -68,38 +68,23 @@ class Entry:
     with NUL in its place until the version is known; ``counter``: the version's key.
     """
 
-    __slots__ = (
-        "counter",
-        "done",
-        "guess",
-        "item",
-        "key",
-        "lease",
-        "params",
-        "refresh",
-        "rest",
-        "stale",
-        "token",
-        "value",
-    )
+    # Most entries are hits, which need none of these.
+    token = b""  # of its lease, once it is asked for
+    lease = b""  # what that is held under, once it is ours
+    guess = b""  # the version that was looked for, if it was remembered
+    value: Any = None
+    done = False
+    refresh = False  # have it loaded whatever is there: it can't be read, or is too old
 
-    def __init__(self, item: Any, params: Mapping[str, Any], key: bytes, counter: bytes = b"") -> None:
+    def __init__(
+        self, item: Any, params: Mapping[str, Any], key: bytes, counter: bytes = b"", *, stale: bool = False
+    ) -> None:
         self.item = item
         self.params = params
         self.key = self.rest = key
         self.counter = counter
-        # Of its lease, once it is asked for.
-        self.token = b""
-        # What it is held under, once it is ours.
-        self.lease = b""
-        # The version that was looked for, if it was remembered.
-        self.guess = b""
-        self.value: Any = None
-        self.done = False
         # Whether an old value will do while somebody else loads.
-        self.stale = False
-        # Have it loaded whatever is there: it can't be read, or is too old.
-        self.refresh = False
+        self.stale = stale
 
     def found(self, value: Any) -> None:
         """Note its value."""
@@ -222,9 +207,7 @@ class Plan(Generic[T]):
             NoKey: the parameters have no key.
             TypeError: they are not those of the cache.
         """
-        entry = Entry(item, params, *self.keys.of(params))
-        entry.stale = self._stale
-        return entry
+        return Entry(item, params, *self.keys.of(params), stale=self._stale)
 
     def look(self, entry: Entry, *, taking: bool = True) -> Command:
         """Give the command that looks for an entry; for a cache with a version, it may also take the lease."""
@@ -307,7 +290,10 @@ class Plan(Generic[T]):
 
     def kept_until(self, stored: bytes) -> float:
         """Give until when, as a steady time, what a look gave may be kept: its own end."""
-        left = self._envelope.times(stored).expires - self._now()
+        try:
+            left = self._envelope.times(stored).expires - self._now()
+        except ValueError:
+            return 0.0
         return self.world.clocks.steady() + left / 1000
 
     # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────

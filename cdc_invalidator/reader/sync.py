@@ -150,14 +150,11 @@ class Cache(Generic[T]):
         given = named if params is None else params
         plan, link = self._plan, self._link
 
-        def loader(entries: Sequence[Entry]) -> Sequence[T | None]:
-            return [load(**entry.params) for entry in entries]
-
         try:
             entry = plan.entry(given, given)
         except NoKey as no:
             entry = Entry(given, given, b"")
-            link.run(plan.beside([entry], no.reason), loader)
+            link.run(plan.beside([entry], no.reason), _each(load))
             return entry.value  # type: ignore[no-any-return]
         first = None
         if self._quick and max_staleness is None and not link.breaker.failures:
@@ -175,7 +172,7 @@ class Cache(Generic[T]):
             except handle.GONE as error:
                 if not handle.answers(error):
                     link.breaker.failed(time.monotonic())
-                    link.run(plan.beside([entry], "redis_down"), loader)
+                    link.run(plan.beside([entry], "redis_down"), _each(load))
                     return entry.value  # type: ignore[no-any-return]
             else:
                 value = plan.hit(entry, reply)
@@ -184,7 +181,7 @@ class Cache(Generic[T]):
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
                 first = [reply]
-        link.run(plan.read([entry], handle.demanded(self._demand, max_staleness), first=first), loader)
+        link.run(plan.read([entry], handle.demanded(self._demand, max_staleness), first=first), _each(load))
         return entry.value  # type: ignore[no-any-return]
 
     def get_many(
@@ -256,11 +253,7 @@ class Cache(Generic[T]):
             rate: loads a second, at most.
             limit: loads, at most.
         """
-
-        def loader(entries: Sequence[Entry]) -> Sequence[T | None]:
-            return [load(**entry.params) for entry in entries]
-
-        return self._link.run(self._plan.warm(handle.keyed(self._plan, items), rate=rate, limit=limit), loader)
+        return self._link.run(self._plan.warm(handle.keyed(self._plan, items), rate=rate, limit=limit), _each(load))
 
     @contextmanager
     def writing(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> Iterator[Write[T]]:
@@ -313,6 +306,11 @@ class Write(Generic[T]):
         entry, self._entry = self._entry, None
         if entry is not None:
             self._link.run(self._plan.let_go(entry), _nothing)
+
+
+def _each(load: Callable[..., Any]) -> Loader:
+    """Load entries one by one."""
+    return lambda entries: [load(**entry.params) for entry in entries]
 
 
 def _nothing(_entries: Sequence[Entry]) -> Sequence[Any]:

@@ -319,7 +319,7 @@ class Plan(Generic[T]):
             missing = [entry for entry in entries if not entry.done]
             if missing:
                 self.tally.misses(len(missing))
-                yield from self._miss(missing, first if self._versioned else None)
+                yield from self._miss(missing, first if self._versioned else None, demand)
         except Unavailable as gone:
             yield from self.beside(entries, gone.reason)
 
@@ -406,12 +406,13 @@ class Plan(Generic[T]):
 
     # ── Not there: the lease, or somebody else's load ────────────────────────────────────────────────────────────────
 
-    def _miss(self, missing: Sequence[Entry], first: Sequence[Any] | None) -> Steps[None]:
+    def _miss(self, missing: Sequence[Entry], first: Sequence[Any] | None, demand: Demand) -> Steps[None]:
         """Load what nobody else loads, and wait for the rest.
 
         Args:
             missing: entries that are not there.
             first: with a version, what their looks gave, which have taken leases.
+            demand: how old an entry may be of a cache that nothing busts.
         """
         clocks = self.world.clocks
         deadline = clocks.steady() + self.options.wait
@@ -427,7 +428,7 @@ class Plan(Generic[T]):
                     yield from self.beside([entry], self._refused(reply))
                 elif self._granted(entry, reply):
                     mine.append(entry)
-                elif not self._served(entry, reply):
+                elif not self._served(entry, reply, demand):
                     others.append(entry)
             if mine:
                 yield from self._load(mine)
@@ -500,11 +501,13 @@ class Plan(Generic[T]):
         if self._versioned and isinstance(version, bytes):
             entry.key = entry.rest.replace(NUL, version)
 
-    def _served(self, entry: Entry, reply: Any) -> bool:
+    def _served(self, entry: Entry, reply: Any, demand: Demand) -> bool:
         """Whether what somebody else has stored, or left, is this entry's value."""
+        # Where the lease is somebody else's, what is there next time may be new.
+        entry.refresh = False
         stale = isinstance(reply, list)
         stored = reply[0] if stale and reply else reply
-        value = self._value(entry, stored, Demand())
+        value = self._value(entry, stored, demand)
         if value is MISS:
             return False
         if stale:

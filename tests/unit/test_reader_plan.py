@@ -319,6 +319,25 @@ def test_a_load_that_fails_gives_the_lease_back() -> None:
         steps.send([1])
 
 
+def test_what_nobody_can_read_is_loaded_by_one_of_two_readers() -> None:
+    times = Times()
+    plan, model = plan_of("user", times)
+    model.data[b"t:user:1"] = b"cdc1 1 0000001000000 0000001300000 0000000\n{broken"
+    loads: list[int] = []
+
+    def row() -> int:
+        loads.append(1)
+        return 7
+
+    readers = [Reader(plan, model, times, row) for _ in range(2)]
+    while not all(reader.done for reader in readers):
+        for reader in readers:
+            if not reader.done:
+                reader.step()
+    assert [reader.entry.value for reader in readers] == [7, 7]
+    assert len(loads) == 1
+
+
 @pytest.mark.parametrize(
     ("left", "beta", "due"), [(300_000, 1.0, False), (100, 1.0, False), (60, 1.0, True), (60, 0.1, False)]
 )

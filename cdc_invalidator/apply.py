@@ -180,9 +180,11 @@ class Apply:
                 self.gap(dict.fromkeys(self._digests, "replica_returned"))
             if self._sweeps:
                 self._finish(await self._sweeps.step(server))
-            if not self._backlog:
+            if not self._backlog or self._events.stream is not None:
                 # Before the watermark and the slot pass them: a crash in between would leave them untold.
                 self._tell()
+            if self._events.stream is not None:
+                await self._events.stream.write(server)
             await self._record(server)
             await self._inform(server)
         except errors.RedisUnavailable as error:
@@ -260,9 +262,8 @@ class Apply:
         if not (self._sweep_gaps and broken.keys() >= self._digests.keys()):
             self._anew.extend(self._recent.since(lowest))
         if self._anew and lowest < position.start:
-            self._metrics.gap("redis_behind")
             caches = sorted({target.cache.name for batch in self._anew for target in batch.targets})
-            _log.warning("gap", reason="redis_behind", caches=caches, swept=False, lsn=lsn.text(lowest))
+            self._events.gap("redis_behind", caches, swept=False, lsn=lsn.text(lowest))
         if broken:
             self.gap(broken)
 
@@ -305,10 +306,7 @@ class Apply:
         """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""
         for reason in sorted(set(broken.values())):
             caches = sorted(name for name, why in broken.items() if why == reason)
-            self._metrics.gap(reason)
-            _log.warning(
-                "gap", reason=reason, caches=caches, swept=self._sweep_gaps, lsn=lsn.text(self._position.start)
-            )
+            self._events.gap(reason, caches, swept=self._sweep_gaps, lsn=lsn.text(self._position.start))
             if self._sweep_gaps:
                 self._sweep_for_gap(reason, [self._rules.caches[name] for name in caches])
 

@@ -129,10 +129,11 @@ def run(given: settings.Settings) -> None:
 
     from prometheus_client import REGISTRY, disable_created_metrics
 
-    from cdc_invalidator import log
+    from cdc_invalidator import eventstream, log
     from cdc_invalidator.daemon import Daemon
     from cdc_invalidator.endpoint import Endpoint
     from cdc_invalidator.events import Events
+    from cdc_invalidator.eventstream import EventStream
     from cdc_invalidator.metrics import Metrics
     from cdc_invalidator.replicas import Replicas
     from cdc_invalidator.session import Options
@@ -145,9 +146,11 @@ def run(given: settings.Settings) -> None:
     # A URL that can't be used is told before PostgreSQL is touched.
     redis = Endpoint.parse(given.redis_url.get_secret_value())
     cache_server(redis, given.slot)
+    eventstream.check_key(given.event_stream, given.slot)
     options = Options(
         postgres_dsn=given.postgres_dsn.get_secret_value(),
         redis=redis,
+        event_stream=given.event_stream,
         slot=given.slot,
         publication=given.publication,
         sweep_gaps=given.on_gap == "sweep",
@@ -155,8 +158,10 @@ def run(given: settings.Settings) -> None:
         max_retained_wal=given.max_retained_wal,
     )
     rules, metrics = _rules(given), Metrics(REGISTRY)
+    eventstream.check_rules(given.event_stream, rules)
+    stream = EventStream(given.event_stream, given.event_stream_length, metrics) if given.event_stream else None
     display = log.KeyDisplay(given.log_keys, secret.get_secret_value().encode() if secret else None)
-    events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level))
+    events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level), stream=stream)
     dsns = given.postgres_replicas.get_secret_value().split()
     replicas = Replicas(dsns, limit=given.replica_limit, metrics=metrics)
     daemon = Daemon(options, rules, metrics, events, replicas, given.rules)
@@ -218,6 +223,7 @@ def check(
     import orjson
 
     from cdc_invalidator import check as checking
+    from cdc_invalidator import eventstream
     from cdc_invalidator.endpoint import Endpoint
     from cdc_invalidator.topology import cache_server
 
@@ -228,6 +234,8 @@ def check(
         rules = _rules(given)
     except errors.WrongRules as wrong:
         findings += map(checking.Finding.of, wrong.problems)
+    if rules is not None:
+        findings += map(checking.Finding.of, eventstream.clashes(given.event_stream, rules))
     if offline:
         cluster = redis is not None and redis.kind == "cluster"
         findings += checking.offline(rules, checking.Columns(), cluster=cluster) if rules is not None else []
@@ -237,7 +245,10 @@ def check(
         assert isinstance(given, settings.Settings)
         assert redis is not None
         cache_server(redis, given.slot)
-        subject = inspection.Subject(given.postgres_dsn.get_secret_value(), redis, given.slot, given.publication)
+        eventstream.check_key(given.event_stream, given.slot)
+        subject = inspection.Subject(
+            given.postgres_dsn.get_secret_value(), redis, given.event_stream, given.slot, given.publication
+        )
         findings += asyncio.run(inspection.inspect(subject, rules))
     findings = checking.in_order(findings)
     if output == "json":

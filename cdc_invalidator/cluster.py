@@ -34,6 +34,7 @@ from cdc_invalidator.cache import (
     read_info,
     read_mark,
     read_size,
+    refusable,
     scanning,
     seal,
 )
@@ -203,8 +204,11 @@ class Cluster(CacheServer):
 
     # Commands.
 
-    async def _ask(self, commands: Sequence[tuple[bytes, Command]]) -> list[Any]:
-        """Send each command to the node that has its key, and give the replies in order."""
+    async def _ask(self, commands: Sequence[tuple[bytes, Command]], *, refusals: bool = False) -> list[Any]:
+        """Send each command to the node that has its key, and give the replies in order.
+
+        With ``refusals``, error replies that `refusable` gives are among them.
+        """
         self._check()
         replies_: list[Any] = [None] * len(commands)
         items = [_Item(number, key, command) for number, (key, command) in enumerate(commands)]
@@ -216,10 +220,10 @@ class Cluster(CacheServer):
             items = []
             for some, answers in await _all(rounds):
                 for item, answer in zip(some, answers, strict=True):
-                    if isinstance(answer, Exception):
+                    if node.redirection(answer) is not None or (isinstance(answer, Exception) and not refusals):
                         items.append(self._sent_on(item, answer))
                     else:
-                        replies_[item.number] = answer
+                        replies_[item.number] = refusable(item.command, answer)
             if not items:
                 return replies_
         raise errors.RedisUnavailable(
@@ -320,6 +324,10 @@ class Cluster(CacheServer):
         """See `CacheServer`."""
         sizes = await _all(map(read_size, self._nodes.values()))
         return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+    async def ask_about(self, key: bytes, commands: Sequence[Command]) -> list[Any]:
+        """See `CacheServer`."""
+        return await self._ask([(key, command) for command in commands], refusals=True)
 
     async def info(self) -> dict[str, int] | None:
         """See `CacheServer`."""

@@ -72,6 +72,7 @@ class Daemon:
             rules,
             dsn=options.postgres_dsn,
             publication=options.publication,
+            event_stream=options.event_stream,
             metrics=metrics,
             switch=self._switch,
         )

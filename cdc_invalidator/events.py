@@ -14,8 +14,9 @@ from typing import Any
 
 from cdc_invalidator import lsn
 from cdc_invalidator.cache import BUMP_MISSING, Outcome
+from cdc_invalidator.eventstream import EventStream
 from cdc_invalidator.invalidation import Line, Target
-from cdc_invalidator.log import EventLog, KeyDisplay
+from cdc_invalidator.log import Event, EventLog, KeyDisplay, Level
 from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
 from cdc_invalidator.sweep import Sweep
 
@@ -45,13 +46,23 @@ class Events:
         metrics: what to count.
         display: how keys are shown.
         log: where the lines go.
+        stream: where they go as well, as JSON; ``None`` for nowhere.
         compiled: whether the compiled part may be used.
     """
 
-    def __init__(self, metrics: Metrics, display: KeyDisplay, log: EventLog, *, compiled: bool = COMPILED) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        display: KeyDisplay,
+        log: EventLog,
+        *,
+        stream: EventStream | None = None,
+        compiled: bool = COMPILED,
+    ) -> None:
         self._metrics = metrics
         self._display = display
         self._log = log
+        self.stream = stream
         self._children: dict[tuple[str, str, str], tuple[Any, ...]] = {}
         self._second: int | None = None
         self._second_text = ""
@@ -78,6 +89,8 @@ class Events:
                 lines, outcome.existed, outcome.versions, replay_until, now_us, BUMP_MISSING
             )
             self._log.write_text(text)
+            if self.stream is not None:
+                self.stream.take(text)
             for sums in compiled_totals:
                 self._count(sums.target.rule, sums.target.cache.name, sums.action, sums)
             return
@@ -109,7 +122,7 @@ class Events:
             if line.committed_at is not None:
                 self._time(own, line.committed_at, now_us, total)
             told.append((target.shown[line.action], own))
-        self._log.write(told)
+        self._write(told)
         for (target, action), total in totals.items():
             self._count(target.rule, target.cache.name, action, total)
 
@@ -139,10 +152,27 @@ class Events:
             total.lines = 1
             if request.committed_at is not None:
                 self._time(own, request.committed_at, now_us, total)
-            self._log.write([(shown, own)])
+            self._write([(shown, own)])
             self._count(cause.rule, cache.name, "sweep", total)
             # What was swept is counted once, whoever asked for it.
             total = _Total()
+
+    def gap(self, reason: str, caches: list[str], *, swept: bool, level: Level = "warning", **more: str) -> None:
+        """Tell that changes to these caches may have been missed, and whether they are swept for it."""
+        self._metrics.gap(reason)
+        self._write([({"reason": reason, "caches": caches}, {"swept": swept, **more})], "gap", level)
+
+    def _write(self, told: list[Event], event: str = "bust", level: Level = "info") -> None:
+        if self.stream is None:
+            self._log.write(told, event, level)
+            return
+        # One line for both.
+        text = self._log.render(told, event, level)
+        self.stream.take(text)
+        if self._log.direct:
+            self._log.write_text(text, level)
+        else:
+            self._log.write(told, event, level)
 
     def _count(self, rule: str, cache: str, action: str, total: _Total | _tell.Total) -> None:
         busts, keys, existed = self._of(rule, cache, action)

@@ -22,6 +22,7 @@ from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.derive import statement
 from cdc_invalidator.document import Place
 from cdc_invalidator.endpoint import Endpoint
+from cdc_invalidator.eventstream import FIELD
 from cdc_invalidator.node import Command, Node
 from cdc_invalidator.overlap import Values
 from cdc_invalidator.publication import Leaf, Publication, Survey, quoted, unknown_old
@@ -44,6 +45,7 @@ class Subject:
 
     postgres_dsn: str
     redis: Endpoint
+    event_stream: str
     slot: str
     publication: str
 
@@ -616,6 +618,8 @@ async def _look_at_rights(subject: Subject, rules: RuleSet | None) -> list[Findi
         findings += await _of_commands(opened, subject.slot)
         if rules is not None:
             findings += await _of_keys(opened, rules)
+        if subject.event_stream:
+            findings += await _of_event_stream(opened, subject.event_stream)
     finally:
         await close()
     return findings
@@ -717,6 +721,34 @@ async def _of_commands(opened: Node, slot: str) -> list[Finding]:
 
 # Its keys are checked against the ACL, and then it leaves them alone.
 _NOTHING = "return 1"
+
+
+async def _of_event_stream(opened: Node, key: str) -> list[Finding]:
+    """Try what is done with the event stream. Nothing is written: no entry can have this id, as Redis finds at last."""
+    answers = await opened.send(
+        [
+            ("XADD", key, "NOMKSTREAM", "0-0", FIELD, ""),
+            ("XREVRANGE", key, "+", "-", "COUNT", 1),
+            ("XREAD", "COUNT", 1, "STREAMS", key, "0-0"),
+        ]
+    )
+    codes = [node.code(answer) if isinstance(answer, Exception) else "" for answer in answers]
+    if "WRONGTYPE" in codes:
+        sentence = f"{key}, which CDC_EVENT_STREAM names, holds something else; delete it, or name another key."
+        return [Finding(Severity.WARNING, "event_stream_refused", REDIS, sentence)]
+    if codes[0] == "NOPERM":
+        sentence = (
+            "the ACL user of CDC_REDIS_URL may not write the event stream, so that no event gets there; grant it "
+            f"+xadd and ~{key}"
+        )
+        return [Finding(Severity.WARNING, "event_stream_refused", REDIS, sentence)]
+    if "NOPERM" in codes:
+        sentence = (
+            "the ACL user of CDC_REDIS_URL may not read the event stream, which only `tail` and `explain` do; grant "
+            "whom they are for +xread and +xrevrange."
+        )
+        return [Finding(Severity.NOTE, "event_stream_unreadable", REDIS, sentence)]
+    return []
 
 
 async def _of_keys(opened: Node, rules: RuleSet) -> list[Finding]:

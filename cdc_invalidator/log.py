@@ -30,6 +30,9 @@ UNWRITTEN = 8 << 20
 LAST_WORDS_SECONDS = 1.0
 
 Form = Literal["json", "console"]
+Level = Literal["debug", "info", "warning", "error"]
+Event = tuple[dict[str, Any], dict[str, Any]]
+"""The fields that an event shares with many others (one object for all of them), and its own."""
 KeyForm = Literal["prefix", "hash", "raw"]
 
 
@@ -115,7 +118,7 @@ def configure(form: Form, level: str) -> Output:
         shared += [console, lambda _logger, _name, text: text.encode()]
     structlog.configure(
         processors=shared,
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        wrapper_class=structlog.make_filtering_bound_logger(_number(level)),
         logger_factory=structlog.BytesLoggerFactory(output),  # type: ignore[arg-type]  # it writes and flushes
         cache_logger_on_first_use=True,
     )
@@ -124,6 +127,10 @@ def configure(form: Form, level: str) -> Output:
 
 def _dumps(value: Any, **_kwargs: Any) -> bytes:
     return orjson.dumps(value, default=str)
+
+
+def _number(level: str) -> int:
+    return logging.getLevelNamesMapping()[level.upper()]
 
 
 class EventLog:
@@ -139,35 +146,35 @@ class EventLog:
         self._output = output
         self._log = structlog.get_logger()
         self.direct = form == "json"
-        self._silent = logging.getLevelNamesMapping()[level.upper()] > logging.INFO
+        self._least = _number(level)
 
-    def write(self, events: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """Write bust events.
+    def write(self, events: Iterable[Event], event: str = "bust", level: Level = "info") -> None:
+        """Write events of that name."""
+        if _number(level) < self._least:
+            return
+        if self.direct:
+            self.write_text(self.render(events, event, level), level)
+            return
+        for shared, own in events:
+            self._log.log(_number(level), event, **shared, **own)
 
-        Args:
-            events: for each, the fields that it shares with many others (one object for all of them), and its own.
-        """
-        if self._silent:
-            return
-        if not self.direct:
-            for shared, own in events:
-                self._log.info("bust", **shared, **own)
-            return
+    def render(self, events: Iterable[Event], event: str = "bust", level: Level = "info") -> bytes:
+        """Give events as JSON lines."""
         rendered: dict[int, bytes] = {}
         lines = []
         for shared, own in events:
-            start = rendered.get(id(shared)) or rendered.setdefault(id(shared), self.begin(shared))
+            start = rendered.get(id(shared)) or rendered.setdefault(id(shared), self.begin(shared, event, level))
             lines.append(start + orjson.dumps(own)[1:] + b"\n")
-        self.write_text(b"".join(lines))
+        return b"".join(lines)
 
-    def begin(self, shared: dict[str, Any]) -> bytes:
+    def begin(self, shared: dict[str, Any], event: str = "bust", level: Level = "info") -> bytes:
         """Give what all lines of an event begin with that share these fields; the time is now."""
-        head = orjson.dumps({"event": "bust", "level": "info", "ts": datetime.now(UTC)}, option=orjson.OPT_UTC_Z)
+        head = orjson.dumps({"event": event, "level": level, "ts": datetime.now(UTC)}, option=orjson.OPT_UTC_Z)
         return head[:-1] + b"," + orjson.dumps(shared)[1:-1] + b","
 
-    def write_text(self, text: bytes) -> None:
-        """Write bust events that are rendered as JSON lines already."""
-        if text and not self._silent:
+    def write_text(self, text: bytes, level: Level = "info") -> None:
+        """Write events that are rendered as JSON lines already."""
+        if text and _number(level) >= self._least:
             self._output.write(text)
 
     async def room(self) -> None:

@@ -108,6 +108,8 @@ class Metrics:
         )
         self.queries = counter("via_queries_total", "Queries of `via`, each for all changes of a flush.", "rule")
 
+        self.event_stream_refused = counter("event_stream_refused_total", "Events that the event stream did not take.")
+
         # The watermark.
         self.watermark_lsn = gauge("watermark_lsn", "LSN up to which every bust is in Redis.")
         self.watermark_at = gauge(

@@ -181,8 +181,8 @@ class Redirection(NamedTuple):
     port: int
 
 
-def redirection(error: BaseException) -> Redirection | None:
-    """Give where an error reply points; ``None`` if nowhere."""
+def redirection(error: Any) -> Redirection | None:
+    """Give where a reply points; ``None`` if nowhere."""
     if not isinstance(error, exceptions.AskError):  # MovedError is one of these
         return None
     return Redirection(code(error), str(error.host or ""), int(error.port))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
-from cdc_invalidator import errors, postgres, rules
+from cdc_invalidator import errors, eventstream, postgres, rules
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.publication import Publication, rehearse
@@ -66,6 +66,7 @@ class Reload:
         running: the rules in force.
         dsn: the database that new rules are held against.
         publication: its publication.
+        event_stream: the Redis stream that new rules must leave alone; empty for none.
         metrics: what to count.
         switch: is told new rules, which are in force from then on.
     """
@@ -78,6 +79,7 @@ class Reload:
         *,
         dsn: str,
         publication: str,
+        event_stream: str,
         metrics: Metrics,
         switch: Callable[[RuleSet], None],
     ) -> None:
@@ -86,6 +88,7 @@ class Reload:
         self._running = running
         self._dsn = dsn
         self._publication = publication
+        self._event_stream = event_stream
         self._metrics = metrics
         self._switch = switch
         self._asked = asyncio.Event()
@@ -222,6 +225,7 @@ class Reload:
         found = await asyncio.to_thread(rules.load, self._path, self._environment)
         running = self._running
         if (found.fingerprint, found.digest) != (running.fingerprint, running.digest):
+            eventstream.check_rules(self._event_stream, found)
             return found
         self._done("unchanged")
         _log.info("reload_unchanged", rules=running.digest)

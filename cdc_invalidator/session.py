@@ -61,6 +61,7 @@ class Options:
 
     postgres_dsn: str
     redis: Endpoint
+    event_stream: str
     slot: str
     publication: str
     sweep_gaps: bool
@@ -370,9 +371,8 @@ class Session:
             return
         finally:
             await connection.close()
-        self._metrics.gap("position_given_up")
         caches = sorted(self._rules.caches)
-        _log.error("gap", reason="position_given_up", caches=caches, swept=False, error=str(reason))
+        self._events.gap("position_given_up", caches, swept=False, level="error", error=str(reason))
 
     async def _farewell(self, replication: Replication, checkpoint: Checkpoint, receiving: asyncio.Task[None]) -> None:
         """Confirm what is applied, so that the next daemon need not apply it again."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,6 +17,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from cdc_invalidator import errors
 
 PREFIX = "CDC_"
+
+
+EventStreamKey = Annotated[
+    str,
+    Field(
+        pattern=r"^\S*$",
+        description="Redis stream that gets the events as well, such as cdc:cdc_invalidator:events; none by default.",
+    ),
+]
 
 
 class Database(BaseSettings):
@@ -55,6 +64,7 @@ class CheckOffline(Rules):
     """What `check --offline` reads; ``redis_url`` only tells which kind of Redis there is."""
 
     redis_url: SecretStr | None = Field(default=None, description="Where the cache lives; optional.")
+    event_stream: EventStreamKey = ""
 
 
 class Stream(Database):
@@ -75,6 +85,10 @@ class Settings(Stream):
     )
     replica_limit: float = Field(
         default=60.0, gt=0, description="Seconds that busts wait for a standby before it is dropped from the wait."
+    )
+    event_stream: EventStreamKey = ""
+    event_stream_length: int = Field(
+        default=10_000, ge=1, description="About how many events the event stream keeps; some 400 bytes each."
     )
     sweep_rate: int = Field(
         default=0, ge=0, description="Keys a second that sweeps look at; 0 for as many as the server gives."

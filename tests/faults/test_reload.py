@@ -510,6 +510,7 @@ async def test_what_no_watch_tells_is_found_by_looking(
         rules.load(folder, {}),
         dsn=database,
         publication=slot_name,
+        event_stream="",
         metrics=Metrics(CollectorRegistry()),
         switch=switched.append,
     )

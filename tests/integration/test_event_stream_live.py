@@ -1,0 +1,288 @@
+"""The event stream: it has what the log has, its refusals hold nothing back, and a cluster has it where its slot is."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import secrets
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import redis
+from clusters import Cluster, slot_of
+from running import RunningDaemon, command, eventually, execute, settled
+from servers import redis_binaries
+
+from cdc_invalidator import embedded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+README = Path(__file__).parents[2] / "README.md"
+
+RULES = """
+version: 1
+caches:
+  user: {key: "t:{{{id}}}:user", ttl: 5m}
+  dash: {key: "t:{{{id}}}:dash:v{version}", version: "t:{{{id}}}:ver", ttl: 5m}
+rules:
+  - {name: user-changed, table: public.users, bust: [user, dash]}
+  - {name: note-changed, table: public.notes, bust: [user: {id: user_id}]}
+"""
+SCHEMA = (
+    "CREATE TABLE users (id int PRIMARY KEY, name text)",
+    "CREATE TABLE notes (user_id int PRIMARY KEY)",
+    "INSERT INTO users SELECT n FROM generate_series(1, 2500) n",
+)
+MANUAL = 'SELECT pg_logical_emit_message(true, \'cdc_invalidator\', \'{"cache": "user", "params": {"id": 42}}\')'
+REFUSED = "cdc_invalidator_event_stream_refused_total"
+
+
+class Stage:
+    """A daemon with an event stream, and what the stream has."""
+
+    def __init__(self, dsn: str, client: Any, folder: Path, slot: str, url: str, **settings: str) -> None:
+        self.dsn = dsn
+        self.client = client
+        self.stream = f"cdc:{slot}:events"
+        self.rules = folder / "rules.yaml"
+        self.rules.write_text(RULES)
+        self.given = {"redis_url": url, "event_stream": self.stream, **settings}
+        self.daemon = RunningDaemon(dsn=dsn, rules=self.rules, slot=slot, **self.given)
+
+    def run(self, *statements: str) -> None:
+        execute(self.dsn, *statements)
+        settled(self.dsn, self.client, self.daemon.slot)
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What the stream has, the oldest first."""
+        return [json.loads(fields[b"event"]) for _, fields in self.client.xrange(self.stream)]
+
+    @property
+    def logged(self) -> list[dict[str, Any]]:
+        """What the log has of busts and gaps."""
+        return [event for event in list(self.daemon.events) if event["event"] in {"bust", "gap"}]
+
+    def assert_as_logged(self) -> None:
+        """The stream has just the log's lines, as soon as the watermark has passed; the log's reader may be behind."""
+        found = self.events
+        eventually(lambda: self.logged == found, "the log has what the stream has")
+
+
+@contextlib.contextmanager
+def staged(dsn: str, client: Any, folder: Path, slot: str, url: str, **settings: str) -> Iterator[Stage]:
+    execute(dsn, *SCHEMA)
+    stage = Stage(dsn, client, folder, slot, url, **settings)
+    with stage.daemon:
+        stage.daemon.ready()
+        settled(dsn, client, slot)
+        yield stage
+        assert not stage.daemon.errors
+
+
+@pytest.fixture
+def stage(database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+    with staged(database, redis_client, tmp_path, slot_name, redis_url, log_hash_key="secret") as stage:
+        yield stage
+
+
+def administer(client: Any, *words: Any) -> Any:
+    return client.execute_command(*words)
+
+
+def granted(client: Any, slot: str, *more: str) -> str:
+    """Make a user with the rights that the README lists, and these; gives its name."""
+    line = re.search(r"^ACL SETUSER cdc (.+)$", README.read_text(), re.MULTILINE)
+    assert line
+    words = line[1].replace("cdc:cdc_invalidator:", f"cdc:{slot}:").replace("~shop:*", "~t:*").split()
+    name = f"stream_{secrets.token_hex(3)}"
+    client.execute_command("ACL", "SETUSER", name, *words, *more)
+    return name
+
+
+# What the stream has
+
+
+@pytest.mark.parametrize("name", sorted(redis_binaries()))
+def test_the_stream_has_the_lines_of_the_log_in_its_order_with_the_rights_of_the_readme(
+    database: str, tmp_path: Path, slot_name: str, name: str
+) -> None:
+    with embedded.Valkey(binary=redis_binaries()[name]) as server, redis.Redis.from_url(server.url) as client:
+        user = granted(client, slot_name, "+xadd")
+        url = server.url.replace("redis://", f"redis://{user}:secret@")
+        with staged(database, client, tmp_path, slot_name, url) as stage:
+            client.set("t:{3}:ver", 1)
+            stage.run(
+                "UPDATE users SET name = 'x' WHERE id = 3",
+                "UPDATE users SET name = 'all'",
+                "DELETE FROM users WHERE id = 4",
+                "TRUNCATE notes",
+                MANUAL,
+                "INSERT INTO notes SELECT generate_series(1, 5)",
+            )
+            stage.assert_as_logged()
+            told = [(event["event"], event.get("action"), event.get("reason")) for event in stage.events]
+            # A new slot is a gap, whose sweeps are told like all busts.
+            assert told[0] == ("gap", None, "new_slot")
+            assert {("bust", "sweep", "gap"), ("bust", "sweep", "truncate"), ("bust", "delete", "manual")} <= set(told)
+            assert sum(event["keys"] for event in stage.events if event.get("op") == "update") == 2 * (1 + 2500)
+            assert stage.daemon.metric(REFUSED) == 0
+
+
+def test_the_stream_keeps_about_as_many_events_as_is_set(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, redis_client, tmp_path, slot_name, redis_url, event_stream_length="50") as stage:
+        loop = "DO $$ BEGIN FOR i IN 1..600 LOOP UPDATE users SET name = 'y' WHERE id = i; COMMIT; END LOOP; END $$"
+        stage.run(loop)
+        kept = stage.events
+        # What is trimmed is trimmed by whole nodes of the stream.
+        assert 50 <= len(kept) < 200
+        eventually(lambda: stage.logged[-50:] == kept[-50:], "the log has what the stream has")
+
+
+def test_what_is_told_while_the_connection_is_lost_again_and_again_is_in_the_stream_in_order(
+    database: str, tmp_path: Path, slot_name: str
+) -> None:
+    stop = threading.Event()
+    with (
+        embedded.Valkey() as server,
+        redis.Redis.from_url(server.url) as client,
+        redis.Redis.from_url(server.url) as killer,
+        staged(database, client, tmp_path, slot_name, server.url) as stage,
+    ):
+
+        def disturb() -> None:
+            while not stop.wait(0.03):
+                for each in administer(killer, "CLIENT LIST"):
+                    if each["name"] == "cdc-invalidator":
+                        administer(killer, "CLIENT", "KILL", "ID", each["id"])
+
+        disturbing = threading.Thread(target=disturb)
+        disturbing.start()
+        try:
+            execute(database, *(f"UPDATE users SET name = 'z' WHERE id = {number}" for number in range(1, 300)))
+            eventually(lambda: len(stage.daemon.named("redis_unavailable")) >= 3, "the connection is lost")
+        finally:
+            stop.set()
+            disturbing.join()
+        settled(database, client, slot_name)
+        # What was under way may stand there twice.
+        once = [json.loads(line) for line in dict.fromkeys(map(json.dumps, stage.events))]
+        eventually(lambda: once == stage.logged, "the stream has all that the log has, in its order")
+
+
+# Refusals
+
+
+def gone(client: redis.Redis, key: str) -> bool:
+    return not client.exists(key)
+
+
+@pytest.mark.parametrize("code", ["WRONGTYPE", "NOPERM", "OOM"])
+def test_a_stream_that_redis_refuses_holds_back_neither_busts_nor_the_watermark_and_is_tried_again(
+    database: str, tmp_path: Path, slot_name: str, code: str
+) -> None:
+    with embedded.Valkey() as server, redis.Redis.from_url(server.url) as client:
+        user = granted(client, slot_name, "+xadd")
+        url = server.url.replace("redis://", f"redis://{user}:secret@")
+        stream = f"cdc:{slot_name}:events"
+        refuse, allow = {
+            "WRONGTYPE": (["SET", stream, "x"], ["DEL", stream]),
+            "NOPERM": (["ACL", "SETUSER", user, "-xadd"], ["ACL", "SETUSER", user, "+xadd"]),
+            "OOM": (["CONFIG", "SET", "maxmemory", "1"], ["CONFIG", "SET", "maxmemory", "0"]),
+        }[code]
+        with staged(database, client, tmp_path, slot_name, url) as stage:
+            client.delete(stream)
+            client.mset({f"t:{{{number}}}:user": 1 for number in range(1, 4)})
+            administer(client, *refuse)
+            for number in range(1, 4):
+                execute(database, f"UPDATE users SET name = 'x' WHERE id = {number}")
+                eventually(functools.partial(gone, client, f"t:{{{number}}}:user"), "it is busted")
+                if code != "OOM":
+                    settled(database, client, slot_name)
+            eventually(lambda: stage.daemon.metric(REFUSED) == 6, "the events are counted")
+            warning = stage.daemon.seen("event_stream_refused")
+            assert warning["level"] == "warning"
+            assert f"({code})" in warning["error"]
+            administer(client, *allow)
+            stage.run("UPDATE users SET name = 'x' WHERE id = 9")
+            eventually(lambda: stage.logged and stage.events == stage.logged[-2:], "the stream goes on")
+            assert len(stage.daemon.named("event_stream_refused")) == 1
+            assert stage.daemon.metric(REFUSED) == 6
+            assert not stage.daemon.named("redis_unavailable")
+
+
+# The setting
+
+
+def test_a_key_that_is_taken_is_refused_at_start(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(RULES)
+    given = {"postgres_dsn": "host=/nowhere", "redis_url": "redis://127.0.0.1:1", "rules": str(tmp_path)}
+    done = command("run", event_stream="t:{}:user", **given)
+    assert done.returncode == 2
+    assert "rules.yaml:4:3: the event stream `t:{}:user` is among the keys of cache user" in done.stderr
+    done = command("run", event_stream="cdc:cdc_invalidator:watermark", **given)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_new_rules_whose_keys_include_the_stream_are_not_taken(stage: Stage) -> None:
+    stage.rules.write_text(RULES.replace("t:{{{id}}}:user", "cdc:{id}"))
+    stage.daemon.send(signal.SIGHUP)
+    failure = stage.daemon.seen("reload_failed")
+    assert f"the event stream `{stage.stream}` is among the keys of cache user" in failure["error"]
+
+
+def test_check_tells_of_a_stream_that_can_not_be_written_or_read_and_changes_nothing(stage: Stage) -> None:
+    def found(*words: str, **more: str) -> dict[str, dict[str, Any]]:
+        given = {"postgres_dsn": stage.dsn, "rules": stage.rules, "slot": stage.daemon.slot, **stage.given, **more}
+        done = command("check", "--format", "json", *words, **given)
+        return {f["code"]: f for f in json.loads(done.stdout)["findings"] if f["code"].startswith("event_stream")}
+
+    before = stage.client.xinfo_stream(stage.stream)
+    name = granted(stage.client, stage.daemon.slot, "+xread", "+xrevrange")
+    url = re.sub(r"//", f"//{name}:secret@", stage.given["redis_url"], count=1)
+    try:
+        refused = found(redis_url=url)["event_stream_refused"]
+        assert refused["severity"] == "warning"
+        assert f"grant it +xadd and ~{stage.stream}" in refused["sentence"]
+        administer(stage.client, "ACL", "SETUSER", name, "+xadd")
+        assert found(redis_url=url) == {}
+        administer(stage.client, "ACL", "SETUSER", name, "-xread", "-xrevrange")
+        assert found(redis_url=url)["event_stream_unreadable"]["severity"] == "note"
+    finally:
+        administer(stage.client, "ACL", "DELUSER", name)
+    assert stage.client.xinfo_stream(stage.stream) == before
+    assert found(event_stream="cdc:nowhere") == {}
+    assert not stage.client.exists("cdc:nowhere")
+    stage.client.set("cdc:text", "x")
+    assert "holds something else" in found(event_stream="cdc:text")["event_stream_refused"]["sentence"]
+    taken = found("--offline", event_stream="t:{}:user")["event_stream_is_a_key"]
+    assert (taken["severity"], taken["line"]) == ("error", 4)
+
+
+# Other kinds of Redis
+
+
+def test_in_a_cluster_the_stream_is_written_where_its_slot_is(database: str, tmp_path: Path, slot_name: str) -> None:
+    with (
+        Cluster(replicas=False) as cluster,
+        contextlib.closing(cluster.client()) as client,
+        staged(database, client, tmp_path, slot_name, cluster.url) as stage,
+    ):
+        stage.run("UPDATE users SET name = 'x' WHERE id <= 100")
+        stage.assert_as_logged()
+        owner = cluster.master_of(stage.stream)
+        (target, *_) = (node for node in cluster.masters() if node is not owner)
+        slot = slot_of(stage.stream)
+        cluster.move_slots(slot, slot, target)
+        assert cluster.master_of(stage.stream) is target
+        stage.run("UPDATE users SET name = 'y' WHERE id <= 100")
+        stage.assert_as_logged()

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def _takes(
-    kind: type[settings.Database | settings.Rules], offline: type[settings.CheckOffline] | None = None
+    kind: type[settings.Database | settings.Rules | settings.Tail], offline: type[settings.CheckOffline] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command a flag for each setting of that kind, and call it with the settings.
 
@@ -353,9 +354,9 @@ def run_tests(
 
 
 @app.command()
-@_takes(settings.Offline)
+@_takes(settings.Explain)
 def explain(
-    given: settings.Offline,
+    given: settings.Explain,
     key: Annotated[str | None, typer.Argument(help="A key: which cache it is of, and what busts it.")] = None,
     table: Annotated[str | None, typer.Option(help="Of a change: schema.table.")] = None,
     op: Annotated[str | None, typer.Option(help="Of a change: insert, update, delete or truncate.")] = None,
@@ -371,12 +372,44 @@ def explain(
     rules = _rules(given)
     if key is not None and table is None and op is None and old is None and new is None:
         told, lines = explaining.explain_key(rules, key), explaining.key_lines
+        if given.event_stream and given.redis_url is not None:
+            _tell_last_busts(given, rules, key, told)
     elif key is None and table is not None and op is not None:
         change = explaining.read_change(table, op, old, new)
         told, lines = _explain_change(given, rules, change), explaining.change_lines
     else:
         raise errors.WrongSettings("Give explain either a KEY, or a change with --table and --op.")
     typer.echo(orjson.dumps(told, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(told)))
+
+
+def _tell_last_busts(given: settings.Explain, rules: RuleSet, key: str, told: dict[str, Any]) -> None:
+    """Add what the event stream says of a key to what is told of it."""
+    from cdc_invalidator import explain as explaining
+    from cdc_invalidator import log
+    from cdc_invalidator.endpoint import Endpoint
+    from cdc_invalidator.history import History
+
+    assert given.redis_url is not None
+    redis = Endpoint.parse(given.redis_url.get_secret_value())
+    secret = given.log_hash_key
+    hashed = log.KeyDisplay("hash", secret.get_secret_value().encode()).hash if secret is not None else None
+    last = explaining.LastBusts(rules, key, hashed)
+
+    async def look() -> None:
+        async with History.opened(redis, given.event_stream) as history, aclosing(history.backwards()) as entries:
+            async for entry in entries:
+                last.take(entry.event)
+                if last.complete:
+                    return
+
+    try:
+        asyncio.run(look())
+    except errors.WrongSettings:
+        raise
+    except errors.InvalidatorError as error:
+        # The rest of the answer stands.
+        last.fail(str(error))
+    last.tell(told)
 
 
 def _explain_change(given: settings.Offline, rules: RuleSet, change: Change) -> dict[str, Any]:
@@ -400,6 +433,36 @@ def _explain_change(given: settings.Offline, rules: RuleSet, change: Change) -> 
     if not played:
         raise explaining.no_rule(rules, change.table)
     return explaining.explain_change(change, [each.verdict() for each in played], live=True)
+
+
+@app.command()
+@_takes(settings.Tail)
+def tail(
+    given: settings.Tail,
+    cache: Annotated[str | None, typer.Option(help="Only events of this cache.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Only busts of this rule.")] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="First those of the last while, such as 10m; or all.")
+    ] = None,
+    output: Annotated[
+        Literal["console", "json"], typer.Option("--format", help="A line to read, or the log's JSON.")
+    ] = "console",
+) -> None:
+    """Show live busts, out of the event stream that the daemon writes where CDC_EVENT_STREAM is set."""
+    if not given.event_stream:
+        raise errors.WrongSettings(
+            "CDC_EVENT_STREAM is not set; set it for the daemon and here, for example to cdc:cdc_invalidator:events."
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        from cdc_invalidator import tail as tailing
+        from cdc_invalidator.endpoint import Endpoint
+
+        redis = Endpoint.parse(given.redis_url.get_secret_value())
+        wanted, milliseconds = tailing.Wanted(cache, rule), tailing.read_since(since)
+        asyncio.run(tailing.run(redis, given.event_stream, wanted, milliseconds, output))
+    except KeyboardInterrupt:
+        return
 
 
 @app.command()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,8 @@ from cdc_invalidator.template import Param, Template, shown
 
 OPS = ("insert", "update", "delete", "truncate")
 LOCK = b":lock"
+# Busts that are told of a cache.
+LAST = 10
 _NUMBER = re.compile(rb"[0-9]+")
 Form = Literal["text", "json"]
 
@@ -104,6 +106,76 @@ def explain_key(rules: RuleSet, key: str) -> dict[str, Any]:
     return {"key": key, "caches": [_told(rules, reading) for reading in readings]}
 
 
+class LastBusts:
+    """The last busts of a key's caches, out of the event stream.
+
+    Args:
+        rules: the rule set.
+        key: the key; it is of a cache.
+        hashed: gives the hash that events show of a key; ``None`` where the daemon's secret is not known.
+    """
+
+    def __init__(self, rules: RuleSet, key: str, hashed: Callable[[bytes], str] | None) -> None:
+        self._readings = {reading.cache.name: reading for reading in reversed(read_key(rules, key))}
+        self._key = key.encode("utf-8", "surrogateescape")
+        self._hashed = hashed
+        self._busts: dict[str, list[dict[str, Any]]] = {name: [] for name in self._readings}
+        self._looked_back_to: str | None = None
+        self._error: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether older events would change nothing."""
+        return all(len(busts) >= LAST and not all(map(_others, busts)) for busts in self._busts.values())
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Take an event, newer ones before older ones."""
+        self._looked_back_to = event.get("ts")
+        reading = self._readings.get(event.get("cache", ""))
+        if event["event"] != "bust" or reading is None:
+            return
+        busts = self._busts[reading.cache.name]
+        named = self._named(reading, event)
+        # Of those beyond, only the newest that names the key is worth telling.
+        if len(busts) < LAST or (named and all(map(_others, busts))):
+            busts.append({"names_key": named, **event})
+
+    def fail(self, error: str) -> None:
+        """Note why they can't be read."""
+        self._error = error
+
+    def tell(self, told: dict[str, Any]) -> None:
+        """Add them to what `explain_key` tells."""
+        told["event_stream"] = {"looked_back_to": self._looked_back_to, "error": self._error}
+        for cache in told["caches"]:
+            cache["last_busts"] = None if self._error else self._busts[cache["cache"]]
+
+    def _named(self, reading: Reading, event: Mapping[str, Any]) -> bool | None:
+        """Whether an event names the key, or the version that the key is under; ``None`` if that can't be told."""
+        action = event.get("action")
+        if action == "sweep":
+            return True
+        if action == "bump":
+            version = reading.version_key
+            wanted = self._key if reading.what == "version" else None if version is None else version.encode()
+        elif reading.what == "version":
+            return False
+        else:
+            key = self._key.removesuffix(LOCK) if reading.what == "lock" else self._key
+            wanted = None if reading.params.get("version") == "{version}" else key
+        if wanted is None:
+            return None
+        if "raw_keys" in event:
+            return wanted.decode(errors="backslashreplace") in event["raw_keys"]
+        if "key_hashes" in event and self._hashed is not None:
+            return self._hashed(wanted) in event["key_hashes"]
+        return None
+
+
+def _others(bust: Mapping[str, Any]) -> bool:
+    return bust["names_key"] is False
+
+
 def _told(rules: RuleSet, reading: Reading) -> dict[str, Any]:
     cache = reading.cache
     return {
@@ -173,6 +245,41 @@ def key_lines(told: Mapping[str, Any]) -> Iterator[str]:
             yield "  no rule busts it"
         for cause in cache["busted_by"]:
             yield from _cause_lines(cause)
+        yield from _last_lines(cache, told)
+
+
+def _last_lines(cache: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:
+    stream = told.get("event_stream")
+    if stream is None:
+        return
+    if stream["error"] is not None:
+        yield f"  its last busts can't be told: {stream['error']}"
+        return
+    since = f"since {stream['looked_back_to']}" if stream["looked_back_to"] else "which is empty"
+    busts = cache["last_busts"]
+    if not busts:
+        yield f"  no bust of it is in the event stream, {since}"
+        return
+    yield "  its last busts in the event stream, the newest first; * names this key:"
+    yield from map(_bust_line, busts)
+    if any(bust["names_key"] is None for bust in busts):
+        yield (
+            "    ? may name this key: it can be told by a CDC_LOG_HASH_KEY that is set here as for the daemon, or by "
+            "CDC_LOG_KEYS=raw of the daemon"
+        )
+    elif all(map(_others, busts)):
+        yield f"    none in the event stream names this key, {since}"
+
+
+def _bust_line(bust: Mapping[str, Any]) -> str:
+    mark = {True: "*", False: " ", None: "?"}[bust["names_key"]]
+    rule = f" by rule {bust['rule']}" if bust.get("rule") else ""
+    change = f" on {bust.get('op')} of {bust['table']}" if bust.get("table") else ""
+    keys = f"{bust.get('keys')} {'key' if bust.get('keys') == 1 else 'keys'}, {bust.get('existed')} there"
+    lag = f", {bust['lag_ms']} ms after the commit" if "lag_ms" in bust else ""
+    reason = f", {bust['reason']}" if bust.get("reason", "change") != "change" else ""
+    line = f"{bust.get('ts')} {bust.get('action')}{rule}{change}: {keys}, LSN {bust.get('lsn')}{lag}{reason}"
+    return f"    {mark} {line if line.isprintable() else repr(line)[1:-1]}"
 
 
 def _cause_lines(cause: Mapping[str, Any]) -> Iterator[str]:

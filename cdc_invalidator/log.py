@@ -114,8 +114,7 @@ def configure(form: Form, level: str) -> Output:
     if form == "json":
         shared.append(structlog.processors.JSONRenderer(_dumps))
     else:
-        console = structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), timestamp_key="ts")
-        shared += [console, lambda _logger, _name, text: text.encode()]
+        shared += [console(), lambda _logger, _name, text: text.encode()]
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(_number(level)),
@@ -123,6 +122,11 @@ def configure(form: Form, level: str) -> Output:
         cache_logger_on_first_use=True,
     )
     return output
+
+
+def console() -> structlog.dev.ConsoleRenderer:
+    """Give what makes text of an event, in colour on a terminal."""
+    return structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), timestamp_key="ts")
 
 
 def _dumps(value: Any, **_kwargs: Any) -> bytes:

@@ -53,7 +53,12 @@ _TABLE = re.compile(r"(?:(?P<schema>{0})\.)?(?P<name>{0})".format(r'"(?:[^"\0]|"
 _FOLD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz")
 
 
-def _duration(value: object) -> int:
+def read_duration(value: object) -> int:
+    """Read a duration such as ``5m``, in milliseconds.
+
+    Raises:
+        ValueError: it is none; in words for whoever wrote it.
+    """
     found = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if found is None:
         raise ValueError(
@@ -109,7 +114,7 @@ def _bust_kind(value: object) -> str | None:
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 Column = Annotated[str, Field(min_length=1)]
 Duration = Annotated[
-    int, PlainValidator(_duration), WithJsonSchema({"type": "string", "pattern": r"^[0-9]{1,10}(ms|s|m|h|d)$"})
+    int, PlainValidator(read_duration), WithJsonSchema({"type": "string", "pattern": r"^[0-9]{1,10}(ms|s|m|h|d)$"})
 ]
 TableName = Annotated[
     Table, PlainValidator(read_table), WithJsonSchema({"type": "string", "examples": ["public.users"]})

@@ -60,6 +60,23 @@ class Offline(Rules):
     )
 
 
+class Explain(Offline):
+    """What `explain` reads: of a key, the last busts are told where there is an event stream."""
+
+    redis_url: SecretStr | None = Field(default=None, description="Where the cache lives; optional.")
+    event_stream: EventStreamKey = ""
+    log_hash_key: SecretStr | None = Field(default=None, description="Secret of the keyed hashes in events; optional.")
+
+
+class Tail(BaseSettings):
+    """What `tail` reads."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+
+    redis_url: SecretStr = Field(description="Where the cache lives, as the daemon has it.")
+    event_stream: EventStreamKey = ""
+
+
 class CheckOffline(Rules):
     """What `check --offline` reads; ``redis_url`` only tells which kind of Redis there is."""
 

@@ -1,21 +1,25 @@
-"""The event stream: it has what the log has, its refusals hold nothing back, and a cluster has it where its slot is."""
+"""The event stream: it has what the log has, its refusals hold nothing back, and `tail` and `explain` read it."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
+import os
 import re
 import secrets
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 import redis
 from clusters import Cluster, slot_of
-from running import RunningDaemon, command, eventually, execute, settled
+from running import SECONDS, RunningDaemon, command, eventually, execute, settled
+from sentinels import Sentinels
 from servers import redis_binaries
 
 from cdc_invalidator import embedded
@@ -268,10 +272,137 @@ def test_check_tells_of_a_stream_that_can_not_be_written_or_read_and_changes_not
     assert (taken["severity"], taken["line"]) == ("error", 4)
 
 
+# tail
+
+
+class Tail:
+    """`tail` as a process, with its output collected; use it as a context manager."""
+
+    def __init__(self, *words: str, **settings: str) -> None:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")}
+        env |= {f"CDC_{name.upper()}": value for name, value in settings.items()}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cdc_invalidator", "tail", *words],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._thread = threading.Thread(target=self._collect)
+
+    def _collect(self) -> None:
+        assert self.process.stdout is not None
+        self.lines.extend(self.process.stdout)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self._thread.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+        self.process.wait()
+
+    def seen(self, count: int) -> list[str]:
+        eventually(lambda: len(self.lines) >= count, f"{count} lines")
+        return self.lines
+
+    def ended(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(SECONDS)
+
+
+def test_tail_shows_those_that_are_there_and_those_that_come_until_it_is_told_to_stop(stage: Stage) -> None:
+    stage.run("UPDATE users SET name = 'x' WHERE id = 3")
+    stage.assert_as_logged()
+    there = stage.events
+    with (
+        Tail("--since", "all", "--format", "json", **stage.given) as everything,
+        Tail("--since", "10m", "--cache", "user", "--rule", "note-changed", **stage.given) as notes,
+        Tail("--since", "1h", "--cache", "dash", "--format", "json", **stage.given) as dashes,
+    ):
+        assert [json.loads(line) for line in everything.seen(len(there))] == there
+        # That of the start's gap, its sweep, and the bump.
+        assert [json.loads(line).get("action") for line in dashes.seen(3)] == [None, "sweep", "bump"]
+        stage.run("INSERT INTO notes VALUES (7)")
+        (line,) = notes.seen(1)
+        assert re.match(r"\S+Z \[info +\] bust +.*\baction=delete cache=user\b.*\brule=note-changed\b", line)
+        eventually(lambda: [json.loads(line) for line in everything.lines] == stage.events, "it came live")
+        assert everything.ended(signal.SIGINT) == 0
+        assert notes.ended(signal.SIGTERM) == 0
+        assert len(dashes.lines) == 3
+        for each in (everything, notes):
+            assert each.process.stderr is not None
+            assert each.process.stderr.read() == ""
+
+
+def test_tail_without_since_begins_now_and_outlives_redis(tmp_path: Path) -> None:
+    given = {"event_stream": "cdc:events"}
+    line = '{"event":"bust","level":"info","cache":"user","rule":"%s"}'
+    with embedded.Valkey() as server, redis.Redis.from_url(server.url) as client:
+        client.xadd("cdc:events", {"event": line % "before"})
+        with Tail("--format", "json", redis_url=server.url, **given) as tail:
+            reading = lambda: any("xread" in c["cmd"] for c in client.client_list())  # noqa: E731
+            eventually(reading, "it reads")
+            client.xadd("cdc:events", {"event": line % "first"})
+            client.xadd("cdc:events", {"other": "entry"})
+            client.xadd("cdc:events", {"event": "no JSON"})
+            tail.seen(1)
+            server.kill()
+            server.start()
+            client.xadd("cdc:events", {"event": line % "second"})
+            assert [json.loads(line)["rule"] for line in tail.seen(2)] == ["first", "second"]
+            assert tail.ended(signal.SIGINT) == 0
+            assert tail.process.stderr is not None
+            said = tail.process.stderr.read()
+            assert said.startswith("Redis failed at the connection (CLOSED")
+            assert said.count("\n") == 1
+
+
+def test_tail_ends_when_nobody_reads_it_whether_events_come_or_not(valkey: embedded.Valkey) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cdc_invalidator", "tail", "--redis-url", valkey.url, "--event-stream", "cdc:idle"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(SECONDS) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+
+
+def test_tail_says_in_one_sentence_what_it_lacks(valkey: embedded.Valkey, redis_client: redis.Redis) -> None:
+    url = valkey.url
+    without = command("tail", redis_url=url)
+    assert without.returncode == 2
+    assert without.stderr.startswith("CDC_EVENT_STREAM is not set; set it for the daemon and here")
+    away = command("tail", redis_url="redis://:secret@127.0.0.1:1", event_stream="s")
+    assert away.returncode == 1
+    assert away.stderr.startswith("Redis failed at the connection")
+    assert "secret" not in away.stderr
+    assert command("tail", "--since", "soon", redis_url=url, event_stream="s").returncode == 2
+    with redis.Redis.from_url(url) as client:
+        key = f"text:{secrets.token_hex(3)}"
+        client.set(key, "x", ex=60)
+    other = command("tail", redis_url=url, event_stream=key)
+    assert other.returncode == 1
+    assert "(WRONGTYPE); the key holds something else" in other.stderr
+    for done in (without, away, other):
+        assert done.stderr.count("\n") == 1
+
+
 # Other kinds of Redis
 
 
-def test_in_a_cluster_the_stream_is_written_where_its_slot_is(database: str, tmp_path: Path, slot_name: str) -> None:
+def test_in_a_cluster_the_stream_is_written_and_read_where_its_slot_is(
+    database: str, tmp_path: Path, slot_name: str
+) -> None:
     with (
         Cluster(replicas=False) as cluster,
         contextlib.closing(cluster.client()) as client,
@@ -282,7 +413,69 @@ def test_in_a_cluster_the_stream_is_written_where_its_slot_is(database: str, tmp
         owner = cluster.master_of(stage.stream)
         (target, *_) = (node for node in cluster.masters() if node is not owner)
         slot = slot_of(stage.stream)
-        cluster.move_slots(slot, slot, target)
-        assert cluster.master_of(stage.stream) is target
-        stage.run("UPDATE users SET name = 'y' WHERE id <= 100")
-        stage.assert_as_logged()
+        with Tail("--since", "all", "--format", "json", **stage.given) as tail:
+            tail.seen(len(stage.events))
+            cluster.move_slots(slot, slot, target)
+            assert cluster.master_of(stage.stream) is target
+            stage.run("UPDATE users SET name = 'y' WHERE id <= 100")
+            stage.assert_as_logged()
+            assert [json.loads(line) for line in tail.seen(len(stage.events))] == stage.events
+        told = explained(stage, "t:{7}:user")
+        assert len(told["caches"][0]["last_busts"]) > 2
+
+
+def test_tail_asks_sentinel_for_the_master() -> None:
+    with Sentinels() as sentinels, redis.Redis.from_url(sentinels.master.url) as client:
+        client.xadd("cdc:events", {"event": '{"event":"bust","level":"info"}'})
+        with Tail("--since", "all", redis_url=sentinels.url, event_stream="cdc:events") as tail:
+            assert "bust" in tail.seen(1)[0]
+
+
+# explain
+
+
+def explained(stage: Stage, key: str, *words: str, **more: str) -> dict[str, Any]:
+    done = command("explain", key, "--format", "json", *words, rules=stage.rules, **{**stage.given, **more})
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def test_explain_shows_the_last_busts_of_a_key_and_marks_those_that_name_it(stage: Stage) -> None:
+    stage.run("UPDATE users SET name = 'x' WHERE id = 3", "INSERT INTO notes VALUES (3)")
+    stage.run(*(f"UPDATE users SET name = 'x' WHERE id = {number}" for number in range(100, 112)))
+    stage.assert_as_logged()
+    (cache,) = explained(stage, "t:{3}:user")["caches"]
+    busts = cache["last_busts"]
+    # The last ten name others; and then the newest that does.
+    assert [bust["names_key"] for bust in busts] == [False] * 10 + [True]
+    assert (busts[-1]["rule"], busts[-1]["table"]) == ("note-changed", "public.notes")
+    assert [bust["lsn"] for bust in busts] == sorted((bust["lsn"] for bust in busts), reverse=True)
+    (cache,) = explained(stage, "t:{105}:dash:v7")["caches"]
+    assert [bust["names_key"] for bust in cache["last_busts"]].count(True) == 1
+    text = command("explain", "t:{105}:user", rules=stage.rules, **stage.given).stdout
+    assert re.search(
+        r"^    \* \S+Z delete by rule user-changed on update of public.users: 1 key, 0 there, LSN", text, re.MULTILINE
+    )
+    assert text.count("\n    * ") == 1
+    unsure = {**stage.given}
+    del unsure["log_hash_key"]
+    text = command("explain", "t:{105}:user", rules=stage.rules, **unsure).stdout
+    assert text.count("\n    ? ") == 11
+    assert "a CDC_LOG_HASH_KEY that is set here as for the daemon" in text
+
+
+def test_explain_without_the_settings_or_without_redis_tells_all_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(RULES)
+    plain = command("explain", "t:{3}:user", rules=tmp_path)
+    assert plain.returncode == 0
+    assert "event stream" not in plain.stdout
+    for given in ({"event_stream": "s"}, {"redis_url": "redis://127.0.0.1:1"}):
+        assert command("explain", "t:{3}:user", rules=tmp_path, **given).stdout == plain.stdout
+    away = command("explain", "t:{3}:user", rules=tmp_path, event_stream="s", redis_url="redis://:secret@127.0.0.1:1")
+    assert away.returncode == 0
+    assert away.stdout.startswith(plain.stdout)
+    said = away.stdout.removeprefix(plain.stdout)
+    assert said.startswith("  its last busts can't be told: Redis failed at the connection")
+    assert said.count("\n") == 1
+    assert "secret" not in said

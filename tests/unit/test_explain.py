@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cdc_invalidator import errors, rules
 from cdc_invalidator.explain import (
+    LastBusts,
     change_lines,
     explain_change,
     explain_key,
@@ -326,3 +327,85 @@ def test_the_example_of_the_format_agrees_with_itself() -> None:
     for test in rule_set.tests:
         for bust in test.busts:
             assert explain_key(rule_set, bust.removeprefix("bump "))["caches"][0]["busted_by"]
+
+
+# ── The last busts of a key ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bust(cache: str, action: str = "delete", **fields: Any) -> dict[str, Any]:
+    return {"event": "bust", "cache": cache, "action": action, "ts": "2026-11-25T12:00:00Z", "rule": "r", **fields}
+
+
+def hashed(key: bytes) -> str:
+    return f"hash of {key.decode()}"
+
+
+@pytest.mark.parametrize(
+    ("key", "event", "names"),
+    [
+        ("shop:user:42", bust("user", key_hashes=["hash of shop:user:41", "hash of shop:user:42"]), True),
+        ("shop:user:42", bust("user", key_hashes=["hash of shop:user:4"]), False),
+        ("shop:user:42:lock", bust("user", key_hashes=["hash of shop:user:42"]), True),
+        ("shop:user:42", bust("user", raw_keys=["shop:user:42"]), True),
+        ("shop:user:42", bust("user", raw_keys=["shop:user:4"]), False),
+        ("shop:user:42", bust("user"), None),
+        ("shop:user:42", bust("user", "sweep"), True),
+        # A key with a version is busted by bumping that.
+        ("shop:dash:42:v7", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
+        ("shop:dash:42:v7:lock", bust("dash", "bump", raw_keys=["shop:dash:42:ver"]), True),
+        ("shop:dash:42:ver", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
+        ("shop:dash:42:v7", bust("dash", "bump", key_hashes=["hash of shop:dash:41:ver"]), False),
+        ("shop:product:42:v7", bust("product", key_hashes=["hash of shop:product:42:v7"]), True),
+        ("shop:product:42:v{version}", bust("product", key_hashes=["hash of shop:product:42:v7"]), None),
+        ("shop:catalog:ver", bust("product", key_hashes=["hash of shop:product:42:v7"]), False),
+        # What a hash was made of, nobody knows.
+    ],
+)
+def test_whether_an_event_names_a_key_is_told_by_what_it_shows(
+    key: str, event: dict[str, Any], names: bool | None
+) -> None:
+    last = LastBusts(RULES, key, hashed)
+    last.take(event)
+    told = explain_key(RULES, key)
+    last.tell(told)
+    (cache,) = told["caches"]
+    assert [each["names_key"] for each in cache["last_busts"]] == [names]
+    mark = {True: "*", False: " ", None: "?"}[names]
+    assert [line for line in key_lines(told) if line.startswith(f"    {mark} 2026")]
+
+
+def test_hashes_of_another_secret_tell_nothing() -> None:
+    last = LastBusts(RULES, "shop:user:42", None)
+    last.take(bust("user", key_hashes=["1234"]))
+    told = explain_key(RULES, "shop:user:42")
+    last.tell(told)
+    assert told["caches"][0]["last_busts"][0]["names_key"] is None
+
+
+def test_ten_busts_of_the_cache_are_told_and_the_newest_that_names_the_key_before_them() -> None:
+    last = LastBusts(RULES, "shop:user:42", hashed)
+    for number in range(20):
+        last.take(bust("user", lsn=number, raw_keys=[f"shop:user:{number}"]))
+        last.take(bust("dash", "bump"))
+        last.take({"event": "gap", "caches": ["user"], "ts": "then"})
+        assert not last.complete
+    for number in range(20, 23):
+        last.take(bust("user", lsn=number, raw_keys=["shop:user:42"]))
+        assert last.complete
+    told = explain_key(RULES, "shop:user:42")
+    last.tell(told)
+    assert [each["lsn"] for each in told["caches"][0]["last_busts"]] == [*range(10), 20]
+
+
+def test_a_key_that_nothing_names_is_told_with_how_far_back_was_looked() -> None:
+    last = LastBusts(RULES, "shop:user:42", hashed)
+    told = explain_key(RULES, "shop:user:42")
+    last.tell(told)
+    assert list(key_lines(told))[-1] == "  no bust of it is in the event stream, which is empty"
+    last.take(bust("dash", "bump"))
+    last.tell(told)
+    assert list(key_lines(told))[-1] == "  no bust of it is in the event stream, since 2026-11-25T12:00:00Z"
+    last.take(bust("user", raw_keys=["shop:user:41\x1b[2J"], table="t\x1b[2J"))
+    last.tell(told)
+    assert list(key_lines(told))[-1] == "    none in the event stream names this key, since 2026-11-25T12:00:00Z"
+    assert all(line.isprintable() for line in key_lines(told))

@@ -41,10 +41,17 @@ class Prometheus:
     Args:
         folder: where its files go.
         daemons: what is scraped; each has a ``pod`` label, as in Kubernetes.
+        application: the port of an application's metrics, another job.
         rules: the rule file.
     """
 
-    def __init__(self, folder: Path, daemons: Iterable[RunningDaemon], rules: Path = MONITORING / "rules.yml") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        daemons: Iterable[RunningDaemon],
+        application: int,
+        rules: Path = MONITORING / "rules.yml",
+    ) -> None:
         self.port = embedded.free_port()
         self._log = folder / "prometheus.log"
         self._config = folder / "prometheus.yml"
@@ -64,7 +71,13 @@ class Prometheus:
                                 }
                                 for at, daemon in enumerate(daemons)
                             ],
-                        }
+                        },
+                        {
+                            "job_name": "shop",
+                            "static_configs": [
+                                {"targets": [f"{embedded.HOST}:{application}"], "labels": {"namespace": "shop"}}
+                            ],
+                        },
                     ],
                 }
             )

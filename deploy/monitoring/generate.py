@@ -19,6 +19,8 @@ SLOT = ("cluster", "namespace", "job", "slot")
 OURS = 'namespace=~"$namespace", job=~"$job", slot=~"$slot"'
 OF_CACHE = f'{OURS}, cache=~"$cache"'
 OF_PROCESS = 'namespace=~"$namespace", job=~"$job"'
+# Applications know no slot, and are another job.
+OF_READERS = 'namespace=~"$namespace", cache=~"$cache"'
 
 GUIDE = """
 **Fewer hits: why?** Read from left to right.
@@ -72,6 +74,17 @@ def quantile(share: float, *by: str) -> str:
     return f"histogram_quantile({share}, {total(rate('commit_to_bust_seconds_bucket', OF_CACHE), *by, 'le')})"
 
 
+def read(metric: str, *by: str) -> str:
+    """Sum up a counter's rate over the applications that read through the library."""
+    return f"sum by ({', '.join(('namespace', 'cache', *by))}) ({rate(f'reader_{metric}', OF_READERS)})"
+
+
+def load_time(share: float) -> str:
+    """Give a quantile of the time that readers' loads took."""
+    return f"histogram_quantile({share}, {read('load_seconds_bucket', 'le')})"
+
+
+SERVED = " + ".join(read(f"{kind}_total") for kind in ("hits", "negative_hits", "l1_hits"))
 HITS, MISSES = total(rate("redis_keyspace_hits_total")), total(rate("redis_keyspace_misses_total"))
 BUSTED, EXISTED = total(rate("busted_keys_total", OF_CACHE)), total(rate("busted_keys_existed_total", OF_CACHE))
 CHANGES = total(rate("changes_total"))
@@ -309,6 +322,48 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             Query(gauge("build_info"), ""),
             Query(gauge("rule_set_info"), ""),
             about="Daemons of one slot should have one digest.",
+        ),
+    ],
+    "Readers that use the library": [
+        lines(
+            "Hit rate beside busts",
+            "percentunit",
+            Query(f"({SERVED}) / ({SERVED} + {read('misses_total')})", "{{cache}} hit rate"),
+            Query(
+                f"sum by (namespace, cache) ({rate('busted_keys_existed_total', OF_CACHE)})",
+                "{{cache}} busted keys that were there",
+                right="cps",
+            ),
+            max=1,
+            about="Of the applications that hand a registry to cdc_invalidator.reader.",
+        ),
+        lines(
+            "Fills, and those that a bust overtook",
+            "cps",
+            Query(read("fills_total"), "{{cache}} stored"),
+            Query(read("dropped_fills_total"), "{{cache}} dropped"),
+            about="Each dropped one would have been a stale entry.",
+        ),
+        lines(
+            "Time to load",
+            "s",
+            *(Query(load_time(share), f"{{{{cache}}}} p{share * 100:.0f}") for share in (0.5, 0.99)),
+        ),
+        lines(
+            "Reads that waited for another's load",
+            "cps",
+            Query(read("waits_total"), "{{cache}} waited"),
+            Query(read("stale_hits_total"), "{{cache}} shown the old value instead"),
+        ),
+        lines(
+            "Reads beside the cache",
+            "cps",
+            Query(read("bypasses_total", "reason"), "{{cache}} {{reason}}"),
+        ),
+        lines(
+            "Loaded before the time was up",
+            "cps",
+            Query(read("early_refreshes_total"), "{{cache}}"),
         ),
     ],
     "The daemons' processes": [

@@ -12,6 +12,7 @@ import math
 import re
 import signal
 import threading
+import urllib.request
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import psycopg
@@ -19,10 +20,12 @@ import pytest
 import redis
 import yaml
 from prometheus import MONITORING, Prometheus, promtool
+from prometheus_client import CollectorRegistry, start_http_server
 from running import RunningDaemon, eventually, execute
 from tools import tool
 
 from cdc_invalidator import embedded
+from cdc_invalidator.reader import Caches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,11 +65,16 @@ WINDOW = "30s"
 
 
 class Load:
-    """An application that reads and changes users, whatever happens; use it as a context manager."""
+    """An application that reads and changes users, whatever happens; use it as a context manager.
 
-    def __init__(self, dsn: str, url: str) -> None:
+    Users and pages are read through the library, whose metrics are at ``port``; teams by hand.
+    """
+
+    def __init__(self, dsn: str, url: str, rules: Path, port: int) -> None:
         self._dsn = dsn
         self._url = url
+        self._rules = rules
+        self._port = port
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._failure: Exception | None = None
@@ -81,20 +89,39 @@ class Load:
         if self._failure is not None:
             raise self._failure
 
+    def metrics(self) -> str:
+        """Give what it serves."""
+        with urllib.request.urlopen(f"http://{embedded.HOST}:{self._port}/metrics", timeout=10) as answer:
+            return str(answer.read(), "utf-8")
+
     def _run(self) -> None:
+        registry = CollectorRegistry()
+        server, thread = start_http_server(self._port, embedded.HOST, registry)
         try:
             with redis.Redis.from_url(self._url) as client, psycopg.connect(self._dsn, autocommit=True) as connection:
-                number = 0
-                while not self._stop.wait(0.01):
-                    number = (number + 1) % USERS
-                    client.mget([f"w:user:{number}", f"w:user:{(number + 7) % USERS}"])
-                    client.mset(
-                        {f"w:user:{number}": "cached", f"w:page:{number}:ver": 1, f"w:team:{number % 5}": "cached"}
-                    )
-                    if number % 2:
-                        connection.execute("UPDATE users SET name = name || '.' WHERE id = %s", [number])
+                caches = Caches.from_rules(self._rules, client, slot="monitoring", registry=registry)
+                self._read(client, caches, connection)
         except Exception as error:  # noqa: BLE001  raised again by the test's own thread
             self._failure = error
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    def _read(self, client: redis.Redis, caches: Caches, connection: psycopg.Connection[Any]) -> None:
+        def load(**given: Any) -> Any:
+            return connection.execute("SELECT name FROM users WHERE id = %s", [given["id"]]).fetchone()
+
+        number = 0
+        while not self._stop.wait(0.01):
+            number = (number + 1) % USERS
+            caches.user.get(id=number, load=load)
+            caches.page.get(id=(number + 7) % USERS, load=load)
+            # What nobody has committed yet can't be in the cache.
+            caches.at_least(2**62).user.get(id=number, load=load)
+            client.set(f"w:team:{number % 5}", "cached")
+            if number % 2:
+                connection.execute("UPDATE users SET name = name || '.' WHERE id = %s", [number])
 
 
 class Stage(NamedTuple):
@@ -102,6 +129,7 @@ class Stage(NamedTuple):
 
     prometheus: Prometheus
     daemons: list[RunningDaemon]
+    load: Load
 
     def alerts(self) -> set[str]:
         """Name the alerts that fire, or soon will; busts may come late here, where machines are slow."""
@@ -138,6 +166,7 @@ def stage(postgres: embedded.Postgres, tmp_path_factory: pytest.TempPathFactory)
         f"INSERT INTO members SELECT n, n % 5 FROM generate_series(0, {USERS - 1}) n",
         "ALTER DATABASE monitoring SET wal_sender_timeout = '2s'",
     )
+    port = embedded.free_port()
     # The server itself as its own standby: it has always replayed everything.
 
     def daemon(url: str) -> RunningDaemon:
@@ -147,10 +176,10 @@ def stage(postgres: embedded.Postgres, tmp_path_factory: pytest.TempPathFactory)
         embedded.Valkey() as valkey,
         daemon(valkey.url) as first,
         daemon(valkey.url) as second,
-        Prometheus(folder, [first, second]) as prometheus,
-        Load(dsn, valkey.url),
+        Prometheus(folder, [first, second], port) as prometheus,
+        Load(dsn, valkey.url, rules, port) as load,
     ):
-        yield played(Stage(prometheus, [first.ready(), second.ready()]), dsn, valkey.url, rules)
+        yield played(Stage(prometheus, [first.ready(), second.ready()], load), dsn, valkey.url, rules)
     postgres.drop_database("monitoring")
 
 
@@ -212,13 +241,9 @@ def test_each_rule_can_be_evaluated(stage: Stage) -> None:
             eventually(functools.partial(stage.prometheus.query, rule["name"]), f"data for {rule['name']}")
 
 
-def test_each_metric_that_is_named_is_served_by_a_running_daemon(stage: Stage) -> None:
-    served = {
-        re.split(r"[{ ]", line)[0]
-        for daemon in stage.daemons
-        for line in daemon.get("/metrics")[1].splitlines()
-        if not line.startswith("#")
-    }
+def test_each_metric_that_is_named_is_served_by_a_running_daemon_or_reader(stage: Stage) -> None:
+    pages = [*(daemon.get("/metrics")[1] for daemon in stage.daemons), stage.load.metrics()]
+    served = {re.split(r"[{ ]", line)[0] for page in pages for line in page.splitlines() if not line.startswith("#")}
     rules = (MONITORING / "rules.yml").read_text()
     named = set(re.findall(r"(?<![\w:])cdc_invalidator_\w+", rules))
     named |= {
@@ -231,6 +256,7 @@ def test_each_metric_that_is_named_is_served_by_a_running_daemon(stage: Stage) -
 def test_promtool_has_nothing_against_the_metrics(stage: Stage) -> None:
     for daemon in stage.daemons:
         promtool("check", "metrics", given=daemon.get("/metrics")[1])
+    promtool("check", "metrics", given=stage.load.metrics())
 
 
 def test_a_leader_that_became_a_standby_raises_no_alarm(stage: Stage) -> None:

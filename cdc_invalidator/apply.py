@@ -256,7 +256,7 @@ class Apply:
             self._replay_until = lowest
             if all(found):
                 # How old it is is known before it is written again.
-                self._metrics.watermark_at.set(min(mark.at for mark in found if mark) / 1000)
+                self._show(*(min(times) / 1000 for times in zip(*((m.at, m.as_of) for m in found if m), strict=True)))
         self._anew.clear()
         # Where all is swept anyway, nothing need be applied anew.
         if not (self._sweep_gaps and broken.keys() >= self._digests.keys()):
@@ -459,6 +459,7 @@ class Apply:
         if position == self._recorded and now - self._recorded_at < HEARTBEAT_SECONDS:
             return
         at = time.time()
+        as_of = self._checkpoint.as_of
         at_ms = int(at * 1000)
         # Also of a write that fails: some servers may have it.
         self._written_ms = max(self._written_ms, at_ms)
@@ -470,13 +471,13 @@ class Apply:
                 timeline=self._position.timeline,
                 rules=self._digests,
                 standbys=self._replicas.known,
-                as_of=self._checkpoint.as_of,
+                as_of=as_of,
             )
         )
         if stored:
             self.recorded_at = at
             self._metrics.watermark_lsn.set(position)
-            self._metrics.watermark_at.set(at)
+            self._show(at, as_of / 1000)
         elif not self._watermark_refused:
             _log.warning("watermark_stalled", error="Redis is out of memory; busts go on, and a restart will sweep.")
         self._watermark_refused = not stored
@@ -484,6 +485,11 @@ class Apply:
         self._recorded, self._recorded_at = position, now
         self._recent.recorded(position)
         self._checkpoint.record(position)
+
+    def _show(self, at: float, as_of: float) -> None:
+        self._metrics.watermark_at.set(at)
+        if as_of:
+            self._metrics.watermark_as_of.set(as_of)
 
     def _patience(self) -> float:
         """Seconds until there is something to do though nothing is put."""

@@ -115,6 +115,11 @@ class Metrics:
         self.watermark_at = gauge(
             "watermark_timestamp_seconds", "When the watermark was last written; its age is time() minus this."
         )
+        self.watermark_as_of = told(
+            GaugeMetricFamily,
+            "watermark_as_of_timestamp_seconds",
+            "All that had been committed at that time is busted, as the watermark says; not known of a standby's slot.",
+        )
         self.watermark_stalled = gauge("watermark_stalled", "1 while Redis has no memory for the watermark.")
 
         # The standbys that readers use.

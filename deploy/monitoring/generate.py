@@ -180,8 +180,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         lines(
             "Watermark age",
             "s",
-            Query(f"time() - {highest(gauge('watermark_timestamp_seconds') + ' > 0')}", "{{slot}}"),
-            about="All busts up to the watermark are in Redis. It is written every second, also while nothing changes.",
+            Query(
+                f"time() - {highest(gauge('watermark_as_of_timestamp_seconds'))}",
+                "{{slot}} all older commits are busted",
+            ),
+            Query(f"time() - {highest(gauge('watermark_timestamp_seconds') + ' > 0')}", "{{slot}} last written"),
+            about="It is written every second, also while nothing changes, or while busts lag.",
         ),
         lines(
             "Commit to bust",

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from redis import exceptions
 from redis.asyncio.cluster import RedisCluster
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 Many: TypeAlias = Mapping[Any, T | None] | Sequence[T | None]
 Loader = Callable[[Sequence[Entry]], Awaitable[Sequence[Any]]]
 
@@ -216,6 +217,14 @@ class AsyncCache(Generic[T]):
             await link.run(plan.read(found.entries, handle.demanded(self._demand, max_staleness)), loader)
         return [entry.value for entry in found.order]
 
+    @overload
+    def cached(self, function: F, /) -> F: ...
+
+    @overload
+    def cached(
+        self, function: None = None, /, *, ignore: Collection[str] = (), params: Mapping[str, str] | None = None
+    ) -> Callable[[F], F]: ...
+
     def cached(
         self,
         function: Callable[..., Any] | None = None,
@@ -224,7 +233,7 @@ class AsyncCache(Generic[T]):
         ignore: Collection[str] = (),
         params: Mapping[str, str] | None = None,
     ) -> Any:
-        """Decorate a function that loads: calls of it read through the cache.
+        """Decorate a coroutine function that loads: calls of it read through the cache.
 
         Args:
             function: its arguments are the parameters.
@@ -235,7 +244,10 @@ class AsyncCache(Generic[T]):
             TypeError: arguments and parameters don't fit.
         """
         if function is None:
-            return lambda function: self.cached(function, ignore=ignore, params=params)
+            return lambda function: self._cached(function, ignore, params)
+        return self._cached(function, ignore, params)
+
+    def _cached(self, function: Callable[..., Any], ignore: Collection[str], params: Mapping[str, str] | None) -> Any:
         of_call = handle.Cached(function, self._plan.keys.names, ignore, params)
 
         async def wrapper(*args: Any, **kwargs: Any) -> Any:

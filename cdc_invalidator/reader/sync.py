@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from redis import exceptions
 from redis.cluster import RedisCluster
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 Loader = Callable[[Sequence[Entry]], Sequence[Any]]
 
 
@@ -213,6 +214,14 @@ class Cache(Generic[T]):
             link.run(plan.read(found.entries, handle.demanded(self._demand, max_staleness)), loader)
         return [entry.value for entry in found.order]
 
+    @overload
+    def cached(self, function: F, /) -> F: ...
+
+    @overload
+    def cached(
+        self, function: None = None, /, *, ignore: Collection[str] = (), params: Mapping[str, str] | None = None
+    ) -> Callable[[F], F]: ...
+
     def cached(
         self,
         function: Callable[..., Any] | None = None,
@@ -232,7 +241,10 @@ class Cache(Generic[T]):
             TypeError: arguments and parameters don't fit.
         """
         if function is None:
-            return lambda function: self.cached(function, ignore=ignore, params=params)
+            return lambda function: self._cached(function, ignore, params)
+        return self._cached(function, ignore, params)
+
+    def _cached(self, function: Callable[..., Any], ignore: Collection[str], params: Mapping[str, str] | None) -> Any:
         of_call = handle.Cached(function, self._plan.keys.names, ignore, params)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -73,6 +73,12 @@ class Proxy:
         """Hold back all bytes, ends of connections as well; nothing is lost."""
         self._moving.clear()
 
+    def hold(self) -> None:
+        """Hold back the bytes of the connections that are open now; new ones are taken, and pass."""
+        with self._lock:
+            for link in self._links:
+                link.moving.clear()
+
     def go_deaf(self) -> None:
         """Swallow all bytes; connections stay open, new ones are taken."""
         self._deaf = True
@@ -83,6 +89,9 @@ class Proxy:
             self.cut()
         self._refusing = self._deaf = False
         self._moving.set()
+        with self._lock:
+            for link in self._links:
+                link.moving.set()
 
     def _accept(self) -> None:
         while True:
@@ -120,6 +129,8 @@ class _Link:
         self._client = client
         self._server = server
         self.left: int | None = None
+        self.moving = threading.Event()
+        self.moving.set()
 
     def start(self) -> None:
         self._proxy.note(self, gone=False)
@@ -134,9 +145,11 @@ class _Link:
         # The proxy has the last word, also on the end of a connection.
         with contextlib.suppress(OSError):
             while data := source.recv(_CHUNK):
+                self.moving.wait()
                 sink.sendall(counted(self._proxy.passes(data)))
                 if self.left == 0:
                     break
+        self.moving.wait()
         self._proxy.passes(b"")
         self.reset()
 
@@ -149,6 +162,7 @@ class _Link:
 
     def reset(self) -> None:
         self._proxy.note(self, gone=True)
+        self.moving.set()
         for end in (self._client, self._server):
             reset_socket(end)
 

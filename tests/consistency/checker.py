@@ -32,6 +32,28 @@ class Stale(NamedTuple):
     required: int
 
 
+def behind(reads: Iterable[Read], seconds: float, careful: int) -> Iterator[Read]:
+    """Give the same reads as served under the watermark that their reader knew so long before.
+
+    It is what a promise with a bound in time comes to: entries in a process's own memory.
+
+    Args:
+        reads: those of each reader in the order of their beginnings.
+        seconds: how much older.
+        careful: readers from this number on ask for an LSN, which no memory of theirs may fall short of.
+    """
+    known: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
+    for read in reads:
+        if read.reader >= careful:
+            yield read
+            continue
+        began, watermarks = known.setdefault((read.reader, read.cache), ([], []))
+        began.append(read.began)
+        watermarks.append(read.watermark)
+        at = bisect_right(began, read.began - int(seconds * NS_A_SECOND))
+        yield read._replace(watermark=watermarks[at - 1] if at else 0)
+
+
 class Impossible(Exception):
     """A history that no database and no cache can give: whoever recorded it is wrong."""
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import hypothesis.strategies as st
 import pytest
-from consistency.checker import History, Impossible
+from consistency.checker import History, Impossible, behind
 from consistency.history import ABSENT, Read, Reads, Write, Writes
 from hypothesis import assume, find, given
 
@@ -125,6 +125,17 @@ def test_without_a_daemon_a_read_is_held_against_what_was_committed_for_some_tim
     history = History(writes)
     judged = history.without_watermark([read(1, 0, 10 * SECOND + at) for at in (5, SECOND, SECOND + 1)], seconds=1)
     assert [one.required for one in history.stale(judged)] == [2]
+
+
+def test_what_may_be_behind_is_held_against_the_watermark_of_before() -> None:
+    reads = [
+        read(1, 100, 0),
+        read(1, 200, 2 * SECOND),
+        read(1, 300, 3 * SECOND),
+        read(1, 300, 3 * SECOND + 1)._replace(reader=7),
+        read(1, 400, 4 * SECOND)._replace(cache=1),
+    ]
+    assert [each.watermark for each in behind(reads, 2, careful=7)] == [0, 100, 100, 300, 0]
 
 
 def test_a_history_survives_its_file(tmp_path: Path) -> None:

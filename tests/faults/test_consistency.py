@@ -1,0 +1,46 @@
+"""Reads through the library while writers write: none is stale under the contract, and those of a broken one are seen.
+
+`python -m consistency` runs the same for a million reads; see the README.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from consistency import trial
+from consistency.shelves import CACHES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from cdc_invalidator import embedded
+
+READS = 5000
+
+
+def test_under_the_contract_no_read_is_older_than_its_watermark_whatever_befalls(
+    postgres: embedded.Postgres, tmp_path: Path
+) -> None:
+    outcome = trial.run(trial.CONTRACT, READS, postgres, tmp_path)
+    print(outcome)
+    assert outcome.examples == []
+    assert outcome.left.total() == 0
+    # It has had something to get wrong.
+    assert outcome.reads.total() >= READS
+    assert all(outcome.cached[kind.name] for kind in CACHES)
+    assert outcome.entries
+    assert outcome.commits
+    assert outcome.dropped
+
+
+def test_without_the_lease_stale_reads_are_seen(postgres: embedded.Postgres, tmp_path: Path) -> None:
+    outcome = trial.run(trial.NO_LEASE, READS, postgres, tmp_path)
+    print(outcome)
+    assert outcome.stale["item"] > 0
+
+
+def test_without_the_daemon_stale_reads_and_entries_are_seen(postgres: embedded.Postgres, tmp_path: Path) -> None:
+    outcome = trial.run(trial.NO_DAEMON, READS, postgres, tmp_path)
+    print(outcome)
+    assert outcome.stale.total() > 0
+    assert outcome.left.total() > 0

@@ -116,8 +116,8 @@ class AsyncCache(Generic[T]):
     """One cache of the rule file.
 
     Parameters are those of the key's template, given by name, or as a mapping where a name is one of ours. Loaders are
-    called with them by name, may be coroutine functions, and give ``None`` where there is nothing; what they raise
-    comes out of the read.
+    called with them by name, and give ``None`` where there is nothing; what they raise comes out of the read.
+    They may be coroutine functions.
     """
 
     def __init__(self, plan: Plan[T], link: Link, demand: Demand) -> None:

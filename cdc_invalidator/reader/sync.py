@@ -1,4 +1,7 @@
-"""`Caches` over redis.Redis or redis.cluster.RedisCluster: the shell that waits."""
+"""`Caches` over redis.Redis or redis.cluster.RedisCluster: the shell that waits.
+
+Made of aio.py by .build/unasync.py; change that.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from redis import exceptions
 from redis.cluster import RedisCluster
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
+Many: TypeAlias = Mapping[Any, T | None] | Sequence[T | None]
 Loader = Callable[[Sequence[Entry]], Sequence[Any]]
 
 
@@ -189,7 +193,7 @@ class Cache(Generic[T]):
         self,
         items: Iterable[Any],
         *,
-        load: Callable[[list[Any]], Mapping[Any, T | None] | Sequence[T | None]],
+        load: Callable[[list[Any]], Many[T]],
         max_staleness: float | None = None,
     ) -> list[T | None]:
         """Give the values of many keys: one look at the cache, and one call of the loader for all that is missing.
@@ -253,7 +257,12 @@ class Cache(Generic[T]):
         return handle.dressed(wrapper, function)
 
     def warm(
-        self, items: Iterable[Any], *, load: Callable[..., T | None], rate: float = 50.0, limit: int | None = None
+        self,
+        items: Iterable[Any],
+        *,
+        load: Callable[..., T | None],
+        rate: float = 50.0,
+        limit: int | None = None,
     ) -> int:
         """Load what is not in the cache, one after the other, and give how many values were stored.
 
@@ -322,7 +331,11 @@ class Write(Generic[T]):
 
 def _each(load: Callable[..., Any]) -> Loader:
     """Load entries one by one."""
-    return lambda entries: [load(**entry.params) for entry in entries]
+
+    def loader(entries: Sequence[Entry]) -> Sequence[Any]:
+        return [load(**entry.params) for entry in entries]
+
+    return loader
 
 
 def _nothing(_entries: Sequence[Entry]) -> Sequence[Any]:
@@ -358,8 +371,8 @@ class Caches:
 
         Args:
             path: a rule file, or a directory of them.
-            redis: a client: `redis.Redis`, also of a master that Sentinel names, or a `RedisCluster`. Give it
-                time-outs: a read waits as long as they say for a server that does not answer.
+            redis: a client: `redis.Redis`, also of a master that Sentinel names, or a `RedisCluster` of these.
+                Give it time-outs: a read waits as long as they say for a server that does not answer.
             slot: the daemon's ``CDC_SLOT``, which names the watermark.
             standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.
             env: the environment of key templates; the process's by default.

@@ -1,0 +1,12 @@
+"""The reader's two shells are one text."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+
+def test_the_shell_that_waits_is_made_of_the_one_that_awaits() -> None:
+    made = runpy.run_path(str(Path(__file__).parents[2] / ".build" / "unasync.py"))
+    text = made["unasync"](made["SOURCE"].read_text())
+    assert made["MADE"].read_text() == text, "run .venv/bin/python .build/unasync.py"

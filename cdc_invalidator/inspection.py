@@ -1,39 +1,32 @@
-"""The edge that `check` looks through: what the live PostgreSQL and Redis would make of the rules.
+"""The edge that `check` looks through: what the live PostgreSQL would make of the rules; Redis: `redis_inspection`.
 
-The rule that holds here: nothing is changed. On PostgreSQL, only catalogs are read and queries are explained, on a
-connection that can't write; on Redis, what is tried is tried on keys of our own, and a cache's keys are only named.
-A server that is away is a finding, like everything else.
+The rule that holds here: nothing is changed. Only catalogs are read and queries are explained, on a connection that
+can't write. A server that is away is a finding, like everything else.
 """
 
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import psycopg
 
-from cdc_invalidator import errors, lsn, node, overlap, postgres, replies
+from cdc_invalidator import errors, overlap, postgres, redis_inspection
 from cdc_invalidator.check import Columns, Finding, Severity, never, offline
 from cdc_invalidator.condition import Condition
-from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.derive import statement
 from cdc_invalidator.document import Place
 from cdc_invalidator.endpoint import Endpoint
-from cdc_invalidator.eventstream import FIELD
-from cdc_invalidator.node import Command, Node
 from cdc_invalidator.overlap import Values
 from cdc_invalidator.publication import Leaf, Publication, Survey, quoted, unknown_old
 from cdc_invalidator.rulefile import Table, nearest
 from cdc_invalidator.rules import Bust, Cache, Rule, RuleSet
-from cdc_invalidator.sentinel import Sentinels
 from cdc_invalidator.slot import Server, Slot
 from cdc_invalidator.template import Param
-from cdc_invalidator.topology import TIMEOUT, cache_server
 
-POSTGRES, REDIS = "PostgreSQL", "Redis"
+POSTGRES = "PostgreSQL"
 
 # A table of less is read in a millisecond or two, whether it has an index or not.
 LARGE_BYTES = 1 << 20
@@ -61,7 +54,11 @@ async def inspect(subject: Subject, rules: RuleSet | None) -> list[Finding]:
     findings = await _told(database.look, POSTGRES, "postgres_unavailable")
     if rules is not None:
         findings += offline(rules, database.columns, cluster=subject.redis.kind == "cluster")
-    findings += await _told(lambda: _look_at_redis(subject, rules), REDIS, "redis_unavailable")
+    findings += await _told(
+        lambda: redis_inspection.look_at(subject.redis, subject.slot, subject.event_stream, rules),
+        redis_inspection.REDIS,
+        "redis_unavailable",
+    )
     return findings
 
 
@@ -558,222 +555,3 @@ JOIN pg_type under ON under.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELS
 """
 
 _SIZE = "SELECT pg_relation_size(to_regclass(%(table)s)) AS size"
-
-
-# ── Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-OLDEST = (6, 2)
-
-
-async def _look_at_redis(subject: Subject, rules: RuleSet | None) -> list[Finding]:
-    findings = await _look_at_rights(subject, rules)
-    if any(found.severity is Severity.ERROR for found in findings):
-        return findings  # the daemon's own way in fails for what is told already
-    server = cache_server(subject.redis, subject.slot, timeout=TIMEOUT)
-    try:
-        await server.connect()
-        marks = await server.read_watermarks()
-    finally:
-        await server.close()
-    mark = marks[0] if marks else None
-    if mark is None:
-        sentence = "there is no watermark yet, so the caches are swept at the first start; nothing needs to be done."
-    else:
-        age = max(0, round(time.time() - mark.at / 1000))
-        sentence = (
-            f"the watermark stands at {lsn.text(mark.lsn)} and is {age} s old; where a daemon runs, more than some "
-            "seconds mean that it is behind: look at its /status."
-        )
-    return [*findings, Finding(Severity.NOTE, "watermark", REDIS, sentence)]
-
-
-@dataclass(slots=True)
-class _Server:
-    """What INFO says of a server; empty where the ACL refuses it."""
-
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, answers: Sequence[Any]) -> _Server:
-        text = b"\n".join(answer for answer in answers if isinstance(answer, bytes)).decode("utf-8", "replace")
-        return cls(dict(line.split(":", 1) for line in text.split() if ":" in line))
-
-    @property
-    def product(self) -> str:
-        """Its name and version."""
-        if "valkey_version" in self.fields:
-            return f"Valkey {self.fields['valkey_version']}"
-        return f"Redis {self.fields['redis_version']}"
-
-    @property
-    def version(self) -> tuple[int, ...]:
-        """The version of Redis that it is or is compatible with."""
-        return tuple(int(number) for number in re.findall(r"\d+", self.fields.get("redis_version", ""))[:2])
-
-
-async def _look_at_rights(subject: Subject, rules: RuleSet | None) -> list[Finding]:
-    opened, close = await _open(subject.redis)
-    try:
-        findings = _of_server(subject.redis, rules, _Server.read(await opened.send([("INFO",)])))
-        findings += await _of_commands(opened, subject.slot)
-        if rules is not None:
-            findings += await _of_keys(opened, rules)
-        if subject.event_stream:
-            findings += await _of_event_stream(opened, subject.event_stream)
-    finally:
-        await close()
-    return findings
-
-
-async def _open(endpoint: Endpoint) -> tuple[Node, Callable[[], Awaitable[None]]]:
-    """Open a connection to a server that holds caches, and give what closes it."""
-    if endpoint.kind == "sentinel":
-        sentinels = Sentinels(endpoint, timeout=TIMEOUT)
-        try:
-            master = await sentinels.open_master()
-        except errors.InvalidatorError:
-            await sentinels.close()
-            raise
-
-        async def close() -> None:
-            await sentinels.close()
-            await master.close()
-
-        return master, close
-    urls = [endpoint.url] if endpoint.kind == "server" else [endpoint.at(address) for address in endpoint.addresses]
-    for left, url in enumerate(urls, 1 - len(urls)):
-        opened = Node(url, timeout=TIMEOUT)
-        try:
-            await opened.connect()
-        except errors.RedisUnavailable:
-            if left == 0:
-                raise
-        else:
-            return opened, opened.close
-    raise AssertionError("an endpoint names a server")
-
-
-def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> list[Finding]:
-    if not server.version:
-        sentence = "its version is not known, since the ACL refuses INFO; Redis 6.2 and later will do."
-        return [Finding(Severity.NOTE, "redis_version", REDIS, sentence)]
-    kind = {"server": "a single server", "sentinel": "a master named by Sentinel", "cluster": "a cluster"}
-    sentence = f"this is {server.product}, {kind[endpoint.kind]}; nothing needs to be done."
-    findings = [Finding(Severity.NOTE, "redis_version", REDIS, sentence)]
-    if server.version < OLDEST:
-        sentence = f"{server.product} can't be used; run Redis 6.2 or later, or Valkey."
-        findings = [Finding(Severity.ERROR, "redis_too_old", REDIS, sentence)]
-    if (server.fields.get("cluster_enabled") == "1") != (endpoint.kind == "cluster"):
-        remedy = replies.TABLE["MOVED"].remedy if endpoint.kind == "server" else "CDC_REDIS_URL names a single server"
-        sentence = f"CDC_REDIS_URL names another kind of Redis than answers; {remedy}."
-        findings.append(Finding(Severity.ERROR, "other_kind_of_redis", REDIS, sentence))
-    versioned = [cache.name for cache in rules.caches.values() if cache.version is not None] if rules else []
-    if versioned and server.fields.get("maxmemory_policy") == "noeviction":
-        findings.append(
-            Finding(
-                Severity.NOTE,
-                "noeviction",
-                REDIS,
-                f"maxmemory-policy is noeviction, and a bump of {', '.join(versioned)} leaves the old entries until "
-                "their TTL, so that memory may fill up and writes fail; keep the TTLs short, or set allkeys-lru.",
-            )
-        )
-    return findings
-
-
-async def _of_commands(opened: Node, slot: str) -> list[Finding]:
-    """Try what the daemon does on keys of our own."""
-    text, mapping = f"cdc:{slot}:check", f"cdc:{slot}:check:hash"
-    tried: tuple[Command, ...] = (
-        ("SET", text, 1, "PX", 1000),
-        ("GET", text),
-        ("UNLINK", text),
-        ("HSET", mapping, "at", 1),
-        ("HMGET", mapping, "at"),
-        ("HGETALL", mapping),
-        ("HDEL", mapping, "at"),
-        ("TIME",),
-        ("SCAN", 0, "MATCH", text, "COUNT", 1),
-        ("SCRIPT LOAD", _NOTHING),
-    )
-    refused: list[str] = []
-    findings: list[Finding] = []
-    for command, answer in zip(tried, await opened.send(tried), strict=True):
-        if not isinstance(answer, Exception):
-            continue
-        code = node.code(answer)
-        if code == "NOPERM":
-            refused.append("+" + str(command[0]).lower().replace(" ", "|"))
-        elif replies.of(code).does is replies.Does.WIDEN:
-            sentence = f"{node.failed(str(command[0]), answer)}"
-            findings.append(Finding(Severity.WARNING, "redis_full", REDIS, sentence))
-        elif node.redirection(answer) is None:
-            sentence = f"{node.failed(str(command[0]), answer)}"
-            findings.append(Finding(Severity.ERROR, "redis_refuses", REDIS, sentence))
-    if refused:
-        sentence = (
-            f"the ACL user of CDC_REDIS_URL lacks rights; grant it ~cdc:{slot}:* and {' '.join(refused)}, and what "
-            "else the README lists."
-        )
-        findings.append(Finding(Severity.ERROR, "redis_rights", REDIS, sentence))
-    return list(dict.fromkeys(findings))
-
-
-# Its keys are checked against the ACL, and then it leaves them alone.
-_NOTHING = "return 1"
-
-
-async def _of_event_stream(opened: Node, key: str) -> list[Finding]:
-    """Try what is done with the event stream. Nothing is written: no entry can have this id, as Redis finds at last."""
-    answers = await opened.send(
-        [
-            ("XADD", key, "NOMKSTREAM", "0-0", FIELD, ""),
-            ("XREVRANGE", key, "+", "-", "COUNT", 1),
-            ("XREAD", "COUNT", 1, "STREAMS", key, "0-0"),
-        ]
-    )
-    codes = [node.code(answer) if isinstance(answer, Exception) else "" for answer in answers]
-    if "WRONGTYPE" in codes:
-        sentence = f"{key}, which CDC_EVENT_STREAM names, holds something else; delete it, or name another key."
-        return [Finding(Severity.WARNING, "event_stream_refused", REDIS, sentence)]
-    if codes[0] == "NOPERM":
-        sentence = (
-            "the ACL user of CDC_REDIS_URL may not write the event stream, so that no event gets there; grant it "
-            f"+xadd and ~{key}"
-        )
-        return [Finding(Severity.WARNING, "event_stream_refused", REDIS, sentence)]
-    if "NOPERM" in codes:
-        sentence = (
-            "the ACL user of CDC_REDIS_URL may not read the event stream, which only `tail` and `explain` do; grant "
-            "whom they are for +xread and +xrevrange."
-        )
-        return [Finding(Severity.NOTE, "event_stream_unreadable", REDIS, sentence)]
-    return []
-
-
-async def _of_keys(opened: Node, rules: RuleSet) -> list[Finding]:
-    """Name a key of each cache to a script that does nothing, to see whether the ACL lets us."""
-    (loaded,) = await opened.send([("SCRIPT LOAD", _NOTHING)])
-    if isinstance(loaded, Exception):
-        return []  # told already
-    named = [
-        (cache, template, key)
-        for cache in rules.caches.values()
-        if not cache.ttl_only
-        for template in (cache.key, cache.version)
-        if template is not None
-        for key in (template.render(dict.fromkeys(template.params, "0")),)
-        if key is not None
-    ]
-    keys = [key + suffix for _, _, key in named for suffix in (b"", LOCK_SUFFIX)]
-    answers = await opened.send([("EVALSHA", loaded, 1, key) for key in keys]) if keys else []
-    findings = []
-    for number, (cache, template, _) in enumerate(named):
-        failures = [answer for answer in answers[2 * number : 2 * number + 2] if isinstance(answer, Exception)]
-        if any(node.code(failure) == "NOPERM" for failure in failures):
-            sentence = (
-                f"the ACL user of CDC_REDIS_URL may not bust cache {cache.name}; grant it +evalsha and "
-                f"~{template.prefix.decode('utf-8', 'replace')}*"
-            )
-            findings.append(Finding(Severity.ERROR, "redis_rights", cache.place, sentence))
-    return list(dict.fromkeys(findings))

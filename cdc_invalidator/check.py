@@ -16,7 +16,7 @@ from typing import Any
 
 from cdc_invalidator import overlap
 from cdc_invalidator.condition import Condition
-from cdc_invalidator.contract import LOCK_SUFFIX
+from cdc_invalidator.contract import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.document import Place
 from cdc_invalidator.errors import Problem
 from cdc_invalidator.overlap import Language, Values
@@ -305,25 +305,29 @@ def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
 
 
 def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str, Values]]) -> Iterator[Finding]:
-    """Keys that are counters or locks. Any text could be the word `lock`: of a lock, numbers stand for texts."""
+    """Keys that are counters, locks, old values. Any text could be the word `lock`: there, numbers stand for texts."""
     for cache in caches:
         mine = Language(cache.key, values[cache.name])
         numbers = {name: Values.of_numbers(of) for name, of in _assumed(cache.key, values[cache.name]).items()}
         numbered = Language(cache.key, numbers)
         for other in caches:
-            owned = [("the lock", numbered, Language.of_locks(other.key, values[other.name]))]
+            given = values[other.name]
+            owned = [("the lock", LOCK_SUFFIX, numbered, Language.beside(other.key, LOCK_SUFFIX, given))]
             if other.version is not None:
-                owned.append(("the version counter", mine, Language(other.version, values[other.name])))
-            for what, keys, theirs in owned:
+                owned.append(("the version counter", b"", mine, Language(other.version, given)))
+            if other.stale_for is not None:
+                left = other.version or other.key
+                owned.append(("an old value", STALE_SUFFIX, numbered, Language.beside(left, STALE_SUFFIX, given)))
+            for what, suffix, keys, theirs in owned:
                 key = overlap.common(keys, theirs)
                 if key is not None:
                     yield Finding(
-                        Severity.WARNING if keys.free or theirs.free or what == "the lock" else Severity.ERROR,
+                        Severity.WARNING if keys.free or theirs.free or suffix else Severity.ERROR,
                         "key_is_ours",
                         cache.place,
                         f"a key of cache {cache.name} can be {what} of cache {other.name} (at {other.place}), such as "
                         f"`{key}`; give the key another literal part"
-                        f"{f' than `{LOCK_SUFFIX.decode()}`' if what == 'the lock' else ''}.",
+                        f"{f' than `{suffix.decode()}`' if suffix else ''}.",
                     )
 
 
@@ -337,7 +341,7 @@ def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
     languages = {
         cache.name: [
             Language(cache.key, numbers[cache.name]),
-            Language.of_locks(cache.key, numbers[cache.name]),
+            Language.beside(cache.key, LOCK_SUFFIX, numbers[cache.name]),
             *([Language(cache.version, numbers[cache.name])] if cache.version is not None else []),
         ]
         for cache in caches

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, Self
 
-from cdc_invalidator.contract import LOCK_SUFFIX
 from cdc_invalidator.template import Param, Template
 
 
@@ -127,9 +126,9 @@ class Language:
         return cls(plain, dict.fromkeys(template.params, _STAR))
 
     @classmethod
-    def of_locks(cls, template: Template, values: Mapping[str, Values]) -> Self:
-        """Give the locks of the template's keys."""
-        return cls(Template.of((*template.parts, LOCK_SUFFIX)), values)
+    def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Values]) -> Self:
+        """Give what has this suffix beside the template's keys, such as their locks."""
+        return cls(Template.of((*template.parts, suffix)), values)
 
     def search(self, other: Language, *, differing: bool) -> list[tuple[int, int, int]] | None:
         """Search for the shortest key of both.

@@ -14,7 +14,7 @@ from typing import Any
 
 from cdc_invalidator import errors, lsn, node, replies
 from cdc_invalidator.check import Finding, Severity
-from cdc_invalidator.contract import LOCK_SUFFIX
+from cdc_invalidator.contract import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.endpoint import Endpoint
 from cdc_invalidator.eventstream import FIELD
 from cdc_invalidator.node import Command, Node
@@ -90,6 +90,7 @@ async def _look_at_rights(endpoint: Endpoint, slot: str, event_stream: str, rule
         findings += await _of_commands(opened, slot)
         if rules is not None:
             findings += await _of_keys(opened, rules)
+            findings += await _of_old_values(opened, slot, rules)
         if event_stream:
             findings += await _of_event_stream(opened, event_stream)
     finally:
@@ -249,3 +250,28 @@ async def _of_keys(opened: Node, rules: RuleSet) -> list[Finding]:
             )
             findings.append(Finding(Severity.ERROR, "redis_rights", cache.place, sentence))
     return list(dict.fromkeys(findings))
+
+
+async def _of_old_values(opened: Node, slot: str, rules: RuleSet) -> list[Finding]:
+    """See whether old values may be left for `stale_for`, by moving a key of our own that is not there."""
+    kept = [cache for cache in rules.caches.values() if cache.stale_for is not None and not cache.ttl_only]
+    # In a cluster the two may lie in different slots; rights are looked at first.
+    key = f"cdc:{slot}:check"
+    tried: tuple[Command, ...] = (("PEXPIRE", key, 1), ("RENAME", key, f"{key}{STALE_SUFFIX.decode()}"))
+    answers = await opened.send(tried) if kept else []
+    refused = [
+        "+" + str(command[0]).lower()
+        for command, answer in zip(tried, answers, strict=False)
+        if isinstance(answer, Exception) and node.code(answer) == "NOPERM"
+    ]
+    return [
+        Finding(
+            Severity.WARNING,
+            "redis_rights",
+            cache.place,
+            f"the ACL user of CDC_REDIS_URL may not leave old values of cache {cache.name} for its `stale_for`, and "
+            f"deletes them instead; grant it {' '.join(refused)}.",
+        )
+        for cache in kept
+        if refused
+    ]

@@ -368,6 +368,12 @@ def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_read
     try:
         administrator.execute_command("ACL", "SETUSER", name, *words)
         assert stage.check(THING, **given).grave == []
+        old_values = CACHES.replace("ttl: 1m", "ttl: 1m, stale_for: 5s")
+        checked = stage.check(THING, caches=old_values, **given)
+        assert checked.grave == ["redis_rights"]
+        assert "grant it +pexpire +rename." in checked.only("redis_rights")["sentence"]
+        administrator.execute_command("ACL", "SETUSER", name, "+pexpire", "+rename")
+        assert stage.check(THING, caches=old_values, **given).grave == []
         administrator.execute_command("ACL", "SETUSER", name, "-unlink", "-hdel", "-info")
         checked = stage.check(THING, **given)
         assert checked.of("error") == ["redis_rights"]

@@ -186,6 +186,8 @@ def test_a_key_that_two_rows_can_share_is_told(key: str, known: dict[str, Values
 def test_a_key_that_is_a_lock_or_a_version_counter_is_told() -> None:
     assert codes(pair("app:env:{id}", "app:env:{id}:lock")) == ["key_is_ours"]
     assert pair("app:env:{id}", "app:env:{id}:{kind}") == []
+    assert codes(pair("app:env:{id}:stale", "app:env:{id}", fields=", stale_for: 5s")) == ["key_is_ours"]
+    assert pair("app:env:{id}:stale", "app:env:{id}") == []
     version = ", version: 'app:env:{id}:v'"
     assert codes(pair("app:env:{id}:v", "app:env:{id}:x{version}", fields=version)) == ["key_is_ours"]
     own = "  user: {key: 'app:env:{id}:{version}', version: 'app:env:{id}:ver', ttl: 1m}\n"

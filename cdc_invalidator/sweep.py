@@ -17,7 +17,7 @@ import structlog
 
 from cdc_invalidator.cache import SCAN_COUNT, CacheServer, Cursor
 from cdc_invalidator.checkpoint import Ticket
-from cdc_invalidator.contract import LOCK_SUFFIX
+from cdc_invalidator.contract import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.rules import Cache
 
@@ -106,7 +106,11 @@ class Sweep:
 
     async def _bust(self, server: CacheServer, keys: list[bytes]) -> None:
         if self.cache.version is not None:
-            outcome = await server.bust([], dict.fromkeys(keys, self.cache.version_ttl))
+            # A pattern that ends in a parameter also finds versions that bumps have left. Bumped, they would stay, and
+            # one that came out as its counter's equal would show values that nothing bounds.
+            left = [key for key in keys if key.endswith(STALE_SUFFIX)]
+            counters = [key for key in keys if not key.endswith(STALE_SUFFIX)]
+            outcome = await server.bust([left], dict.fromkeys(counters, self.cache.version_ttl))
             self.tally.keys += len(outcome.versions)
             self.tally.existed += sum(version != 0 for version in outcome.versions.values())
         elif len(self._passes) == 2:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from cdc_invalidator import embedded, errors
+from cdc_invalidator import embedded, errors, rules
 from cdc_invalidator.cache import BUMP_DELETED, BUMP_MISSING, KEYS_A_COMMAND, CacheServer
 from cdc_invalidator.endpoint import Endpoint
+from cdc_invalidator.sweep import Sweep
 from cdc_invalidator.topology import cache_server
 from cdc_invalidator.watermark import Watermark
 
@@ -83,6 +84,22 @@ async def test_a_grace_of_a_version_leaves_the_one_before(server: CacheServer, r
     assert redis_client.get("v:stale") == b"5"
     assert 0 < redis_client.pttl("v:stale") <= 30_000
     assert redis_client.exists("w:stale", "missing:stale") == 0
+
+
+async def test_a_sweep_of_versions_does_not_keep_those_that_bumps_have_left(
+    server: CacheServer, redis_client: redis.Redis
+) -> None:
+    text = 'version: 1\ncaches: {page: {key: "page:{id}:v{version}", version: "ver:{id}", ttl: 5m, stale_for: 30s}}'
+    sweep = Sweep(rules.parse([("rules.yaml", text)], {}).caches["page"])
+    redis_client.set("ver:1", 5)
+    redis_client.set("ver:2", 5)
+    await server.bust([], {b"ver:1": 60_000}, {b"ver:1": 30_000})
+    assert redis_client.get("ver:1:stale") == b"5"
+    while not await sweep.step(server, 1000):
+        pass
+    assert int(redis_client.get("ver:1") or 0) > 5 < int(redis_client.get("ver:2") or 0)
+    assert redis_client.dbsize() == 2, "else it would live as long as a counter, and be one of the values shown"
+    assert (sweep.tally.keys, sweep.tally.existed) == (2, 2)
 
 
 @pytest.mark.parametrize("missing", ["pexpire", "rename"])

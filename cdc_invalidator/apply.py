@@ -181,7 +181,6 @@ class Apply:
             if self._sweeps:
                 self._finish(await self._sweeps.step(server))
             if not self._backlog or self._events.stream is not None:
-                # Before the watermark and the slot pass them: a crash in between would leave them untold.
                 self._tell()
             if self._events.stream is not None:
                 await self._events.stream.write(server)
@@ -428,6 +427,8 @@ class Apply:
     def _tell(self) -> None:
         while self._untold:
             self._events.busted(*self._untold.popleft())
+        if self._recorded is not None:
+            self._checkpoint.record(self._recorded)
 
     def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
         for target, busts in batch.busts.items():
@@ -484,7 +485,9 @@ class Apply:
         self._metrics.watermark_stalled.set(not stored)
         self._recorded, self._recorded_at = position, now
         self._recent.recorded(position)
-        self._checkpoint.record(position)
+        if not self._untold:
+            # Else once they are told: after a crash nobody would be sent again what was confirmed.
+            self._checkpoint.record(position)
 
     def _show(self, at: float, as_of: float) -> None:
         self._metrics.watermark_at.set(at)

@@ -302,6 +302,7 @@ def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
                     f"part{remedy}.",
                 )
     yield from _clashes_with_ours(caches, strict)
+    yield from _read_as_another(caches, strict, columns.values)
 
 
 def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str, Values]]) -> Iterator[Finding]:
@@ -329,6 +330,30 @@ def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str
                         f"`{key}`; give the key another literal part"
                         f"{f' than `{suffix.decode()}`' if suffix else ''}.",
                     )
+
+
+def _read_as_another(
+    caches: Sequence[Cache], strict: Mapping[str, Mapping[str, Values]], widest: Mapping[str, Mapping[str, Values]]
+) -> Iterator[Finding]:
+    """Keys that are old values by a text that ends like one: who may choose it is given what is another's."""
+
+    def common(cache: Cache, other: Cache, values: Mapping[str, Mapping[str, Values]]) -> str | None:
+        left = Language.beside(other.key, STALE_SUFFIX, values.get(other.name, {}))
+        return overlap.common(Language(cache.key, values.get(cache.name, {})), left)
+
+    for other in caches:
+        if other.stale_for is None or other.version is not None:
+            continue
+        for cache in caches:
+            key = common(cache, other, widest)
+            if key is not None and common(cache, other, strict) is None:
+                yield Finding(
+                    Severity.NOTE,
+                    "key_is_ours",
+                    cache.place,
+                    f"a key of cache {cache.name} can be an old value of cache {other.name} (at {other.place}), such "
+                    f"as `{key}`, whose reader would be given that; add the filter `|urlencode` to the parameter.",
+                )
 
 
 def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:

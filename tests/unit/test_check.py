@@ -195,6 +195,19 @@ def test_a_key_that_is_a_lock_or_a_version_counter_is_told() -> None:
     assert codes(found(own.replace(":ver'", ":0'"))) == ["key_is_ours"]
 
 
+def test_a_text_that_may_end_like_an_old_value_is_worth_a_note() -> None:
+    text = "  user: {key: 'app:env:user:{mail}', ttl: 1m, stale_for: 5s}\n"
+    texts = Columns({"user": {"mail": overlap.TEXT}})
+    finding = only(found(text, columns=texts), "key_is_ours")
+    assert finding.severity is Severity.NOTE
+    assert ":stale`" in finding.sentence
+    assert found(text.replace("{mail}", "{mail|urlencode}"), columns=texts) == []
+    assert found(text.replace(", stale_for: 5s", ""), columns=texts) == []
+    assert found(text.replace("{mail}", "{{{mail}}}"), columns=texts) == []
+    assert found(text, columns=Columns({"user": {"mail": overlap.NUMBER}})) == []
+    assert found(text) == []
+
+
 def test_a_sweep_that_takes_more_than_its_cache_is_worth_a_note() -> None:
     caches = f"{GOOD}  orders: {{key: 'app:env:user:{{id}}:orders', ttl: 1m, ttl_only: true}}\n"
     finding = only(found(caches), "sweeps_others")

@@ -110,9 +110,22 @@ def _entries(found: Any) -> list[Entry]:
             event = orjson.loads(line)
         except orjson.JSONDecodeError:
             continue
-        if isinstance(event, dict) and isinstance(event.get("event"), str):
+        if isinstance(event, dict) and "event" in event and _ours(event):
             entries.append(Entry(name.decode(), line, event))
     return entries
+
+
+def _ours(event: dict[str, Any]) -> bool:
+    """Whether what readers of events look at is of the types that the daemon writes."""
+    lists = (event.get(name, []) for name in ("caches", "key_hashes", "raw_keys"))
+    return all(isinstance(event.get(name, ""), str | None) for name in ("cache", "rule")) and all(
+        isinstance(text, str)
+        for text in (event["event"], event.get("level", ""), *(each for some in lists for each in _each(some)))
+    )
+
+
+def _each(some: Any) -> list[Any]:
+    return some if isinstance(some, list) else [None]
 
 
 async def follow(

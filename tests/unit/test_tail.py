@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cdc_invalidator import errors
+from cdc_invalidator import errors, history
 from cdc_invalidator.history import EVER
 from cdc_invalidator.tail import Wanted, _printable, read_since
 
@@ -43,3 +43,24 @@ def test_since_is_a_duration_or_all() -> None:
 def test_a_text_that_would_move_the_cursor_is_shown_with_escapes() -> None:
     shown = _printable({"table": "public.\x1b[2Jusers", "keys": 1, "cache": "ä user", "\x1b]": [b"\x1b"]})
     assert shown == {"table": repr("public.\x1b[2Jusers"), "keys": 1, "cache": "ä user", r"\x1b]": [b"\x1b"]}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "nothing",
+        "[]",
+        '{"level": "info"}',
+        '{"event": 5}',
+        '{"event": "gap", "caches": 5}',
+        '{"event": "gap", "caches": [5]}',
+        '{"event": "bust", "cache": ["user"]}',
+        '{"event": "bust", "level": 5}',
+        '{"event": "bust", "key_hashes": null}',
+    ],
+)
+def test_what_others_have_written_is_passed_over(line: str) -> None:
+    ours = b'{"event": "bust", "cache": "user", "rule": null, "key_hashes": ["x"]}'
+    found = [(b"1-0", [b"event", line.encode()]), (b"2-0", [b"else", ours]), (b"3-0", [b"event", ours])]
+    assert [entry.id for entry in history._entries(found)] == ["3-0"]

@@ -281,13 +281,18 @@ class Tail:
     def __init__(self, *words: str, **settings: str) -> None:
         env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")}
         env |= {f"CDC_{name.upper()}": value for name, value in settings.items()}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "cdc_invalidator", "tail", *words],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # A shell lets what it starts in the background ignore Ctrl-C, and whoever that starts in turn.
+        inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cdc_invalidator", "tail", *words],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, inherited)
         self.lines: list[str] = []
         self._thread = threading.Thread(target=self._collect)
 

@@ -14,6 +14,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from setuptools import Distribution, Extension
 from setuptools.errors import BaseError, CCompilerError
 
+PACKAGE = "cdc_invalidator.compiled"
+FOLDER = PACKAGE.replace(".", "/")
 MODULES = ("_scan", "_tell")
 
 
@@ -27,7 +29,7 @@ class Compile(BuildHookInterface[Any]):
         build = Path(self.root, "build")
         try:
             extensions = cythonize(
-                [Extension(f"cdc_invalidator.{name}", [f"cdc_invalidator/{name}.pyx"]) for name in MODULES],
+                [Extension(f"{PACKAGE}.{name}", [f"{FOLDER}/{name}.pyx"]) for name in MODULES],
                 build_dir=str(build),
                 quiet=True,
             )
@@ -41,5 +43,5 @@ class Compile(BuildHookInterface[Any]):
         build_data["pure_python"] = False
         build_data["infer_tag"] = True
         for name in MODULES:
-            built = command.get_ext_filename(f"cdc_invalidator.{name}")
+            built = command.get_ext_filename(f"{PACKAGE}.{name}")
             build_data["artifacts"].append(f"/{built}")

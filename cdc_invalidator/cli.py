@@ -20,8 +20,8 @@ import typer
 from cdc_invalidator import __version__, errors, settings
 
 if TYPE_CHECKING:
-    from cdc_invalidator.rules import RuleSet
-    from cdc_invalidator.simulate import Change
+    from cdc_invalidator.commands.simulate import Change
+    from cdc_invalidator.rules.load import RuleSet
 
 # Objects that the collector lets pile up before it looks for cycles among them.
 YOUNG_OBJECTS = 50_000
@@ -73,7 +73,7 @@ def _takes(
         ]
 
         def wrapped(**arguments: Any) -> None:
-            from cdc_invalidator import postgres
+            from cdc_invalidator.postgres.connection import check_dsn
 
             flagged = {flag.name: arguments.pop(flag.name) for flag in flags}
             if offline is not None and arguments["offline"]:
@@ -81,7 +81,7 @@ def _takes(
                 return
             given = settings.load(kind, flagged)
             if isinstance(given, settings.Database):
-                postgres.check_dsn(given.postgres_dsn.get_secret_value())
+                check_dsn(given.postgres_dsn.get_secret_value())
             command(given, **arguments)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + flags
@@ -95,9 +95,9 @@ def _takes(
 
 
 def _rules(given: settings.Stream | settings.Rules) -> RuleSet:
-    from cdc_invalidator import rules
+    from cdc_invalidator.rules.load import load_rules
 
-    return rules.load(given.rules, os.environ)
+    return load_rules(given.rules, os.environ)
 
 
 @app.callback(invoke_without_command=True)
@@ -130,15 +130,16 @@ def run(given: settings.Settings) -> None:
 
     from prometheus_client import REGISTRY, disable_created_metrics
 
-    from cdc_invalidator import eventstream, log
+    from cdc_invalidator import log
     from cdc_invalidator.daemon import Daemon
-    from cdc_invalidator.endpoint import Endpoint
-    from cdc_invalidator.events import Events
-    from cdc_invalidator.eventstream import EventStream
     from cdc_invalidator.metrics import Metrics
-    from cdc_invalidator.replicas import Replicas
+    from cdc_invalidator.pipeline import eventstream
+    from cdc_invalidator.pipeline.events import Events
+    from cdc_invalidator.pipeline.eventstream import EventStream
+    from cdc_invalidator.postgres.standbys import Replicas
+    from cdc_invalidator.redis.endpoint import Endpoint
+    from cdc_invalidator.redis.topology import cache_server
     from cdc_invalidator.session import Options
-    from cdc_invalidator.topology import cache_server
 
     output = log.configure(given.log_format, given.log_level)
     # OpenMetrics would carry a _created series beside each counter: noise that doubles them.
@@ -186,12 +187,12 @@ def setup(
     rules = _rules(given)
 
     async def work() -> list[str]:
-        from cdc_invalidator import postgres
-        from cdc_invalidator.publication import Publication
-        from cdc_invalidator.publication import run as run_statements
-        from cdc_invalidator.slot import Slot
+        from cdc_invalidator.postgres.connection import connect
+        from cdc_invalidator.postgres.publication import Publication
+        from cdc_invalidator.postgres.publication import run as run_statements
+        from cdc_invalidator.postgres.slot import Slot
 
-        connection = await postgres.connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator setup")
+        connection = await connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator setup")
         async with connection:
             slot, publication = Slot(connection, given.slot), Publication(connection, given.publication)
             server = await slot.server()
@@ -223,10 +224,10 @@ def check(
     """Look for mistakes in the rule files, on the live database and on Redis; exit 1 where there are errors."""
     import orjson
 
-    from cdc_invalidator import check as checking
-    from cdc_invalidator import eventstream
-    from cdc_invalidator.endpoint import Endpoint
-    from cdc_invalidator.topology import cache_server
+    from cdc_invalidator.commands import check as checking
+    from cdc_invalidator.pipeline import eventstream
+    from cdc_invalidator.redis.endpoint import Endpoint
+    from cdc_invalidator.redis.topology import cache_server
 
     redis = Endpoint.parse(given.redis_url.get_secret_value()) if given.redis_url is not None else None
     findings: list[checking.Finding] = []
@@ -241,7 +242,7 @@ def check(
         cluster = redis is not None and redis.kind == "cluster"
         findings += checking.offline(rules, checking.Columns(), cluster=cluster) if rules is not None else []
     else:
-        from cdc_invalidator import inspection
+        from cdc_invalidator.commands import check_postgres as inspection
 
         assert isinstance(given, settings.Settings)
         assert redis is not None
@@ -266,11 +267,11 @@ def teardown(given: settings.Database) -> None:
     """Drop the slot and the publication that setup made; the WAL that the slot kept is released."""
 
     async def work() -> list[str]:
-        from cdc_invalidator import postgres
-        from cdc_invalidator.publication import Publication
-        from cdc_invalidator.slot import Slot
+        from cdc_invalidator.postgres.connection import connect
+        from cdc_invalidator.postgres.publication import Publication
+        from cdc_invalidator.postgres.slot import Slot
 
-        connection = await postgres.connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator teardown")
+        connection = await connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator teardown")
         async with connection:
             try:
                 dropped = await Slot(connection, given.slot).drop()
@@ -297,9 +298,9 @@ def bust(
     """Bust by hand, through PostgreSQL's WAL: in order with all writes, and recorded like them."""
     import orjson
 
-    from cdc_invalidator import postgres
-    from cdc_invalidator.invalidation import Invalidation
-    from cdc_invalidator.receive import MESSAGE_PREFIX
+    from cdc_invalidator.pipeline.invalidation import Invalidation
+    from cdc_invalidator.pipeline.receive import MESSAGE_PREFIX
+    from cdc_invalidator.postgres.connection import connect, translated
 
     order: dict[str, Any] = {"cache": cache}
     if parameter:
@@ -313,9 +314,9 @@ def bust(
         raise errors.WrongSettings(str(error)) from error
 
     async def work() -> str:
-        connection = await postgres.connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator bust")
+        connection = await connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator bust")
         async with connection:
-            with postgres.translated():
+            with translated():
                 cursor = await connection.execute(
                     "SELECT pg_logical_emit_message(true, %s, %s)::text AS lsn", [MESSAGE_PREFIX, content.decode()]
                 )
@@ -338,12 +339,12 @@ def run_tests(
     ] = None,
 ) -> None:
     """Run the tests of the rule files: what they say a change busts, against what it busts. Needs no server."""
-    from cdc_invalidator import trial
+    from cdc_invalidator.commands import trial
 
     rules = _rules(given)
     outcomes = trial.run(rules)
     if live is not None:
-        from cdc_invalidator import rehearsal
+        from cdc_invalidator.embedded import rehearsal
 
         outcomes = rehearsal.run(rules, given.rules, live)
     report = trial.Report()
@@ -367,7 +368,7 @@ def explain(
     """Tell what busts a KEY, or what a change (--table, --op, --old, --new) busts and why no more."""
     import orjson
 
-    from cdc_invalidator import explain as explaining
+    from cdc_invalidator.commands import explain as explaining
 
     rules = _rules(given)
     if key is not None and table is None and op is None and old is None and new is None:
@@ -384,10 +385,10 @@ def explain(
 
 def _tell_last_busts(given: settings.Explain, rules: RuleSet, key: str, told: dict[str, Any]) -> None:
     """Add what the event stream says of a key to what is told of it."""
-    from cdc_invalidator import explain as explaining
     from cdc_invalidator import log
-    from cdc_invalidator.endpoint import Endpoint
-    from cdc_invalidator.history import History
+    from cdc_invalidator.commands import explain as explaining
+    from cdc_invalidator.commands.history import History
+    from cdc_invalidator.redis.endpoint import Endpoint
 
     assert given.redis_url is not None
     redis = Endpoint.parse(given.redis_url.get_secret_value())
@@ -413,8 +414,8 @@ def _tell_last_busts(given: settings.Explain, rules: RuleSet, key: str, told: di
 
 
 def _explain_change(given: settings.Offline, rules: RuleSet, change: Change) -> dict[str, Any]:
-    from cdc_invalidator import explain as explaining
-    from cdc_invalidator import simulate
+    from cdc_invalidator.commands import explain as explaining
+    from cdc_invalidator.commands import simulate
 
     dsn = given.postgres_dsn.get_secret_value() if given.postgres_dsn else None
     if dsn is None:
@@ -424,9 +425,10 @@ def _explain_change(given: settings.Offline, rules: RuleSet, change: Change) -> 
         return explaining.explain_change(change, verdicts, live=False)
     import structlog
 
-    from cdc_invalidator import catalog, postgres
+    from cdc_invalidator.commands import catalog
+    from cdc_invalidator.postgres.connection import check_dsn
 
-    postgres.check_dsn(dsn)
+    check_dsn(dsn)
     # What queries have to complain of must not stand between the answer's lines.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     played = asyncio.run(catalog.ask(dsn, rules, change))
@@ -455,8 +457,8 @@ def tail(
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        from cdc_invalidator import tail as tailing
-        from cdc_invalidator.endpoint import Endpoint
+        from cdc_invalidator.commands import tail as tailing
+        from cdc_invalidator.redis.endpoint import Endpoint
 
         redis = Endpoint.parse(given.redis_url.get_secret_value())
         wanted, milliseconds = tailing.Wanted(cache, rule), tailing.read_since(since)
@@ -470,7 +472,7 @@ def schema() -> None:
     """Print the JSON Schema of rule files, for editors."""
     import orjson
 
-    from cdc_invalidator.schema import schema as make_schema
+    from cdc_invalidator.rules.schema import schema as make_schema
 
     typer.echo(orjson.dumps(make_schema(), option=orjson.OPT_INDENT_2))
 
@@ -502,6 +504,6 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Stay up in the end, to look around with psql.")] = False,
 ) -> None:
     """Show everything at once, on an embedded PostgreSQL and Valkey: stale entries without the daemon, none with it."""
-    from cdc_invalidator.demo import run as run_demo
+    from cdc_invalidator.embedded.demo import run as run_demo
 
     raise typer.Exit(run_demo(seconds, keep=keep))

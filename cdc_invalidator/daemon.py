@@ -19,13 +19,13 @@ import structlog
 
 from cdc_invalidator import errors, http, lsn
 from cdc_invalidator.backoff import Backoff
-from cdc_invalidator.events import Events
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.recent import Recent
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.postgres.standbys import Replicas
 from cdc_invalidator.reload import Reload
-from cdc_invalidator.replicas import Replicas
-from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.load import RuleSet
 from cdc_invalidator.session import STANDBY_SECONDS, Options, Role, Session
 
 _log = structlog.get_logger()

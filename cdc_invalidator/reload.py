@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
-from cdc_invalidator import errors, eventstream, postgres, rules
+from cdc_invalidator import errors
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.publication import Publication, rehearse
-from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.pipeline import eventstream
+from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.publication import Publication, rehearse
+from cdc_invalidator.rules.load import RuleSet, fingerprint, load_rules
 
 if TYPE_CHECKING:
     from watchfiles import Change
@@ -62,7 +64,7 @@ class Reload:
 
     Args:
         path: the rule file, or the directory of rule files.
-        environment: what keys may name, as `rules.load` takes it.
+        environment: what keys may name, as `load_rules` takes it.
         running: the rules in force.
         dsn: the database that new rules are held against.
         publication: its publication.
@@ -173,7 +175,7 @@ class Reload:
 
     def _text(self) -> str:
         try:
-            return rules.fingerprint(self._path)
+            return fingerprint(self._path)
         except errors.WrongRules as wrong:
             return str(wrong)
 
@@ -222,7 +224,7 @@ class Reload:
         """
         self._looked_at = self._text()
         # In a thread, since a large set takes a while, and busts go on.
-        found = await asyncio.to_thread(rules.load, self._path, self._environment)
+        found = await asyncio.to_thread(load_rules, self._path, self._environment)
         running = self._running
         if (found.fingerprint, found.digest) != (running.fingerprint, running.digest):
             eventstream.check_rules(self._event_stream, found)
@@ -246,7 +248,7 @@ class Reload:
             errors.ServerRefuses: the role may not set up what they need.
             errors.Retryable: it can't be asked now.
         """
-        connection = await postgres.connect(self._dsn, "cdc-invalidator reload")
+        connection = await connect(self._dsn, "cdc-invalidator reload")
         try:
             publication = Publication(connection, self._publication)
             survey = await publication.survey(found)

@@ -15,27 +15,29 @@ from typing import Any, Literal
 import psycopg
 import structlog
 
-from cdc_invalidator import errors, lsn, postgres, receive
-from cdc_invalidator.apply import Apply
-from cdc_invalidator.backlog import Backlog
+from cdc_invalidator import errors, lsn
 from cdc_invalidator.backoff import Backoff
-from cdc_invalidator.checkpoint import Checkpoint
-from cdc_invalidator.derive import Queries
-from cdc_invalidator.endpoint import Endpoint
-from cdc_invalidator.events import Events
-from cdc_invalidator.invalidation import Invalidation
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.publication import Publication
-from cdc_invalidator.recent import Recent
-from cdc_invalidator.replicas import Replicas
-from cdc_invalidator.replication import Replication
-from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import RuleSet
-from cdc_invalidator.slot import Server, Slot, State
-from cdc_invalidator.snapshot import Snapshots
-from cdc_invalidator.tables import Tables
-from cdc_invalidator.topology import cache_server
-from cdc_invalidator.watermark import Position
+from cdc_invalidator.pipeline import receive
+from cdc_invalidator.pipeline.apply import Apply
+from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.derive import Queries
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.invalidation import Invalidation
+from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.publication import Publication
+from cdc_invalidator.postgres.replication import Replication
+from cdc_invalidator.postgres.slot import Server, Slot, State
+from cdc_invalidator.postgres.snapshot import Snapshots
+from cdc_invalidator.postgres.standbys import Replicas
+from cdc_invalidator.postgres.tables import Tables
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.topology import cache_server
+from cdc_invalidator.redis.watermark import Position
+from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.load import RuleSet
 
 _log = structlog.get_logger()
 
@@ -214,7 +216,7 @@ class Session:
 
     async def _open(self) -> None:
         options = self._options
-        connection = self._connection = await postgres.connect(options.postgres_dsn, "cdc-invalidator catalogs")
+        connection = self._connection = await connect(options.postgres_dsn, "cdc-invalidator catalogs")
         self._metrics.postgres_up.set(1)
         slot = self._slot = Slot(connection, options.slot)
         publication = self._publication = Publication(connection, options.publication)
@@ -362,7 +364,7 @@ class Session:
 
         Call it after `close`.
         """
-        connection = await postgres.connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
+        connection = await connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
         try:
             slot = Slot(connection, self._options.slot)
             await slot.drop_soon(GIVE_UP_SECONDS)

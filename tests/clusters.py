@@ -15,7 +15,7 @@ from redis.crc import key_slot
 from redis.retry import Retry
 from running import eventually
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,14 +37,14 @@ _SETTINGS: Final[Mapping[str, str]] = {
 }
 
 
-class Node(embedded.Valkey):
+class Node(Valkey):
     """One server of a cluster, and a connection for questions."""
 
     def __init__(self, binary: Path | None = None, settings: Mapping[str, str] | None = None) -> None:
         super().__init__(binary=binary, settings={**_SETTINGS, **(settings or {})})
         self._port = _port_with_bus()
         self._client = redis.Redis(
-            host=embedded.HOST, port=self._port, protocol=2, retry=Retry(NoBackoff(), 1), socket_timeout=10
+            host=HOST, port=self._port, protocol=2, retry=Retry(NoBackoff(), 1), socket_timeout=10
         )
         self.paused = False
         self.id = ""
@@ -137,11 +137,11 @@ class Cluster:
     @property
     def url(self) -> str:
         """The nodes that the cluster was made of."""
-        return "redis+cluster://" + ",".join(f"{embedded.HOST}:{node.port}" for node in self.nodes)
+        return "redis+cluster://" + ",".join(f"{HOST}:{node.port}" for node in self.nodes)
 
     def client(self) -> redis.RedisCluster:
         """Connect as an application does; the caller closes it."""
-        nodes = [redis.cluster.ClusterNode(embedded.HOST, node.port) for node in self.nodes if node.answers]  # type: ignore[no-untyped-call]
+        nodes = [redis.cluster.ClusterNode(HOST, node.port) for node in self.nodes if node.answers]  # type: ignore[no-untyped-call]
         return redis.RedisCluster(startup_nodes=nodes, socket_timeout=2)
 
     def masters(self) -> list[Node]:
@@ -201,7 +201,7 @@ class Cluster:
         for epoch, node in enumerate(nodes, 1):
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", epoch)
             if node is not nodes[0]:
-                node.ask("CLUSTER", "MEET", embedded.HOST, nodes[0].port)
+                node.ask("CLUSTER", "MEET", HOST, nodes[0].port)
         self._shards = [nodes[n::3] for n in range(3)]
         bounds = [SLOTS * n // 3 for n in range(4)]
         for first, end, shard in zip(bounds, bounds[1:], self._shards, strict=False):
@@ -219,7 +219,7 @@ class Cluster:
     def add_master(self) -> Node:
         """Let one more master in, without slots and without a replica."""
         node = self._new_node()
-        node.ask("CLUSTER", "MEET", embedded.HOST, self._answering()[0].port)
+        node.ask("CLUSTER", "MEET", HOST, self._answering()[0].port)
         self._shards.append([node])
         self.settle()
         return node
@@ -303,7 +303,7 @@ def _move_keys(slot: int, source: Node, target: Node, pause: float) -> None:
 
 
 def _migrate(source: Node, target: Node, keys: Sequence[bytes | str]) -> None:
-    source.ask("MIGRATE", embedded.HOST, target.port, "", 0, _MOVE_MILLISECONDS, "KEYS", *keys)
+    source.ask("MIGRATE", HOST, target.port, "", 0, _MOVE_MILLISECONDS, "KEYS", *keys)
 
 
 def _view(node: Node, there: set[str]) -> dict[str, Seen]:
@@ -331,5 +331,5 @@ def _port_with_bus() -> int:
         with suppress(OSError), socket.socket() as plain, socket.socket() as bus:
             for probe, number in ((plain, port), (bus, port + _BUS)):
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((embedded.HOST, number))
+                probe.bind((HOST, number))
             return port

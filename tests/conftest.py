@@ -14,12 +14,13 @@ import pytest
 import redis
 from hypothesis import settings
 
-from cdc_invalidator import embedded, errors
+from cdc_invalidator import errors
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-Server = TypeVar("Server", embedded.Postgres, embedded.Valkey)
+Server = TypeVar("Server", Postgres, Valkey)
 
 _DATABASES = 63  # Valkey's databases 1 to 63 go round; 0 stays for tests that start a server of their own
 _numbers = itertools.count()
@@ -40,21 +41,21 @@ def _available(make: Callable[[], Server]) -> Server:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[embedded.Postgres]:
+def postgres() -> Iterator[Postgres]:
     """PostgreSQL 18 with wal_level logical; shared, so leave its settings alone (start another one for that)."""
-    with _available(embedded.Postgres) as server:
+    with _available(Postgres) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def valkey() -> Iterator[embedded.Valkey]:
+def valkey() -> Iterator[Valkey]:
     """Valkey 9 in memory; shared, so leave its settings alone (start another one for that)."""
-    with _available(embedded.Valkey) as server:
+    with _available(Valkey) as server:
         yield server
 
 
 @pytest.fixture
-def database(postgres: embedded.Postgres) -> Iterator[str]:
+def database(postgres: Postgres) -> Iterator[str]:
     """The DSN of a fresh database; it goes away with its slots, whoever still uses them."""
     name = f"test_{next(_numbers)}_{secrets.token_hex(3)}"
     yield postgres.create_database(name)
@@ -62,7 +63,7 @@ def database(postgres: embedded.Postgres) -> Iterator[str]:
 
 
 @pytest.fixture
-def redis_url(valkey: embedded.Valkey) -> str:
+def redis_url(valkey: Valkey) -> str:
     """The URL of an empty numbered database on the shared Valkey."""
     url = valkey.url_for(1 + next(_numbers) % _DATABASES)
     with redis.Redis.from_url(url) as client:

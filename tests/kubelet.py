@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from manifests import Document, Pod, content, probes, volume_source
 from running import RunningDaemon
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +66,7 @@ class Container(RunningDaemon):
     """
 
     def __init__(self, pod: Pod, volumes: Volumes, more: Mapping[str, str]) -> None:
-        port = str(embedded.free_port())
+        port = str(free_port())
         super().__init__(dsn="", redis_url="", rules=Path(), slot=more["CDC_SLOT"], http_port=port)
         plain = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")}
         given = {

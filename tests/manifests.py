@@ -21,7 +21,8 @@ import kubernetes_validate
 import yaml
 from tools import tool
 
-from cdc_invalidator import __version__, errors, rules, settings
+from cdc_invalidator import __version__, errors, settings
+from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.session import DRAIN_SECONDS, FAREWELL_SECONDS
 
 Document = dict[str, Any]
@@ -327,7 +328,7 @@ def _settings(pod: Pod, container: dict[str, Any], documents: list[Document]) ->
         environment |= given | {"CDC_SECRETS_DIR": folder + secrets, "CDC_RULES": folder + rule_files}
         with mock.patch.dict(os.environ, environment, clear=True):
             try:
-                rules.load(settings.load(settings.Settings, {}).rules, os.environ)
+                load_rules(settings.load(settings.Settings, {}).rules, os.environ)
             except errors.InvalidatorError as error:
                 yield f"the daemon refuses: {str(error).replace(folder, '')}"
 

@@ -14,7 +14,7 @@ import yaml
 from running import RunningDaemon, eventually
 from tools import tool
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -52,7 +52,7 @@ class Prometheus:
         application: int,
         rules: Path = MONITORING / "rules.yml",
     ) -> None:
-        self.port = embedded.free_port()
+        self.port = free_port()
         self._log = folder / "prometheus.log"
         self._config = folder / "prometheus.yml"
         self._data = folder / "prometheus"
@@ -66,7 +66,7 @@ class Prometheus:
                             "job_name": "cdc-invalidator",
                             "static_configs": [
                                 {
-                                    "targets": [f"{embedded.HOST}:{daemon.port}"],
+                                    "targets": [f"{HOST}:{daemon.port}"],
                                     "labels": {"namespace": "shop", "pod": f"shop-{at}"},
                                 }
                                 for at, daemon in enumerate(daemons)
@@ -74,9 +74,7 @@ class Prometheus:
                         },
                         {
                             "job_name": "shop",
-                            "static_configs": [
-                                {"targets": [f"{embedded.HOST}:{application}"], "labels": {"namespace": "shop"}}
-                            ],
+                            "static_configs": [{"targets": [f"{HOST}:{application}"], "labels": {"namespace": "shop"}}],
                         },
                     ],
                 }
@@ -90,7 +88,7 @@ class Prometheus:
                     tool("prometheus"),
                     f"--config.file={self._config}",
                     f"--storage.tsdb.path={self._data}",
-                    f"--web.listen-address={embedded.HOST}:{self.port}",
+                    f"--web.listen-address={HOST}:{self.port}",
                 ],
                 stdout=log,
                 stderr=log,
@@ -109,7 +107,7 @@ class Prometheus:
     def _ready(self) -> bool:
         assert self._process.poll() is None, self._log.read_text()
         try:
-            with urllib.request.urlopen(f"http://{embedded.HOST}:{self.port}/-/ready", timeout=5):
+            with urllib.request.urlopen(f"http://{HOST}:{self.port}/-/ready", timeout=5):
                 return True
         except OSError:
             return False
@@ -120,7 +118,7 @@ class Prometheus:
         Raises:
             AssertionError: with what it says is wrong, as with a query.
         """
-        url = f"http://{embedded.HOST}:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        url = f"http://{HOST}:{self.port}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
             with urllib.request.urlopen(url, timeout=30) as answer:
                 return json.load(answer)["data"]

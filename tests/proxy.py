@@ -8,7 +8,7 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Self
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,10 +30,10 @@ class Proxy:
         self._moving = threading.Event()
         self._moving.set()
         self.accepted = 0
-        self.port = embedded.free_port()
+        self.port = free_port()
 
     def __enter__(self) -> Self:
-        self._listener = socket.create_server((embedded.HOST, self.port), backlog=50)
+        self._listener = socket.create_server((HOST, self.port), backlog=50)
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
         return self
@@ -44,7 +44,7 @@ class Proxy:
         listener, self._refusing = self._listener, True
         self._closing = True
         with contextlib.suppress(OSError):
-            socket.create_connection((embedded.HOST, self.port), timeout=5).close()
+            socket.create_connection((HOST, self.port), timeout=5).close()
         self._thread.join()
         listener.close()
         self.cut()
@@ -103,7 +103,7 @@ class Proxy:
                     return
                 continue
             try:
-                server = socket.create_connection((embedded.HOST, self._server_port), timeout=10)
+                server = socket.create_connection((HOST, self._server_port), timeout=10)
             except OSError:
                 reset_socket(client)
                 continue

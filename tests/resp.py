@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from proxy import reset_socket
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +69,7 @@ class RespProxy:
         self._links: set[_Link] = set()
         self._faults: list[_Fault] = []
         self._silent = self._executing = self._closing = False
-        self.port = embedded.free_port()
+        self.port = free_port()
         self.accepted = 0
         self.injected = 0
         self.halved = 0
@@ -77,10 +77,10 @@ class RespProxy:
 
     @property
     def url(self) -> str:
-        return f"redis://{embedded.HOST}:{self.port}/0"
+        return f"redis://{HOST}:{self.port}/0"
 
     def __enter__(self) -> Self:
-        self._listener = socket.create_server((embedded.HOST, self.port), backlog=50)
+        self._listener = socket.create_server((HOST, self.port), backlog=50)
         self._thread = threading.Thread(target=self._accept)
         self._thread.start()
         return self
@@ -89,7 +89,7 @@ class RespProxy:
         self._closing = True
         # A thread that waits in accept() hears of it by a connection.
         with contextlib.suppress(OSError):
-            socket.create_connection((embedded.HOST, self.port), timeout=5).close()
+            socket.create_connection((HOST, self.port), timeout=5).close()
         self._thread.join()
         self._listener.close()
         self.cut()
@@ -180,7 +180,7 @@ class RespProxy:
                 return
             self.accepted += 1
             try:
-                server = socket.create_connection((embedded.HOST, self._server_port), timeout=10)
+                server = socket.create_connection((HOST, self._server_port), timeout=10)
             except OSError:
                 reset_socket(client)
                 continue

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -60,7 +60,7 @@ class RunningDaemon:
     def __init__(self, *, dsn: str, redis_url: str, rules: Path, slot: str, **settings: str) -> None:
         self.command = [sys.executable, "-m", "cdc_invalidator", "run"]
         self.slot = slot
-        self.port = int(settings.get("http_port", embedded.free_port()))
+        self.port = int(settings.get("http_port", free_port()))
         self._env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")} | {
             "CDC_POSTGRES_DSN": dsn,
             "CDC_REDIS_URL": redis_url,

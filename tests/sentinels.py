@@ -10,7 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from running import eventually
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,8 +44,8 @@ class Sentinels:
         self._binary = binary
         self._settings = {**_SETTINGS, **(settings or {})}
         self._stack = ExitStack()
-        self._clients: dict[embedded.Valkey, redis.Redis] = {}
-        self.sentinels: list[embedded.Valkey] = []
+        self._clients: dict[Valkey, redis.Redis] = {}
+        self.sentinels: list[Valkey] = []
 
     def __enter__(self) -> Self:
         try:
@@ -59,38 +59,36 @@ class Sentinels:
         self._stack.close()
 
     def _make(self) -> None:
-        self.master = self._started(embedded.Valkey(binary=self._binary, settings=self._settings))
-        follow = {**self._settings, "replicaof": f"{embedded.HOST} {self.master.port}"}
-        self.replica = self._started(embedded.Valkey(binary=self._binary, settings=follow))
+        self.master = self._started(Valkey(binary=self._binary, settings=self._settings))
+        follow = {**self._settings, "replicaof": f"{HOST} {self.master.port}"}
+        self.replica = self._started(Valkey(binary=self._binary, settings=follow))
         # A Sentinel looks for replicas when it starts, and again ten seconds later.
         eventually(lambda: self.ask(self.master, "ROLE")[2], "the replica follows")
         self.catch_up()
         self.sentinels = [self._started(self._sentinel()) for _ in range(3)]
         eventually(lambda: all(map(self._knows_all, self.sentinels)), "the Sentinels know each other")
 
-    def _sentinel(self) -> embedded.Valkey:
+    def _sentinel(self) -> Valkey:
         lines = [
-            f"monitor {SERVICE} {embedded.HOST} {self.master.port} {_QUORUM}",
+            f"monitor {SERVICE} {HOST} {self.master.port} {_QUORUM}",
             f"down-after-milliseconds {SERVICE} 500",
             f"failover-timeout {SERVICE} 3000",
         ]
-        return embedded.Valkey(binary=self._binary, settings={"sentinel": lines}, arguments=["--sentinel"])
+        return Valkey(binary=self._binary, settings={"sentinel": lines}, arguments=["--sentinel"])
 
-    def _started(self, server: embedded.Valkey) -> embedded.Valkey:
+    def _started(self, server: Valkey) -> Valkey:
         self._stack.enter_context(server)
         self._stack.callback(server.kill)  # in order, a master would wait for its replica
-        client = redis.Redis(
-            host=embedded.HOST, port=server.port, protocol=2, retry=Retry(NoBackoff(), 1), socket_timeout=10
-        )
+        client = redis.Redis(host=HOST, port=server.port, protocol=2, retry=Retry(NoBackoff(), 1), socket_timeout=10)
         self._clients[server] = client
         self._stack.callback(client.close)
         return server
 
-    def ask(self, server: embedded.Valkey, *words: Any) -> Any:
+    def ask(self, server: Valkey, *words: Any) -> Any:
         """Run a command on one of the five servers."""
         return self._clients[server].execute_command(*words)  # type: ignore[no-untyped-call]
 
-    def _knows_all(self, sentinel: embedded.Valkey) -> bool:
+    def _knows_all(self, sentinel: Valkey) -> bool:
         flat: Sequence[bytes] = self.ask(sentinel, "SENTINEL", "MASTER", SERVICE)
         said = dict(zip(flat[::2], flat[1::2], strict=True))
         return (said[b"flags"], said[b"num-slaves"], said[b"num-other-sentinels"]) == (b"master", b"1", b"2")
@@ -100,11 +98,11 @@ class Sentinels:
     @property
     def url(self) -> str:
         """The Sentinels, the service's name, and database 0."""
-        return f"redis+sentinel://{','.join(f'{embedded.HOST}:{one.port}' for one in self.sentinels)}/{SERVICE}/0"
+        return f"redis+sentinel://{','.join(f'{HOST}:{one.port}' for one in self.sentinels)}/{SERVICE}/0"
 
     def current_url(self) -> str:
         """The URL of whom most Sentinels call master now."""
-        return f"redis://{embedded.HOST}:{self._named()}/0"
+        return f"redis://{HOST}:{self._named()}/0"
 
     def _named(self) -> int:
         """Give the port of whom most Sentinels call master; 0 when they disagree."""
@@ -112,7 +110,7 @@ class Sentinels:
         ports = [int(self.ask(sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)[1]) for sentinel in running]
         return max((port for port in ports if ports.count(port) >= _QUORUM), default=0)
 
-    def role(self, server: embedded.Valkey) -> str:
+    def role(self, server: Valkey) -> str:
         """What a server itself thinks it is: ``master`` or ``slave``."""
         answer: Sequence[bytes] = self.ask(server, "ROLE")
         return answer[0].decode()

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded import servers as embedded
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from running import eventually, execute
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded import servers as embedded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

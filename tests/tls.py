@@ -13,7 +13,7 @@ from typing import Self
 
 import trustme
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, free_port, scratch
 
 _CHUNK = 65536
 
@@ -34,20 +34,20 @@ class TLSFront:
         server_port: int,
         *,
         client_certificates: bool = False,
-        names: tuple[str, ...] = (embedded.HOST, "localhost"),
+        names: tuple[str, ...] = (HOST, "localhost"),
     ) -> None:
         self._server_port = server_port
         self._client_certificates = client_certificates
         self._names = names
         self._stack = ExitStack()
-        self.port = embedded.free_port()
+        self.port = free_port()
 
     @property
     def url(self) -> str:
-        return f"rediss://{embedded.HOST}:{self.port}/0"
+        return f"rediss://{HOST}:{self.port}/0"
 
     def __enter__(self) -> Self:
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(dir=embedded.scratch())))
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(dir=scratch())))
         authority = trustme.CA()
         self.ca_file = folder / "ca.pem"
         self.client_cert_file = folder / "client.pem"  # with its key
@@ -83,7 +83,7 @@ class TLSFront:
     async def _listen(self) -> None:
         # A client that sits on a connection doesn't answer the farewell.
         self._server = await asyncio.start_server(
-            self._serve, embedded.HOST, self.port, ssl=self._context, ssl_shutdown_timeout=1
+            self._serve, HOST, self.port, ssl=self._context, ssl_shutdown_timeout=1
         )
 
     async def _end(self) -> None:
@@ -108,7 +108,7 @@ class TLSFront:
                 writer.transport.abort()
 
     async def _link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        server_reader, server_writer = await asyncio.open_connection(embedded.HOST, self._server_port)
+        server_reader, server_writer = await asyncio.open_connection(HOST, self._server_port)
         pumps = [
             asyncio.create_task(_pump(reader, server_writer)),
             asyncio.create_task(_pump(server_reader, writer)),

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
 
-from cdc_invalidator import receive, scan
-from cdc_invalidator.backlog import Backlog
-from cdc_invalidator.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.invalidation import Batch, Invalidation, Run
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.pgoutput import UNCHANGED, Value
-from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.pipeline import receive, scan
+from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
+from cdc_invalidator.pipeline.invalidation import Batch, Invalidation, Run
+from cdc_invalidator.postgres.pgoutput import UNCHANGED, Value
+from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.load import RuleSet
 
 # Of these, the rules name users, orders and one that is not there (it may be EXTRA); PART is a partition of orders.
 USERS, ORDERS, PART, OTHER, EXTRA = 0x4001, 0x4112, 0x4223, 0x4334, 0x4445

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from redis import exceptions
 from redis.backoff import NoBackoff
 
-from cdc_invalidator import rules
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.metrics import Metrics, silent
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.plan import Entry, Plan, World
-from cdc_invalidator.rulefile import nearest
+from cdc_invalidator.rules.format import nearest
+from cdc_invalidator.rules.load import Cache, load_rules
 
 if TYPE_CHECKING:
     from cdc_invalidator.reader.plan import Command
@@ -55,7 +55,7 @@ class Book:
     """
 
     def __init__(
-        self, caches: Mapping[str, rules.Cache], world: World, metrics: Metrics | None, options: Options[Any]
+        self, caches: Mapping[str, Cache], world: World, metrics: Metrics | None, options: Options[Any]
     ) -> None:
         self._caches = caches
         self._world = world
@@ -92,13 +92,13 @@ def _identifier(name: str) -> str:
     return name.replace("-", "_").replace(".", "_")
 
 
-def load_rules(path: str | Path, env: Mapping[str, str]) -> Mapping[str, rules.Cache]:
+def read_caches(path: str | Path, env: Mapping[str, str]) -> Mapping[str, Cache]:
     """Read the caches of a rule file or a directory of them.
 
     Raises:
         errors.WrongRules: all mistakes of all files.
     """
-    return rules.load(Path(path), env, conditions=False).caches
+    return load_rules(Path(path), env, conditions=False).caches
 
 
 def other_options(plan: Plan[Any], changes: Mapping[str, Any]) -> Plan[Any]:

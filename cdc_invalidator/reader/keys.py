@@ -13,8 +13,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cdc_invalidator.rules import Cache
-from cdc_invalidator.template import MakeKey, Param, Template
+from cdc_invalidator.rules.load import Cache
+from cdc_invalidator.rules.template import MakeKey, Param, Template
 
 LONGEST = 512
 """Bytes that a value may have which stands in a key as it is."""

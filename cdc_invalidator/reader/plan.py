@@ -24,7 +24,6 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from cdc_invalidator.contract import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NUL, Keys, same_slot
@@ -32,7 +31,8 @@ from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.metrics import Tally
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.scripts import Scripts
-from cdc_invalidator.rules import Cache
+from cdc_invalidator.rules.load import Cache
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
 _log = logging.getLogger("cdc_invalidator.reader")
 

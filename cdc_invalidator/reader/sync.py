@@ -384,7 +384,7 @@ class Caches:
             errors.WrongRules: all mistakes of all files.
         """
         world = handle.world(slot, standby, cluster=isinstance(redis, RedisCluster))
-        caches = handle.load_rules(path, os.environ if env is None else env)
+        caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
         return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts))
 

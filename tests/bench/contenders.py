@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from bench import source
 from psycopg import conninfo
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, free_port, postgres_bin_dirs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -171,7 +171,7 @@ class PgRecvlogical(Contender):
     @classmethod
     def found(cls) -> list[Contender]:
         """Find it beside one of the servers; an empty list where no package has it."""
-        for folder in reversed(embedded.postgres_bin_dirs().values()):
+        for folder in reversed(postgres_bin_dirs().values()):
             if (folder / cls.name).exists():
                 return [cls(folder / cls.name)]
         return []
@@ -241,8 +241,8 @@ class Daemon(Contender):
             "CDC_RULES": str(rules),
             "CDC_SLOT": job.slot,
             "CDC_PUBLICATION": source.PUBLICATION,
-            "CDC_HTTP_HOST": embedded.HOST,
-            "CDC_HTTP_PORT": str(embedded.free_port()),
+            "CDC_HTTP_HOST": HOST,
+            "CDC_HTTP_PORT": str(free_port()),
         }
 
     def up(self, running: Running) -> bool:

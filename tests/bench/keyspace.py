@@ -16,7 +16,7 @@ import redis
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from cdc_invalidator import embedded
+    from cdc_invalidator.embedded.servers import Valkey
 
 CHUNK = 1000
 VALUE = b"v" * 200
@@ -29,7 +29,7 @@ class Left(AssertionError):
 class Keyspace:
     """Database 0 of one Valkey."""
 
-    def __init__(self, valkey: embedded.Valkey) -> None:
+    def __init__(self, valkey: Valkey) -> None:
         self.url = valkey.url
         self.client = redis.Redis.from_url(self.url)
         info: Any = self.client.info("server")

@@ -18,7 +18,7 @@ import redis
 import redis.asyncio
 from prometheus_client import CollectorRegistry
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import AsyncCaches, Caches, Metrics
 
 RULES = """
@@ -102,7 +102,7 @@ async def awaiting(rules: Path, url: str, metrics: Metrics) -> None:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, embedded.Valkey() as valkey:
+    with tempfile.TemporaryDirectory() as folder, Valkey() as valkey:
         rules = Path(folder, "rules.yaml")
         rules.write_text(RULES)
         metrics = Metrics(CollectorRegistry())

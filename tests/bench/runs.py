@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from bench import contenders, keyspace, measure, source
 from bench.contenders import Running
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -50,8 +50,8 @@ def place(tables: Sequence[str]) -> Iterator[Place]:
     """Start the servers, with these tables in the database."""
     with (
         tempfile.TemporaryDirectory(prefix="bench-") as folder,
-        embedded.Postgres(settings=source.SETTINGS) as postgres,
-        embedded.Valkey() as valkey,
+        Postgres(settings=source.SETTINGS) as postgres,
+        Valkey() as valkey,
         contextlib.closing(source.Source(postgres, tables)) as pg,
         contextlib.closing(keyspace.Keyspace(valkey)) as keys,
     ):

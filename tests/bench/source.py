@@ -15,7 +15,7 @@ import psycopg
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cdc_invalidator import embedded
+    from cdc_invalidator.embedded.servers import Postgres
 
 SLOT = PUBLICATION = "bench"
 MARKER = "the backlog ends with this message"
@@ -46,7 +46,7 @@ class Source:
         tables: names of the tables, all of them published.
     """
 
-    def __init__(self, postgres: embedded.Postgres, tables: Sequence[str]) -> None:
+    def __init__(self, postgres: Postgres, tables: Sequence[str]) -> None:
         self.dsn = postgres.create_database("bench")
         self.tables = tables
         self.connection = psycopg.connect(self.dsn, autocommit=True)

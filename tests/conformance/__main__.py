@@ -9,7 +9,7 @@ from pathlib import Path
 
 from conformance.runner import Broken, Runner, names
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Valkey
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("command", nargs="+", metavar="WORD", help="the command that starts the client")
     given = parser.parse_args()
     broken = 0
-    with embedded.Valkey() as valkey, tempfile.TemporaryDirectory() as folder:
+    with Valkey() as valkey, tempfile.TemporaryDirectory() as folder:
         runner = Runner(given.command, valkey.port, Path(folder))
         for name in names():
             try:

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import redis
 from resp import NONE, RespProxy
 
-from cdc_invalidator.cache import _BUMP
-from cdc_invalidator.contract import STALE_SUFFIX
+from cdc_invalidator.redis.server import _BUMP
+from cdc_invalidator.rules.suffixes import STALE_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -13,7 +13,7 @@ import psycopg
 import redis
 from consistency import report, trial
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from consistency.trial import Outcome
@@ -35,7 +35,7 @@ def _arguments() -> argparse.Namespace:
 def main() -> int:
     given = _arguments()
     done = []
-    with embedded.Postgres() as postgres:
+    with Postgres() as postgres:
         for mode in trial.MODES:
             goal = given.reads if mode is trial.CONTRACT else given.other_reads
             with tempfile.TemporaryDirectory() as folder:
@@ -44,7 +44,7 @@ def main() -> int:
             _tell(outcome)
         with psycopg.connect(postgres.dsn) as connection:
             version = connection.info.parameter_status("server_version")
-    with embedded.Valkey() as valkey, redis.Redis.from_url(valkey.url) as client:
+    with Valkey() as valkey, redis.Redis.from_url(valkey.url) as client:
         servers = f"PostgreSQL {version}, Valkey {client.info()['valkey_version']}"
     text = report.markdown(done, servers)
     print(text, end="")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from proxy import Proxy
     from running import RunningDaemon
 
-    from cdc_invalidator import embedded
+    from cdc_invalidator.embedded.servers import Valkey
 
 PAUSE_SECONDS = 3.0
 """Between two faults, at most."""
@@ -32,7 +32,7 @@ class Faults:
         seed: of the choice.
     """
 
-    def __init__(self, daemon: RunningDaemon, valkey: embedded.Valkey, ways: Sequence[Proxy], seed: int) -> None:
+    def __init__(self, daemon: RunningDaemon, valkey: Valkey, ways: Sequence[Proxy], seed: int) -> None:
         self._daemon = daemon
         self._valkey = valkey
         self._ways = ways

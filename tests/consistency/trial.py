@@ -22,7 +22,8 @@ from consistency.shelves import CACHES
 from proxy import Proxy
 from running import RunningDaemon, settled
 
-from cdc_invalidator import embedded, reader
+from cdc_invalidator import reader
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.reader.local import PATIENCE
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Outcome:
     examples: list[Stale] = field(default_factory=list)
 
 
-def run(mode: Mode, goal: int, postgres: embedded.Postgres, folder: Path, *, seed: int = 1) -> Outcome:
+def run(mode: Mode, goal: int, postgres: Postgres, folder: Path, *, seed: int = 1) -> Outcome:
     """Let the application read so much in this mode, and judge what it saw.
 
     Args:
@@ -93,14 +94,12 @@ def run(mode: Mode, goal: int, postgres: embedded.Postgres, folder: Path, *, see
     with contextlib.ExitStack() as stack:
         dsn = postgres.create_database(name := f"consistency_{folder.name}")
         stack.callback(postgres.drop_database, name)
-        valkey = stack.enter_context(embedded.Valkey())
+        valkey = stack.enter_context(Valkey())
         return _Trial(mode, dsn, valkey, folder, stack).run(goal, seed)
 
 
 class _Trial:
-    def __init__(
-        self, mode: Mode, dsn: str, valkey: embedded.Valkey, folder: Path, stack: contextlib.ExitStack
-    ) -> None:
+    def __init__(self, mode: Mode, dsn: str, valkey: Valkey, folder: Path, stack: contextlib.ExitStack) -> None:
         self._mode = mode
         self._dsn = dsn
         self._valkey = valkey

@@ -16,7 +16,8 @@ from manifests import DEPLOY, kustomize, pods
 from running import execute, settled
 from tools import missing, tool
 
-from cdc_invalidator import __version__, embedded
+from cdc_invalidator import __version__
+from cdc_invalidator.embedded.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +79,7 @@ def test_the_image_busts_as_its_user_on_a_read_only_root_file_system(
     execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)")
     secrets = {"cdc_postgres_dsn": database, "cdc_redis_url": redis_url}
     volumes = Volumes(tmp_path, documents, pod, secrets)
-    more = {"CDC_SLOT": slot_name, "CDC_PUBLICATION": slot_name, "CDC_HTTP_PORT": str(embedded.free_port())}
+    more = {"CDC_SLOT": slot_name, "CDC_PUBLICATION": slot_name, "CDC_HTTP_PORT": str(free_port())}
     with Container(root, image, environment(pod) | more, volumes.mounts) as daemon:
         daemon.ready()
         status = Path(f"/proc/{daemon.process.pid}/status").read_text()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from cdc_invalidator import embedded
+    from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 EXAMPLES = DEPLOY / "kustomize/example"
 SECRET = {path.name: path.read_text() for path in (EXAMPLES / "standalone/secret").iterdir()}
@@ -33,7 +33,7 @@ VALUES = {"rules": {"rules.yaml": (EXAMPLES / "standalone/rules.yaml").read_text
 
 @pytest.fixture(scope="module")
 def page(
-    postgres: embedded.Postgres, valkey: embedded.Valkey, tmp_path_factory: pytest.TempPathFactory
+    postgres: Postgres, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], int]]:
     """The status that a running daemon, which streams, answers a request for a path with."""
     name = "manifests"

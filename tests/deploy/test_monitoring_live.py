@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from running import RunningDaemon, eventually, execute
 from tools import tool
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey, free_port
 from cdc_invalidator.reader import Caches
 
 if TYPE_CHECKING:
@@ -91,12 +91,12 @@ class Load:
 
     def metrics(self) -> str:
         """Give what it serves."""
-        with urllib.request.urlopen(f"http://{embedded.HOST}:{self._port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{HOST}:{self._port}/metrics", timeout=10) as answer:
             return str(answer.read(), "utf-8")
 
     def _run(self) -> None:
         registry = CollectorRegistry()
-        server, thread = start_http_server(self._port, embedded.HOST, registry)
+        server, thread = start_http_server(self._port, HOST, registry)
         try:
             with redis.Redis.from_url(self._url) as client, psycopg.connect(self._dsn, autocommit=True) as connection:
                 caches = Caches.from_rules(self._rules, client, slot="monitoring", registry=registry)
@@ -151,7 +151,7 @@ class Stage(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def stage(postgres: embedded.Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     for name in ("prometheus", "promtool"):
         tool(name)
     folder = tmp_path_factory.mktemp("monitoring")
@@ -166,14 +166,14 @@ def stage(postgres: embedded.Postgres, tmp_path_factory: pytest.TempPathFactory)
         f"INSERT INTO members SELECT n, n % 5 FROM generate_series(0, {USERS - 1}) n",
         "ALTER DATABASE monitoring SET wal_sender_timeout = '2s'",
     )
-    port = embedded.free_port()
+    port = free_port()
     # The server itself as its own standby: it has always replayed everything.
 
     def daemon(url: str) -> RunningDaemon:
         return RunningDaemon(dsn=dsn, redis_url=url, rules=rules, slot="monitoring", postgres_replicas=dsn)
 
     with (
-        embedded.Valkey() as valkey,
+        Valkey() as valkey,
         daemon(valkey.url) as first,
         daemon(valkey.url) as second,
         Prometheus(folder, [first, second], port) as prometheus,

@@ -11,7 +11,7 @@ import redis
 from manifests import DEPLOY
 from running import RunningDaemon, command, eventually, execute, settled
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres, Valkey, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,7 @@ ROLE = "cdc_invalidator"
 
 
 @pytest.fixture
-def dsn(database: str, postgres: embedded.Postgres, slot_name: str) -> Iterator[str]:
+def dsn(database: str, postgres: Postgres, slot_name: str) -> Iterator[str]:
     """A DSN of the role that deploy/postgresql.sql makes; role and publication are named like the slot here."""
     execute(
         database,
@@ -106,7 +106,7 @@ def test_a_rule_for_another_table_is_refused_with_the_statement_to_run(
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES.read_text().replace("public.users", "public.orders"))
     given = {"postgres_dsn": dsn, "redis_url": redis_url, "rules": rules, "slot": slot_name, "publication": slot_name}
-    refused = command("run", **given, http_port=embedded.free_port())
+    refused = command("run", **given, http_port=free_port())
     assert refused.returncode == 3
     (statement,) = re.findall(r"have an administrator run, on the primary: (ALTER PUBLICATION [^;]+;)", refused.stderr)
     execute(database, statement)
@@ -131,7 +131,7 @@ def test_a_server_loads_the_acl_file_and_the_daemon_lives_with_its_rights(
     execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)")
     acl = tmp_path / "redis.acl"
     acl.write_text((DEPLOY / "redis.acl").read_text().replace(ROLE, slot_name))
-    with embedded.Valkey(settings={"aclfile": str(acl)}) as server, redis.Redis.from_url(server.url) as client:
+    with Valkey(settings={"aclfile": str(acl)}) as server, redis.Redis.from_url(server.url) as client:
         url = server.url.replace("://", "://cdc:secret@")
         with redis.Redis.from_url(url) as limited, pytest.raises(redis.exceptions.NoPermissionError):
             limited.delete("other:key")

@@ -12,7 +12,7 @@ from clusters import SLOTS, Cluster, Node, slot_of
 from running import RunningDaemon, eventually, execute, settled
 from writing import assert_nothing_confirmed_too_early
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -208,7 +208,7 @@ def test_a_node_that_is_in_no_cluster_yet_is_waited_for(database: str, tmp_path:
         Node() as node,
         RunningDaemon(
             dsn=database,
-            redis_url=f"redis+cluster://{embedded.HOST}:{node.port}",
+            redis_url=f"redis+cluster://{HOST}:{node.port}",
             rules=reading.rules_file(tmp_path),
             slot=slot_name,
         ) as daemon,

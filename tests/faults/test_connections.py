@@ -17,7 +17,7 @@ from psycopg.conninfo import make_conninfo
 from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
 from writing import Writer, assert_all_is_well, assert_nothing_confirmed_too_early, create, left, rules_file
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded import servers as embedded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

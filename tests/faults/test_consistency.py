@@ -13,13 +13,13 @@ from consistency.shelves import CACHES
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cdc_invalidator import embedded
+    from cdc_invalidator.embedded.servers import Postgres
 
 READS = 5000
 
 
 def test_under_the_contract_no_read_is_older_than_its_watermark_whatever_befalls(
-    postgres: embedded.Postgres, tmp_path: Path
+    postgres: Postgres, tmp_path: Path
 ) -> None:
     outcome = trial.run(trial.CONTRACT, READS, postgres, tmp_path)
     print(outcome)
@@ -33,13 +33,13 @@ def test_under_the_contract_no_read_is_older_than_its_watermark_whatever_befalls
     assert outcome.dropped
 
 
-def test_without_the_lease_stale_reads_are_seen(postgres: embedded.Postgres, tmp_path: Path) -> None:
+def test_without_the_lease_stale_reads_are_seen(postgres: Postgres, tmp_path: Path) -> None:
     outcome = trial.run(trial.NO_LEASE, READS, postgres, tmp_path)
     print(outcome)
     assert outcome.stale["item"] > 0
 
 
-def test_without_the_daemon_stale_reads_and_entries_are_seen(postgres: embedded.Postgres, tmp_path: Path) -> None:
+def test_without_the_daemon_stale_reads_and_entries_are_seen(postgres: Postgres, tmp_path: Path) -> None:
     outcome = trial.run(trial.NO_DAEMON, READS, postgres, tmp_path)
     print(outcome)
     assert outcome.stale.total() > 0

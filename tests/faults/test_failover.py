@@ -15,25 +15,27 @@ from running import SECONDS, RunningDaemon, eventually, execute, settled, wal_po
 from sentinels import Sentinels
 from writing import assert_nothing_confirmed_too_early
 
-from cdc_invalidator import embedded, log, sentinel
-from cdc_invalidator.apply import Apply
-from cdc_invalidator.backlog import Backlog
-from cdc_invalidator.cache import CacheServer, Single
-from cdc_invalidator.checkpoint import Checkpoint
-from cdc_invalidator.derive import Queries
-from cdc_invalidator.endpoint import Endpoint
-from cdc_invalidator.events import Events
+from cdc_invalidator import log
+from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.recent import Recent
-from cdc_invalidator.replicas import Replicas
-from cdc_invalidator.rules import RuleSet
-from cdc_invalidator.watermark import Position
+from cdc_invalidator.pipeline.apply import Apply
+from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.derive import Queries
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.postgres.standbys import Replicas
+from cdc_invalidator.redis import sentinel
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.server import CacheServer, Single
+from cdc_invalidator.redis.watermark import Position
+from cdc_invalidator.rules.load import RuleSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from cdc_invalidator.node import Node
+    from cdc_invalidator.redis.node import Node
 
 
 class Stage:
@@ -234,14 +236,14 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
 
 
 @pytest.fixture
-def valkey() -> Iterator[embedded.Valkey]:
+def valkey() -> Iterator[Valkey]:
     """A Valkey of the test's own, that saves when it is told to."""
-    with embedded.Valkey(settings={"save": "3600 100000000", "enable-debug-command": "yes"}) as valkey:
+    with Valkey(settings={"save": "3600 100000000", "enable-debug-command": "yes"}) as valkey:
         yield valkey
 
 
 def test_a_restored_snapshot_is_given_the_busts_that_it_lacks(
-    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
     with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
         with stage.app:
@@ -257,7 +259,7 @@ def test_a_restored_snapshot_is_given_the_busts_that_it_lacks(
 
 
 def test_a_snapshot_older_than_the_memory_is_swept(
-    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
     with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
         execute(database, "CREATE TABLE IF NOT EXISTS junk (n int)")
@@ -281,7 +283,7 @@ def test_a_snapshot_older_than_the_memory_is_swept(
 
 @pytest.mark.parametrize("running", [True, False], ids=["running", "away"])
 def test_a_flushed_redis_is_no_harm(
-    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str, running: bool
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str, running: bool
 ) -> None:
     with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
         with stage.app:
@@ -299,10 +301,10 @@ def test_a_flushed_redis_is_no_harm(
 
 
 def test_another_instance_under_the_same_address_is_noticed(
-    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
     with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
-        with embedded.Valkey(settings={"save": "3600 100000000"}) as other:
+        with Valkey(settings={"save": "3600 100000000"}) as other:
             with redis.Redis.from_url(other.url) as client:
                 client.mset({f"t:{{{number}}}:count": -1 for number in range(1, 61)})
                 client.save()
@@ -318,7 +320,7 @@ def test_another_instance_under_the_same_address_is_noticed(
 
 
 def test_another_data_set_under_a_connection_that_stands_is_noticed(
-    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
     with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage, stage.client() as client:
         client.set("t:{1}:count", 0)
@@ -350,7 +352,7 @@ rules:
 
 
 def test_an_older_data_set_with_the_same_position_is_noticed(
-    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
     reading.create(database)
     execute(database, "CREATE TABLE others (id int PRIMARY KEY, n int)", "INSERT INTO others VALUES (1, 0)")
@@ -388,7 +390,7 @@ def test_an_older_data_set_with_the_same_position_is_noticed(
 
 
 def test_where_gaps_are_only_reported_what_is_remembered_is_applied_anew(
-    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
     with redis.Redis.from_url(valkey.url) as client:
         client.mset({"t:{1}:count": 0, "t:{2}:count": 0})

@@ -20,7 +20,7 @@ import redis
 from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
 from writing import assert_nothing_confirmed_too_early
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded import servers as embedded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from cdc_invalidator import embedded
+    from cdc_invalidator.embedded.servers import Postgres
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_a_frozen_leader_is_replaced_and_stands_by_when_it_wakes_up(
 
 def test_a_leader_that_is_cut_off_is_replaced_and_stands_by_once_it_is_back(
     make: Callable[..., RunningDaemon],
-    postgres: embedded.Postgres,
+    postgres: Postgres,
     database: str,
     redis_url: str,
     redis_client: redis.Redis,

@@ -9,7 +9,7 @@ import reading
 import redis
 from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Valkey
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ def test_with_noeviction_busts_go_through_and_the_watermark_stalls_and_says_so(
     reading.create(database)
     rules = reading.rules_file(tmp_path)
     with (
-        embedded.Valkey(settings={"maxmemory-policy": "noeviction"}) as valkey,
+        Valkey(settings={"maxmemory-policy": "noeviction"}) as valkey,
         redis.Redis.from_url(valkey.url) as client,
         RunningDaemon(dsn=database, redis_url=valkey.url, rules=rules, slot=slot_name) as daemon,
     ):
@@ -49,7 +49,7 @@ def test_a_daemon_that_restarts_while_the_watermark_is_stalled_sweeps(
     reading.create(database)
     rules = reading.rules_file(tmp_path)
     with (
-        embedded.Valkey(settings={"maxmemory-policy": "noeviction"}) as valkey,
+        Valkey(settings={"maxmemory-policy": "noeviction"}) as valkey,
         redis.Redis.from_url(valkey.url) as client,
         RunningDaemon(dsn=database, redis_url=valkey.url, rules=rules, slot=slot_name) as daemon,
     ):
@@ -74,7 +74,7 @@ def test_evicted_versions_and_an_evicted_watermark_do_no_harm(
     reading.create(database)
     rules = reading.rules_file(tmp_path)
     with (
-        embedded.Valkey(settings={"maxmemory-policy": policy}) as valkey,
+        Valkey(settings={"maxmemory-policy": policy}) as valkey,
         redis.Redis.from_url(valkey.url) as client,
         RunningDaemon(dsn=database, redis_url=valkey.url, rules=rules, slot=slot_name) as daemon,
     ):

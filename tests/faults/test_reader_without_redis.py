@@ -13,7 +13,7 @@ from proxy import Proxy
 from readers import Loader, Reads, rules_file
 from running import eventually
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, Valkey
 from cdc_invalidator.reader import Breaker
 
 if TYPE_CHECKING:
@@ -32,13 +32,13 @@ def reads(request: pytest.FixtureRequest) -> Iterator[Reads]:
 class Rig:
     """A Valkey behind a proxy, and caches that give up on it after a fifth of a second."""
 
-    def __init__(self, reads: Reads, valkey: embedded.Valkey, proxy: Proxy, rules: Path) -> None:
+    def __init__(self, reads: Reads, valkey: Valkey, proxy: Proxy, rules: Path) -> None:
         self.valkey = valkey
         self.proxy = proxy
         self.registry = CollectorRegistry()
         self.breaker = Breaker(threshold=2, pause=0.5)
         client = {"socket_timeout": 0.2, "socket_connect_timeout": 0.2}
-        url = f"redis://{embedded.HOST}:{proxy.port}/0"
+        url = f"redis://{HOST}:{proxy.port}/0"
         self.caches = reads.caches(rules, url, client=client, registry=self.registry, breaker=self.breaker)
 
     def bypasses(self, reason: str) -> float:
@@ -58,7 +58,7 @@ class Rig:
 
 @pytest.fixture
 def rig(reads: Reads, tmp_path: Path) -> Iterator[Rig]:
-    with embedded.Valkey() as valkey, Proxy(valkey.port) as proxy:
+    with Valkey() as valkey, Proxy(valkey.port) as proxy:
         yield Rig(reads, valkey, proxy, rules_file(tmp_path))
 
 

@@ -19,9 +19,10 @@ from prometheus_client import CollectorRegistry
 from running import SECONDS, RunningDaemon, eventually, execute, settled, wal_position, watermark
 from writing import Writer, assert_all_is_well, create
 
-from cdc_invalidator import embedded, reload, rules
+from cdc_invalidator import reload
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.rules import RuleSet
+from cdc_invalidator.rules.load import RuleSet, load_rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -348,7 +349,7 @@ def test_a_table_that_the_role_may_not_publish_keeps_the_old_rules_and_gives_the
 ) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
-    with embedded.Postgres() as server:
+    with Postgres() as server:
         execute(
             server.dsn,
             "CREATE ROLE limited LOGIN REPLICATION PASSWORD 'secret'",
@@ -375,7 +376,7 @@ def test_a_table_that_the_role_may_not_publish_keeps_the_old_rules_and_gives_the
 def test_new_rules_wait_for_a_database_that_is_away(redis_url: str, tmp_path: Path, slot_name: str) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
-    with embedded.Postgres() as server, staged(server.dsn, redis_url, rules, slot_name) as stage:
+    with Postgres() as server, staged(server.dsn, redis_url, rules, slot_name) as stage:
         server.stop()
         rules.write_text(MORE)
         error = stage.daemon.seen("reload_failed")["error"]
@@ -439,7 +440,7 @@ def test_a_transaction_that_wrote_to_a_table_before_it_was_published_can_not_sli
 def test_rules_change_while_redis_is_away(database: str, tmp_path: Path, slot_name: str) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
-    with embedded.Valkey() as valkey, staged(database, valkey.url, rules, slot_name) as stage:
+    with Valkey() as valkey, staged(database, valkey.url, rules, slot_name) as stage:
         valkey.stop()
         execute(database, "UPDATE others SET body = 'new' WHERE id = 1")
         rules.write_text(MORE)
@@ -507,7 +508,7 @@ async def test_what_no_watch_tells_is_found_by_looking(
     reloading = reload.Reload(
         folder,
         {},
-        rules.load(folder, {}),
+        load_rules(folder, {}),
         dsn=database,
         publication=slot_name,
         event_stream="",

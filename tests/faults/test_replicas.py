@@ -17,7 +17,7 @@ from running import RunningDaemon, confirmed, eventually, execute, settled, wal_
 from standby import Standby
 from writing import assert_nothing_confirmed_too_early
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey, postgres_bin_dirs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def primary() -> Iterator[embedded.Postgres]:
-    with embedded.Postgres() as server:
+def primary() -> Iterator[Postgres]:
+    with Postgres() as server:
         yield server
 
 
 @pytest.fixture
-def dsn(primary: embedded.Postgres, slot_name: str) -> Iterator[str]:
+def dsn(primary: Postgres, slot_name: str) -> Iterator[str]:
     dsn = primary.create_database(slot_name)
     reading.create(dsn)
     yield dsn
@@ -39,7 +39,7 @@ def dsn(primary: embedded.Postgres, slot_name: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def standby(primary: embedded.Postgres, dsn: str) -> Iterator[Standby]:
+def standby(primary: Postgres, dsn: str) -> Iterator[Standby]:
     with Standby(primary) as standby:
         standby.catch_up()
         yield standby
@@ -52,7 +52,7 @@ class Stage:
         self.daemon = daemon
         self.client = client
         self.read_dsn = standby.dsn_for(daemon.slot)
-        self.name = f"{embedded.HOST}:{standby.port}"
+        self.name = f"{HOST}:{standby.port}"
         self.url = url
 
     def application(self) -> reading.Application:
@@ -266,7 +266,7 @@ def test_a_redis_that_is_away_for_longer_than_the_limit_drops_no_standby(
     dsn: str, standby: Standby, tmp_path: Path, slot_name: str
 ) -> None:
     with (
-        embedded.Valkey() as valkey,
+        Valkey() as valkey,
         redis.Redis.from_url(valkey.url) as client,
         staged(dsn, standby, valkey.url, client, tmp_path, slot_name, replica_limit="4") as stage,
     ):
@@ -360,15 +360,15 @@ def test_a_server_that_is_no_standby_of_the_database_is_told_and_dropped(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
     # Servers of one version are copies of one data directory here: another version has another identifier.
-    *others, _ = embedded.postgres_bin_dirs().values()
+    *others, _ = postgres_bin_dirs().values()
     if not others:
         pytest.skip("only one version of PostgreSQL is here")
-    with embedded.Postgres(bin_dir=others[-1]) as stranger:
+    with Postgres(bin_dir=others[-1]) as stranger:
         settings = {"postgres_replicas": stranger.dsn, "replica_limit": "1"}
         with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, **settings) as stage:
             execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
             assert "CDC_POSTGRES_REPLICAS" in stage.daemon.seen("replica_unavailable", level="error")["error"]
-            assert stage.daemon.status()["dropped_replicas"] == [f"{embedded.HOST}:{stranger.port}"]
+            assert stage.daemon.status()["dropped_replicas"] == [f"{HOST}:{stranger.port}"]
             stage.settle()
 
 

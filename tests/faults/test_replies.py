@@ -11,7 +11,8 @@ import resp
 from running import RunningDaemon, eventually, execute, settled
 from writing import Writer, assert_all_is_well, create, rules_file
 
-from cdc_invalidator import embedded, replies
+from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey
+from cdc_invalidator.redis import replies
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,13 +48,13 @@ def test_the_table_has_a_test_for_each_of_its_rows() -> None:
 
 
 @pytest.fixture
-def valkey() -> Iterator[embedded.Valkey]:
-    with embedded.Valkey() as valkey:
+def valkey() -> Iterator[Valkey]:
+    with Valkey() as valkey:
         yield valkey
 
 
 class Stage:
-    def __init__(self, dsn: str, valkey: embedded.Valkey, proxy: resp.RespProxy, daemon: RunningDaemon) -> None:
+    def __init__(self, dsn: str, valkey: Valkey, proxy: resp.RespProxy, daemon: RunningDaemon) -> None:
         self.dsn = dsn
         self.valkey = valkey
         self.proxy = proxy
@@ -61,7 +62,7 @@ class Stage:
 
 
 @pytest.fixture
-def stage(database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+def stage(database: str, valkey: Valkey, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
     create(database)
     with (
         resp.RespProxy(valkey.port, seed=1) as proxy,
@@ -144,7 +145,7 @@ def test_a_server_that_accepts_and_never_answers_loses_no_bust(stage: Stage, exe
 
 
 def test_a_server_that_speaks_another_protocol_is_told_to_the_operator(
-    database: str, postgres: embedded.Postgres, tmp_path: Path, slot_name: str
+    database: str, postgres: Postgres, tmp_path: Path, slot_name: str
 ) -> None:
     create(database)
     url = f"redis://127.0.0.1:{postgres.port}"
@@ -156,7 +157,7 @@ def test_a_password_that_becomes_wrong_and_right_again_loses_no_bust(
     database: str, tmp_path: Path, slot_name: str
 ) -> None:
     create(database)
-    with embedded.Valkey() as valkey, redis.Redis.from_url(valkey.url) as client:
+    with Valkey() as valkey, redis.Redis.from_url(valkey.url) as client:
         _grant(client, "first")
         url = valkey.url.replace("redis://", "redis://app:first@")
         with RunningDaemon(dsn=database, redis_url=url, rules=rules_file(tmp_path), slot=slot_name) as daemon:
@@ -183,10 +184,10 @@ def test_busts_wait_while_a_script_of_somebody_else_blocks_the_server(
 ) -> None:
     create(database)
     with (
-        embedded.Valkey(settings={"busy-reply-threshold": "100"}) as valkey,
+        Valkey(settings={"busy-reply-threshold": "100"}) as valkey,
         RunningDaemon(dsn=database, redis_url=valkey.url, rules=rules_file(tmp_path), slot=slot_name) as daemon,
         redis.Redis.from_url(valkey.url) as client,
-        socket.create_connection((embedded.HOST, valkey.port)) as blocker,
+        socket.create_connection((HOST, valkey.port)) as blocker,
     ):
         daemon.ready()
         execute(database, "INSERT INTO things VALUES (1, 'new')")

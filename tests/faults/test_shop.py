@@ -20,7 +20,8 @@ import redis
 from proxy import Proxy
 from running import RunningDaemon, confirmed, eventually, execute, settled, watermark
 
-from cdc_invalidator import embedded, shop
+from cdc_invalidator.embedded import shop
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -33,7 +34,7 @@ SLOT = "faults"
 class Scene:
     """Two servers of its own, a daemon that reaches them through proxies, and the faults that can befall them all."""
 
-    def __init__(self, postgres: embedded.Postgres, valkey: embedded.Valkey, stack: contextlib.ExitStack) -> None:
+    def __init__(self, postgres: Postgres, valkey: Valkey, stack: contextlib.ExitStack) -> None:
         self.postgres = stack.enter_context(postgres)
         self.valkey = stack.enter_context(valkey)
         shop.create(postgres.dsn)
@@ -191,7 +192,7 @@ class Scene:
 def scene(request: pytest.FixtureRequest) -> Iterator[Scene]:
     """The scene; with snapshots, a restarted Valkey comes back with what it had, or with something older."""
     with contextlib.ExitStack() as stack:
-        stage = Scene(embedded.Postgres(), embedded.Valkey(settings={"save": request.param}), stack)
+        stage = Scene(Postgres(), Valkey(settings={"save": request.param}), stack)
         yield stage
         for event in [event for event in stage.daemon.events if event["event"] != "bust"][-30:]:
             print("   ", event)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from cdc_invalidator import embedded
+    from cdc_invalidator.embedded.servers import Postgres
 
     Start = Callable[..., "Stage"]
 
@@ -333,7 +333,7 @@ def test_quoted_reserved_and_other_names_are_taken_as_they_are(start: Start) -> 
     stage.assert_well()
 
 
-def test_a_latin1_database_gives_the_same_keys(start: Start, postgres: embedded.Postgres, slot_name: str) -> None:
+def test_a_latin1_database_gives_the_same_keys(start: Start, postgres: Postgres, slot_name: str) -> None:
     name = f"latin_{slot_name}"
     execute(postgres.dsn, f"CREATE DATABASE {name} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
     try:
@@ -577,7 +577,7 @@ def test_a_table_that_somebody_else_publishes_first_is_swept_all_the_same(start:
 
 
 def test_a_table_of_somebody_else_does_not_end_the_daemon_and_keeps_no_other_out(
-    start: Start, database: str, postgres: embedded.Postgres, slot_name: str
+    start: Start, database: str, postgres: Postgres, slot_name: str
 ) -> None:
     name = database.rpartition("/")[2]
     execute(

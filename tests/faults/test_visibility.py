@@ -13,7 +13,7 @@ import redis
 from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
 from writing import create, rules_file
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,8 +23,8 @@ SLOT = "early"
 
 
 @pytest.fixture
-def server() -> Iterator[embedded.Postgres]:
-    with embedded.Postgres() as postgres:
+def server() -> Iterator[Postgres]:
+    with Postgres() as postgres:
         yield postgres
 
 
@@ -50,7 +50,7 @@ def invisible_commits(dsn: str) -> Iterator[None]:
 
 
 def test_a_commit_that_waits_for_its_standby_is_busted_again_once_readers_see_it(
-    server: embedded.Postgres, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+    server: Postgres, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     create(server.dsn)
     with RunningDaemon(dsn=server.dsn, redis_url=redis_url, rules=rules_file(tmp_path), slot=SLOT) as daemon:
@@ -81,7 +81,7 @@ rules:
 
 
 def test_the_time_until_the_second_bust_counts_from_when_readers_see_the_commit(
-    server: embedded.Postgres, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+    server: Postgres, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:
     create(server.dsn)
     rules = reading.rules_file(tmp_path, AGAIN)

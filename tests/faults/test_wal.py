@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from cdc_invalidator import embedded
+    from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 MB = 1 << 20
 LIMIT = 32 * MB
@@ -32,7 +32,7 @@ def rules(database: str, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def proxy(valkey: embedded.Valkey) -> Iterator[Proxy]:
+def proxy(valkey: Valkey) -> Iterator[Proxy]:
     """Before Valkey."""
     with Proxy(valkey.port) as proxy:
         yield proxy
@@ -178,7 +178,7 @@ def test_redis_down_for_longer_than_wal_sender_timeout_costs_no_session(
 
 def test_the_slot_moves_on_in_a_database_where_nothing_happens(
     daemon: RunningDaemon,
-    postgres: embedded.Postgres,
+    postgres: Postgres,
     database: str,
     redis_client: redis.Redis,
     slot_name: str,

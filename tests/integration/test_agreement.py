@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from running import RunningDaemon, eventually, settled
 
-from cdc_invalidator import explain, rules, simulate
-from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import value_text
+from cdc_invalidator.commands import explain, simulate
+from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.load import RuleSet, load_rules, value_text
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,7 +118,7 @@ def texts(row: Any) -> dict[str, str | None] | None:
     return None if row is None else {column: value_text(value) for column, value in row.items()}
 
 
-def predicted(rule_set: rules.RuleSet, table: str, op: str, old: Any, new: Any) -> Counter[str]:
+def predicted(rule_set: RuleSet, table: str, op: str, old: Any, new: Any) -> Counter[str]:
     # orders keeps its default identity: only the key's column of an old row is known.
     known = {"id": old["id"]} if old is not None and table == "orders" else old
     change = simulate.Change(Table("public", table), op, texts(known), texts(new), TYPES)
@@ -137,7 +137,7 @@ def test_explain_says_what_the_daemon_does_for_ten_thousand_random_changes(
 ) -> None:
     path = tmp_path / "rules.yaml"
     path.write_text(RULES)
-    rule_set = rules.load(path, {})
+    rule_set = load_rules(path, {})
     expected: dict[int, Counter[str]] = {}
     told: dict[int, Any] = {}
     dice = Dice(SEED)

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 
-from cdc_invalidator import embedded, errors, rules
-from cdc_invalidator.cache import BUMP_DELETED, BUMP_MISSING, KEYS_A_COMMAND, CacheServer
-from cdc_invalidator.endpoint import Endpoint
-from cdc_invalidator.sweep import Sweep
-from cdc_invalidator.topology import cache_server
-from cdc_invalidator.watermark import Watermark
+from cdc_invalidator import errors
+from cdc_invalidator.embedded.servers import Valkey
+from cdc_invalidator.pipeline.sweep import Sweep
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.server import BUMP_DELETED, BUMP_MISSING, KEYS_A_COMMAND, CacheServer
+from cdc_invalidator.redis.topology import cache_server
+from cdc_invalidator.redis.watermark import Watermark
+from cdc_invalidator.rules.load import parse_rules
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -34,9 +36,9 @@ async def server(redis_url: str) -> AsyncIterator[CacheServer]:
 
 
 @pytest.fixture
-def own_valkey() -> Iterator[embedded.Valkey]:
+def own_valkey() -> Iterator[Valkey]:
     """A Valkey of the test's own, whose settings it may change."""
-    with embedded.Valkey() as valkey:
+    with Valkey() as valkey:
         yield valkey
 
 
@@ -90,7 +92,7 @@ async def test_a_sweep_of_versions_does_not_keep_those_that_bumps_have_left(
     server: CacheServer, redis_client: redis.Redis
 ) -> None:
     text = 'version: 1\ncaches: {page: {key: "page:{id}:v{version}", version: "ver:{id}", ttl: 5m, stale_for: 30s}}'
-    sweep = Sweep(rules.parse([("rules.yaml", text)], {}).caches["page"])
+    sweep = Sweep(parse_rules([("rules.yaml", text)], {}).caches["page"])
     redis_client.set("ver:1", 5)
     redis_client.set("ver:2", 5)
     await server.bust([], {b"ver:1": 60_000}, {b"ver:1": 30_000})
@@ -103,7 +105,7 @@ async def test_a_sweep_of_versions_does_not_keep_those_that_bumps_have_left(
 
 
 @pytest.mark.parametrize("missing", ["pexpire", "rename"])
-async def test_without_the_right_to_move_a_value_it_is_deleted(missing: str, own_valkey: embedded.Valkey) -> None:
+async def test_without_the_right_to_move_a_value_it_is_deleted(missing: str, own_valkey: Valkey) -> None:
     with redis.Redis.from_url(own_valkey.url) as client:
         granted = ["+@all", f"-{missing}"]
         client.execute_command("ACL", "SETUSER", "app", "on", ">secret", "~*", *granted)
@@ -138,7 +140,7 @@ async def test_bumps_never_repeat(server: CacheServer, redis_client: redis.Redis
     assert again.versions[b"large"] == future + 2
 
 
-async def test_with_full_memory_deletes_work_bumps_delete_and_the_watermark_stalls(own_valkey: embedded.Valkey) -> None:
+async def test_with_full_memory_deletes_work_bumps_delete_and_the_watermark_stalls(own_valkey: Valkey) -> None:
     with redis.Redis.from_url(own_valkey.url) as client:
         server = cache_at(own_valkey.url)
         await server.connect()
@@ -158,7 +160,7 @@ async def test_with_full_memory_deletes_work_bumps_delete_and_the_watermark_stal
         await server.close()
 
 
-async def test_a_refused_command_in_a_pipeline_is_a_failure_not_a_bust(own_valkey: embedded.Valkey) -> None:
+async def test_a_refused_command_in_a_pipeline_is_a_failure_not_a_bust(own_valkey: Valkey) -> None:
     with redis.Redis.from_url(own_valkey.url) as client:
         server = cache_at(own_valkey.url)
         await server.connect()
@@ -174,7 +176,7 @@ async def test_a_refused_command_in_a_pipeline_is_a_failure_not_a_bust(own_valke
 
 
 async def test_scripts_that_the_server_forgot_are_a_failure_and_loaded_by_the_next_connection(
-    own_valkey: embedded.Valkey,
+    own_valkey: Valkey,
 ) -> None:
     with redis.Redis.from_url(own_valkey.url) as client:
         server = cache_at(own_valkey.url)
@@ -189,7 +191,7 @@ async def test_scripts_that_the_server_forgot_are_a_failure_and_loaded_by_the_ne
         await second.close()
 
 
-async def test_a_missing_permission_says_what_to_grant_and_shows_no_key(own_valkey: embedded.Valkey) -> None:
+async def test_a_missing_permission_says_what_to_grant_and_shows_no_key(own_valkey: Valkey) -> None:
     with redis.Redis.from_url(own_valkey.url) as client:
         client.execute_command("ACL", "SETUSER", "weak", "on", ">pw", "~*", "+@all", "-unlink")
         url = own_valkey.url.replace("redis://", "redis://weak:pw@")
@@ -206,7 +208,7 @@ async def test_a_missing_permission_says_what_to_grant_and_shows_no_key(own_valk
         await server.close()
 
 
-async def test_a_server_that_accepts_and_never_answers_is_given_up(own_valkey: embedded.Valkey) -> None:
+async def test_a_server_that_accepts_and_never_answers_is_given_up(own_valkey: Valkey) -> None:
     server = cache_at(own_valkey.url, timeout=0.5)
     await server.connect()
     own_valkey.pause()

@@ -16,7 +16,7 @@ from clusters import Cluster
 from running import RunningDaemon, command, execute, settled
 from sentinels import Sentinels
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -260,7 +260,7 @@ def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(stage: Stage) 
 
 
 def test_a_role_that_may_not_stream_or_set_up_is_an_error_with_what_an_administrator_runs(
-    stage: Stage, postgres: embedded.Postgres
+    stage: Stage, postgres: Postgres
 ) -> None:
     role = stage.given["slot"]
     execute(stage.dsn, THINGS, f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
@@ -286,7 +286,7 @@ def test_a_slot_of_something_else_is_an_error(stage: Stage) -> None:
 
 
 def test_a_server_that_can_not_decode_is_an_error_beside_all_other_findings(redis_url: str, tmp_path: Path) -> None:
-    with embedded.Postgres(settings={"wal_level": "replica", "max_slot_wal_keep_size": "1GB"}) as server:
+    with Postgres(settings={"wal_level": "replica", "max_slot_wal_keep_size": "1GB"}) as server:
         checked = Stage(server.dsn, redis_url, "s", tmp_path).check(THING)
     assert sorted(checked.of("error")) == ["no_logical_decoding", "unknown_table"]
     assert "set wal_level = logical" in checked.only("no_logical_decoding")["sentence"]
@@ -356,7 +356,7 @@ def test_a_query_that_fails_or_has_no_index_is_told(stage: Stage, query: str, co
 
 
 def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_readme_are_enough(
-    stage: Stage, valkey: embedded.Valkey, redis_client: redis.Redis
+    stage: Stage, valkey: Valkey, redis_client: redis.Redis
 ) -> None:
     execute(stage.dsn, THINGS)
     name, url = f"check_{secrets.token_hex(3)}", stage.given["redis_url"]

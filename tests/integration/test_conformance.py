@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from conformance.runner import VECTORS, Broken, Runner, names
 
-from cdc_invalidator import embedded, reader
+from cdc_invalidator import reader
+from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import scripts
 
 if TYPE_CHECKING:
@@ -29,12 +30,12 @@ CLIENTS = {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[embedded.Valkey]:
-    with embedded.Valkey() as valkey:
+def server() -> Iterator[Valkey]:
+    with Valkey() as valkey:
         yield valkey
 
 
-def runner(client: str, server: embedded.Valkey, folder: Path) -> Runner:
+def runner(client: str, server: Valkey, folder: Path) -> Runner:
     program, path = CLIENTS[client]
     if shutil.which(str(program)) is None:
         pytest.skip(f"no {program} on this machine")
@@ -43,7 +44,7 @@ def runner(client: str, server: embedded.Valkey, folder: Path) -> Runner:
 
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("client", ["the library", "a client of its own", "a client in JavaScript"])
-def test_who_keeps_the_contract_passes(client: str, name: str, server: embedded.Valkey, tmp_path: Path) -> None:
+def test_who_keeps_the_contract_passes(client: str, name: str, server: Valkey, tmp_path: Path) -> None:
     runner(client, server, tmp_path).run(name)
 
 
@@ -57,9 +58,7 @@ def test_who_keeps_the_contract_passes(client: str, name: str, server: embedded.
         "with both, so does a bump",
     ],
 )
-def test_who_stores_without_looking_at_the_lease_is_found_out(
-    name: str, server: embedded.Valkey, tmp_path: Path
-) -> None:
+def test_who_stores_without_looking_at_the_lease_is_found_out(name: str, server: Valkey, tmp_path: Path) -> None:
     with pytest.raises(Broken):
         runner("a client without the fence", server, tmp_path).run(name)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from running import RunningDaemon, settled
 
-from cdc_invalidator import rules
+from cdc_invalidator.rules.load import load_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +55,7 @@ def project(dsn: str, redis_url: str, backend: str, prefix: str = "", version: i
 
 
 def test_three_rules_are_all_that_the_project_needs() -> None:
-    assert len(rules.load(RULES, {}).rules) == 3
+    assert len(load_rules(RULES, {}).rules) == 3
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())

@@ -22,7 +22,7 @@ from running import SECONDS, RunningDaemon, command, eventually, execute, settle
 from sentinels import Sentinels
 from servers import redis_binaries
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,7 +117,7 @@ def granted(client: Any, slot: str, *more: str) -> str:
 def test_the_stream_has_the_lines_of_the_log_in_its_order_with_the_rights_of_the_readme(
     database: str, tmp_path: Path, slot_name: str, name: str
 ) -> None:
-    with embedded.Valkey(binary=redis_binaries()[name]) as server, redis.Redis.from_url(server.url) as client:
+    with Valkey(binary=redis_binaries()[name]) as server, redis.Redis.from_url(server.url) as client:
         user = granted(client, slot_name, "+xadd")
         url = server.url.replace("redis://", f"redis://{user}:secret@")
         with staged(database, client, tmp_path, slot_name, url) as stage:
@@ -156,7 +156,7 @@ def test_what_is_told_while_the_connection_is_lost_again_and_again_is_in_the_str
 ) -> None:
     stop = threading.Event()
     with (
-        embedded.Valkey() as server,
+        Valkey() as server,
         redis.Redis.from_url(server.url) as client,
         redis.Redis.from_url(server.url) as killer,
         staged(database, client, tmp_path, slot_name, server.url) as stage,
@@ -193,7 +193,7 @@ def gone(client: redis.Redis, key: str) -> bool:
 def test_a_stream_that_redis_refuses_holds_back_neither_busts_nor_the_watermark_and_is_tried_again(
     database: str, tmp_path: Path, slot_name: str, code: str
 ) -> None:
-    with embedded.Valkey() as server, redis.Redis.from_url(server.url) as client:
+    with Valkey() as server, redis.Redis.from_url(server.url) as client:
         user = granted(client, slot_name, "+xadd")
         url = server.url.replace("redis://", f"redis://{user}:secret@")
         stream = f"cdc:{slot_name}:events"
@@ -348,7 +348,7 @@ def test_tail_shows_those_that_are_there_and_those_that_come_until_it_is_told_to
 def test_tail_without_since_begins_now_and_outlives_redis(tmp_path: Path) -> None:
     given = {"event_stream": "cdc:events"}
     line = '{"event":"bust","level":"info","cache":"user","rule":"%s"}'
-    with embedded.Valkey() as server, redis.Redis.from_url(server.url) as client:
+    with Valkey() as server, redis.Redis.from_url(server.url) as client:
         client.xadd("cdc:events", {"event": line % "before"})
         with Tail("--format", "json", redis_url=server.url, **given) as tail:
             reading = lambda: any("xread" in c["cmd"] for c in client.client_list())  # noqa: E731
@@ -368,7 +368,7 @@ def test_tail_without_since_begins_now_and_outlives_redis(tmp_path: Path) -> Non
             assert said.count("\n") == 1
 
 
-def test_tail_ends_when_nobody_reads_it_whether_events_come_or_not(valkey: embedded.Valkey) -> None:
+def test_tail_ends_when_nobody_reads_it_whether_events_come_or_not(valkey: Valkey) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "cdc_invalidator", "tail", "--redis-url", valkey.url, "--event-stream", "cdc:idle"],
         stdout=subprocess.PIPE,
@@ -382,7 +382,7 @@ def test_tail_ends_when_nobody_reads_it_whether_events_come_or_not(valkey: embed
         assert process.stderr.read() == b""
 
 
-def test_tail_says_in_one_sentence_what_it_lacks(valkey: embedded.Valkey, redis_client: redis.Redis) -> None:
+def test_tail_says_in_one_sentence_what_it_lacks(valkey: Valkey, redis_client: redis.Redis) -> None:
     url = valkey.url
     without = command("tail", redis_url=url)
     assert without.returncode == 2

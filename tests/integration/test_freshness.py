@@ -15,7 +15,7 @@ import redis
 from proxy import Proxy
 from running import RunningDaemon, eventually, execute, settled, watermark
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +107,7 @@ def test_the_watermark_tells_since_when_all_is_in_also_on_an_idle_database(
 
 
 def test_a_feed_that_stands_tells_no_later_time_though_the_daemon_lives(
-    postgres: embedded.Postgres,
+    postgres: Postgres,
     database: str,
     redis_url: str,
     redis_client: redis.Redis,
@@ -141,7 +141,7 @@ def test_the_watermark_stops_when_busts_can_not_be_proven_applied(
     execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)", "INSERT INTO users VALUES (42, 'Ada')")
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
-    with embedded.Valkey() as valkey, redis.Redis.from_url(valkey.url) as client:
+    with Valkey() as valkey, redis.Redis.from_url(valkey.url) as client:
         client.acl_setuser("app", enabled=True, passwords=["+secret"], keys=["*"], categories=["+@all"])
         url = valkey.url.replace("redis://", "redis://app:secret@")
         with RunningDaemon(dsn=database, redis_url=url, rules=rules, slot=slot_name) as daemon:

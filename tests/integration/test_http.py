@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from running import RunningDaemon, eventually, execute, settled
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +31,7 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def daemon(
-    postgres: embedded.Postgres, valkey: embedded.Valkey, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningDaemon]:
+def daemon(postgres: Postgres, valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningDaemon]:
     """One for all of these tests; each leaves it running."""
     name = "pages"
     dsn = postgres.create_database(name)
@@ -46,7 +44,7 @@ def daemon(
 
 
 def connect(daemon: RunningDaemon) -> socket.socket:
-    return socket.create_connection((embedded.HOST, daemon.port), timeout=20)
+    return socket.create_connection((HOST, daemon.port), timeout=20)
 
 
 def answer(daemon: RunningDaemon, request: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -142,7 +140,7 @@ def test_metrics_are_served_whatever_the_client_accepts(daemon: RunningDaemon, a
     lives_on(daemon)
 
 
-def test_the_status_is_json_without_secrets(daemon: RunningDaemon, postgres: embedded.Postgres) -> None:
+def test_the_status_is_json_without_secrets(daemon: RunningDaemon, postgres: Postgres) -> None:
     _, headers, body = answer(daemon, get("/status"))
     assert headers["content-type"] == "application/json"
     assert json.loads(body)["role"] == "leader"
@@ -181,9 +179,7 @@ def test_garbage_is_answered_with_a_4xx_or_not_at_all(daemon: RunningDaemon, gar
     lives_on(daemon)
 
 
-def test_slow_clients_are_dropped_and_hold_up_nobody(
-    daemon: RunningDaemon, postgres: embedded.Postgres, valkey: embedded.Valkey
-) -> None:
+def test_slow_clients_are_dropped_and_hold_up_nobody(daemon: RunningDaemon, postgres: Postgres, valkey: Valkey) -> None:
     dsn = postgres.dsn_for(daemon.slot)
     with ExitStack() as stack:
         silent = [stack.enter_context(connect(daemon)) for _ in range(50)]
@@ -233,7 +229,7 @@ def test_sigterm_with_idle_connections_ends_at_once_without_a_traceback(daemon: 
 
 
 def test_a_port_that_is_taken_is_refused_in_one_sentence(
-    daemon: RunningDaemon, postgres: embedded.Postgres, redis_url: str, tmp_path: Path
+    daemon: RunningDaemon, postgres: Postgres, redis_url: str, tmp_path: Path
 ) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
@@ -247,7 +243,7 @@ def test_a_port_that_is_taken_is_refused_in_one_sentence(
 def test_a_daemon_that_waits_for_postgres_is_live_and_not_ready(redis_url: str, tmp_path: Path) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
-    dsn = f"postgresql://app:topsecret@127.0.0.1:{embedded.free_port()}/db"
+    dsn = f"postgresql://app:topsecret@127.0.0.1:{free_port()}/db"
     with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot="nobody") as daemon:
         eventually(lambda: daemon.alive() and daemon.get("/livez")[0] == 200, "it is live")
         daemon.seen("session_lost")

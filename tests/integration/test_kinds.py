@@ -17,7 +17,7 @@ from sentinels import Sentinels
 from servers import redis_binaries
 from tls import TLSFront
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,12 +56,12 @@ def busts_everything(dsn: str, url: str, client: Any, folder: Path, slot: str, *
 
 
 def test_one_server(database: str, binary: Path, tmp_path: Path, slot_name: str) -> None:
-    with embedded.Valkey(binary=binary) as server, redis.Redis.from_url(server.url) as client:
+    with Valkey(binary=binary) as server, redis.Redis.from_url(server.url) as client:
         busts_everything(database, server.url, client, tmp_path, slot_name)
 
 
 def test_a_numbered_database_with_a_password(database: str, binary: Path, tmp_path: Path, slot_name: str) -> None:
-    with embedded.Valkey(binary=binary, settings={"requirepass": "p@ss:w/rd"}) as server:
+    with Valkey(binary=binary, settings={"requirepass": "p@ss:w/rd"}) as server:
         url = f"redis://:p%40ss%3Aw%2Frd@127.0.0.1:{server.port}/3"
         with redis.Redis.from_url(url) as client:
             busts_everything(database, url, client, tmp_path, slot_name)
@@ -79,17 +79,17 @@ def test_cluster(database: str, binary: Path, tmp_path: Path, slot_name: str) ->
 
 def test_a_unix_socket(database: str, tmp_path: Path, slot_name: str) -> None:
     settings = {"unixsocket": "valkey.sock"}
-    with embedded.Valkey(settings=settings) as server, redis.Redis.from_url(server.url) as client:
+    with Valkey(settings=settings) as server, redis.Redis.from_url(server.url) as client:
         busts_everything(database, f"unix://{server.folder}/valkey.sock?db=0", client, tmp_path, slot_name)
 
 
 @pytest.fixture
-def front(valkey: embedded.Valkey) -> Iterator[TLSFront]:
+def front(valkey: Valkey) -> Iterator[TLSFront]:
     with TLSFront(valkey.port) as front:
         yield front
 
 
-def test_tls(database: str, front: TLSFront, valkey: embedded.Valkey, tmp_path: Path, slot_name: str) -> None:
+def test_tls(database: str, front: TLSFront, valkey: Valkey, tmp_path: Path, slot_name: str) -> None:
     with redis.Redis.from_url(valkey.url) as client:
         client.flushdb()
         url = f"{front.url}?ssl_ca_certs={front.ca_file}"
@@ -98,7 +98,7 @@ def test_tls(database: str, front: TLSFront, valkey: embedded.Valkey, tmp_path: 
 
 @pytest.mark.parametrize("names", [("elsewhere.test",), None], ids=["for another host", "by a stranger"])
 def test_a_certificate_that_does_not_prove_the_server_is_refused(
-    database: str, valkey: embedded.Valkey, tmp_path: Path, slot_name: str, names: tuple[str, ...] | None
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str, names: tuple[str, ...] | None
 ) -> None:
     writing.create(database)
     with TLSFront(valkey.port, names=names or ("127.0.0.1",)) as front:
@@ -127,7 +127,7 @@ def grant(node: Any, name: str, slot: str, *more: str) -> None:
 def test_a_user_with_the_documented_rights_runs_one_server(
     database: str, binary: Path, tmp_path: Path, slot_name: str
 ) -> None:
-    with embedded.Valkey(binary=binary) as server, redis.Redis.from_url(server.url) as client:
+    with Valkey(binary=binary) as server, redis.Redis.from_url(server.url) as client:
         grant(client, "cdc", slot_name)
         url = server.url.replace("redis://", "redis://cdc:secret@")
         busts_everything(database, url, client, tmp_path, slot_name)
@@ -165,7 +165,7 @@ def test_a_right_that_is_missing_is_told_to_the_operator(
 ) -> None:
     """Each right of the line is needed: without it the daemon says so, and goes on once it is granted."""
     reading.create(database)
-    with embedded.Valkey(binary=binary) as server, redis.Redis.from_url(server.url) as client:
+    with Valkey(binary=binary) as server, redis.Redis.from_url(server.url) as client:
         assert right in acl_line("cdc")
         # Redis 6.2 takes no single subcommand back.
         grant(client, "cdc", slot_name, right.replace("+", "-").partition("|")[0])

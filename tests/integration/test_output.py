@@ -13,7 +13,7 @@ import pytest
 import redis
 from running import SECONDS, eventually, execute, settled
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ def daemon(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Ite
     """A daemon whose output stands in a pipe that nobody reads yet."""
     execute(database, "CREATE TABLE users (id int PRIMARY KEY)")
     (tmp_path / "rules.yaml").write_text(RULES)
-    port = embedded.free_port()
+    port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")} | {
         "CDC_POSTGRES_DSN": database,
         "CDC_REDIS_URL": redis_url,

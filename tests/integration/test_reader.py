@@ -17,9 +17,10 @@ from prometheus_client import CollectorRegistry
 from readers import Loader, Reads, rules_file
 from redis.backoff import ExponentialBackoff
 
-from cdc_invalidator import cache, topology
-from cdc_invalidator.endpoint import Endpoint
 from cdc_invalidator.reader import AsyncCaches, Caches
+from cdc_invalidator.redis import server as cache
+from cdc_invalidator.redis import topology
+from cdc_invalidator.redis.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,9 +15,9 @@ from readers import Loader, Reads, rules_file
 from running import eventually
 from sentinels import SERVICE, Sentinels
 
-from cdc_invalidator import topology
-from cdc_invalidator.endpoint import Endpoint
 from cdc_invalidator.reader import Caches
+from cdc_invalidator.redis import topology
+from cdc_invalidator.redis.endpoint import Endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

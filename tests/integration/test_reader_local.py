@@ -12,7 +12,7 @@ from proxy import Proxy
 from readers import Loader, Reads, rules_file
 from running import eventually
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import HOST, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -110,8 +110,8 @@ def test_a_value_that_was_asked_for_before_a_bust_is_not_kept_after_it(
 def test_when_the_messages_stop_nothing_is_served_from_memory(
     reads: Reads, tmp_path: Path, registry: CollectorRegistry
 ) -> None:
-    with embedded.Valkey() as valkey, Proxy(valkey.port) as proxy, redis.Redis.from_url(valkey.url) as direct:
-        url = f"redis://{embedded.HOST}:{proxy.port}/0"
+    with Valkey() as valkey, Proxy(valkey.port) as proxy, redis.Redis.from_url(valkey.url) as direct:
+        url = f"redis://{HOST}:{proxy.port}/0"
         caches = reads.caches(rules_file(tmp_path), url, client={"socket_timeout": 1.0}, registry=registry)
         hits = Hits(caches, registry)
         load = Loader({1: "Ada"})

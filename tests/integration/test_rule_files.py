@@ -10,7 +10,8 @@ import psycopg
 import pytest
 from running import RunningDaemon, command, execute, settled
 
-from cdc_invalidator import rules, trial
+from cdc_invalidator.commands import trial
+from cdc_invalidator.rules.load import load_rules
 
 if TYPE_CHECKING:
     import redis
@@ -176,7 +177,7 @@ def test_every_rule_file_is_among_these() -> None:
 def test_a_rule_file_has_a_schema_for_editors_and_tests_that_busts_are_named_in(name: str) -> None:
     path = RULES / f"{name}.yaml"
     assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
-    found = rules.load(path, {})
+    found = load_rules(path, {})
     tested = {test.table for test in found.tests}
     assert tested == set(found.tables), "each table of its rules has a test"
     outcomes = list(trial.run(found))
@@ -215,12 +216,12 @@ def test_on_real_servers_each_write_busts_what_the_file_says_and_nothing_else(
 
 
 def test_the_environment_names_the_application_and_its_stage() -> None:
-    django = rules.load(RULES / "django.yaml", {"DJANGO_KEY_PREFIX": "blog", "DJANGO_CACHE_VERSION": "2"})
+    django = load_rules(RULES / "django.yaml", {"DJANGO_KEY_PREFIX": "blog", "DJANGO_CACHE_VERSION": "2"})
     assert django.caches["article"].key.prefix == b"blog:2:article:"
-    spring = rules.load(RULES / "spring.yaml", {"SPRING_CACHE_PREFIX": "shop:"})
+    spring = load_rules(RULES / "spring.yaml", {"SPRING_CACHE_PREFIX": "shop:"})
     assert spring.caches["user"].key.prefix == b"shop:users::"
-    rails = rules.load(RULES / "rails.yaml", {"RAILS_CACHE_NAMESPACE": "blog-production"})
+    rails = load_rules(RULES / "rails.yaml", {"RAILS_CACHE_NAMESPACE": "blog-production"})
     assert rails.caches["user"].key.prefix == b"blog-production:users/"
-    shop = rules.load(RULES / "shop.yaml", {"APP_ENV": "staging"})
+    shop = load_rules(RULES / "shop.yaml", {"APP_ENV": "staging"})
     assert shop.caches["user"].key.prefix == b"shop:staging:user:"
     assert "APP_ENV" not in os.environ, "the files' tests are written for prod"

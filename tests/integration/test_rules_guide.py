@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
-from cdc_invalidator import errors, rules, trial
-from cdc_invalidator.rulefile import CacheEntry, ChangeEntry, RuleEntry, RuleFile, TestEntry
+from cdc_invalidator import errors
+from cdc_invalidator.commands import trial
+from cdc_invalidator.rules.format import CacheEntry, ChangeEntry, RuleEntry, RuleFile, TestEntry
+from cdc_invalidator.rules.load import parse_rules
 
 GUIDE = (Path(__file__).parents[2] / "rules" / "README.md").read_text()
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
@@ -39,7 +41,7 @@ WRONG = [example for example in EXAMPLES if example.mistakes is not None]
 
 @pytest.mark.parametrize("example", GOOD, ids=[example.heading for example in GOOD])
 def test_an_example_of_the_guide_is_a_file_whose_tests_pass(example: Example) -> None:
-    found = rules.parse([("rules.yaml", example.text)], {})
+    found = parse_rules([("rules.yaml", example.text)], {})
     failed = [outcome for outcome in trial.run(found) if not outcome.passed]
     assert not failed, list(trial.Report().lines(failed))
     assert found.tests or example.heading == "A first rule"
@@ -50,7 +52,7 @@ def test_an_example_of_the_guide_is_a_file_whose_tests_pass(example: Example) ->
 @pytest.mark.parametrize("example", WRONG, ids=[example.heading for example in WRONG])
 def test_an_example_of_mistakes_is_told_in_these_words(example: Example) -> None:
     with pytest.raises(errors.WrongRules) as wrong:
-        rules.parse([("rules.yaml", example.text)], {})
+        parse_rules([("rules.yaml", example.text)], {})
     assert str(wrong.value) + "\n" == example.mistakes
 
 

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from running import RunningDaemon, command, eventually, execute, settled
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres, free_port
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -115,7 +115,7 @@ def test_a_rule_that_says_what_to_do_without_the_old_row_is_accepted(
 
 
 def test_a_role_without_privileges_is_told_what_an_administrator_must_run(
-    database: str, postgres: embedded.Postgres, tmp_path: Path, slot_name: str
+    database: str, postgres: Postgres, tmp_path: Path, slot_name: str
 ) -> None:
     name = database.rpartition("/")[2]
     execute(
@@ -135,7 +135,7 @@ def test_a_role_without_privileges_is_told_what_an_administrator_must_run(
 
 
 def test_wal_level_too_low_ends_with_3_and_the_remedy(tmp_path: Path) -> None:
-    with embedded.Postgres(settings={"wal_level": "replica"}) as server:
+    with Postgres(settings={"wal_level": "replica"}) as server:
         refused = command("setup", postgres_dsn=server.dsn, rules=rule_file(tmp_path, THING))
     assert refused.returncode == 3
     assert "set wal_level = logical" in refused.stderr
@@ -181,7 +181,7 @@ def test_run_refuses_standbys_that_are_no_urls_or_are_named_twice(
     database: str, redis_url: str, tmp_path: Path, slot_name: str, replicas: str, remedy: str
 ) -> None:
     given = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "postgres_replicas": replicas}
-    refused = command("run", rules=rule_file(tmp_path, THING), http_port=embedded.free_port(), **given)
+    refused = command("run", rules=rule_file(tmp_path, THING), http_port=free_port(), **given)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
     assert "CDC_POSTGRES_REPLICAS" in line

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from running import RunningDaemon, eventually, execute, settled
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,15 +27,15 @@ rules:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[embedded.Postgres]:
+def server() -> Iterator[Postgres]:
     """A PostgreSQL that streams every transaction of more than 64 kB."""
     settings = {"logical_decoding_work_mem": "64kB", "max_prepared_transactions": "5"}
-    with embedded.Postgres(settings=settings) as postgres:
+    with Postgres(settings=settings) as postgres:
         yield postgres
 
 
 @pytest.fixture
-def dsn(server: embedded.Postgres, slot_name: str) -> Iterator[str]:
+def dsn(server: Postgres, slot_name: str) -> Iterator[str]:
     dsn = server.create_database(slot_name)
     execute(
         dsn,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from running import execute
 
-from cdc_invalidator import postgres, rules
-from cdc_invalidator.publication import Publication, run
+from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.publication import Publication, run
+from cdc_invalidator.rules.load import parse_rules
 
 if TYPE_CHECKING:
     import psycopg
@@ -42,9 +43,9 @@ async def test_a_table_costs_the_same_among_many_and_nothing_new_is_the_same_sur
     text = "version: 1\ncaches: {thing: {key: 't:thing:{id}', ttl: 1m}}\nrules:\n" + "".join(
         f"  - {{name: r{n}, table: public.things_{n}, bust: [thing]}}\n" for n in range(TABLES)
     )
-    rule_set = rules.parse([("rules.yaml", text)], {})
+    rule_set = parse_rules([("rules.yaml", text)], {})
     execute(database, *(f"CREATE TABLE things_{n} (id int PRIMARY KEY)" for n in range(TABLES)))
-    async with await postgres.connect(database, "test") as connection:
+    async with await connect(database, "test") as connection:
         publication = Publication(connection, "p")
         await run(connection, publication.statements(await publication.survey(rule_set)))
         explained = Explained(connection)

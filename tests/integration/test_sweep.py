@@ -9,7 +9,7 @@ import reading
 import redis
 from running import RunningDaemon, eventually, execute, settled
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Valkey
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ def test_a_paced_sweep_tells_its_progress_and_live_busts_go_on_meanwhile(
     reading.create(database)
     rules = reading.rules_file(tmp_path)
     with (
-        embedded.Valkey(settings={"enable-debug-command": "yes"}) as valkey,
+        Valkey(settings={"enable-debug-command": "yes"}) as valkey,
         redis.Redis.from_url(valkey.url) as client,
         RunningDaemon(dsn=database, redis_url=valkey.url, rules=rules, slot=slot_name, sweep_rate="10000") as daemon,
     ):
@@ -54,7 +54,7 @@ def test_a_redis_without_info_and_dbsize_is_swept_all_the_same(database: str, tm
     rules = reading.rules_file(tmp_path)
     renamed = {"rename-command": ['INFO ""', 'DBSIZE ""'], "enable-debug-command": "yes"}
     with (
-        embedded.Valkey(settings=renamed) as valkey,
+        Valkey(settings=renamed) as valkey,
         redis.Redis.from_url(valkey.url) as client,
     ):
         client.execute_command("DEBUG", "POPULATE", 3000, "stranger", 1)

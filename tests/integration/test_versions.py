@@ -13,7 +13,7 @@ import pytest
 import redis
 from running import RunningDaemon, confirmed, execute, settled, wal_position, watermark
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres, Valkey, postgres_bin_dirs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,16 +57,16 @@ def cache_servers() -> dict[str, Path | None]:
     return found
 
 
-@pytest.fixture(params=embedded.postgres_bin_dirs().items(), ids=lambda found: f"postgresql {found[0]}", scope="module")
-def versioned(request: pytest.FixtureRequest) -> Iterator[embedded.Postgres]:
+@pytest.fixture(params=postgres_bin_dirs().items(), ids=lambda found: f"postgresql {found[0]}", scope="module")
+def versioned(request: pytest.FixtureRequest) -> Iterator[Postgres]:
     """Each PostgreSQL; small logical_decoding_work_mem, so that large transactions are streamed while they run."""
-    with embedded.Postgres(bin_dir=request.param[1], settings={"logical_decoding_work_mem": "64kB"}) as server:
+    with Postgres(bin_dir=request.param[1], settings={"logical_decoding_work_mem": "64kB"}) as server:
         yield server
 
 
 @pytest.fixture(params=cache_servers().items(), ids=lambda found: found[0], scope="module")
-def cache(request: pytest.FixtureRequest) -> Iterator[embedded.Valkey]:
-    with embedded.Valkey(binary=request.param[1]) as server:
+def cache(request: pytest.FixtureRequest) -> Iterator[Valkey]:
+    with Valkey(binary=request.param[1]) as server:
         yield server
 
 
@@ -97,12 +97,12 @@ class Line:
 
 
 @pytest.fixture
-def line_of(tmp_path: Path, slot_name: str) -> Iterator[Callable[[embedded.Postgres, embedded.Valkey], Line]]:
+def line_of(tmp_path: Path, slot_name: str) -> Iterator[Callable[[Postgres, Valkey], Line]]:
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
     with ExitStack() as stack:
 
-        def make(postgres: embedded.Postgres, valkey: embedded.Valkey) -> Line:
+        def make(postgres: Postgres, valkey: Valkey) -> Line:
             dsn = postgres.create_database(slot_name)
             stack.callback(postgres.drop_database, slot_name)
             execute(dsn, *SCHEMA)
@@ -171,12 +171,10 @@ def core(line: Line) -> None:
 
 
 def test_the_core_of_the_line_on_every_postgresql(
-    versioned: embedded.Postgres, valkey: embedded.Valkey, line_of: Callable[..., Line]
+    versioned: Postgres, valkey: Valkey, line_of: Callable[..., Line]
 ) -> None:
     core(line_of(versioned, valkey))
 
 
-def test_the_core_of_the_line_on_every_redis(
-    postgres: embedded.Postgres, cache: embedded.Valkey, line_of: Callable[..., Line]
-) -> None:
+def test_the_core_of_the_line_on_every_redis(postgres: Postgres, cache: Valkey, line_of: Callable[..., Line]) -> None:
     core(line_of(postgres, cache))

@@ -15,8 +15,9 @@ import trustme
 from psycopg.conninfo import make_conninfo
 from running import RunningDaemon, confirmed, execute, settled, wal_position
 
-from cdc_invalidator import embedded, errors
-from cdc_invalidator.replication import COPY, Keepalive, Replication
+from cdc_invalidator import errors
+from cdc_invalidator.embedded import servers as embedded
+from cdc_invalidator.postgres.replication import COPY, Keepalive, Replication
 
 if TYPE_CHECKING:
     import redis

@@ -20,7 +20,7 @@ from typing import LiteralString
 
 import psycopg
 
-from cdc_invalidator import embedded
+from cdc_invalidator.embedded.servers import Postgres, postgres_bin_dirs
 
 OUTPUT = Path(__file__).with_name("pgoutput_messages.jsonl")
 SETTINGS = {"logical_decoding_work_mem": "64kB", "autovacuum": "off"}
@@ -388,7 +388,7 @@ PUBLISH = """
 """
 
 
-def record(server: embedded.Postgres) -> Iterator[str]:
+def record(server: Postgres) -> Iterator[str]:
     """Run every scenario on one server; gives the lines of the file."""
     for number, (protocol, set_up, script) in enumerate(SCENARIOS):
         session = Session(server.create_database(f"scenario_{number}"))
@@ -409,8 +409,8 @@ def record(server: embedded.Postgres) -> Iterator[str]:
 
 def main() -> None:
     lines: list[str] = []
-    for bin_dir in embedded.postgres_bin_dirs().values():
-        with embedded.Postgres(bin_dir=bin_dir, settings=SETTINGS) as server:
+    for bin_dir in postgres_bin_dirs().values():
+        with Postgres(bin_dir=bin_dir, settings=SETTINGS) as server:
             lines += record(server)
     OUTPUT.write_text("".join(lines))
 

@@ -14,11 +14,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cdc_invalidator import rules
-from cdc_invalidator.again import Again, Waiting
-from cdc_invalidator.backlog import BATCH
-from cdc_invalidator.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.invalidation import Batch, Busts, Target
+from cdc_invalidator.pipeline.again import Again, Waiting
+from cdc_invalidator.pipeline.backlog import BATCH
+from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
+from cdc_invalidator.pipeline.invalidation import Batch, Busts, Target
+from cdc_invalidator.rules.load import parse_rules
 
 RULES = """
 version: 1
@@ -29,7 +29,7 @@ caches:
   dash: {key: "dash:{id}:{version}", version: "dash:{id}", again_after: 5s}
   counts: {key: "counts", again_after: 1s}
 """
-CACHES = rules.parse([("rules.yaml", RULES)], {}).caches
+CACHES = parse_rules([("rules.yaml", RULES)], {}).caches
 TARGETS = {name: Target("r", cache, "public.users") for name, cache in CACHES.items()}
 FAR = 2**64
 CAPACITY = 60

@@ -17,21 +17,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from cdc_invalidator import apply, errors, lsn, rules
-from cdc_invalidator.apply import Apply
-from cdc_invalidator.backlog import Backlog
-from cdc_invalidator.cache import Outcome
-from cdc_invalidator.checkpoint import Checkpoint
-from cdc_invalidator.events import Events
-from cdc_invalidator.invalidation import Batch, Line, Run, Target
+from cdc_invalidator import errors, lsn
 from cdc_invalidator.log import EventLog, KeyDisplay
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.recent import Recent
-from cdc_invalidator.watermark import Position, Watermark
+from cdc_invalidator.pipeline import apply
+from cdc_invalidator.pipeline.apply import Apply
+from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.invalidation import Batch, Line, Run, Target
+from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.redis.server import Outcome
+from cdc_invalidator.redis.watermark import Position, Watermark
+from cdc_invalidator.rules.load import parse_rules
 
 START = 1000
 DIGESTS = {"user": "1"}
-RULES = rules.parse(
+RULES = parse_rules(
     [
         (
             "rules.yaml",

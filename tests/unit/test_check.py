@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import command
 
-from cdc_invalidator import overlap, rules
-from cdc_invalidator.check import Columns, Finding, Severity, in_order, offline, report, table
-from cdc_invalidator.document import Place
-from cdc_invalidator.overlap import Language, Values, common, readings
-from cdc_invalidator.template import Param, Template
+from cdc_invalidator.commands.check import Columns, Finding, Severity, in_order, offline, report, table
+from cdc_invalidator.rules import overlap
+from cdc_invalidator.rules.document import Place
+from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.overlap import Language, Values, common, readings
+from cdc_invalidator.rules.template import Param, Template
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +29,7 @@ def found(
     caches: str, *more_rules: str, columns: Columns | None = None, cluster: bool = False, rule: str = RULE
 ) -> list[Finding]:
     text = f"version: 1\ncaches:\n{caches}rules:\n{rule}" + "".join(f"  - {more}\n" for more in more_rules)
-    return offline(rules.parse([("rules.yaml", text)], {}), columns or Columns(), cluster=cluster)
+    return offline(parse_rules([("rules.yaml", text)], {}), columns or Columns(), cluster=cluster)
 
 
 def codes(findings: list[Finding]) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cdc_invalidator import checkpoint as checkpoint_module
-from cdc_invalidator.checkpoint import CROWD, Checkpoint, Ticket
+from cdc_invalidator.pipeline import checkpoint as checkpoint_module
+from cdc_invalidator.pipeline.checkpoint import CROWD, Checkpoint, Ticket
 
 
 def test_it_starts_where_the_stream_starts() -> None:

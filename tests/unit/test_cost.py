@@ -18,17 +18,19 @@ import pytest
 from prometheus_client import CollectorRegistry
 from walsender import TABLES, USERS, Content, Reader, Server, Unit, copied, relation, update
 
-from cdc_invalidator import events, lsn, rules, scan
-from cdc_invalidator.backlog import Backlog
-from cdc_invalidator.cache import Outcome
-from cdc_invalidator.events import Events
-from cdc_invalidator.invalidation import Line, Target
+from cdc_invalidator import lsn
 from cdc_invalidator.log import EventLog, KeyDisplay
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.pipeline import events, scan
+from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.invalidation import Line, Target
+from cdc_invalidator.redis.server import Outcome
+from cdc_invalidator.rules.load import parse_rules
 
 CHANGES = 2000
 ROUNDS = 7
-RULES = rules.parse(
+RULES = parse_rules(
     [
         (
             "rules.yaml",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from cdc_invalidator import rules
-from cdc_invalidator.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.debounce import MOST_XIDS, Debounce
-from cdc_invalidator.invalidation import Batch, Target
+from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
+from cdc_invalidator.pipeline.debounce import MOST_XIDS, Debounce
+from cdc_invalidator.pipeline.invalidation import Batch, Target
+from cdc_invalidator.rules.load import parse_rules
 
 RULES = """
 version: 1
 caches: {user: {key: "user:{id}"}}
 rules: [{name: r, table: public.users, debounce: 500ms, bust: [user]}]
 """
-RULE = rules.parse([("rules.yaml", RULES)], {}).rules[0]
+RULE = parse_rules([("rules.yaml", RULES)], {}).rules[0]
 TARGET = Target(RULE.name, RULE.busts[0].cache, "public.users", RULE.busts[0], RULE.debounce or 0)
 
 

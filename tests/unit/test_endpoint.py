@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from redis.asyncio.connection import parse_url
 
 from cdc_invalidator import errors
-from cdc_invalidator.endpoint import Address, Endpoint
-from cdc_invalidator.topology import cache_server
+from cdc_invalidator.redis.endpoint import Address, Endpoint
+from cdc_invalidator.redis.topology import cache_server
 
 ASKED = Address("10.0.0.1", 7000)
 

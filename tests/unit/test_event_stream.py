@@ -10,13 +10,15 @@ from unittest.mock import Mock
 import pytest
 from prometheus_client import CollectorRegistry
 
-from cdc_invalidator import errors, eventstream, rules, settings
-from cdc_invalidator.cache import Outcome
-from cdc_invalidator.events import Events
-from cdc_invalidator.eventstream import EventStream
-from cdc_invalidator.invalidation import Line, Target
+from cdc_invalidator import errors, settings
 from cdc_invalidator.log import EventLog, Form, KeyDisplay, Level
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.pipeline import eventstream
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.eventstream import EventStream
+from cdc_invalidator.pipeline.invalidation import Line, Target
+from cdc_invalidator.redis.server import Outcome
+from cdc_invalidator.rules.load import parse_rules
 
 FILE = """
 version: 1
@@ -26,7 +28,7 @@ caches:
   counts: {key: "shop:counts"}
   mail: {key: "shop:mail:{email|sha256}", ttl_only: true}
 """
-RULES = rules.parse([("rules.yaml", FILE)], {})
+RULES = parse_rules([("rules.yaml", FILE)], {})
 
 # The key
 

@@ -11,8 +11,8 @@ from example import DESIGN
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cdc_invalidator import errors, rules
-from cdc_invalidator.explain import (
+from cdc_invalidator import errors
+from cdc_invalidator.commands.explain import (
     LastBusts,
     change_lines,
     explain_change,
@@ -22,10 +22,10 @@ from cdc_invalidator.explain import (
     read_change,
     read_key,
 )
-from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import RuleSet
-from cdc_invalidator.simulate import Change, simulate
-from cdc_invalidator.template import Param, Template
+from cdc_invalidator.commands.simulate import Change, simulate
+from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.load import RuleSet, parse_rules
+from cdc_invalidator.rules.template import Param, Template
 
 FILE = """
 version: 1
@@ -51,11 +51,11 @@ rules:
       - page: {user: user_id, via: "SELECT team FROM m WHERE id = {id}"}
   - {name: product-changed, table: public.products, bust: [product]}
 """
-RULES = rules.parse([("rules.yaml", FILE)], {})
+RULES = parse_rules([("rules.yaml", FILE)], {})
 
 
 def parse(text: str) -> RuleSet:
-    return rules.parse([("rules.yaml", text)], {})
+    return parse_rules([("rules.yaml", text)], {})
 
 
 # ── A key ────────────────────────────────────────────────────────────────────────────────────────────────────────────

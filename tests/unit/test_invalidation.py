@@ -13,12 +13,25 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from cdc_invalidator import assembly, errors, pgoutput, rules
-from cdc_invalidator.assembly import Assembly
-from cdc_invalidator.invalidation import Batch, Complaint, Invalidation
-from cdc_invalidator.pgoutput import UNCHANGED, Begin, Commit, Delete, Insert, Relation, Row, Truncate, Update, Value
-from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import RuleSet
+from cdc_invalidator import errors
+from cdc_invalidator.pipeline import assembly
+from cdc_invalidator.pipeline.assembly import Assembly
+from cdc_invalidator.pipeline.invalidation import Batch, Complaint, Invalidation
+from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.postgres.pgoutput import (
+    UNCHANGED,
+    Begin,
+    Commit,
+    Delete,
+    Insert,
+    Relation,
+    Row,
+    Truncate,
+    Update,
+    Value,
+)
+from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.load import RuleSet, parse_rules
 
 USERS, ORDERS, OTHER, LEAF = 16385, 16390, 16400, 16410
 COLUMNS = ("id", "team_id", "name", "bio")
@@ -43,7 +56,7 @@ rules:
 def rule_set(*entries: str) -> RuleSet:
     """The caches above, and rules in YAML's flow form, without names: ``table: public.users, bust: [user]``."""
     lines = [f"  - {{name: r{number}, {entry}}}\n" for number, entry in enumerate(entries)]
-    return rules.parse([("rules.yaml", CACHES + "".join(lines))], {})
+    return parse_rules([("rules.yaml", CACHES + "".join(lines))], {})
 
 
 def relation(
@@ -1034,7 +1047,7 @@ def recordings() -> Iterator[tuple[str, str, list[bytes]]]:
 def test_a_recorded_scenario_busts_what_its_script_changed(scenario: str, payloads: list[bytes]) -> None:
     caches = "".join(f'  {table}: {{key: "{table}:{{{column}}}"}}\n' for table, column in KEYS.items())
     entries = "".join(f"  - {{name: {table}, table: public.{table}, bust: [{table}]}}\n" for table in KEYS)
-    stream = Stream(rules.parse([("rules.yaml", f"version: 1\ncaches:\n{caches}rules:\n{entries}")], {}))
+    stream = Stream(parse_rules([("rules.yaml", f"version: 1\ncaches:\n{caches}rules:\n{entries}")], {}))
     decoder = pgoutput.Decoder()
 
     batches = [batch for payload in payloads for batch in stream.feed(decoder.decode(payload))]
@@ -1200,7 +1213,7 @@ rules:
       bust: [c]}}
 """
     stream = Stream(
-        rules.parse([("rules.yaml", text)], {}),
+        parse_rules([("rules.yaml", text)], {}),
         relation(identity=shape.identity, keys=shape.keys, columns=ANY_COLUMNS),
         chunk=2,
     )

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from redis import exceptions
 from redis._parsers.base import BaseParser
 
-from cdc_invalidator import errors, node, replies
-from cdc_invalidator.node import Redirection
+from cdc_invalidator import errors
+from cdc_invalidator.redis import node, replies
+from cdc_invalidator.redis.node import Redirection
 
 NO_REPLY = {"TIMEOUT", "CLOSED", "GARBLED"}
 OURS = {"MOVED_AWAY", "OTHER_DATA"}

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from cdc_invalidator import rules
-from cdc_invalidator.cache import SCAN_COUNT, CacheServer, Cursor
-from cdc_invalidator.checkpoint import Ticket
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.sweep import Cause, Request, Sweep, Sweeps
+from cdc_invalidator.pipeline.checkpoint import Ticket
+from cdc_invalidator.pipeline.sweep import Cause, Request, Sweep, Sweeps
+from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer, Cursor
+from cdc_invalidator.rules.load import parse_rules
 
 RULES = "version: 1\ncaches: {a: {key: 'a:{id}'}, b: {key: 'b:{id}'}, v: {key: 'v:{version}', version: 'v:{id}'}}"
-CACHES = rules.parse([("rules.yaml", RULES)], {}).caches
+CACHES = parse_rules([("rules.yaml", RULES)], {}).caches
 
 
 class Clock:

@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_invalidator import errors, lsn, pgoutput
-from cdc_invalidator.pgoutput import (
+from cdc_invalidator import errors, lsn
+from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.postgres.pgoutput import (
     UNCHANGED,
     AnyMessage,
     Begin,

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_invalidator import rules
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.handle import in_order
 from cdc_invalidator.reader.keys import Keys, NoKey, same_slot
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.local import Local, Pulse
+from cdc_invalidator.rules.load import Cache, parse_rules
 
 
-def cache(**fields: str) -> rules.Cache:
+def cache(**fields: str) -> Cache:
     lines = "".join(f"    {name}: {value!r}\n" for name, value in ({"ttl": "5m"} | fields).items())
-    return rules.parse([("rules.yaml", f"version: 1\ncaches:\n  one:\n{lines}rules: []\n")], {}).caches["one"]
+    return parse_rules([("rules.yaml", f"version: 1\ncaches:\n  one:\n{lines}rules: []\n")], {}).caches["one"]
 
 
 class Plan(enum.Enum):

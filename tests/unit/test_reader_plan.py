@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdc_invalidator import rules
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.metrics import silent
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.plan import Clocks, Entry, Load, Plan, Send, Sleep, Unavailable, World
+from cdc_invalidator.rules.load import parse_rules
 
 RULES = """
 version: 1
@@ -25,7 +25,7 @@ caches:
   old: {key: "t:old:{id}", ttl: 5m, negative_ttl: 1m, stale_for: 1m}
 rules: []
 """
-CACHES = rules.parse([("rules.yaml", RULES)], {}).caches
+CACHES = parse_rules([("rules.yaml", RULES)], {}).caches
 ANY = Demand()
 
 
@@ -411,7 +411,7 @@ caches:
   filtered: {key: "t:filtered:{version|lower}", version: "t:ver", ttl: 5m}
 rules: []
 """
-    found = rules.parse([("rules.yaml", text)], {}).caches
+    found = parse_rules([("rules.yaml", text)], {}).caches
     world = World(Feed("slot"))
     with pytest.raises(ValueError, match="cache endless has no `ttl`"):
         Plan(found["endless"], Options[Any](), world, silent())

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from cdc_invalidator.backlog import BATCH
-from cdc_invalidator.invalidation import Batch, Run
-from cdc_invalidator.recent import Recent
+from cdc_invalidator.pipeline.backlog import BATCH
+from cdc_invalidator.pipeline.invalidation import Batch, Run
+from cdc_invalidator.pipeline.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

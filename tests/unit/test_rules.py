@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cdc_invalidator import rulefile, rules
 from cdc_invalidator.errors import WrongRules
-from cdc_invalidator.rulefile import RuleFile, Table
-from cdc_invalidator.rules import Pair, Query, RuleSet
-from cdc_invalidator.template import Param
+from cdc_invalidator.rules import format as rulefile
+from cdc_invalidator.rules.format import RuleFile, Table
+from cdc_invalidator.rules.load import Pair, Query, RuleSet, load_rules, parse_rules
+from cdc_invalidator.rules.template import Param
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +57,7 @@ CACHES = "caches: {a: {key: 'a:{id}'}, v: {key: 'v:{id}:{version}', version: 'v:
 
 
 def parse(*texts: str, **env: str) -> RuleSet:
-    return rules.parse([(f"{'abc'[number]}.yaml", text) for number, text in enumerate(texts)], env)
+    return parse_rules([(f"{'abc'[number]}.yaml", text) for number, text in enumerate(texts)], env)
 
 
 def mistakes(*texts: str, **env: str) -> list[str]:
@@ -864,15 +864,15 @@ def test_a_mistake_in_a_test_is_told_with_its_place(entry: str, mistake: str) ->
 
 def load_mistakes(path: Path) -> list[str]:
     with pytest.raises(WrongRules) as caught:
-        rules.load(path, {})
+        load_rules(path, {})
     return str(caught.value).splitlines()
 
 
 def test_a_file_is_loaded_whatever_it_is_called(tmp_path: Path) -> None:
     (tmp_path / "rules.txt").write_text(GOOD)
-    rule_set = rules.load(tmp_path / "rules.txt", {})
+    rule_set = load_rules(tmp_path / "rules.txt", {})
     assert rule_set.rules[0].place.file == str(tmp_path / "rules.txt")
-    assert rule_set == rules.parse([(str(tmp_path / "rules.txt"), GOOD)], {})
+    assert rule_set == parse_rules([(str(tmp_path / "rules.txt"), GOOD)], {})
 
 
 def test_a_directory_is_loaded_sorted_and_without_hidden_files(tmp_path: Path) -> None:
@@ -882,7 +882,7 @@ def test_a_directory_is_loaded_sorted_and_without_hidden_files(tmp_path: Path) -
     for name in (".hidden.yaml", "..data.yaml", "notes.txt", "old.yaml.bak"):
         (tmp_path / name).write_text("not a rule file")
     (tmp_path / "deeper").mkdir()
-    assert len(rules.load(tmp_path, {}).rules) == 2
+    assert len(load_rules(tmp_path, {}).rules) == 2
 
 
 def test_a_configmap_mount_is_loaded_through_its_links(tmp_path: Path) -> None:
@@ -890,7 +890,7 @@ def test_a_configmap_mount_is_loaded_through_its_links(tmp_path: Path) -> None:
     (tmp_path / "..2024" / "shop.yaml").write_text(GOOD)
     (tmp_path / "..data").symlink_to("..2024")
     (tmp_path / "shop.yaml").symlink_to("..data/shop.yaml")
-    assert rules.load(tmp_path, {}).rules[0].place.file == str(tmp_path / "shop.yaml")
+    assert load_rules(tmp_path, {}).rules[0].place.file == str(tmp_path / "shop.yaml")
 
 
 def test_a_path_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:

@@ -39,13 +39,15 @@ from walsender import (
     update,
 )
 
-from cdc_invalidator import errors, pgoutput, receive, rules, scan
-from cdc_invalidator.assembly import Assembly
-from cdc_invalidator.invalidation import Batch
-from cdc_invalidator.pgoutput import UNCHANGED
-from cdc_invalidator.replication import COPY, PAYLOAD, Keepalive
-from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import Pair, RuleSet
+from cdc_invalidator import errors
+from cdc_invalidator.pipeline import receive, scan
+from cdc_invalidator.pipeline.assembly import Assembly
+from cdc_invalidator.pipeline.invalidation import Batch
+from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.postgres.pgoutput import UNCHANGED
+from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive
+from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.load import Pair, RuleSet, parse_rules
 
 if not scan.COMPILED:
     assert not os.environ.get("CI"), "the compiled part is not there"
@@ -103,7 +105,7 @@ def rule_set(users: tuple[str, ...], orders: tuple[str, ...], gone: bool) -> Rul
     entries = [("users", entry) for entry in users] + [("orders", entry) for entry in orders]
     entries += [("gone", "bust: [user, counts]")] if gone else []
     lines = [f"  - {{name: r{at}, table: public.{table}, {entry}}}\n" for at, (table, entry) in enumerate(entries)]
-    return rules.parse([("rules.yaml", CACHES + "".join(lines))], {})
+    return parse_rules([("rules.yaml", CACHES + "".join(lines))], {})
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from example import DESIGN
 
-from cdc_invalidator.rulefile import RuleFile
-from cdc_invalidator.schema import schema
+from cdc_invalidator.rules.format import RuleFile
+from cdc_invalidator.rules.schema import schema
 
 SHOP = Path(__file__).parents[2] / "rules" / "shop.yaml"
 VALIDATOR = jsonschema.Draft202012Validator(schema())

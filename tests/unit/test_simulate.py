@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from example import DESIGN
 
-from cdc_invalidator import pgoutput, rules, trial
-from cdc_invalidator.rulefile import Table
-from cdc_invalidator.rules import RuleSet, value_text, value_types
-from cdc_invalidator.simulate import Change, Shape, Unanswered, Verdict, play, simulate
+from cdc_invalidator.commands import trial
+from cdc_invalidator.commands.simulate import Change, Shape, Unanswered, Verdict, play, simulate
+from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.load import RuleSet, parse_rules, value_text, value_types
 
 CACHES = """
 version: 1
@@ -31,7 +32,7 @@ WHEN = "op != 'update' || new.plan != old.plan"
 def rule_set(*entries: str) -> RuleSet:
     """The caches above, and rules r0, r1, … on public.t: ``bust: [user]``."""
     lines = [f"  - {{name: r{number}, table: public.t, {entry}}}\n" for number, entry in enumerate(entries)]
-    return rules.parse([("rules.yaml", CACHES + "".join(lines))], {})
+    return parse_rules([("rules.yaml", CACHES + "".join(lines))], {})
 
 
 def change(op: str, old: Mapping[str, Any] | None = None, new: Mapping[str, Any] | None = None) -> Change:
@@ -178,7 +179,7 @@ rules:
     table: public.t
     bust: [page: {user: id, via: "SELECT team FROM m WHERE x = {team_id}"}]
 """
-    (told,) = simulate(rules.parse([("a.yaml", text)], {}), change("insert", new=ROW), {"page": [{"team": "5"}]})
+    (told,) = simulate(parse_rules([("a.yaml", text)], {}), change("insert", new=ROW), {"page": [{"team": "5"}]})
     assert [str(bust) for bust in told.busts] == ["page:5:1"]
 
 
@@ -233,7 +234,7 @@ def test_a_table_that_no_rule_names_is_looked_at_by_none() -> None:
 
 
 def report(text: str) -> list[str]:
-    return list(trial.Report().lines(trial.run(rules.parse([("a.yaml", text)], {}))))
+    return list(trial.Report().lines(trial.run(parse_rules([("a.yaml", text)], {}))))
 
 
 def test_the_example_of_the_format_passes() -> None:

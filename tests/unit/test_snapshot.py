@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cdc_invalidator.snapshot import all_over, hidden
+from cdc_invalidator.postgres.snapshot import all_over, hidden
 
 EPOCH = 1 << 32
 

@@ -12,8 +12,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from cdc_invalidator import errors, replication
-from cdc_invalidator.replication import _Socket
+from cdc_invalidator import errors
+from cdc_invalidator.postgres import replication
+from cdc_invalidator.postgres.replication import _Socket
 
 ROW = b"d" + struct.pack(">I", 4 + 30) + b"w" + b"x" * 29
 SHUTDOWN = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from cdc_invalidator import errors
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.replicas import Replicas
+from cdc_invalidator.postgres.standbys import Replicas
 
 NAME = "db2:5432"
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from cdc_invalidator import errors, history
-from cdc_invalidator.history import EVER
-from cdc_invalidator.tail import Wanted, _printable, read_since
+from cdc_invalidator import errors
+from cdc_invalidator.commands import history
+from cdc_invalidator.commands.history import EVER
+from cdc_invalidator.commands.tail import Wanted, _printable, read_since
 
 BUST = {"event": "bust", "cache": "user", "rule": "changed"}
 SWEEP = {"event": "bust", "cache": "user", "rule": None}

@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
-from cdc_invalidator import apply, events, lsn, rules
-from cdc_invalidator.cache import BUMP_DELETED, BUMP_MISSING, Outcome
-from cdc_invalidator.events import Events
-from cdc_invalidator.invalidation import KEYS_A_LINE, Batch, Line, Run, Target
+from cdc_invalidator import lsn
 from cdc_invalidator.log import EventLog, KeyDisplay, KeyForm
 from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
+from cdc_invalidator.pipeline import apply, events
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.invalidation import KEYS_A_LINE, Batch, Line, Run, Target
+from cdc_invalidator.redis.server import BUMP_DELETED, BUMP_MISSING, Outcome
+from cdc_invalidator.rules.load import parse_rules
 
 if not events.COMPILED:
     assert not os.environ.get("CI"), "the compiled part is not there"
@@ -33,7 +35,7 @@ caches:
   dash: {key: "dash:{id}:v{version}", version: "dash:{id}:ver"}
   pairs: {key: "pairs:{team}:v{version}:{id}", version: "pairs:{team}:ver", bump_over: 2}
 """
-CACHES = rules.parse([("rules.yaml", RULES)], {}).caches
+CACHES = parse_rules([("rules.yaml", RULES)], {}).caches
 TARGETS = [
     *(Target(name, cache, 'public."quoted ä"') for name in ("r", "s") for cache in CACHES.values()),
     # As by hand.

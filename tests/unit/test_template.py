@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.crc import key_slot
 
-from cdc_invalidator.template import Param, Template, TemplateError
+from cdc_invalidator.rules.template import Param, Template, TemplateError
 
 NOT_A_NAME = (
     "`{…}` does not hold a parameter's name; write `{name}` or `{name|filter}`, without blanks,"

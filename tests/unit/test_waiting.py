@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from cdc_invalidator import rules
-from cdc_invalidator.again import Again
-from cdc_invalidator.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.invalidation import Batch, Target
+from cdc_invalidator.pipeline.again import Again
+from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
+from cdc_invalidator.pipeline.invalidation import Batch, Target
+from cdc_invalidator.rules.load import parse_rules
 
 RULES = """
 version: 1
@@ -18,7 +18,7 @@ caches:
 rules:
   - {name: user-changed, table: public.users, bust: [user]}
 """
-TARGET = Target("user-changed", rules.parse([("rules.yaml", RULES)], {}).caches["user"], "public.users")
+TARGET = Target("user-changed", parse_rules([("rules.yaml", RULES)], {}).caches["user"], "public.users")
 NEVER = 2**64
 
 Wait = Callable[[Again, Batch, Ticket], None]

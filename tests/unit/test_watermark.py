@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_invalidator import watermark
-from cdc_invalidator.watermark import Position, Watermark
+from cdc_invalidator.redis import watermark
+from cdc_invalidator.redis.watermark import Position, Watermark
 
 RULES = {"user": "d1", "dashboard": "d2"}
 FOUND = Watermark(lsn=1000, at=1_700_000_000_000, system_id="7300000000000000001", timeline=1, rules=RULES)

@@ -1,0 +1,1 @@
+"""What the commands do, apart from `run`; the command line itself is in `cli`."""

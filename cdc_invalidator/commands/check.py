@@ -1,0 +1,391 @@
+"""What is worth saying about a rule set before a daemon runs by it: findings, each with its remedy. Pure.
+
+`offline` looks at the rules alone. What a database says of their columns makes some of its findings sharper, which is
+why it takes `Columns`; who asks the servers is `inspection`.
+
+The rule that holds here: a finding that the rules alone don't prove is a warning or a note, never an error.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from cdc_invalidator.errors import Problem
+from cdc_invalidator.rules import overlap
+from cdc_invalidator.rules.condition import Condition
+from cdc_invalidator.rules.document import Place
+from cdc_invalidator.rules.load import Cache, Rule, RuleSet
+from cdc_invalidator.rules.overlap import Language, Values
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.template import Param, Template
+
+WIDTH = 100
+# A longer place has a line of its own, so that the sentences stay readable.
+_PLACE_WIDTH = 34
+
+
+class Severity(StrEnum):
+    """How bad it is; they sort by that. Errors make `check` fail."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing worth saying.
+
+    ``code``: what pipelines know it by; ``place``: where in a rule file, or which server; ``sentence``: what is found,
+    with the remedy at its end.
+    """
+
+    severity: Severity
+    code: str
+    place: Place | str
+    sentence: str
+
+    @classmethod
+    def of(cls, problem: Problem) -> Finding:
+        """Make one of a mistake that `run` refuses as well."""
+        place = Place(problem.file, problem.line, problem.column)
+        return cls(Severity.ERROR, problem.code, place, problem.sentence)
+
+    def fields(self) -> dict[str, Any]:
+        """Give it for JSON; ``file``, ``line`` and ``column`` are ``None`` where the place is a server."""
+        file, line, column = self.place if isinstance(self.place, Place) else (None, None, None)
+        return {
+            "severity": str(self.severity),
+            "code": self.code,
+            "place": str(self.place),
+            "file": file,
+            "line": line,
+            "column": column,
+            "sentence": self.sentence,
+        }
+
+
+@dataclass(slots=True)
+class Columns:
+    """What a database knows of the parameters' values; empty where none was asked.
+
+    ``values``: by cache and parameter, the texts that there can be.
+    """
+
+    values: dict[str, dict[str, Values]] = field(default_factory=dict)
+
+    def of(self, cache: Cache) -> Mapping[str, Values]:
+        """Give what is known of a cache's parameters."""
+        return self.values.get(cache.name, {})
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """Give them sorted, the worst first, each once."""
+    worst = list(Severity)
+    return sorted(
+        dict.fromkeys(findings),
+        key=lambda found: (
+            worst.index(found.severity),
+            isinstance(found.place, Place),
+            found.place if isinstance(found.place, Place) else Place(found.place),
+            found.code,
+            found.sentence,
+        ),
+    )
+
+
+def count(findings: Iterable[Finding], severity: Severity) -> int:
+    """Give how many there are of a severity."""
+    return sum(found.severity is severity for found in findings)
+
+
+def report(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Give all of it for JSON."""
+    return {
+        "findings": [found.fields() for found in findings],
+        "errors": count(findings, Severity.ERROR),
+        "warnings": count(findings, Severity.WARNING),
+    }
+
+
+def table(findings: Sequence[Finding], width: int = WIDTH) -> str:
+    """Give all of it as text, in columns, and the counts in the last line."""
+    if not findings:
+        return "nothing found"
+    at = min(_PLACE_WIDTH, max(len(str(found.place)) for found in findings))
+    margin = max(map(len, Severity)) + 2 + at + 2
+    lines = []
+    for found in findings:
+        place = str(found.place)
+        head = f"{found.severity:<{max(map(len, Severity))}}  {place:<{at}}  "
+        if len(place) > at:
+            lines.append(head.rstrip())
+            head = " " * margin
+        lines += textwrap.wrap(
+            found.sentence,
+            width,
+            initial_indent=head,
+            subsequent_indent=" " * margin,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    counts = [
+        f"{number} {severity}{'' if number == 1 else 's'}"
+        for severity in Severity
+        if (number := count(findings, severity))
+    ]
+    return "\n".join([*lines, "", ", ".join(counts)])
+
+
+# ── The rules alone ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def offline(rules: RuleSet, columns: Columns, *, cluster: bool) -> list[Finding]:
+    """Give what the rules alone show.
+
+    Args:
+        rules: the rule set.
+        columns: what is known of the columns that keys are made of.
+        cluster: whether the caches live in a Redis Cluster.
+    """
+    findings = [found for rule in rules.rules for found in _of_rule(rule)]
+    busted = {bust.cache.name for rule in rules.rules for bust in rule.busts}
+    for cache in rules.caches.values():
+        findings += _of_cache(cache, busted=cache.name in busted, cluster=cluster)
+        findings += _ambiguous(cache, columns)
+    findings += _clashes(list(rules.caches.values()), columns)
+    findings += _swept_besides(list(rules.caches.values()))
+    return findings
+
+
+def _of_rule(rule: Rule) -> Iterator[Finding]:
+    if rule.old_row == "ignore":
+        yield Finding(
+            Severity.NOTE,
+            "old_row_ignored",
+            rule.place,
+            f"rule {rule.name} has `old_row: ignore`: where the replica identity does not carry a key's columns, the "
+            "entries under former values stay until their TTL; this is only listed, so that it stays a decision.",
+        )
+    silent = never(rule)
+    if silent == rule.on:
+        yield Finding(
+            Severity.WARNING,
+            "never_fires",
+            rule.place,
+            f"rule {rule.name} can never fire, since its `when` is false for every {' and '.join(sorted(rule.on))} or "
+            "its `columns` never change; correct it, or remove the rule.",
+        )
+    elif silent:
+        yield Finding(
+            Severity.NOTE,
+            "never_fires_on",
+            rule.place,
+            f"rule {rule.name} never fires on {' or '.join(sorted(silent))}; take that out of its `on`.",
+        )
+    if rule.columns and "update" not in rule.on:
+        yield Finding(
+            Severity.WARNING,
+            "columns_unused",
+            rule.place,
+            f"rule {rule.name} has `columns`, which only an UPDATE looks at, and `on` has no update; remove one of "
+            "them.",
+        )
+
+
+def never(rule: Rule) -> frozenset[str]:
+    """Give the kinds of change that a rule names and can't fire on, whatever the rows hold."""
+    silent: set[str] = set()
+    if rule.when is not None:
+        condition = Condition(rule.when)
+        silent = {op for op in rule.on if condition.refuses(op)}
+    if "update" in rule.on and rule.columns and set(rule.columns) <= rule.immutable:
+        silent.add("update")
+    return frozenset(silent)
+
+
+def _of_cache(cache: Cache, *, busted: bool, cluster: bool) -> Iterator[Finding]:
+    def warning(code: str, sentence: str) -> Finding:
+        return Finding(Severity.WARNING, code, cache.place, sentence)
+
+    if not busted and not cache.ttl_only:
+        yield warning(
+            "never_busted",
+            f"no rule busts cache {cache.name}, so its entries are stale until they expire; name it in the `bust` of "
+            "a rule, or write down with `ttl_only: true` that this is meant.",
+        )
+    if cache.ttl is None and not cache.ttl_only:
+        yield warning(
+            "no_ttl",
+            f"cache {cache.name} has no `ttl`, so what nobody reads any more stays in memory; add one, such as "
+            "`ttl: 1h`.",
+        )
+    for of, template in (("key", cache.key), ("version", cache.version)):
+        if template is not None and template.prefix.count(b":") < 2:
+            yield warning(
+                "short_prefix",
+                f"the `{of}` of cache {cache.name} does not begin with an application and an environment, so that "
+                "others may use, or a sweep may delete, the same keys; write it as `shop:${APP_ENV:-prod}:…`.",
+            )
+    if cluster and cache.version is None and not cache.key.tagged:
+        yield warning(
+            "no_hash_tag",
+            f"in a cluster, a key of cache {cache.name} and its lock lie in different slots, so that a reader's fill "
+            "fails; give the key a hash tag, such as `user:{{{id}}}:profile`.",
+        )
+
+
+# ── Keys that are two things at once ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _ambiguous(cache: Cache, columns: Columns) -> Iterator[Finding]:
+    known = columns.of(cache)
+    for of, template in (("key", cache.key), ("version", cache.version)):
+        if template is None or len(template.params) < 2:
+            continue
+        # Of values that nobody knows, only what holds for numbers as well is told.
+        unknown = {name: Values.of_numbers(values) for name, values in _assumed(template, known).items()}
+        parts = {name: Values.of_parts(values) for name, values in known.items()}
+        for severity, values in (
+            (Severity.WARNING, unknown | parts),
+            (Severity.NOTE, unknown | dict(known)),
+        ):
+            found = overlap.readings(Language(template, values))
+            if found is not None:
+                yield Finding(
+                    severity,
+                    "ambiguous_key",
+                    cache.place,
+                    f"two rows can have the same `{of}` of cache {cache.name}: `{found.key}` is both {found.one} and "
+                    f"{found.other}; put a separator between the parameters that no value holds, or add the filter "
+                    "`|urlencode`.",
+                )
+                break
+
+
+def _assumed(template: Template, known: Mapping[str, Values]) -> dict[str, Values]:
+    return {
+        part.name: known.get(part.name, overlap.COUNTER if part.name == "version" else overlap.PART)
+        for part in template.parts
+        if isinstance(part, Param)
+    }
+
+
+def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
+    """Keys of one cache that are keys, counters or locks of another; and counters of its own."""
+    strict = {
+        cache.name: {parameter: Values.of_parts(values) for parameter, values in columns.of(cache).items()}
+        for cache in caches
+    }
+    usual = [Language(cache.key, strict[cache.name]) for cache in caches]
+    widest = [Language(cache.key, columns.of(cache)) for cache in caches]
+    for at, cache in enumerate(caches):
+        for beside, other in enumerate(caches[at + 1 :], at + 1):
+            sure = not usual[at].free and not usual[beside].free
+            severity, remedy = Severity.ERROR if sure else Severity.WARNING, ""
+            key = overlap.common(usual[at], usual[beside])
+            if key is None:
+                # Only a value with a separator in it would do.
+                key = overlap.common(widest[at], widest[beside])
+                severity, remedy = Severity.NOTE, ", or add the filter `|urlencode` to the parameter"
+            if key is not None:
+                yield Finding(
+                    severity,
+                    "same_keys",
+                    other.place,
+                    f"caches {cache.name} (at {cache.place}) and {other.name} can have the same key, such as `{key}`, "
+                    f"and readers of one would be given values of the other; give one of them another literal "
+                    f"part{remedy}.",
+                )
+    yield from _clashes_with_ours(caches, strict)
+    yield from _read_as_another(caches, strict, columns.values)
+
+
+def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str, Values]]) -> Iterator[Finding]:
+    """Keys that are counters, locks, old values. Any text could be the word `lock`: there, numbers stand for texts."""
+    for cache in caches:
+        mine = Language(cache.key, values[cache.name])
+        numbers = {name: Values.of_numbers(of) for name, of in _assumed(cache.key, values[cache.name]).items()}
+        numbered = Language(cache.key, numbers)
+        for other in caches:
+            given = values[other.name]
+            owned = [("the lock", LOCK_SUFFIX, numbered, Language.beside(other.key, LOCK_SUFFIX, given))]
+            if other.version is not None:
+                owned.append(("the version counter", b"", mine, Language(other.version, given)))
+            if other.stale_for is not None:
+                left = other.version or other.key
+                owned.append(("an old value", STALE_SUFFIX, numbered, Language.beside(left, STALE_SUFFIX, given)))
+            for what, suffix, keys, theirs in owned:
+                key = overlap.common(keys, theirs)
+                if key is not None:
+                    yield Finding(
+                        Severity.WARNING if keys.free or theirs.free or suffix else Severity.ERROR,
+                        "key_is_ours",
+                        cache.place,
+                        f"a key of cache {cache.name} can be {what} of cache {other.name} (at {other.place}), such as "
+                        f"`{key}`; give the key another literal part"
+                        f"{f' than `{suffix.decode()}`' if suffix else ''}.",
+                    )
+
+
+def _read_as_another(
+    caches: Sequence[Cache], strict: Mapping[str, Mapping[str, Values]], widest: Mapping[str, Mapping[str, Values]]
+) -> Iterator[Finding]:
+    """Keys that are old values by a text that ends like one: who may choose it is given what is another's."""
+
+    def common(cache: Cache, other: Cache, values: Mapping[str, Mapping[str, Values]]) -> str | None:
+        left = Language.beside(other.key, STALE_SUFFIX, values.get(other.name, {}))
+        return overlap.common(Language(cache.key, values.get(cache.name, {})), left)
+
+    for other in caches:
+        if other.stale_for is None or other.version is not None:
+            continue
+        for cache in caches:
+            key = common(cache, other, widest)
+            if key is not None and common(cache, other, strict) is None:
+                yield Finding(
+                    Severity.NOTE,
+                    "key_is_ours",
+                    cache.place,
+                    f"a key of cache {cache.name} can be an old value of cache {other.name} (at {other.place}), such "
+                    f"as `{key}`, whose reader would be given that; add the filter `|urlencode` to the parameter.",
+                )
+
+
+def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
+    """Caches within the pattern of another. Any text could be what ends that: numbers stand for texts."""
+    numbers = {
+        cache.name: {name: Values.of_numbers(values) for name, values in _assumed(template, {}).items()}
+        for cache in caches
+        for template in (Template.of((*cache.key.parts, *(cache.version.parts if cache.version else ()))),)
+    }
+    languages = {
+        cache.name: [
+            Language(cache.key, numbers[cache.name]),
+            Language.beside(cache.key, LOCK_SUFFIX, numbers[cache.name]),
+            *([Language(cache.version, numbers[cache.name])] if cache.version is not None else []),
+        ]
+        for cache in caches
+    }
+    for cache in caches:
+        swept = Language.of_sweep(cache.target)
+        others = [
+            other.name
+            for other in caches
+            if other is not cache
+            and other.version != cache.target
+            and any(overlap.common(swept, theirs) is not None for theirs in languages[other.name])
+        ]
+        if others and cache.target.params:
+            pattern = cache.target.glob().decode("utf-8", "replace")
+            yield Finding(
+                Severity.NOTE,
+                "sweeps_others",
+                cache.place,
+                f"a sweep of cache {cache.name} looks for `{pattern}`, which also deletes what belongs to "
+                f"{', '.join(others)}; that does no harm but costs misses, and another prefix avoids it.",
+            )

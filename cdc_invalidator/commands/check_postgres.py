@@ -1,0 +1,560 @@
+"""The edge that `check` looks through: what the live PostgreSQL would make of the rules; Redis: `redis_inspection`.
+
+The rule that holds here: nothing is changed. Only catalogs are read and queries are explained, on a connection that
+can't write. A server that is away is a finding, like everything else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import psycopg
+
+from cdc_invalidator import errors
+from cdc_invalidator.commands import check_redis as redis_inspection
+from cdc_invalidator.commands.check import Columns, Finding, Severity, never, offline
+from cdc_invalidator.pipeline.derive import statement
+from cdc_invalidator.postgres.connection import connect, first_line, translated
+from cdc_invalidator.postgres.publication import Leaf, Publication, Survey, quoted, unknown_old
+from cdc_invalidator.postgres.slot import Server, Slot
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.rules import overlap
+from cdc_invalidator.rules.condition import Condition
+from cdc_invalidator.rules.document import Place
+from cdc_invalidator.rules.format import Table, nearest
+from cdc_invalidator.rules.load import Bust, Cache, Rule, RuleSet
+from cdc_invalidator.rules.overlap import Values
+from cdc_invalidator.rules.template import Param
+
+POSTGRES = "PostgreSQL"
+
+# A table of less is read in a millisecond or two, whether it has an index or not.
+LARGE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at: the daemon's settings, as far as the servers are concerned."""
+
+    postgres_dsn: str
+    redis: Endpoint
+    event_stream: str
+    slot: str
+    publication: str
+
+
+async def inspect(subject: Subject, rules: RuleSet | None) -> list[Finding]:
+    """Look at the servers and at the rules.
+
+    Args:
+        subject: the servers.
+        rules: the rule set; ``None`` where the files are wrong, and the servers are looked at alone.
+    """
+    database = _Database(subject, rules)
+    findings = await _told(database.look, POSTGRES, "postgres_unavailable")
+    if rules is not None:
+        findings += offline(rules, database.columns, cluster=subject.redis.kind == "cluster")
+    findings += await _told(
+        lambda: redis_inspection.look_at(subject.redis, subject.slot, subject.event_stream, rules),
+        redis_inspection.REDIS,
+        "redis_unavailable",
+    )
+    return findings
+
+
+async def _told(look: Callable[[], Awaitable[list[Finding]]], place: str, code: str) -> list[Finding]:
+    """Make a finding of what can't be looked at."""
+    try:
+        return await look()
+    except errors.InvalidatorError as error:
+        return [Finding(Severity.ERROR, code, place, str(error))]
+
+
+# ── PostgreSQL ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Column(NamedTuple):
+    """A column: its type as SQL has it, the type under a domain, and what decides how many values there are."""
+
+    type: str
+    oid: int
+    category: str
+    modifier: int
+    unique: bool
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether a value can be of any length."""
+        if self.oid in _DOCUMENTS or self.category == "A":
+            return True
+        return self.category == "S" and self.modifier == -1 and self.oid != _NAME
+
+
+_DOCUMENTS = frozenset({17, 114, 142, 3802})  # bytea, json, xml, jsonb
+_NAME = 19
+_VALUES: Mapping[int, Values] = {
+    **dict.fromkeys((20, 21, 23, 26), overlap.NUMBER),
+    16: overlap.FLAG,
+    2950: overlap.UUID,
+}
+
+
+def _values(oid: int, category: str = "S") -> Values:
+    return _VALUES.get(oid, overlap.TEXT if category == "S" else overlap.PART)
+
+
+@dataclass(slots=True)
+class _Rights:
+    """What the role may do."""
+
+    role: str
+    replicates: bool
+    slots_left: int
+    keep_size: int
+
+
+class _Database:
+    """One look at the database of the settings."""
+
+    def __init__(self, subject: Subject, rules: RuleSet | None) -> None:
+        self._subject = subject
+        self._rules = rules
+        self._findings: list[Finding] = []
+        self._columns: dict[Table, dict[str, _Column]] = {}
+        self.columns = Columns()
+
+    async def look(self) -> list[Finding]:
+        """Give what is found."""
+        connection = await connect(self._subject.postgres_dsn, "cdc-invalidator check")
+        async with connection:
+            await _rows(connection, "SET default_transaction_read_only = on")
+            slot = Slot(connection, self._subject.slot)
+            try:
+                server: Server | None = await slot.server()
+            except errors.ServerRefuses as error:
+                self._add(Severity.ERROR, "no_logical_decoding", str(error))
+                server = None
+            await self._look_at_slot(connection, slot, server)
+            if self._rules is not None:
+                publication = Publication(connection, self._subject.publication)
+                survey = await publication.survey(self._rules)
+                await self._look_at_publication(connection, publication, survey, self._rules)
+                await self._look_at_tables(connection, survey, self._rules)
+                await self._look_at_queries(connection, self._rules)
+        return self._findings
+
+    def _add(self, severity: Severity, code: str, sentence: str, place: Place | str = POSTGRES) -> None:
+        self._findings.append(Finding(severity, code, place, sentence))
+
+    async def _look_at_slot(self, connection: psycopg.AsyncConnection[Any], slot: Slot, server: Server | None) -> None:
+        name = self._subject.slot
+        (row,) = await _rows(connection, _RIGHTS)
+        rights = _Rights(*row)
+        if not rights.replicates:
+            self._add(
+                Severity.ERROR,
+                "no_replication_right",
+                f"the role {rights.role} may not stream; run ALTER ROLE {_quoted(rights.role)} REPLICATION.",
+            )
+        if rights.keep_size == -1:
+            self._add(
+                Severity.NOTE,
+                "wal_unbounded",
+                "max_slot_wal_keep_size is not set, so while no daemon runs the slot holds WAL without a bound; set "
+                "it, for example ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'.",
+            )
+        try:
+            state = await slot.state()
+        except errors.ServerRefuses as error:
+            self._add(Severity.ERROR, "foreign_slot", str(error))
+            return
+        if state is None:
+            self._add(
+                Severity.NOTE,
+                "no_slot",
+                f"there is no slot {name} yet, so the caches are swept at the first start; the daemon makes it, or "
+                "`cdc-invalidator setup`.",
+            )
+            if rights.slots_left <= 0:
+                self._add(
+                    Severity.ERROR,
+                    "no_slot_free",
+                    "all replication slots are taken; raise max_replication_slots, or drop a slot that nobody uses.",
+                )
+        elif state.lost:
+            self._add(
+                Severity.WARNING,
+                "slot_lost",
+                f"PostgreSQL has given up the slot {name}, and changes were missed; the daemon makes it anew and "
+                "sweeps the caches: start it, and raise max_slot_wal_keep_size.",
+            )
+        elif not state.active:
+            self._add(
+                Severity.WARNING if state.wal_status != "reserved" else Severity.NOTE,
+                "slot_idle",
+                f"nobody streams from the slot {name}, which holds {state.retained >> 20} MiB of WAL; start the "
+                "daemon, or drop the slot with `cdc-invalidator teardown`.",
+            )
+        elif state.wal_status != "reserved":
+            self._add(
+                Severity.WARNING,
+                "slot_behind",
+                f"the slot {name} holds {state.retained >> 20} MiB of WAL, more than max_wal_size; look at why the "
+                "daemon does not keep up.",
+            )
+        if server is not None and server.in_recovery:
+            self._add(
+                Severity.NOTE,
+                "on_a_standby",
+                "this is a standby, where no publication can be made or altered; run what is missing on the primary.",
+            )
+
+    async def _look_at_publication(
+        self, connection: psycopg.AsyncConnection[Any], publication: Publication, survey: Survey, rules: RuleSet
+    ) -> None:
+        name = self._subject.publication
+        self._findings += map(Finding.of, survey.mistakes(rules))
+        given = {
+            "publication": name,
+            "schemas": [table.schema for table in rules.tables],
+            "names": [table.name for table in rules.tables],
+        }
+        owned = {Table(row.schema, row.name) for row in await _rows(connection, _OWNED, given)}
+        missing = survey.unpublished
+        if not survey.exists:
+            (row,) = await _rows(connection, _MAY_CREATE)
+            self._not_set_up(
+                POSTGRES,
+                "no_publication",
+                f"there is no publication {name}",
+                publication.statements(survey),
+                may=row.may and owned >= set(missing),
+            )
+            return
+        (row,) = await _rows(connection, _PUBLISHED, given)
+        used = {op for rule in rules.rules for op in rule.on}
+        lacking = sorted(used - set(row.ops))
+        fix = next((made for made in publication.statements(survey) if " SET (publish" in made), "")
+        if lacking:
+            self._not_set_up(
+                POSTGRES,
+                "operation_not_published",
+                f"the publication {name} does not publish {' and '.join(lacking)}, so that rules never see these",
+                [fix],
+                may=row.mine,
+            )
+        if row.via_root:
+            self._not_set_up(
+                POSTGRES,
+                "published_via_root",
+                f"the publication {name} shows partitions under their root, which hides a TRUNCATE of one of them",
+                [fix],
+                may=row.mine,
+            )
+        for table in missing:
+            subject = survey.subjects[table]
+            whole = "" if subject is not None and subject.partitioned else "ONLY "
+            self._not_set_up(
+                _rules_on(rules, table)[0].place,
+                "table_not_published",
+                f"the publication {name} lacks {table}, whose changes are not seen",
+                [f"ALTER PUBLICATION {_quoted(name)} ADD TABLE {whole}{quoted(table)};"],
+                may=row.mine and table in owned,
+            )
+        for table in survey.without_identity:
+            if table not in survey.subjects:
+                self._add(
+                    Severity.ERROR,
+                    "no_replica_identity",
+                    f"the publication {name} lists {table}, which no rule names and which has no replica identity, so "
+                    f"that the application's UPDATE and DELETE fail; run ALTER PUBLICATION {_quoted(name)} DROP TABLE "
+                    f"{quoted(table)};",
+                )
+
+    def _not_set_up(self, place: Place | str, code: str, what: str, statements: list[str], *, may: bool) -> None:
+        """Tell what the daemon puts right when it starts, or an administrator must."""
+        if may:
+            severity = Severity.NOTE if code == "no_publication" else Severity.WARNING
+            self._add(severity, code, f"{what}; the daemon runs, when it starts: {' '.join(statements)}", place)
+        else:
+            sentence = f"{what}, and its role may not change that; have an administrator run {' '.join(statements)}"
+            self._add(Severity.ERROR, code, sentence, place)
+
+    async def _look_at_tables(self, connection: psycopg.AsyncConnection[Any], survey: Survey, rules: RuleSet) -> None:
+        if survey.unknown:
+            names = [str(Table(row.schema, row.name)) for row in await _rows(connection, _TABLES)]
+            for table in survey.unknown:
+                remedy = nearest(str(table), names, "create it, or correct the name")
+                for rule in _rules_on(rules, table):
+                    sentence = f"rule {rule.name} names the table {table}, which does not exist; {remedy}"
+                    self._add(Severity.ERROR, "unknown_table", sentence, rule.place)
+        given = {"schemas": [table.schema for table in rules.tables], "names": [table.name for table in rules.tables]}
+        for row in await _rows(connection, _COLUMNS, given):
+            column = _Column(row.type, row.oid, row.category, row.modifier, row.alone)
+            self._columns.setdefault(Table(row.schema, row.name), {})[row.column] = column
+        for table, subject in survey.subjects.items():
+            for leaf in subject.leaves if subject is not None else ():
+                if leaf.usable:
+                    for rule in _rules_on(rules, table):
+                        self._findings += _of_old_rows(rule, leaf)
+        self._look_at_parameters(rules)
+
+    def _look_at_parameters(self, rules: RuleSet) -> None:
+        told: set[tuple[str, str]] = set()
+        for rule in rules.rules:
+            known = self._columns.get(rule.table, {})
+            for bust in rule.busts:
+                mapped = bust.columns if bust.query is None else bust.given
+                for parameter, name in mapped.items():
+                    column = known.get(name)
+                    if column is None:
+                        continue  # that is told already
+                    self._learn(bust.cache, parameter, _values(column.oid, column.category))
+                    long = column.unbounded and not column.unique and not _hashed(bust.cache, parameter)
+                    if long and (bust.cache.name, parameter) not in told:
+                        told.add((bust.cache.name, parameter))
+                        self._findings.append(_of_unbounded(bust.cache, parameter, rule.table, name, column))
+
+    def _learn(self, cache: Cache, parameter: str, values: Values) -> None:
+        """Note what a parameter can be; where rules disagree, that is any text."""
+        known = self.columns.values.setdefault(cache.name, {})
+        known[parameter] = values if known.get(parameter, values) == values else overlap.TEXT
+
+    async def _look_at_queries(self, connection: psycopg.AsyncConnection[Any], rules: RuleSet) -> None:
+        for rule in rules.rules:
+            known = self._columns.get(rule.table, {})
+            for bust in rule.busts:
+                if bust.query is None or not set(bust.columns.values()) <= known.keys():
+                    continue  # an unknown table or column is told already
+                types = {name: column.type for name, column in known.items()}
+                query = statement(bust.query, types)
+                try:
+                    await self._look_at_query(connection, rule, bust, query)
+                except errors.PostgresUnavailable as error:
+                    if connection.broken:
+                        raise
+                    self._query_fails(rule, bust, error)
+                except (errors.ServerRefuses, errors.Locked) as error:
+                    self._query_fails(rule, bust, error)
+
+    def _query_fails(self, rule: Rule, bust: Bust, error: errors.InvalidatorError) -> None:
+        cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
+        self._add(
+            Severity.ERROR,
+            "query_fails",
+            f"the `via` query of rule {rule.name} for cache {bust.cache.name} fails ({cause}), so that the cache would "
+            "be swept at each change; correct it, and try it with psql as the role of CDC_POSTGRES_DSN.",
+            rule.place,
+        )
+
+    async def _look_at_query(
+        self, connection: psycopg.AsyncConnection[Any], rule: Rule, bust: Bust, query: str
+    ) -> None:
+        assert bust.query is not None
+        arguments: list[Any] = [[None] for _ in bust.query.columns] or [1]
+        with translated():
+            nothing = f"SELECT * FROM (\n{query}\n) AS found LIMIT 0"  # noqa: S608  the rule file's own SQL
+            cursor = await connection.execute(nothing.encode(), arguments)
+        given = {column.name: column.type_code for column in (cursor.description or [])[1:]}
+        for parameter in sorted(set(bust.cache.busted.params) - given.keys() - bust.given.keys()):
+            remedy = nearest(parameter, given, f"select it AS {parameter}")
+            self._add(
+                Severity.ERROR,
+                "query_lacks_parameter",
+                f"the `via` query of rule {rule.name} gives no {parameter}, which cache {bust.cache.name} needs; "
+                f"{remedy}",
+                rule.place,
+            )
+        for parameter, oid in given.items():
+            self._learn(bust.cache, parameter, _values(oid))
+        with translated():
+            explained = await connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON) {query}".encode(), arguments)
+            ((plans,),) = await explained.fetchall()
+        nodes = list(_nodes(plans[0]["Plan"]))
+        for scan in nodes:
+            if scan["Node Type"] == "Seq Scan":
+                await self._of_scan(connection, rule, bust, scan, nodes)
+
+    async def _of_scan(
+        self,
+        connection: psycopg.AsyncConnection[Any],
+        rule: Rule,
+        bust: Bust,
+        scan: Mapping[str, Any],
+        nodes: Iterable[Mapping[str, Any]],
+    ) -> None:
+        table = Table(scan["Schema"], scan["Relation Name"])
+        rows = await _rows(connection, _SIZE, {"table": quoted(table)})
+        if not rows or rows[0].size is None or rows[0].size < LARGE_BYTES:
+            return
+        columns = _compared(scan["Alias"], nodes)
+        index = f"run CREATE INDEX CONCURRENTLY ON {quoted(table)} ({columns})" if columns else "add an index"
+        self._add(
+            Severity.WARNING,
+            "query_scans_table",
+            f"the `via` query of rule {rule.name} for cache {bust.cache.name} reads all of {table} "
+            f"({rows[0].size >> 20} MiB) for the changes of each flush, and busts wait for it; {index}.",
+            rule.place,
+        )
+
+
+def _rules_on(rules: RuleSet, table: Table) -> list[Rule]:
+    return [rule for rule in rules.rules if rule.table == table]
+
+
+def _of_old_rows(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
+    """What comes of old rows that don't carry what a rule reads of them, beyond what is refused."""
+    remedy = f"run ALTER TABLE {quoted(leaf.table)} REPLICA IDENTITY FULL"
+    ops = rule.on & {"update", "delete"}
+    watched = (set(rule.columns) if "update" in ops else set()) & leaf.columns - leaf.carried
+    compared: frozenset[str] = frozenset()
+    if rule.when is not None and ops:
+        reads = Condition(rule.when).reads["old"]
+        compared = ((leaf.columns if reads.whole else reads.columns) & leaf.columns) - leaf.carried
+    fired = sorted((ops if compared else {"update"}) - never(rule))
+    if (watched or compared) and fired:
+        yield Finding(
+            Severity.WARNING,
+            "old_row_not_carried",
+            rule.place,
+            f"rule {rule.name} compares {', '.join(sorted(watched | compared))} of the old row, which the replica "
+            f"identity of {leaf.table} does not carry, so that it fires on every {_and(fired)}; "
+            f"{remedy}.",
+        )
+    unknown = unknown_old(rule, leaf)
+    if unknown and rule.old_row == "sweep":
+        swept = [op for op in ops if unknown_old(replace(rule, on=frozenset({op})), leaf)]
+        yield Finding(
+            Severity.NOTE,
+            "old_row_sweeps",
+            rule.place,
+            f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of {leaf.table} "
+            f"does not carry, so that its caches are swept at every {_and(swept)}; {remedy} to "
+            "bust single keys.",
+        )
+    if unknown and rule.old_row == "ignore" and rule.on == {"delete"}:
+        yield Finding(
+            Severity.WARNING,
+            "never_fires",
+            rule.place,
+            f"rule {rule.name} can never fire: a DELETE of {leaf.table} does not tell {', '.join(unknown)}, and "
+            f"`old_row: ignore` lets that pass; {remedy}.",
+        )
+
+
+def _and(ops: Iterable[str]) -> str:
+    return " and ".join(op.upper() for op in sorted(ops))
+
+
+def _hashed(cache: Cache, parameter: str) -> bool:
+    return all(
+        "sha256" in part.filters
+        for template in (cache.key, cache.version)
+        for part in (template.parts if template is not None else ())
+        if isinstance(part, Param) and part.name == parameter
+    )
+
+
+def _of_unbounded(cache: Cache, parameter: str, table: Table, name: str, column: _Column) -> Finding:
+    return Finding(
+        Severity.WARNING,
+        "unbounded_key",
+        cache.place,
+        f"parameter {parameter} of cache {cache.name} is {table}.{name}, of type {column.type} and so of any length, "
+        f"and keys of megabytes would go to Redis; hash it: `{{{parameter}|sha256}}`.",
+    )
+
+
+def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield plan
+    for below in plan.get("Plans", ()):
+        yield from _nodes(below)
+
+
+_CONDITIONS = ("Filter", "Join Filter", "Hash Cond", "Merge Cond", "Recheck Cond")
+
+
+def _compared(alias: str, nodes: Iterable[Mapping[str, Any]]) -> str:
+    """The columns of a table that the plan compares with something by ``=``, as of an index; empty if not all do."""
+    name = re.escape(alias)
+    column = rf'\(*"?{name}"?\.("(?:[^"]|"")+"|\w+)\)?(?:::[\w ]+)?'
+    conditions = [str(plan[kind]) for plan in nodes for kind in _CONDITIONS if kind in plan]
+    if any(" OR " in condition for condition in conditions):
+        return ""
+    found = [
+        match[1]
+        for condition in conditions
+        for pattern in (rf"{column} = ", rf" = {column}")
+        for match in re.finditer(pattern, condition)
+    ]
+    return ", ".join(dict.fromkeys(found))
+
+
+def _quoted(name: str) -> str:
+    return psycopg.sql.Identifier(name).as_string(None)
+
+
+async def _rows(
+    connection: psycopg.AsyncConnection[Any], query: str, given: Mapping[str, Any] | None = None
+) -> list[Any]:
+    with translated():
+        cursor = await connection.execute(query.encode(), given)
+        return await cursor.fetchall() if cursor.description is not None else []
+
+
+# Services where nobody is a superuser have a role of their own that may replicate.
+_RIGHTS = """
+SELECT current_user::text AS role,
+  r.rolsuper OR r.rolreplication OR EXISTS (
+    SELECT FROM pg_roles g WHERE g.rolname IN ('rds_replication', 'rds_superuser', 'cloudsqlsuperuser')
+    AND pg_has_role(current_user, g.oid, 'MEMBER')
+  ) AS replicates,
+  (current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots))::int AS slots_left,
+  (SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size') AS keep_size
+FROM pg_roles r WHERE r.rolname = current_user
+"""
+
+_MAY_CREATE = """
+SELECT has_database_privilege(current_database(), 'CREATE') AND NOT pg_is_in_recovery() AS may
+"""
+
+_PUBLISHED = """
+SELECT array_remove(ARRAY[CASE WHEN pubinsert THEN 'insert' END, CASE WHEN pubupdate THEN 'update' END,
+    CASE WHEN pubdelete THEN 'delete' END, CASE WHEN pubtruncate THEN 'truncate' END], NULL) AS ops,
+  pubviaroot AS via_root, pg_has_role(pubowner, 'USAGE') AND NOT pg_is_in_recovery() AS mine
+FROM pg_publication WHERE pubname = %(publication)s
+"""
+
+_OWNED = """
+SELECT n.nspname AS schema, c.relname AS name
+FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
+JOIN pg_namespace n ON n.nspname = wanted.schema
+JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name
+WHERE pg_has_role(c.relowner, 'USAGE')
+"""
+
+_TABLES = """
+SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname <> 'information_schema'
+  AND n.nspname NOT LIKE 'pg\\_%'
+ORDER BY 1, 2
+"""
+
+_COLUMNS = """
+SELECT n.nspname AS schema, c.relname AS name, a.attname AS column, format_type(a.atttypid, a.atttypmod) AS type,
+  under.oid::bigint AS oid, under.typcategory::text AS category,
+  CASE t.typtype WHEN 'd' THEN t.typtypmod ELSE a.atttypmod END AS modifier,
+  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
+          AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum) AS alone
+FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
+JOIN pg_namespace n ON n.nspname = wanted.schema
+JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind IN ('r', 'p')
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+JOIN pg_type t ON t.oid = a.atttypid
+JOIN pg_type under ON under.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+"""
+
+_SIZE = "SELECT pg_relation_size(to_regclass(%(table)s)) AS size"

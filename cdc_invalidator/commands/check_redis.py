@@ -1,0 +1,278 @@
+"""The edge that `check` looks at Redis through: its kind, the rights of the ACL user, and the watermark.
+
+The rule that holds here: nothing is changed. What is tried is tried on keys of our own, and a cache's keys are only
+named.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cdc_invalidator import errors, lsn
+from cdc_invalidator.commands.check import Finding, Severity
+from cdc_invalidator.pipeline.eventstream import FIELD
+from cdc_invalidator.redis import node, replies
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.node import Command, Node
+from cdc_invalidator.redis.sentinel import Sentinels
+from cdc_invalidator.redis.topology import TIMEOUT, cache_server
+from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+
+REDIS = "Redis"
+OLDEST = (6, 2)
+
+
+async def look_at(endpoint: Endpoint, slot: str, event_stream: str, rules: RuleSet | None) -> list[Finding]:
+    """Look at the Redis that is busted.
+
+    Args:
+        endpoint: where it is.
+        slot: the slot, which names the watermark.
+        event_stream: the key of the stream of bust events; empty for none.
+        rules: the rule set; ``None`` where the files are wrong.
+
+    Raises:
+        errors.RedisUnavailable: it is away, or refuses to be looked at.
+    """
+    findings = await _look_at_rights(endpoint, slot, event_stream, rules)
+    if any(found.severity is Severity.ERROR for found in findings):
+        return findings  # the daemon's own way in fails for what is told already
+    server = cache_server(endpoint, slot, timeout=TIMEOUT)
+    try:
+        await server.connect()
+        marks = await server.read_watermarks()
+    finally:
+        await server.close()
+    mark = marks[0] if marks else None
+    if mark is None:
+        sentence = "there is no watermark yet, so the caches are swept at the first start; nothing needs to be done."
+    else:
+        age = max(0, round(time.time() - mark.at / 1000))
+        sentence = (
+            f"the watermark stands at {lsn.text(mark.lsn)} and is {age} s old; where a daemon runs, more than some "
+            "seconds mean that it is behind: look at its /status."
+        )
+    return [*findings, Finding(Severity.NOTE, "watermark", REDIS, sentence)]
+
+
+@dataclass(slots=True)
+class _Server:
+    """What INFO says of a server; empty where the ACL refuses it."""
+
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, answers: Sequence[Any]) -> _Server:
+        text = b"\n".join(answer for answer in answers if isinstance(answer, bytes)).decode("utf-8", "replace")
+        return cls(dict(line.split(":", 1) for line in text.split() if ":" in line))
+
+    @property
+    def product(self) -> str:
+        """Its name and version."""
+        if "valkey_version" in self.fields:
+            return f"Valkey {self.fields['valkey_version']}"
+        return f"Redis {self.fields['redis_version']}"
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """The version of Redis that it is or is compatible with."""
+        return tuple(int(number) for number in re.findall(r"\d+", self.fields.get("redis_version", ""))[:2])
+
+
+async def _look_at_rights(endpoint: Endpoint, slot: str, event_stream: str, rules: RuleSet | None) -> list[Finding]:
+    opened, close = await _open(endpoint)
+    try:
+        findings = _of_server(endpoint, rules, _Server.read(await opened.send([("INFO",)])))
+        findings += await _of_commands(opened, slot)
+        if rules is not None:
+            findings += await _of_keys(opened, rules)
+            findings += await _of_old_values(opened, slot, rules)
+        if event_stream:
+            findings += await _of_event_stream(opened, event_stream)
+    finally:
+        await close()
+    return findings
+
+
+async def _open(endpoint: Endpoint) -> tuple[Node, Callable[[], Awaitable[None]]]:
+    """Open a connection to a server that holds caches, and give what closes it."""
+    if endpoint.kind == "sentinel":
+        sentinels = Sentinels(endpoint, timeout=TIMEOUT)
+        try:
+            master = await sentinels.open_master()
+        except errors.InvalidatorError:
+            await sentinels.close()
+            raise
+
+        async def close() -> None:
+            await sentinels.close()
+            await master.close()
+
+        return master, close
+    urls = [endpoint.url] if endpoint.kind == "server" else [endpoint.at(address) for address in endpoint.addresses]
+    for left, url in enumerate(urls, 1 - len(urls)):
+        opened = Node(url, timeout=TIMEOUT)
+        try:
+            await opened.connect()
+        except errors.RedisUnavailable:
+            if left == 0:
+                raise
+        else:
+            return opened, opened.close
+    raise AssertionError("an endpoint names a server")
+
+
+def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> list[Finding]:
+    if not server.version:
+        sentence = "its version is not known, since the ACL refuses INFO; Redis 6.2 and later will do."
+        return [Finding(Severity.NOTE, "redis_version", REDIS, sentence)]
+    kind = {"server": "a single server", "sentinel": "a master named by Sentinel", "cluster": "a cluster"}
+    sentence = f"this is {server.product}, {kind[endpoint.kind]}; nothing needs to be done."
+    findings = [Finding(Severity.NOTE, "redis_version", REDIS, sentence)]
+    if server.version < OLDEST:
+        sentence = f"{server.product} can't be used; run Redis 6.2 or later, or Valkey."
+        findings = [Finding(Severity.ERROR, "redis_too_old", REDIS, sentence)]
+    if (server.fields.get("cluster_enabled") == "1") != (endpoint.kind == "cluster"):
+        remedy = replies.TABLE["MOVED"].remedy if endpoint.kind == "server" else "CDC_REDIS_URL names a single server"
+        sentence = f"CDC_REDIS_URL names another kind of Redis than answers; {remedy}."
+        findings.append(Finding(Severity.ERROR, "other_kind_of_redis", REDIS, sentence))
+    versioned = [cache.name for cache in rules.caches.values() if cache.version is not None] if rules else []
+    if versioned and server.fields.get("maxmemory_policy") == "noeviction":
+        findings.append(
+            Finding(
+                Severity.NOTE,
+                "noeviction",
+                REDIS,
+                f"maxmemory-policy is noeviction, and a bump of {', '.join(versioned)} leaves the old entries until "
+                "their TTL, so that memory may fill up and writes fail; keep the TTLs short, or set allkeys-lru.",
+            )
+        )
+    return findings
+
+
+async def _of_commands(opened: Node, slot: str) -> list[Finding]:
+    """Try what the daemon does on keys of our own."""
+    text, mapping = f"cdc:{slot}:check", f"cdc:{slot}:check:hash"
+    tried: tuple[Command, ...] = (
+        ("SET", text, 1, "PX", 1000),
+        ("GET", text),
+        ("UNLINK", text),
+        ("HSET", mapping, "at", 1),
+        ("HMGET", mapping, "at"),
+        ("HGETALL", mapping),
+        ("HDEL", mapping, "at"),
+        ("TIME",),
+        ("SCAN", 0, "MATCH", text, "COUNT", 1),
+        ("SCRIPT LOAD", _NOTHING),
+    )
+    refused: list[str] = []
+    findings: list[Finding] = []
+    for command, answer in zip(tried, await opened.send(tried), strict=True):
+        if not isinstance(answer, Exception):
+            continue
+        code = node.code(answer)
+        if code == "NOPERM":
+            refused.append("+" + str(command[0]).lower().replace(" ", "|"))
+        elif replies.of(code).does is replies.Does.WIDEN:
+            sentence = f"{node.failed(str(command[0]), answer)}"
+            findings.append(Finding(Severity.WARNING, "redis_full", REDIS, sentence))
+        elif node.redirection(answer) is None:
+            sentence = f"{node.failed(str(command[0]), answer)}"
+            findings.append(Finding(Severity.ERROR, "redis_refuses", REDIS, sentence))
+    if refused:
+        sentence = (
+            f"the ACL user of CDC_REDIS_URL lacks rights; grant it ~cdc:{slot}:* and {' '.join(refused)}, and what "
+            "else the README lists."
+        )
+        findings.append(Finding(Severity.ERROR, "redis_rights", REDIS, sentence))
+    return list(dict.fromkeys(findings))
+
+
+# Its keys are checked against the ACL, and then it leaves them alone.
+_NOTHING = "return 1"
+
+
+async def _of_event_stream(opened: Node, key: str) -> list[Finding]:
+    """Try what is done with the event stream. Nothing is written: no entry can have this id, as Redis finds at last."""
+    answers = await opened.send(
+        [
+            ("XADD", key, "NOMKSTREAM", "0-0", FIELD, ""),
+            ("XREVRANGE", key, "+", "-", "COUNT", 1),
+            ("XREAD", "COUNT", 1, "STREAMS", key, "0-0"),
+        ]
+    )
+    codes = [node.code(answer) if isinstance(answer, Exception) else "" for answer in answers]
+    if "WRONGTYPE" in codes:
+        sentence = f"{key}, which CDC_EVENT_STREAM names, holds something else; delete it, or name another key."
+        return [Finding(Severity.WARNING, "event_stream_refused", REDIS, sentence)]
+    if codes[0] == "NOPERM":
+        sentence = (
+            "the ACL user of CDC_REDIS_URL may not write the event stream, so that no event gets there; grant it "
+            f"+xadd and ~{key}"
+        )
+        return [Finding(Severity.WARNING, "event_stream_refused", REDIS, sentence)]
+    if "NOPERM" in codes:
+        sentence = (
+            "the ACL user of CDC_REDIS_URL may not read the event stream, which only `tail` and `explain` do; grant "
+            "whom they are for +xread and +xrevrange."
+        )
+        return [Finding(Severity.NOTE, "event_stream_unreadable", REDIS, sentence)]
+    return []
+
+
+async def _of_keys(opened: Node, rules: RuleSet) -> list[Finding]:
+    """Name a key of each cache to a script that does nothing, to see whether the ACL lets us."""
+    (loaded,) = await opened.send([("SCRIPT LOAD", _NOTHING)])
+    if isinstance(loaded, Exception):
+        return []  # told already
+    named = [
+        (cache, template, key)
+        for cache in rules.caches.values()
+        if not cache.ttl_only
+        for template in (cache.key, cache.version)
+        if template is not None
+        for key in (template.render(dict.fromkeys(template.params, "0")),)
+        if key is not None
+    ]
+    keys = [key + suffix for _, _, key in named for suffix in (b"", LOCK_SUFFIX)]
+    answers = await opened.send([("EVALSHA", loaded, 1, key) for key in keys]) if keys else []
+    findings = []
+    for number, (cache, template, _) in enumerate(named):
+        failures = [answer for answer in answers[2 * number : 2 * number + 2] if isinstance(answer, Exception)]
+        if any(node.code(failure) == "NOPERM" for failure in failures):
+            sentence = (
+                f"the ACL user of CDC_REDIS_URL may not bust cache {cache.name}; grant it +evalsha and "
+                f"~{template.prefix.decode('utf-8', 'replace')}*"
+            )
+            findings.append(Finding(Severity.ERROR, "redis_rights", cache.place, sentence))
+    return list(dict.fromkeys(findings))
+
+
+async def _of_old_values(opened: Node, slot: str, rules: RuleSet) -> list[Finding]:
+    """See whether old values may be left for `stale_for`, by moving a key of our own that is not there."""
+    kept = [cache for cache in rules.caches.values() if cache.stale_for is not None and not cache.ttl_only]
+    # In a cluster the two may lie in different slots; rights are looked at first.
+    key = f"cdc:{slot}:check"
+    tried: tuple[Command, ...] = (("PEXPIRE", key, 1), ("RENAME", key, f"{key}{STALE_SUFFIX.decode()}"))
+    answers = await opened.send(tried) if kept else []
+    refused = [
+        "+" + str(command[0]).lower()
+        for command, answer in zip(tried, answers, strict=False)
+        if isinstance(answer, Exception) and node.code(answer) == "NOPERM"
+    ]
+    return [
+        Finding(
+            Severity.WARNING,
+            "redis_rights",
+            cache.place,
+            f"the ACL user of CDC_REDIS_URL may not leave old values of cache {cache.name} for its `stale_for`, and "
+            f"deletes them instead; grant it {' '.join(refused)}.",
+        )
+        for cache in kept
+        if refused
+    ]

@@ -1,0 +1,400 @@
+"""`explain`: a key's cache and what busts it; a change's busts and why the other rules bust nothing. Pure.
+
+Both ways give plain values first, the same in JSON as in text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
+
+from cdc_invalidator import errors
+from cdc_invalidator.commands.simulate import Change, Verdict
+from cdc_invalidator.rules.format import Table, nearest, read_table
+from cdc_invalidator.rules.load import Bust, Cache, Rule, RuleSet, value_text, value_types
+from cdc_invalidator.rules.template import Param, Template, shown
+
+OPS = ("insert", "update", "delete", "truncate")
+LOCK = b":lock"
+# Busts that are told of a cache.
+LAST = 10
+_NUMBER = re.compile(rb"[0-9]+")
+Form = Literal["text", "json"]
+
+
+# ── A key ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Reading(NamedTuple):
+    """A cache that a key is of, and as what: a ``key``, its ``lock``, or a ``version``; ``params`` as they read."""
+
+    cache: Cache
+    what: Literal["key", "lock", "version"]
+    params: Mapping[str, str]
+
+    @property
+    def template(self) -> Template:
+        """What the key was read by."""
+        version = self.cache.version
+        return version if self.what == "version" and version is not None else self.cache.key
+
+    @property
+    def version_key(self) -> str | None:
+        """The version's key, where the cache has one and the parameters tell it: a filter can't be undone."""
+        version = self.cache.version
+        if version is None:
+            return None
+        read = set(self.template.parts)
+        wanted = [part for part in version.parts if isinstance(part, Param)]
+        if not all(part in read or Param(part.name) in read for part in wanted):
+            return None
+        # What was read after a filter stands as it is.
+        filtered = {part for part in wanted if Param(part.name) not in read}
+        parts = (self.params[p.name].encode() if isinstance(p, Param) and p in filtered else p for p in version.parts)
+        key = Template.of(parts).render(self.params)
+        return None if key is None else key.decode("utf-8", "backslashreplace")
+
+
+def read_key(rules: RuleSet, key: str) -> list[Reading]:
+    """Give every cache that the key may be of, the likeliest first: where least of the key is parameters."""
+    text = key.encode("utf-8", "surrogateescape")
+    readings = [reading for cache in rules.caches.values() for reading in _read(cache, text)]
+    return sorted(readings, key=lambda reading: sum(map(len, reading.params.values())))
+
+
+def _read(cache: Cache, key: bytes) -> Iterator[Reading]:
+    lock = _params(cache, key.removesuffix(LOCK)) if key.endswith(LOCK) else None
+    if lock is not None:
+        yield Reading(cache, "lock", lock)
+    elif (params := _params(cache, key)) is not None:
+        yield Reading(cache, "key", params)
+    if cache.version is not None and (found := cache.version.match(key)) is not None:
+        yield Reading(cache, "version", _texts(found))
+
+
+def _params(cache: Cache, key: bytes) -> dict[str, str] | None:
+    """The parameters of a cache's key, in which a version is a number, or stands as `simulate` shows it."""
+    versioned = cache.version is not None and Param("version") in cache.key.parts
+    if not versioned:
+        found = cache.key.match(key)
+        return None if found is None else _texts(found)
+    for version in dict.fromkeys([b"{version}", *reversed(_NUMBER.findall(key))]):
+        parts = (version if part == Param("version") else part for part in cache.key.parts)
+        found = Template.of(parts).match(key)
+        if found is not None:
+            values = _texts({**found, "version": version})
+            return {name: values[name] for name in cache.key.params}
+    return None
+
+
+def _texts(params: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: value.decode("utf-8", "backslashreplace") for name, value in params.items()}
+
+
+def explain_key(rules: RuleSet, key: str) -> dict[str, Any]:
+    """Tell of which caches the key is, and what busts them.
+
+    Raises:
+        errors.InvalidatorError: it is of no cache.
+    """
+    readings = read_key(rules, key)
+    if not readings:
+        raise errors.InvalidatorError(_of_no_cache(rules, key))
+    return {"key": key, "caches": [_told(rules, reading) for reading in readings]}
+
+
+class LastBusts:
+    """The last busts of a key's caches, out of the event stream.
+
+    Args:
+        rules: the rule set.
+        key: the key; it is of a cache.
+        hashed: gives the hash that events show of a key; ``None`` where the daemon's secret is not known.
+    """
+
+    def __init__(self, rules: RuleSet, key: str, hashed: Callable[[bytes], str] | None) -> None:
+        self._readings = {reading.cache.name: reading for reading in reversed(read_key(rules, key))}
+        self._key = key.encode("utf-8", "surrogateescape")
+        self._hashed = hashed
+        self._busts: dict[str, list[dict[str, Any]]] = {name: [] for name in self._readings}
+        self._looked_back_to: str | None = None
+        self._error: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether older events would change nothing."""
+        return all(len(busts) >= LAST and not all(map(_others, busts)) for busts in self._busts.values())
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Take an event, newer ones before older ones."""
+        self._looked_back_to = event.get("ts")
+        reading = self._readings.get(event.get("cache", ""))
+        if event["event"] != "bust" or reading is None:
+            return
+        busts = self._busts[reading.cache.name]
+        named = self._named(reading, event)
+        # Of those beyond, only the newest that names the key is worth telling.
+        if len(busts) < LAST or (named and all(map(_others, busts))):
+            busts.append({"names_key": named, **event})
+
+    def fail(self, error: str) -> None:
+        """Note why they can't be read."""
+        self._error = error
+
+    def tell(self, told: dict[str, Any]) -> None:
+        """Add them to what `explain_key` tells."""
+        told["event_stream"] = {"looked_back_to": self._looked_back_to, "error": self._error}
+        for cache in told["caches"]:
+            cache["last_busts"] = None if self._error else self._busts[cache["cache"]]
+
+    def _named(self, reading: Reading, event: Mapping[str, Any]) -> bool | None:
+        """Whether an event names the key, or the version that the key is under; ``None`` if that can't be told."""
+        action = event.get("action")
+        if action == "sweep":
+            return True
+        if action == "bump":
+            version = reading.version_key
+            wanted = self._key if reading.what == "version" else None if version is None else version.encode()
+        elif reading.what == "version":
+            return False
+        else:
+            key = self._key.removesuffix(LOCK) if reading.what == "lock" else self._key
+            wanted = None if reading.params.get("version") == "{version}" else key
+        if wanted is None:
+            return None
+        if "raw_keys" in event:
+            return wanted.decode(errors="backslashreplace") in event["raw_keys"]
+        if "key_hashes" in event and self._hashed is not None:
+            return self._hashed(wanted) in event["key_hashes"]
+        return None
+
+
+def _others(bust: Mapping[str, Any]) -> bool:
+    return bust["names_key"] is False
+
+
+def _told(rules: RuleSet, reading: Reading) -> dict[str, Any]:
+    cache = reading.cache
+    return {
+        "cache": cache.name,
+        "defined_at": _place(cache.place),
+        "is": reading.what,
+        "params": dict(reading.params),
+        "filtered": sorted({part.name for part in reading.template.parts if isinstance(part, Param) and part.filters}),
+        "version_key": reading.version_key,
+        "ttl_only": cache.ttl_only,
+        "busted_by": [
+            _cause(rule, bust) for rule in rules.rules for bust in rule.busts if bust.cache.name == cache.name
+        ],
+    }
+
+
+def _cause(rule: Rule, bust: Bust) -> dict[str, Any]:
+    cache, query = bust.cache, bust.query
+    action = "delete" if cache.version is None else "bump" if cache.bump_over is None else "delete or bump"
+    return {
+        "rule": rule.name,
+        "defined_at": _place(rule.place),
+        "table": str(rule.table),
+        "on": [op for op in OPS if op in rule.on],
+        "columns": list(rule.columns) or None,
+        "when": rule.when,
+        "params": dict(bust.given if query else bust.columns),
+        "via": None if query is None else "".join(p if isinstance(p, str) else f"{{{p.name}}}" for p in query.parts),
+        "action": action,
+    }
+
+
+def _of_no_cache(rules: RuleSet, key: str) -> str:
+    prefixes = {name: cache.key.prefix.decode("utf-8", "replace") for name, cache in rules.caches.items()}
+    if not prefixes:
+        return f"No cache has the key {shown(key)}: the rule files define none; check CDC_RULES."
+    near = max(prefixes, key=lambda name: (_in_common(key, prefixes[name]), -len(prefixes[name])))
+    return (
+        f"No cache has the key {shown(key)}; the nearest is cache {near}, whose keys look like "
+        f"{shown(_pattern(rules.caches[near].key))}."
+    )
+
+
+def _in_common(one: str, other: str) -> int:
+    """How many characters two texts begin with together."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _pattern(template: Template) -> str:
+    return "".join(
+        part.decode("utf-8", "replace") if isinstance(part, bytes) else f"{{{part.name}}}" for part in template.parts
+    )
+
+
+def key_lines(told: Mapping[str, Any]) -> Iterator[str]:
+    """Give what `explain_key` tells as lines of text."""
+    for cache in told["caches"]:
+        what = {"key": "a key", "lock": "the lock of a key", "version": "a version"}[cache["is"]]
+        yield f"{told['key']} is {what} of cache {cache['cache']} ({cache['defined_at']})"
+        for name, value in cache["params"].items():
+            yield f"  {name} = {value}{' (after its filters)' if name in cache['filtered'] else ''}"
+        if cache["version_key"] is not None and cache["is"] != "version":
+            yield f"  its version is {cache['version_key']}"
+        if cache["ttl_only"]:
+            yield "  no rule busts it: it is `ttl_only`"
+        elif not cache["busted_by"]:
+            yield "  no rule busts it"
+        for cause in cache["busted_by"]:
+            yield from _cause_lines(cause)
+        yield from _last_lines(cache, told)
+
+
+def _last_lines(cache: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:
+    stream = told.get("event_stream")
+    if stream is None:
+        return
+    if stream["error"] is not None:
+        yield f"  its last busts can't be told: {stream['error']}"
+        return
+    since = f"since {stream['looked_back_to']}" if stream["looked_back_to"] else "which is empty"
+    busts = cache["last_busts"]
+    if not busts:
+        yield f"  no bust of it is in the event stream, {since}"
+        return
+    yield "  its last busts in the event stream, the newest first; * names this key:"
+    yield from map(_bust_line, busts)
+    if any(bust["names_key"] is None for bust in busts):
+        yield (
+            "    ? may name this key: it can be told by a CDC_LOG_HASH_KEY that is set here as for the daemon, or by "
+            "CDC_LOG_KEYS=raw of the daemon"
+        )
+    elif all(map(_others, busts)):
+        yield f"    none in the event stream names this key, {since}"
+
+
+def _bust_line(bust: Mapping[str, Any]) -> str:
+    mark = {True: "*", False: " ", None: "?"}[bust["names_key"]]
+    rule = f" by rule {bust['rule']}" if bust.get("rule") else ""
+    change = f" on {bust.get('op')} of {bust['table']}" if bust.get("table") else ""
+    keys = f"{bust.get('keys')} {'key' if bust.get('keys') == 1 else 'keys'}, {bust.get('existed')} there"
+    lag = f", {bust['lag_ms']} ms after the commit" if "lag_ms" in bust else ""
+    reason = f", {bust['reason']}" if bust.get("reason", "change") != "change" else ""
+    line = f"{bust.get('ts')} {bust.get('action')}{rule}{change}: {keys}, LSN {bust.get('lsn')}{lag}{reason}"
+    return f"    {mark} {line if line.isprintable() else repr(line)[1:-1]}"
+
+
+def _cause_lines(cause: Mapping[str, Any]) -> Iterator[str]:
+    verb = {"delete": "deleted", "bump": "bumped", "delete or bump": "deleted, or bumped past `bump_over`,"}
+    yield f"  {verb[cause['action']]} by rule {cause['rule']} ({cause['defined_at']})"
+    yield f"    on {', '.join(cause['on'])} of {cause['table']}"
+    if cause["columns"]:
+        yield f"    an update counts if it changes {', '.join(cause['columns'])}, or a column of the key"
+    if cause["when"]:
+        yield f"    when {cause['when']}"
+    for parameter, column in cause["params"].items():
+        yield f"    {parameter} is column {column}"
+    if cause["via"]:
+        yield f"    the other parameters are the rows of {cause['via']}"
+
+
+# ── A change ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_change(table: str, op: str, old: str | None, new: str | None) -> Change:
+    """Make a change of what the command line gives.
+
+    Args:
+        table: ``schema.table``.
+        op: insert, update, delete or truncate.
+        old: JSON, the row before it; an update and a delete have one.
+        new: JSON, the row after it; an insert and an update have one.
+
+    Raises:
+        errors.WrongSettings: something of it is wrong.
+    """
+    try:
+        named = read_table(table)
+    except ValueError as error:
+        raise errors.WrongSettings(f"--table: {error}.") from None
+    if op not in OPS:
+        raise errors.WrongSettings(f"--op: {shown(op)} is no kind of change; {nearest(op, OPS)}")
+    before, after = _json_row("--old", old), _json_row("--new", new)
+    wanted = {"insert": {"--new"}, "update": {"--old", "--new"}, "delete": {"--old"}, "truncate": set[str]()}[op]
+    for flag, row in (("--old", before), ("--new", after)):
+        if (row is None) == (flag in wanted):
+            what = f"needs {flag}; give its row as JSON" if row is None else f"has no {flag}; leave it out"
+            raise errors.WrongSettings(f"A change of kind {op} {what}.")
+    return Change(named, op, _row_texts(before), _row_texts(after), value_types(before, after))
+
+
+def _json_row(flag: str, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise errors.WrongSettings(f'{flag} is not JSON ({error}); write {{"column": value, …}}.') from None
+    if not isinstance(row, dict) or any(isinstance(value, (dict, list)) for value in row.values()):
+        raise errors.WrongSettings(f'{flag} is no row; write {{"column": value, …}}, with text for other types.')
+    if any("\0" in value or not _is_unicode(value) for value in row.values() if isinstance(value, str)):
+        raise errors.WrongSettings(f"{flag} holds a character that PostgreSQL can't store; remove it.")
+    return row
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _row_texts(row: Mapping[str, Any] | None) -> dict[str, str | None] | None:
+    return None if row is None else {column: value_text(value) for column, value in row.items()}
+
+
+def explain_change(change: Change, verdicts: Iterable[Verdict], *, live: bool) -> dict[str, Any]:
+    """Tell what each rule makes of a change, as plain values."""
+    found = [_verdict(verdict) for verdict in verdicts]
+    busts = {bust["text"]: bust for verdict in found for bust in verdict["busts"]}
+    return {
+        "table": str(change.table),
+        "op": change.op,
+        "database": live,
+        "rules": found,
+        "busts": list(busts.values()),
+    }
+
+
+def no_rule(rules: RuleSet, table: Table) -> errors.InvalidatorError:
+    """Give the error for a table that no rule names."""
+    remedy = nearest(str(table), map(str, rules.tables), "write a rule for it")
+    return errors.InvalidatorError(f"No rule names the table {table}; {remedy}")
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "rule": verdict.rule.name,
+        "defined_at": _place(verdict.rule.place),
+        "fires": verdict.fired,
+        "why_not": list(verdict.why_not),
+        "busts": [
+            {"action": bust.kind, "cache": bust.cache, "key": bust.key or None, "text": str(bust)}
+            for bust in verdict.busts
+        ],
+        "notes": list(verdict.notes),
+        "unanswered": [lack.cache for lack in verdict.unanswered],
+    }
+
+
+def change_lines(told: Mapping[str, Any]) -> Iterator[str]:
+    """Give what `explain_change` tells as lines of text."""
+    source = "as the database has the table" if told["database"] else "by the rule files alone, without the database"
+    yield f"{told['op']} of {told['table']}, {source}"
+    for rule in told["rules"]:
+        yield f"rule {rule['rule']} ({rule['defined_at']}) {'fires' if rule['fires'] else 'does not fire'}"
+        yield from (f"  {reason}" for reason in rule["why_not"])
+        yield from (f"  {bust['text']}   cache {bust['cache']}" for bust in rule["busts"])
+        yield from (f"  note: {note}" for note in rule["notes"])
+        for cache in rule["unanswered"]:
+            yield f"  not known: keys of cache {cache}, which a query gives; set CDC_POSTGRES_DSN to ask it"
+    yield f"{len(told['busts'])} busts in all" if len(told["busts"]) != 1 else "1 bust in all"
+
+
+def _place(place: Any) -> str:
+    return f"{place.file}:{place.line}"

@@ -1,0 +1,98 @@
+"""The `tests:` of rule files: what a change is said to bust, held against what it busts. Pure.
+
+Where the busts come from is not decided here: from `simulate`, or from a daemon on real servers (`rehearsal`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from cdc_invalidator.commands.simulate import Change, Unanswered, Verdict, simulate
+from cdc_invalidator.rules.load import RuleSet, Test
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a test has come to; it failed if a bust is missing or unexpected, or because of ``faults``.
+
+    ``remarks`` help to see why it failed.
+    """
+
+    test: Test
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    faults: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether the busts are those that the test names, and are all known."""
+        return not (self.missing or self.unexpected or self.faults)
+
+
+def run(rules: RuleSet) -> Iterator[Outcome]:
+    """Run all tests of a rule set, in their order."""
+    for test in rules.tests:
+        change = Change(test.table, test.op, test.old, test.new, test.types)
+        verdicts = simulate(rules, change, test.via)
+        busts = [str(bust) for verdict in verdicts for bust in verdict.busts]
+        faults = [_fault(lack) for verdict in verdicts for lack in verdict.unanswered]
+        faults += [_unasked(test, cache) for cache in test.via if not _asks(rules, test, cache)]
+        yield compare(test, busts, faults, [remark for verdict in verdicts for remark in _remarks(verdict)])
+
+
+def compare(test: Test, busts: Iterable[str], faults: Iterable[str] = (), remarks: Iterable[str] = ()) -> Outcome:
+    """Hold busts, as a test writes them, against those that the test names."""
+    found = dict.fromkeys(busts)
+    wanted = dict.fromkeys(test.busts)
+    missing = tuple(bust for bust in wanted if bust not in found)
+    unexpected = tuple(bust for bust in found if bust not in wanted)
+    return Outcome(test, missing, unexpected, tuple(dict.fromkeys(faults)), tuple(remarks))
+
+
+@dataclass(slots=True)
+class Report:
+    """Counts outcomes while it shows them."""
+
+    passed: int = 0
+    failed: int = 0
+
+    def lines(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
+        """Give the lines that show the failures, as they come, and then the sum."""
+        for outcome in outcomes:
+            self.passed += outcome.passed
+            self.failed += not outcome.passed
+            if not outcome.passed:
+                yield from _failure(outcome)
+        yield f"{self.passed} passed, {self.failed} failed"
+
+
+def _failure(outcome: Outcome) -> Iterator[str]:
+    place = outcome.test.place
+    yield f"{place.file}:{place.line}: {outcome.test.name}"
+    yield from (f"  ! {fault}" for fault in outcome.faults)
+    yield from (f"  - {bust}" for bust in outcome.missing)
+    yield from (f"  + {bust}" for bust in outcome.unexpected)
+    yield from (f"    {remark}" for remark in outcome.remarks)
+
+
+def _remarks(verdict: Verdict) -> Iterator[str]:
+    name = verdict.rule.name
+    yield from (f"rule {name} does not fire: {reason}" for reason in verdict.why_not)
+    yield from (f"rule {name}: {note}" for note in verdict.notes)
+
+
+def _fault(lack: Unanswered) -> str:
+    if lack.lacks:
+        return f"a row of `via` for cache {lack.cache} lacks {', '.join(lack.lacks)}; add it"
+    return f"cache {lack.cache} is busted by a query whose rows the test does not give; add them under `via`"
+
+
+def _asks(rules: RuleSet, test: Test, cache: str) -> bool:
+    busts = [bust for rule in rules.rules if rule.table == test.table for bust in rule.busts]
+    return any(bust.query is not None and bust.cache.name == cache for bust in busts)
+
+
+def _unasked(test: Test, cache: str) -> str:
+    return f"no rule of {test.table} has a query for cache {cache}; remove it from `via`"

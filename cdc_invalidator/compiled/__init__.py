@@ -1,0 +1,1 @@
+"""The optional compiled part; everything runs without it."""

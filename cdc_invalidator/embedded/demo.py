@@ -1,0 +1,383 @@
+"""``cdc-invalidator demo``: a shop with a cache, first without the daemon, then with it, and the stale entries of both.
+
+Everything runs here: PostgreSQL and Valkey from wheels, the daemon as a process of its own. Whatever the demo starts it
+also stops, and it leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+
+from cdc_invalidator import errors
+from cdc_invalidator.embedded import process as spawn
+from cdc_invalidator.embedded import shop
+from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import FrameType
+
+    from rich.console import Console
+    from rich.table import Table
+
+ENVIRONMENT: Final = "demo"  # ${APP_ENV} of the keys
+LIVE_SECONDS: Final = 0.25  # between two pictures on a terminal
+LINE_SECONDS: Final = 1.0  # between two lines elsewhere
+
+
+def run(seconds: float, keep: bool) -> int:
+    """Run the demo.
+
+    Args:
+        seconds: How long the shop works in each of the two phases.
+        keep: Stay up afterwards, until Ctrl-C.
+
+    Returns:
+        The exit code: 0 when no entry was stale with the daemon, 1 when some were, 128 + signal when stopped early.
+
+    Raises:
+        errors.InvalidatorError: A wheel is missing, a server does not start, or the daemon fails.
+    """
+    console = _console()
+    try:
+        with _ended_by_signals(), contextlib.ExitStack() as stack:
+            return _show(console, stack, seconds, keep)
+    except SystemExit as ended:  # by _ended_by_signals, and all is stopped by now
+        console.print("Stopped.")
+        return int(ended.code or 0)
+
+
+def _show(console: Console, stack: contextlib.ExitStack, seconds: float, keep: bool) -> int:
+    console.print("Starting PostgreSQL and Valkey …")
+    postgres = stack.enter_context(Postgres())
+    valkey = stack.enter_context(Valkey())
+    dsn = postgres.create_database("shop")
+    shop.create(dsn)
+    stage = _Stage(console, dsn, valkey.url)
+
+    console.print(f"\n[bold]The shop for {seconds:g} s, and nobody busts its cache[/bold]")
+    without = stage.play(seconds)
+
+    console.print("\nStarting the daemon (its slot is new, so it sweeps first) …")
+    daemon = stack.enter_context(_Daemon(dsn, valkey.url))
+    daemon.wait_until_ready()
+    console.print(f"\n[bold]The same for {seconds:g} s, with the daemon[/bold]")
+    with_daemon = stage.play(seconds, daemon)
+
+    console.print()
+    console.print(_result(without, with_daemon))
+    console.print(_verdict(without, with_daemon), soft_wrap=True)
+    if keep:
+        _stay(console, daemon, postgres, dsn, valkey.url)
+    return 0 if not with_daemon.look.stale else 1
+
+
+def _console() -> Console:
+    try:
+        from rich.console import Console  # noqa: PLC0415 - an optional dependency
+    except ImportError:
+        raise errors.InvalidatorError(
+            "rich is not installed here; run: pip install 'cdc-invalidator[embedded]'",
+        ) from None
+    return Console(highlight=False)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into SystemExit(128 + its number); more of them don't disturb the stopping."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# The daemon, as a process
+
+
+class Bust(NamedTuple):
+    """What the demo needs of one bust event; ``keys`` is a count, ``lag_ms`` is from commit to acknowledged bust."""
+
+    rule: str | None
+    cache: str
+    action: str
+    keys: int
+    key_prefix: str
+    lag_ms: float | None
+    reason: str
+
+
+class _Daemon(spawn.Daemon):
+    """The daemon of the demo, and its busts."""
+
+    def __init__(self, dsn: str, url: str) -> None:
+        super().__init__(dsn, url, shop.rules_file(), {"APP_ENV": ENVIRONMENT})
+        self.busts: list[Bust] = []
+
+    def check(self) -> None:
+        """Read what the daemon has logged since the last time.
+
+        Raises:
+            errors.InvalidatorError: It has ended; the message has its log's tail.
+        """
+        super().check()
+        self.busts += [_bust(event) for event in self.events if event.get("event") == "bust"]
+        self.events.clear()
+
+
+def _bust(event: Mapping[str, Any]) -> Bust:
+    return Bust(
+        event.get("rule"),
+        event["cache"],
+        event["action"],
+        event["keys"],
+        event["key_prefix"],
+        event.get("lag_ms"),
+        event["reason"],
+    )
+
+
+# A phase, and its figures
+
+
+@dataclass(slots=True)
+class Figures:
+    """What one phase has come to.
+
+    ``stale_now`` counts entries that were stale, and the same, in two looks in a row: those that are not just being
+    busted. ``look`` is the one after the phase, when all is settled.
+    """
+
+    with_daemon: bool
+    seconds: float = 0.0
+    tally: shop.Tally = field(default_factory=shop.Tally)
+    busts: list[Bust] = field(default_factory=list)
+    stale_now: int = 0
+    look: shop.Look = field(default_factory=lambda: shop.Look(0, []))
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits of all reads, 0 to 1."""
+        return self.tally.hits / self.tally.reads if self.tally.reads else 0.0
+
+    def busted_keys(self) -> Counter[str]:
+        """Count keys deleted and versions bumped, by cache; sweeps are not in it."""
+        counts: Counter[str] = Counter()
+        for bust in self.busts:
+            if bust.action != "sweep":
+                counts[bust.cache] += bust.keys
+        return counts
+
+    def lag_ms(self, share: float) -> float | None:
+        """Return a percentile (share: 0 to 1) of commit-to-bust, of busts by streamed changes; None without any."""
+        lags = sorted(bust.lag_ms for bust in self.busts if bust.reason == "change" and bust.lag_ms is not None)
+        return lags[min(int(share * len(lags)), len(lags) - 1)] if lags else None
+
+
+class _Stage:
+    """Plays phases on the same database and Redis, and shows how they go."""
+
+    def __init__(self, console: Console, dsn: str, url: str) -> None:
+        self._console = console
+        self._dsn = dsn
+        self._url = url
+        self._phases = 0
+
+    def play(self, seconds: float, daemon: _Daemon | None = None) -> Figures:
+        """Let the shop work for so many seconds, wait until all busts are in, and count what is stale."""
+        self._phases += 1
+        figures = Figures(with_daemon=daemon is not None)
+        first = len(daemon.busts) if daemon else 0
+        work = shop.Workload(self._dsn, self._url, environment=ENVIRONMENT, seed=100 * self._phases)
+        with _Screen(self._console) as screen:
+            before: set[tuple[str, str]] = set()
+            started = time.monotonic()
+            with work:
+                while (left := started + seconds - time.monotonic()) > 0:
+                    time.sleep(min(left, screen.pause))
+                    work.check()
+                    before = self._update(figures, work, before, daemon, first)
+                    figures.seconds = time.monotonic() - started
+                    screen.show(figures)
+            if daemon:
+                daemon.settle()
+            self._update(figures, work, before, daemon, first)
+            figures.look = self._look()
+            figures.stale_now = len(figures.look.stale)
+            screen.show(figures)
+        return figures
+
+    def _update(
+        self,
+        figures: Figures,
+        work: shop.Workload,
+        before: set[tuple[str, str]],
+        daemon: _Daemon | None,
+        first: int,
+    ) -> set[tuple[str, str]]:
+        """Bring the figures up to date; gives the entries that look stale now."""
+        figures.tally = work.tally
+        if daemon:
+            daemon.check()
+            figures.busts = daemon.busts[first:]
+        look = self._look()
+        now = {(entry.key, entry.cached) for entry in look.stale}
+        figures.stale_now = len(now & before)
+        figures.look = look
+        return now
+
+    def _look(self) -> shop.Look:
+        return shop.look(self._dsn, self._url, environment=ENVIRONMENT)
+
+
+# What people see
+
+
+class _Screen:
+    """A picture that moves on a terminal; elsewhere a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.live import Live  # noqa: PLC0415 - an optional dependency
+
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.pause = LIVE_SECONDS if self._live else LINE_SECONDS
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def show(self, figures: Figures) -> None:
+        """Show the figures as they are now."""
+        if self._live:
+            self._live.update(_picture(figures), refresh=True)
+        else:
+            self._console.print(_line(figures), soft_wrap=True)
+
+
+def _line(figures: Figures) -> str:
+    tally = figures.tally
+    parts = [
+        f"{figures.seconds:5.1f} s",
+        f"commits {tally.commits:5}",
+        f"reads {tally.reads:5}",
+        f"hits {figures.hit_rate:4.0%}",
+    ]
+    if figures.with_daemon:
+        parts += [
+            f"busts {figures.busted_keys().total():5}",
+            f"p50 {_ms(figures.lag_ms(0.5))}",
+            f"p99 {_ms(figures.lag_ms(0.99))}",
+        ]
+    parts.append(f"stale {figures.stale_now} of {figures.look.entries} entries")
+    return "  ".join(parts)
+
+
+def _picture(figures: Figures) -> Table:
+    from rich.table import Table  # noqa: PLC0415 - an optional dependency
+
+    tally = figures.tally
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    table.add_column()
+    stale = f"[bold {'red' if figures.stale_now else 'green'}]{figures.stale_now}[/] of {figures.look.entries}"
+    left = [
+        ("seconds", f"{figures.seconds:.1f}"),
+        ("commits", f"{tally.commits}"),
+        ("reads", f"{tally.reads}"),
+        ("hit rate", f"{figures.hit_rate:.0%}"),
+        ("stale entries", stale),
+    ]
+    right = [("", "")] * len(left)
+    if figures.with_daemon:
+        counts = figures.busted_keys()
+        right = [
+            ("busts", str(counts.total())),
+            ("commit to bust, p50", _ms(figures.lag_ms(0.5))),
+            ("commit to bust, p99", _ms(figures.lag_ms(0.99))),
+            ("by cache", "  ".join(f"{cache} {count}" for cache, count in counts.most_common())),
+            ("", ""),
+        ]
+    for (name, value), (other, figure) in zip(left, right, strict=True):
+        table.add_row(name, value, other, figure)
+    return table
+
+
+def _result(without: Figures, with_daemon: Figures) -> Table:
+    from rich.table import Table  # noqa: PLC0415 - an optional dependency
+
+    table = Table()
+    table.add_column("")
+    table.add_column("without", justify="right")
+    table.add_column("with the daemon", justify="right")
+    both = (without, with_daemon)
+    table.add_row("writes (commits)", *(str(each.tally.commits) for each in both))
+    table.add_row("reads", *(str(each.tally.reads) for each in both))
+    table.add_row("hit rate", *(f"{each.hit_rate:.0%}" for each in both))
+    table.add_row("fills that a bust overtook, dropped", *(str(each.tally.refused) for each in both))
+    table.add_row("busts (keys deleted, versions bumped)", "", str(with_daemon.busted_keys().total()))
+    for cache, count in with_daemon.busted_keys().most_common():
+        table.add_row(f"  {cache}", "", str(count), style="dim")
+    table.add_row("commit to bust, p50", "", _ms(with_daemon.lag_ms(0.5)))
+    table.add_row("commit to bust, p99", "", _ms(with_daemon.lag_ms(0.99)))
+    table.add_section()
+    table.add_row("entries in the cache", *(str(each.look.entries) for each in both))
+    table.add_row("[bold]stale entries[/bold]", *(f"[bold]{len(each.look.stale)}[/bold]" for each in both))
+    return table
+
+
+def _verdict(without: Figures, with_daemon: Figures) -> str:
+    stale = with_daemon.look.stale
+    if stale:
+        by_cache = ", ".join(f"{cache} {count}" for cache, count in Counter(each.cache for each in stale).items())
+        return f"[bold red]{len(stale)} entries are stale with the daemon ({by_cache}): that is a bug.[/bold red]"
+    share = len(without.look.stale) / max(without.look.entries, 1)
+    return f"Without the daemon {share:.0%} of the cache was wrong; with it, nothing."
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} ms"  # noqa: RUF001 - an empty cell
+
+
+def _stay(console: Console, daemon: _Daemon, postgres: Postgres, dsn: str, url: str) -> None:
+    """Stay up, and show each bust, until a signal ends it."""
+    psql = shutil.which("psql") or postgres.bin_dir / "psql"
+    for line in (
+        "\n[bold]All stays up until Ctrl-C; nobody writes now. Change a row, and see its busts here.[/bold]",
+        f"  {psql} '{dsn}'",
+        f"  redis-cli -u {url}",
+        f"  curl http://{HOST}:{daemon.port}/metrics",
+        "  try: UPDATE users SET name = 'Grace' WHERE id = 42;\n",
+    ):
+        console.print(line, soft_wrap=True)
+    with contextlib.suppress(SystemExit):  # the way to end it
+        shown = len(daemon.busts)
+        while True:
+            daemon.check()
+            for bust in daemon.busts[shown:]:
+                where = f"{bust.keys} × {bust.key_prefix}…"  # noqa: RUF001
+                console.print(f"{bust.action:6} {bust.cache:16} {where}  {_ms(bust.lag_ms)}", soft_wrap=True)
+            shown = len(daemon.busts)
+            time.sleep(0.1)

@@ -1,0 +1,1 @@
+"""The data path: from the stream of PostgreSQL to the keys of Redis."""

@@ -1,0 +1,79 @@
+"""The queue between receive and apply: what has been matched and not yet taken, bounded by the number of keys.
+
+Batching is what has piled up here; there is no timer. A full backlog holds the reader back, which holds PostgreSQL's
+walsender back: memory stays bounded however long Redis is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from cdc_invalidator.pipeline.checkpoint import Ticket
+from cdc_invalidator.pipeline.invalidation import Batch, Run
+
+# Keys (and sweeps) that may wait: 10 to 20 MB of memory. A batch takes as much as a few keys, however small it is.
+CAPACITY = 100_000
+BATCH = 8
+
+
+class Backlog:
+    """A queue of batches with their checkpoint tickets, for one writer and one reader in one event loop."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._batches: deque[tuple[Batch | Run, Ticket]] = deque()
+        self._filled = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self.weight = 0
+
+    def __len__(self) -> int:
+        """Batches that wait."""
+        return len(self._batches)
+
+    @property
+    def full(self) -> bool:
+        """True when the writer should wait for `room`."""
+        return self.weight >= self._capacity
+
+    def put(self, batch: Batch | Run, ticket: Ticket) -> None:
+        """Add a batch. Never refuses: the writer asks `room` before it reads more."""
+        self._batches.append((batch, ticket))
+        self.weight += batch.weight + BATCH
+        self._filled.set()
+        if self.full:
+            self._drained.clear()
+
+    async def room(self) -> None:
+        """Wait until the backlog is below its capacity."""
+        await self._drained.wait()
+
+    def take(self, weight: int) -> list[tuple[Batch | Run, Ticket]]:
+        """Take what has piled up, in order: at least one batch if there is any, and about ``weight`` keys."""
+        taken: list[tuple[Batch | Run, Ticket]] = []
+        while self._batches and weight > 0:
+            item = self._batches.popleft()
+            taken.append(item)
+            weight -= item[0].weight + BATCH
+            self.weight -= item[0].weight + BATCH
+        if not self._batches:
+            self._filled.clear()
+        if not self.full:
+            self._drained.set()
+        return taken
+
+    async def wait(self, seconds: float) -> None:
+        """Wait until there is something to take, at most so many seconds."""
+        if self._filled.is_set() or seconds <= 0:
+            await asyncio.sleep(0)
+            return
+        try:
+            async with asyncio.timeout(seconds):
+                await self._filled.wait()
+        except TimeoutError:
+            return
+
+    def wake(self) -> None:
+        """Make a waiting reader look again, though nothing was put."""
+        self._filled.set()

@@ -1,0 +1,186 @@
+"""The edge to the `via` queries: from the columns of changed rows to the keys that the queries' rows name.
+
+All changes of one flush are one query for each rule: the arguments go in as arrays, and the rule's query stands behind
+a LATERAL join. It runs on an ordinary connection that can only read, with a limit of time.
+
+A query that fails is tried once more, on a new connection; then its cache is swept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import psycopg
+import structlog
+from psycopg.rows import tuple_row
+
+from cdc_invalidator import errors
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.pipeline.invalidation import Batch, Busts, Target
+from cdc_invalidator.postgres.connection import connect, translated
+from cdc_invalidator.rules.load import Query, split_arguments
+
+_log = structlog.get_logger()
+
+QUERY_SECONDS = 10
+# Rows of one query for one flush, each of which may be a key; with more, the cache is swept.
+MOST_ROWS = 50_000
+# What a query must not be able to do, and how long it may take.
+_LIMITS = f"SET default_transaction_read_only = on; SET statement_timeout = '{QUERY_SECONDS}s'; SET jit = off"
+
+
+class Queries:
+    """One connection for all queries of a rule set.
+
+    Args:
+        dsn: where they run.
+        metrics: what to count.
+    """
+
+    def __init__(self, dsn: str, metrics: Metrics) -> None:
+        self._dsn = dsn
+        self._metrics = metrics
+        self._connection: psycopg.AsyncConnection[Any] | None = None
+        # By table: its columns' types.
+        self._types: dict[str, Mapping[str, str]] = {}
+
+    def close(self) -> None:
+        """Drop the connection at once."""
+        if self._connection is not None:
+            self._connection.pgconn.finish()
+            self._connection = None
+
+    async def derive(self, batches: Iterable[Batch]) -> None:
+        """Put what the queries give into the batches, as ``derived`` or ``bumps``, or sweep where one fails.
+
+        What an earlier call gave stays: it is busted again.
+        """
+        asked: dict[Target, list[tuple[Batch, Busts]]] = {}
+        for batch in batches:
+            for target, busts in batch.busts.items():
+                if target.query is not None and busts.keys and not busts.sweep:
+                    asked.setdefault(target, []).append((batch, busts))
+        for target, all_busts in asked.items():
+            arguments = list(dict.fromkeys(key for _, busts in all_busts for key in busts.keys))
+            try:
+                found = await self._ask_twice(target, arguments)
+            except errors.InvalidatorError as error:
+                self._metrics.rule_errors.labels(target.rule).inc()
+                _log.error("query_failed", rule=target.rule, cache=target.cache.name, error=str(error))
+                for _, busts in all_busts:
+                    busts.sweep = True
+                continue
+            for batch, busts in all_busts:
+                before = len(busts.derived) + len(busts.bumps)
+                _take(target, busts, found)
+                batch.weight += len(busts.derived) + len(busts.bumps) - before
+
+    async def _ask_twice(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
+        try:
+            return await self._ask(target, arguments)
+        except errors.WrongRules:
+            # That is no better the second time.
+            raise
+        except errors.InvalidatorError as error:
+            _log.warning("query_retried", rule=target.rule, cache=target.cache.name, error=str(error))
+            self.close()
+            self._types.pop(target.table, None)
+            return await self._ask(target, arguments)
+
+    async def _ask(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
+        """Give, for each of the arguments (values with NUL between them), the keys that the query's rows name."""
+        if self._connection is None:
+            connection = await connect(self._dsn, "cdc-invalidator queries")
+            with translated():
+                await connection.execute(_LIMITS)
+            self._connection = connection
+        query = target.query
+        assert query is not None
+        assert target.bust is not None
+        rows = [split_arguments(argument) for argument in arguments]
+        types = await self._types_of(self._connection, target.table)
+        self._metrics.queries.labels(target.rule).inc()
+        given: list[Any] = [[_text(row[at]) for row in rows] for at in range(len(query.columns))]
+        with translated():
+            # Not by name: a query may give a column what name it likes.
+            cursor = self._connection.cursor(row_factory=tuple_row)
+            await cursor.execute(statement(query, types).encode(), given or [len(rows)])
+        names = [column.name for column in (cursor.description or [])[1:]]
+        mapped = list(target.bust.given)
+        wanted = set(target.cache.busted.params)
+        lacking = wanted - set(names) - set(mapped)
+        if lacking:
+            raise _wrong(target, f"gives no {', '.join(sorted(lacking))}; name a column so, or give it in the mapping")
+        found: dict[bytes, list[bytes]] = {}
+        result = cursor.pgresult
+        assert result is not None
+        if result.ntuples > MOST_ROWS:
+            raise _wrong(target, f"gives more than {MOST_ROWS:,} rows at once, so its cache is swept; narrow it down")
+        for number in range(result.ntuples):
+            values = {name: result.get_value(number, 1 + at) for at, name in enumerate(names)}
+            argument = int(result.get_value(number, 0) or 0) - 1
+            # Not strict: without any argument, there is one empty text of them.
+            values |= dict(zip(mapped, rows[argument][len(query.columns) :], strict=False))
+            key = target.cache.busted.render({name: values[name] for name in wanted})
+            if key is not None:
+                found.setdefault(arguments[argument], []).append(key)
+        return found
+
+    async def _types_of(self, connection: psycopg.AsyncConnection[Any], table: str) -> Mapping[str, str]:
+        types = self._types.get(table)
+        if types is None:
+            with translated():
+                cursor = await connection.execute(_TYPES, {"table": table})
+                types = self._types[table] = {row.name: row.type for row in await cursor.fetchall()}
+        return types
+
+
+def statement(query: Query, types: Mapping[str, str]) -> str:
+    """Give the SQL that runs a query for many changes at once.
+
+    Its parameters are arrays of text, one for each of the query's columns; without columns, how many changes there are.
+    The first column of its rows tells, from 1, which change they are of.
+    """
+    at = {name: number for number, name in enumerate(query.columns)}
+    parts = [
+        part.replace("%", "%%")
+        if isinstance(part, str)
+        else f"(cdc_row.c{at[part.name]}::{types.get(part.name, 'text')})"
+        for part in query.parts
+    ]
+    inner = "".join(parts).rstrip()
+    source, columns = "generate_series(1, %s)", "n"
+    if query.columns:
+        source = f"unnest({', '.join('%s::text[]' for _ in query.columns)}) WITH ORDINALITY"
+        columns = ", ".join([*(f"c{number}" for number in range(len(query.columns))), "n"])
+    # What is pasted is the rule file's own SQL; values are bound.
+    return _AROUND.format(source=source, columns=columns, inner=inner, limit=MOST_ROWS + 1)
+
+
+_AROUND = (
+    "SELECT cdc_row.n, cdc_found.* FROM {source} AS cdc_row({columns}), LATERAL (\n{inner}\n) AS cdc_found"
+    " LIMIT {limit}"
+)
+
+
+def _wrong(target: Target, what: str) -> errors.WrongRules:
+    return errors.WrongRules([errors.Problem(*target.cache.place, f"the query of rule {target.rule} {what}")])
+
+
+def _text(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError as error:
+        raise errors.WrongMessage("A row holds text that is not UTF-8, which no query can be asked for.") from error
+
+
+def _take(target: Target, busts: Busts, found: Mapping[bytes, Sequence[bytes]]) -> None:
+    busts.derive(target, [key for argument in busts.keys for key in found.get(argument, ())])
+
+
+# Without lengths: a cast to a length that is not the column's any more would cut values.
+_TYPES = """
+SELECT attname AS name, format_type(atttypid, -1) AS type
+FROM pg_attribute WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
+"""

@@ -1,0 +1,215 @@
+"""Bust events: one line for each transaction, rule and cache, and the counters that say the same in sum.
+
+Events are rendered and counted only after Redis has acknowledged what they tell. No bust goes unlogged, and no line
+grows without bound. This is the one place that is hot enough to render its lines itself; all else goes by structlog.
+Where there is a compiled part (`_tell`), it does what `Events.busted` does for JSON, to the byte.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from typing import Any
+
+from cdc_invalidator import lsn
+from cdc_invalidator.log import Event, EventLog, KeyDisplay, Level
+from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
+from cdc_invalidator.pipeline.eventstream import EventStream
+from cdc_invalidator.pipeline.invalidation import Line, Target
+from cdc_invalidator.pipeline.sweep import Sweep
+from cdc_invalidator.redis.server import BUMP_MISSING, Outcome
+
+try:
+    from cdc_invalidator.compiled import _tell
+except ImportError:
+    COMPILED = False
+else:
+    COMPILED = True
+
+
+@dataclass(slots=True)
+class _Total:
+    """What one flush adds to the counters of one target; ``lags``: how many fall into each of LAG_BUCKETS."""
+
+    lines: int = 0
+    keys: int = 0
+    existed: int = 0
+    lag_us: int = 0
+    lags: list[int] = field(default_factory=lambda: [0] * (len(LAG_BUCKETS) + 1))
+
+
+class Events:
+    """Tells and counts busts.
+
+    Args:
+        metrics: what to count.
+        display: how keys are shown.
+        log: where the lines go.
+        stream: where they go as well, as JSON; ``None`` for nowhere.
+        compiled: whether the compiled part may be used.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        display: KeyDisplay,
+        log: EventLog,
+        *,
+        stream: EventStream | None = None,
+        compiled: bool = COMPILED,
+    ) -> None:
+        self._metrics = metrics
+        self._display = display
+        self._log = log
+        self.stream = stream
+        self._children: dict[tuple[str, str, str], tuple[Any, ...]] = {}
+        self._second: int | None = None
+        self._second_text = ""
+        self._teller = None
+        if compiled and log.direct and display.form != "raw":
+            keyed = display.keyed if display.form == "hash" else None
+            self._teller = _tell.Teller(keyed, LAG_BUCKETS, log.begin, _second_text, lsn.EPOCH_OFFSET_US)
+
+    async def room(self) -> None:
+        """Wait until what has been told is written, as far as memory asks for it."""
+        await self._log.room()
+
+    def busted(self, lines: list[Line], outcome: Outcome, replay_until: int, now_us: int) -> None:
+        """Tell what Redis answered to a flush.
+
+        Args:
+            lines: in the order of the flush, which ``outcome.existed`` follows for the deletes among them.
+            outcome: the answer.
+            replay_until: what was committed before this LSN had been busted by an earlier run.
+            now_us: when the answer came, in µs since 1970.
+        """
+        if self._teller is not None:
+            text, compiled_totals = self._teller.busted(
+                lines, outcome.existed, outcome.versions, replay_until, now_us, BUMP_MISSING
+            )
+            self._log.write_text(text)
+            if self.stream is not None:
+                self.stream.take(text)
+            for sums in compiled_totals:
+                self._count(sums.target.rule, sums.target.cache.name, sums.action, sums)
+            return
+        existed_of_deletes = iter(outcome.existed)
+        totals: dict[tuple[Target, str], _Total] = {}
+        told = []
+        for line in lines:
+            target, count = line.target, len(line.keys)
+            own = self._display.fields(line.keys)
+            if line.action == "delete":
+                existed = next(existed_of_deletes)
+            else:
+                own["versions"] = versions = [outcome.versions[key] for key in line.keys]
+                existed = count - versions.count(BUMP_MISSING)
+            reason = line.reason
+            if reason == "change" and line.commit_lsn < replay_until:
+                reason = "replay"
+            own["op"] = line.op
+            own["keys"] = count
+            own["lsn"] = lsn.text(line.commit_lsn)
+            own["xid"] = line.xid
+            own["existed"] = existed
+            own["reason"] = reason
+            name = (target, line.action)
+            total = totals.get(name) or totals.setdefault(name, _Total())
+            total.lines += 1
+            total.keys += count
+            total.existed += existed
+            if line.committed_at is not None:
+                self._time(own, line.committed_at, now_us, total)
+            told.append((target.shown[line.action], own))
+        self._write(told)
+        for (target, action), total in totals.items():
+            self._count(target.rule, target.cache.name, action, total)
+
+    def swept(self, sweep: Sweep) -> None:
+        """Tell that a sweep is over: a line for each cause, and its transactions in it."""
+        now_us = time.time_ns() // 1000
+        cache, tally = sweep.cache, sweep.tally
+        total = _Total(keys=tally.keys, existed=tally.existed)
+        for cause, request in sweep.requests.items():
+            self._metrics.sweeps.labels(cache.name, cause.reason).inc()
+            shown = {
+                "rule": cause.rule or None,
+                "cache": cache.name,
+                "action": "sweep",
+                "table": cause.table or None,
+                "key_prefix": cache.target.prefix.decode(errors="replace"),
+            }
+            own = {
+                "op": cause.op,
+                "transactions": request.transactions,
+                "keys": tally.keys,
+                "lsn": lsn.text(request.commit_lsn),
+                "xid": request.xid,
+                "existed": tally.existed,
+                "reason": cause.reason,
+            }
+            total.lines = 1
+            if request.committed_at is not None:
+                self._time(own, request.committed_at, now_us, total)
+            self._write([(shown, own)])
+            self._count(cause.rule, cache.name, "sweep", total)
+            # What was swept is counted once, whoever asked for it.
+            total = _Total()
+
+    def gap(self, reason: str, caches: list[str], *, swept: bool, level: Level = "warning", **more: str) -> None:
+        """Tell that changes to these caches may have been missed, and whether they are swept for it."""
+        self._metrics.gap(reason)
+        self._write([({"reason": reason, "caches": caches}, {"swept": swept, **more})], "gap", level)
+
+    def _write(self, told: list[Event], event: str = "bust", level: Level = "info") -> None:
+        if self.stream is None:
+            self._log.write(told, event, level)
+            return
+        # One line for both.
+        text = self._log.render(told, event, level)
+        self.stream.take(text)
+        if self._log.direct:
+            self._log.write_text(text, level)
+        else:
+            self._log.write(told, event, level)
+
+    def _count(self, rule: str, cache: str, action: str, total: _Total | _tell.Total) -> None:
+        busts, keys, existed = self._of(rule, cache, action)
+        busts.inc(total.lines)
+        keys.inc(total.keys)
+        existed.inc(total.existed)
+        self._metrics.lag.observe(cache, total.lags, total.lag_us / 1e6)
+
+    def _time(self, own: dict[str, Any], committed_at: int, now_us: int, total: _Total) -> None:
+        """Show when the transaction was committed, and count the time since then."""
+        committed_us = lsn.unix_us(committed_at)
+        lag_us = max(0, now_us - committed_us)
+        own["committed_at"] = self._iso(committed_us)
+        own["lag_ms"] = lag_us / 1000
+        total.lag_us += lag_us
+        total.lags[bisect_left(LAG_BUCKETS, lag_us / 1e6)] += 1
+
+    def _iso(self, unix_us: int) -> str:
+        seconds, us = divmod(unix_us, 1_000_000)
+        if seconds != self._second:
+            # Many commits share a second, and a calendar costs more than the rest of the line.
+            self._second = seconds
+            self._second_text = _second_text(seconds)
+        return f"{self._second_text}.{us:06d}Z"
+
+    def _of(self, rule: str, cache: str, action: str) -> tuple[Any, ...]:
+        # Looking a child up costs more than counting on it.
+        children = self._children.get((rule, cache, action))
+        if children is None:
+            metrics, labels = self._metrics, (rule, cache, action)
+            children = self._children[labels] = (
+                metrics.busts.labels(*labels),
+                metrics.keys.labels(*labels),
+                metrics.existed.labels(*labels),
+            )
+        return children
+
+
+def _second_text(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

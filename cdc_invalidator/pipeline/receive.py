@@ -1,0 +1,195 @@
+"""The receive and confirm tasks: the two ends of the line that touch the walsender.
+
+receive: CopyData → pgoutput → assembly (which asks invalidation) → backlog, and for what is common all of it at once in
+`scan`. The order in it is what makes confirming safe: track the batch, put it, then note the commit. confirm sends the
+position that checkpoint gives, and none of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections.abc import Awaitable, Callable, Iterable
+
+import structlog
+
+from cdc_invalidator import errors, lsn
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.pipeline import scan
+from cdc_invalidator.pipeline.assembly import Assembly
+from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.invalidation import Batch, Invalidation, Run
+from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.postgres.publication import Publication, Survey
+from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive, Replication
+from cdc_invalidator.rules.format import Table
+
+_log = structlog.get_logger()
+
+# A confirmation says how much WAL PostgreSQL may drop: once a second is often enough, and it asks for the server's
+# position in return, which keeps the watermark of a quiet database moving.
+CONFIRM_SECONDS = 1.0
+# Of the logical messages that are busts by hand; all others are none of ours.
+MESSAGE_PREFIX = "cdc_invalidator"
+
+_XLOGDATA = b"w"
+_LENGTH = struct.Struct(">I").unpack_from
+
+
+class Receive:
+    """Reads the stream and puts what it busts on the backlog.
+
+    Args:
+        replication: a started stream.
+        publication: to find the table above a partition.
+        invalidation: the rules.
+        survey: gives the tables of the rules as they were seen last.
+        backlog: where batches go.
+        checkpoint: is told what is in flight and what has been received.
+        metrics: what to count.
+    """
+
+    def __init__(
+        self,
+        replication: Replication,
+        publication: Publication,
+        invalidation: Invalidation,
+        survey: Callable[[], Survey],
+        *,
+        backlog: Backlog,
+        checkpoint: Checkpoint,
+        metrics: Metrics,
+    ) -> None:
+        self._replication = replication
+        self._publication = publication
+        self._invalidation = invalidation
+        self._survey = survey
+        self._assembly = Assembly()
+        self._backlog = backlog
+        self._checkpoint = checkpoint
+        self._metrics = metrics
+        self._decoder = pgoutput.Decoder()
+
+    async def run(self) -> None:
+        """Receive until cancelled, or until the stream fails."""
+        while True:
+            await self._backlog.room()
+            data = await self._replication.read()
+            pos = 0
+            while pos < len(data):
+                if self._backlog.full:
+                    await self._backlog.room()
+                if scan.COMPILED:
+                    before, pos = pos, self._common(data, pos)
+                    if pos > before:
+                        continue
+                end = pos + 1 + _LENGTH(data, pos + 1)[0]
+                await self._one(data[pos + COPY : end])
+                pos = end
+            # The busts go first.
+            await asyncio.sleep(0)
+            self._count()
+
+    def _common(self, data: bytes, pos: int) -> int:
+        """Take what is common in one pass, a batch at most; where it gets nowhere, it is taken message by message."""
+        if self._assembly.in_transaction:
+            pos, batches = self._assembly.rows(data, pos)
+            for batch in batches:
+                self._put(batch)
+            return pos
+        found = self._assembly.transactions(data, pos)
+        if found.taken:
+            if found.lines:
+                self._backlog.put(Run(found.lines, found.xids, found.end_lsn), self._checkpoint.track())
+            self._checkpoint.received(found.end_lsn)
+            self._metrics.transactions.inc(found.taken)
+        return found.pos
+
+    async def _one(self, frame: bytes) -> None:
+        """Take what one CopyData message carries."""
+        if frame[:1] != _XLOGDATA:
+            self._keepalive(Keepalive.read(frame))
+            return
+        message = self._decoder.decode(frame, PAYLOAD - COPY)
+        if isinstance(message, pgoutput.Relation):
+            await self._relation(message)
+            return
+        batches = self._manual(message) if isinstance(message, pgoutput.Message) else self._assembly.feed(message)
+        for batch in batches:
+            if self._backlog.full:
+                await self._backlog.room()
+            self._put(batch)
+
+    def _manual(self, message: pgoutput.Message) -> Iterable[Batch]:
+        if message.prefix != MESSAGE_PREFIX:
+            return ()
+        try:
+            target, key = self._invalidation.manual(message.content)
+        except errors.WrongMessage as error:
+            self._metrics.rule_errors.labels("").inc()
+            _log.error("manual_bust_skipped", lsn=lsn.text(message.lsn), error=str(error))
+            return ()
+        return self._assembly.manual(message, target, key)
+
+    def _put(self, batch: Batch) -> None:
+        if batch.busts:
+            self._backlog.put(batch, self._checkpoint.track())
+        if batch.end_lsn is not None:
+            self._checkpoint.received(batch.end_lsn)
+            self._metrics.transactions.inc()
+
+    def _keepalive(self, keepalive: Keepalive) -> None:
+        # Inside a transaction its position may lie behind changes that are still to come.
+        if not self._assembly.in_transaction:
+            self._checkpoint.received(keepalive.end)
+        if keepalive.reply:
+            self._replication.status(self._checkpoint.confirmable, self._checkpoint.received_lsn)
+
+    async def _relation(self, message: pgoutput.Relation) -> None:
+        # A table that was renamed a moment ago, or only within its transaction, is still the one of the rule.
+        tables = await self._tables(message) or self._survey().known_as(message.oid)
+        plan = None
+        if tables:
+            plan, complaints = self._invalidation.compile(message, tables)
+            for complaint in complaints:
+                self._metrics.rule_errors.labels(complaint.rule).inc()
+                _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)
+        elif unknown := self._survey().unknown:
+            name = f"{message.schema}.{message.name}"
+            _log.error("unknown_table", table=name, error=f"It may be {', '.join(map(str, unknown))}, renamed.")
+            plan = self._invalidation.compile_unknown(message, unknown)
+        self._assembly.relation(message, plan)
+
+    async def _tables(self, message: pgoutput.Relation) -> list[Table]:
+        """Find the tables that rules know the relation by: itself, and for a partition those above it."""
+        above = await self._publication.ancestors(message.oid)
+        return [table for table in (Table(message.schema, message.name), *above) if self._invalidation.names(table)]
+
+    def _count(self) -> None:
+        for (table, op), count in self._invalidation.counted().items():
+            self._metrics.changes.labels(table, op).inc(count)
+        self._metrics.backlog.set(self._backlog.weight)
+        self._metrics.received_lsn.set(self._checkpoint.received_lsn)
+
+
+async def confirm(
+    replication: Replication, checkpoint: Checkpoint, metrics: Metrics, written: Callable[[], Awaitable[int | None]]
+) -> None:
+    """Confirm the position once a second until cancelled, also while Redis is down (the old one, then).
+
+    Args:
+        replication: a started stream.
+        checkpoint: knows the position.
+        metrics: what to count.
+        written: asks for an LSN that all lies below that has been committed by now; see `Snapshots.written`.
+    """
+    while True:
+        await asyncio.sleep(CONFIRM_SECONDS)
+        at = time.time_ns() // 1_000_000
+        if (end := await written()) is not None:
+            # The position that is asked for below tells whether the stream has got there.
+            checkpoint.committed(end, at)
+        replication.status(checkpoint.confirmable, checkpoint.received_lsn, reply=True)
+        metrics.confirmed_lsn.set(checkpoint.confirmable)

@@ -1,0 +1,68 @@
+"""The busts of late: what a Redis that comes back without them is given again. Pure; it outlives sessions.
+
+An acknowledged bust can be lost with its server: in a failover to a replica that lagged, with a snapshot, with another
+instance under the same address. The watermark found there says since when. What was applied after that is here, unless
+it was too much; then the caches are swept.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from cdc_invalidator.pipeline.backlog import BATCH
+from cdc_invalidator.pipeline.invalidation import Batch, Run
+
+# Keys that are remembered, some 150 bytes each.
+CAPACITY = 100_000
+
+
+class Recent:
+    """Batches in stream order, as far back as ``capacity`` keys reach."""
+
+    def __init__(self, capacity: int = CAPACITY) -> None:
+        self._capacity = capacity
+        self._batches: deque[Batch | Run] = deque()
+        self._weight = 0
+        # All that was committed at this LSN or later, and received, is here.
+        self._floor = 0
+        self._history: tuple[str, int] | None = None
+        self._recorded = 0
+
+    def begin(self, history: tuple[str, int], start: int) -> None:
+        """Note that a stream begins at ``start`` in a history (system identifier, timeline).
+
+        What is known from before is kept if the stream goes on from there, without what it will bring again.
+        """
+        if history != self._history or start > self._recorded:
+            self._batches.clear()
+            self._weight = 0
+            self._history, self._floor, self._recorded = history, start, start
+            return
+        self._recorded = start
+        while self._batches and self._batches[-1].first_lsn >= start:
+            self._weight -= _weight(self._batches.pop())
+
+    def note(self, batch: Batch | Run) -> None:
+        """Remember a batch that Redis has acknowledged."""
+        self._batches.append(batch)
+        self._weight += _weight(batch)
+        while self._weight > self._capacity:
+            forgotten = self._batches.popleft()
+            self._weight -= _weight(forgotten)
+            self._floor = max(self._floor, forgotten.commit_lsn + 1)
+
+    def recorded(self, position: int) -> None:
+        """Note that all up to this position has been applied, and the watermark says so."""
+        self._recorded = max(self._recorded, position)
+
+    def reaches(self, position: int) -> bool:
+        """Tell whether all that was applied after this position is here."""
+        return position >= self._floor
+
+    def since(self, position: int) -> list[Batch | Run]:
+        """Give what was applied after this position, in order."""
+        return [batch for batch in self._batches if batch.commit_lsn >= position]
+
+
+def _weight(batch: Batch | Run) -> int:
+    return batch.weight + BATCH

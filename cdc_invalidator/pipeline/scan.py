@@ -1,0 +1,124 @@
+"""The common case of the line in one pass, if the compiled part is there: from bytes of the stream to keys. Pure.
+
+Most of a stream is small transactions that change rows of tables with plain rules: no condition, no query, no filter,
+nothing that is held or done twice. `transactions` takes whole ones, and `rows` the rows of large ones. Both stop at
+whatever is not plain, and leave it to `pgoutput`, `assembly` and `invalidation`, which say what is right: without the
+compiled part they do everything, at some five times the cost.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from cdc_invalidator.pipeline.invalidation import Line, Plan, Target
+
+try:
+    from cdc_invalidator.compiled import _scan
+except ImportError:
+    # No wheel for this platform, and no C compiler when it was installed.
+    COMPILED = False
+else:
+    COMPILED = True
+
+# What the compiled part has room for: PostgreSQL's limit is 1,600.
+_MOST_COLUMNS = 1664
+_LENGTH = struct.Struct(">I").unpack_from
+
+Plans: TypeAlias = "Mapping[int, Plan | None]"
+Firing: TypeAlias = "tuple[Target, Sequence[bytes], Sequence[int], str]"
+"""A target; the literals of its key, one more than its columns; the columns between them; what is known of the old row
+(``given``, ``kept``, ``ignore``)."""
+Rules: TypeAlias = "Sequence[tuple[Sequence[int], Sequence[Firing]]] | None"
+"""For each rule, the columns of which an UPDATE must change one, none for any, and what it busts; ``None`` where one of
+them is not plain."""
+
+
+class Transactions(NamedTuple):
+    """What `transactions` has taken: where it stopped, and how many were taken, with the end of the last one.
+
+    ``lines``: what they bust; ``xids``: those that bust anything.
+    """
+
+    pos: int
+    taken: int
+    end_lsn: int
+    lines: list[Line]
+    xids: list[int]
+
+
+class Rows(NamedTuple):
+    """What `rows` has taken: where it stopped, and how many were taken; ``xid`` as the stream gives it.
+
+    ``found``: for each target, the kinds of change, and keys, which may repeat.
+    """
+
+    pos: int
+    taken: int
+    xid: int | None
+    found: list[tuple[Target, str, list[bytes]]]
+
+
+def table(
+    name: str,
+    identity: Sequence[bool],
+    inserts: Rules,
+    updates: Rules,
+    deletes: Rules,
+    counts: MutableMapping[tuple[str, str], int],
+) -> _scan.Table | None:
+    """Make the rules of a relation ready for the pass; ``None`` without the compiled part, and for too wide a relation.
+
+    Args:
+        name: what rules know it by.
+        identity: for each column, whether an old key tuple carries it.
+        inserts: the rules that an INSERT is matched against.
+        updates: as well.
+        deletes: as well.
+        counts: is counted up, by table and kind of change.
+    """
+    if not COMPILED or len(identity) > _MOST_COLUMNS:
+        return None
+    return _scan.Table(name, identity, inserts, updates, deletes, counts)
+
+
+def transactions(data: bytes, pos: int, plans: Plans, line_type: type[Line], *, limit: int) -> Transactions:
+    """Take whole transactions, as long as they are small and plain.
+
+    Args:
+        data: whole CopyData messages.
+        pos: where in them to begin: between two transactions.
+        plans: by relation.
+        line_type: `invalidation.Line`.
+        limit: how many keys to take.
+    """
+    return Transactions(*_scan.transactions(data, pos, plans, line_type, limit))
+
+
+def rows(data: bytes, pos: int, plans: Plans, own_plans: Plans, *, in_stream: bool, limit: int) -> Rows:
+    """Take rows of one transaction, or subtransaction, as long as they are plain.
+
+    Args:
+        data: whole CopyData messages.
+        pos: where in them to begin: in a transaction.
+        plans: by relation.
+        own_plans: those that only this transaction sees, which come first.
+        in_stream: whether rows carry the id of their subtransaction.
+        limit: how many keys to take.
+    """
+    return Rows(*_scan.rows(data, pos, plans, own_plans, in_stream, limit))
+
+
+def whole(data: bytes) -> int:
+    """Give where the last whole CopyData message of the data ends."""
+    if COMPILED:
+        return _scan.whole(data)
+    size, pos = len(data), 0
+    while size - pos >= 5 and data[pos] == 0x64:  # d
+        following: int = pos + 1 + _LENGTH(data, pos + 1)[0]
+        if following > size or following < pos + 5:
+            break
+        pos = following
+    return pos

@@ -1,0 +1,162 @@
+"""The edge to the replication slot as PostgreSQL's catalogs show it: looked at, made, dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any, NamedTuple
+
+import psycopg
+from psycopg import sql
+
+from cdc_invalidator import errors, lsn
+from cdc_invalidator.postgres.connection import translated
+
+
+class State(NamedTuple):
+    """The slot's row in pg_replication_slots; LSNs as numbers, ``retained`` in bytes of WAL."""
+
+    active: bool
+    active_pid: int | None
+    confirmed: int
+    wal_status: str
+    retained: int
+
+    @property
+    def lost(self) -> bool:
+        """Whether PostgreSQL has given the slot up: nobody can stream from it any more."""
+        return self.wal_status == "lost"
+
+
+class Server(NamedTuple):
+    """What the slot's server is; ``version`` as in server_version_num."""
+
+    version: int
+    wal_level: str
+    in_recovery: bool
+
+
+class Activity(NamedTuple):
+    """The database's own transaction counters, from pg_stat_database."""
+
+    commits: int
+    rollbacks: int
+
+
+class Slot:
+    """One slot, whether it is there or not.
+
+    Args:
+        connection: an ordinary one, to the slot's database.
+        name: the slot's.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], name: str) -> None:
+        self._connection = connection
+        self._name = name
+
+    async def _rows(self, query: str) -> list[Any]:
+        with translated():
+            cursor = await self._connection.execute(query, {"slot": self._name})
+            return await cursor.fetchall()
+
+    async def server(self) -> Server:
+        """Look at the server, and refuse one that can't decode.
+
+        Raises:
+            errors.ServerRefuses: with what must be set.
+        """
+        (row,) = await self._rows(_SERVER)
+        if row.version < 140000:
+            raise errors.ServerRefuses(f"PostgreSQL {row.version // 10000} can't be used; run PostgreSQL 14 or later.")
+        if row.wal_level != "logical":
+            raise errors.ServerRefuses(f"wal_level is {row.wal_level}; set wal_level = logical and restart PostgreSQL.")
+        if row.in_recovery and row.version < 160000:
+            raise errors.ServerRefuses(
+                f"PostgreSQL {row.version // 10000} can't decode on a standby; point CDC_POSTGRES_DSN to the primary."
+            )
+        return Server(row.version, row.wal_level, row.in_recovery)
+
+    async def state(self) -> State | None:
+        """Look at the slot; ``None`` when there is none of that name.
+
+        Raises:
+            errors.ServerRefuses: a slot of that name belongs to something else.
+        """
+        rows = await self._rows(_STATE)
+        if not rows:
+            return None
+        (row,) = rows
+        if row.plugin != "pgoutput" or not row.here:
+            raise errors.ServerRefuses(
+                f"Slot {self._name} belongs to another database or plugin; set CDC_SLOT to a name of your own."
+            )
+        return State(row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
+
+    def statements(self, state: State | None, server: Server, *, new_publication: bool) -> list[str]:
+        """Give the SQL that makes the slot what it must be: nothing if it can be streamed from.
+
+        A slot that stands before the publication was made can't: PostgreSQL before 18 fails to decode from there.
+        """
+        name = sql.Literal(self._name).as_string(None)
+        drop = [f"SELECT pg_drop_replication_slot({name});"]
+        # A slot that is synchronized to the standbys survives a failover; a standby's own can't be.
+        more = ", failover => true" if server.version >= 170000 and not server.in_recovery else ""
+        make = [f"SELECT pg_create_logical_replication_slot({name}, 'pgoutput'{more});"]
+        if state is None:
+            return make
+        # Of a lost slot PostgreSQL has removed the WAL: only a new one can go on, and that is a gap.
+        return drop + make if (state.lost or new_publication) and not state.active else []
+
+    async def drop(self) -> list[str]:
+        """Drop the slot if it is there, and give what was run.
+
+        Raises:
+            errors.SlotInUse: somebody streams from it.
+        """
+        if await self.state() is None:
+            return []
+        statement = f"SELECT pg_drop_replication_slot({sql.Literal(self._name).as_string(None)});"
+        await self._rows(statement)
+        return [statement]
+
+    async def drop_soon(self, seconds: float) -> None:
+        """Drop the slot as soon as its walsender has noticed that we are gone.
+
+        Raises:
+            errors.SlotInUse: somebody still streams from it after so many seconds.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                await self.drop()
+            except errors.SlotInUse:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+    async def activity(self) -> Activity:
+        """Read the database's transaction counters."""
+        (row,) = await self._rows(_ACTIVITY)
+        return Activity(row.commits, row.rollbacks)
+
+
+_SERVER = """
+SELECT current_setting('server_version_num')::int AS version, current_setting('wal_level') AS wal_level,
+  pg_is_in_recovery() AS in_recovery
+"""
+
+_STATE = """
+SELECT active, active_pid, plugin, database = current_database() AS here, confirmed_flush_lsn::text AS confirmed,
+  coalesce(wal_status, 'lost') AS wal_status,
+  coalesce(pg_wal_lsn_diff(
+    CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn
+  ), 0)::bigint AS retained
+FROM pg_replication_slots WHERE slot_name = %(slot)s
+"""
+
+_ACTIVITY = """
+SELECT xact_commit AS commits, xact_rollback AS rollbacks FROM pg_stat_database WHERE datname = current_database()
+"""

@@ -1,0 +1,439 @@
+"""The edge to a Redis or Valkey Cluster: which node has which slot, and where a command goes when that has changed.
+
+Every command here has one key, so that a slot may move while it is on its way: MOVED and ASK are followed at once. All
+locks are deleted, and acknowledged, before the first key is: the two may lie on different nodes.
+
+Each master has a watermark of its own, in a slot of its own, since each can fail over to a replica of its own that
+lagged. A mark is written only after all nodes have acknowledged what it covers; the one that readers know is written
+last. So whatever data set holds a mark, wherever it was moved or copied to, has had all busts up to it.
+
+A node that is lost, or that appears with slots, ends the whole connection: everything is opened, and compared, anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
+from typing import Any
+
+from redis.crc import key_slot
+
+from cdc_invalidator import errors
+from cdc_invalidator.redis import node, replies
+from cdc_invalidator.redis.endpoint import Address, Endpoint
+from cdc_invalidator.redis.node import Command, Node, end
+from cdc_invalidator.redis.server import (
+    INFO,
+    NO_GRACES,
+    SCAN_COUNT,
+    CacheServer,
+    Cursor,
+    Outcome,
+    bumping,
+    marked,
+    marking,
+    read_info,
+    read_mark,
+    read_size,
+    refusable,
+    scanning,
+    seal,
+)
+from cdc_invalidator.redis.watermark import Watermark
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+
+# How often the nodes are asked who has which slot, how long the first one may take to tell, and how often a command is
+# sent on before that counts as a failure.
+LOOK_SECONDS = 1.0
+ANSWER_SECONDS = 2.0
+HOPS = 5
+# A search passes over all nodes again while slots move: each pass makes up for one move of a key.
+PASSES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The cluster as one node sees it; of several, the one with the highest ``epoch`` is right.
+
+    ``owners``: for each of the 16,384 slots, its master; ``idle``: masters without slots;
+    ``moving``: slots that the node that was asked is giving away or taking in.
+    """
+
+    epoch: int
+    owners: list[Address | None]
+    idle: frozenset[Address]
+    moving: frozenset[int]
+
+
+@dataclass(slots=True)
+class _Search:
+    """Where a search for keys stands: the nodes that are still to be searched, and a cursor in the first of them."""
+
+    left: list[Address]
+    cursor: int = 0
+    passes: int = 1
+    moves: int = 0
+
+
+@dataclass(slots=True)
+class _Item:
+    """A command on its way: ``asking`` when it follows an ASK."""
+
+    number: int
+    key: bytes
+    command: Command
+    to: Address | None = None
+    asking: bool = False
+
+
+class Cluster(CacheServer):
+    """All masters of a cluster; see `CacheServer`.
+
+    Args:
+        endpoint: the nodes to ask first.
+        slot: name of the replication slot; it names the watermark.
+        timeout: seconds until a server that does not answer counts as lost.
+    """
+
+    def __init__(self, endpoint: Endpoint, slot: str, *, timeout: float) -> None:
+        super().__init__(slot)
+        self._endpoint = endpoint
+        self._timeout = timeout
+        # What is wrong with the URL's options is told now.
+        self._seeds = [self._node(address, min(timeout, ANSWER_SECONDS)) for address in endpoint.addresses]
+        self._nodes: dict[Address, Node] = {}
+        self._view: View | None = None
+        # Of each node's watermark: what was read or written last, and for which count of moves the keys hold.
+        self._sealed: dict[bytes, str] = {}
+        self._mark_keys: tuple[int, list[bytes]] = (-1, [])
+        # Counted up whenever slots have moved, or may have.
+        self._moves = 0
+        self._left: str | None = None
+        self._turn = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
+
+    def _node(self, address: Address, timeout: float) -> Node:
+        return Node(self._endpoint.at(address), timeout=timeout)
+
+    async def connect(self) -> None:
+        """See `CacheServer`."""
+        view = self._view = await self._discover()
+        for address in {owner for owner in view.owners if owner}:
+            self._nodes[address] = self._node(address, self._timeout)
+        await _all(self._open(opened) for opened in self._nodes.values())
+        for address in view.idle:
+            await self._join(address)
+        self._looking = asyncio.create_task(self._look_on(), name="cluster")
+
+    async def _open(self, opened: Node) -> None:
+        await opened.connect()
+        await self.scripts.load(opened)
+
+    async def close(self) -> None:
+        """See `CacheServer`."""
+        if self._looking is not None:
+            await end(self._looking)
+        for opened in (*self._nodes.values(), *self._seeds):
+            await opened.close()
+
+    # Who has which slot.
+
+    async def _discover(self) -> View:
+        answers = await asyncio.gather(*map(self._first_view, self._seeds))
+        views = [answer for answer in answers if isinstance(answer, View)]
+        if not views:
+            failure = answers[0]
+            assert isinstance(failure, errors.RedisUnavailable)
+            raise failure
+        return max(views, key=_epoch)
+
+    async def _first_view(self, seed: Node) -> View | errors.RedisUnavailable:
+        try:
+            await seed.connect()
+            return await _view(seed)
+        except errors.RedisUnavailable as error:
+            return error
+        finally:
+            await seed.close()
+
+    async def _look_on(self) -> None:
+        while self._left is None:
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._look()
+
+    async def _look(self) -> None:
+        """Ask all nodes who has which slot; what has changed beyond a move of slots is found in ``_left``."""
+        async with self._turn:
+            await self._look_once()
+
+    async def _look_once(self) -> None:
+        answers = await asyncio.gather(*map(_view, self._nodes.values()), return_exceptions=True)
+        views = [answer for answer in answers if isinstance(answer, View)]
+        for answer in answers:
+            if isinstance(answer, errors.RedisUnavailable):
+                self._left = f"A node of the cluster is lost: {answer}"
+            elif isinstance(answer, BaseException):
+                raise answer
+        known = self._view
+        assert known is not None
+        latest = max(views, key=_epoch, default=known)
+        if latest.epoch < known.epoch:
+            return
+        moving = frozenset(slot for view in views for slot in view.moving)
+        owners = {owner for owner in latest.owners if owner}
+        if owners - self._nodes.keys() or self._nodes.keys() - owners - latest.idle:
+            self._left = "A master of the cluster was replaced; all are looked for again."
+            return
+        for address in latest.idle - self._nodes.keys():
+            # It is empty, and by holding on to it we know what it is given.
+            await self._join(address)
+        if moving or latest.owners != known.owners:
+            self._moves += 1
+        self._view = replace(latest, moving=moving)
+
+    async def _join(self, address: Address) -> None:
+        newcomer = self._node(address, self._timeout)
+        try:
+            await self._open(newcomer)
+        except errors.RedisUnavailable:
+            # It has no slots yet; when it has, it must be there.
+            await newcomer.close()
+            return
+        self._nodes[address] = newcomer
+
+    # Commands.
+
+    async def _ask(self, commands: Sequence[tuple[bytes, Command]], *, refusals: bool = False) -> list[Any]:
+        """Send each command to the node that has its key, and give the replies in order.
+
+        With ``refusals``, error replies that `refusable` gives are among them.
+        """
+        self._check()
+        replies_: list[Any] = [None] * len(commands)
+        items = [_Item(number, key, command) for number, (key, command) in enumerate(commands)]
+        for _ in range(HOPS):
+            by_node: dict[Address, list[_Item]] = {}
+            for item in items:
+                by_node.setdefault(item.to or self._owner(item.key), []).append(item)
+            rounds = [self._round(address, some) for address, some in by_node.items()]
+            items = []
+            for some, answers in await _all(rounds):
+                for item, answer in zip(some, answers, strict=True):
+                    if node.redirection(answer) is not None or (isinstance(answer, Exception) and not refusals):
+                        items.append(self._sent_on(item, answer))
+                    else:
+                        replies_[item.number] = refusable(item.command, answer)
+            if not items:
+                return replies_
+        raise errors.RedisUnavailable(
+            "The nodes of the cluster send a command from one to the other; it is tried again.", code="MOVED"
+        )
+
+    async def _round(self, address: Address, items: list[_Item]) -> tuple[list[_Item], list[Any]]:
+        opened = self._nodes.get(address)
+        if opened is None:
+            raise errors.RedisUnavailable(
+                f"{address} has joined the cluster; all nodes are looked for again.", code="MOVED_AWAY"
+            )
+        commands: list[Command] = []
+        places: list[int] = []
+        for item in items:
+            if item.asking:
+                commands.append(("ASKING",))
+            places.append(len(commands))
+            commands.append(item.command)
+        answers = await opened.send(commands)
+        return items, [answers[place] for place in places]
+
+    def _sent_on(self, item: _Item, answer: Exception) -> _Item:
+        """Give the command as it is sent on after an error; raise what no sending on mends."""
+        where = node.redirection(answer)
+        if where is None or replies.of(where.code).does is not replies.Does.REDIRECT:
+            raise node.failed(str(item.command[0]), answer) from answer
+        # An empty host is that of the node that answers.
+        to = Address(where.host or (item.to or self._owner(item.key)).host, where.port)
+        self._moves += 1
+        if where.code == "MOVED":
+            assert self._view is not None
+            self._view.owners[key_slot(item.key)] = to
+            return _Item(item.number, item.key, item.command)
+        return _Item(item.number, item.key, item.command, to, asking=True)
+
+    def _owner(self, key: bytes) -> Address:
+        assert self._view is not None
+        owner = self._view.owners[key_slot(key)]
+        if owner is None:
+            raise errors.RedisUnavailable(
+                "The cluster serves not all slots; it is tried again until it does.", code="CLUSTERDOWN"
+            )
+        return owner
+
+    def _check(self) -> None:
+        if self._looking is not None and self._looking.done() and self._left is None:
+            self._looking.result()
+        if self._left is not None:
+            raise errors.RedisUnavailable(self._left, code="MOVED_AWAY")
+
+    async def bust(
+        self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
+    ) -> Outcome:
+        """See `CacheServer`."""
+        keys = [key for group in deletes for key in group]
+        await self._ask([(lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for key in keys])
+        unlinked = [(key, self._unlinking(key, graces)) for key in keys]
+        bumped = [(key, bumping(self.scripts, [key], bumps, graces)) for key in bumps]
+        answers = iter(await self._ask([*unlinked, *bumped]))
+        existed = [sum(next(answers) for _ in group) for group in deletes]
+        return Outcome(existed, {key: next(answers)[0] for key in bumps})
+
+    def _unlinking(self, key: bytes, graces: Mapping[bytes, int]) -> Command:
+        grace = graces.get(key)
+        return ("UNLINK", key) if grace is None else ("EVALSHA", self.scripts.keep, 1, key, grace, STALE_SUFFIX)
+
+    async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
+        """See `CacheServer`."""
+        return await self._ask([(counter, ("GET", counter)) for counter in counters])
+
+    async def unlink(self, keys: Sequence[bytes]) -> int:
+        """See `CacheServer`."""
+        return sum(await self._ask([(key, ("UNLINK", key)) for key in keys]))
+
+    async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
+        """See `CacheServer`.
+
+        A key that moves from a node that is still to be searched to one that has been would be missed: so while slots
+        move, all nodes are searched again.
+        """
+        self._check()
+        search = cursor or _Search(sorted(self._nodes), moves=self._moves)
+        assert isinstance(search, _Search)
+        (answer,) = await self._nodes[search.left[0]].ask(scanning(search.cursor, pattern, count))
+        search.cursor = int(answer[0])
+        if not search.cursor:
+            search.left.pop(0)
+        if search.left:
+            return search, list(answer[1])
+        await self._look()
+        if search.moves != self._moves and search.passes < PASSES:
+            again = _Search(sorted(self._nodes), passes=search.passes + 1, moves=self._moves)
+            return again, list(answer[1])
+        return None, list(answer[1])
+
+    async def size(self) -> int | None:
+        """See `CacheServer`."""
+        sizes = await _all(map(read_size, self._nodes.values()))
+        return sum(size for size in sizes if size is not None) if None not in sizes else None
+
+    async def ask_about(self, key: bytes, commands: Sequence[Command]) -> list[Any]:
+        """See `CacheServer`."""
+        return await self._ask([(key, command) for command in commands], refusals=True)
+
+    async def info(self) -> dict[str, int] | None:
+        """See `CacheServer`."""
+        found = await _all(map(read_info, self._nodes.values()))
+        infos = [info for info in found if info is not None]
+        return {name: sum(info[name] for info in infos) for name in INFO} if infos else None
+
+    # Watermarks.
+
+    async def read_watermarks(self) -> list[Watermark | None]:
+        """See `CacheServer`."""
+        keys = self._keys_of_marks()
+        answers = await self._ask([(key, ("HGETALL", key)) for key in keys])
+        found: list[Watermark | None] = []
+        for key, fields in zip(keys, answers, strict=True):
+            found.append(read_mark(fields))
+            self._sealed[key] = seal(found[-1])
+        return found
+
+    async def write_watermark(self, watermark: Watermark) -> bool:
+        """See `CacheServer`."""
+        *others, public = self._keys_of_marks()
+        return await self._mark(others, watermark) and await self._mark([public], watermark)
+
+    async def _mark(self, keys: Sequence[bytes], watermark: Watermark) -> bool:
+        sealed = self._sealed
+        answers = await self._ask([(key, marking(self.scripts, key, sealed.get(key, ""), watermark)) for key in keys])
+        stored = [marked(answer) for answer in answers]
+        for key, done in zip(keys, stored, strict=True):
+            if done:
+                sealed[key] = seal(watermark)
+        return all(stored)
+
+    def _keys_of_marks(self) -> list[bytes]:
+        """Give the key of each node's watermark; the last one is that which readers know, on whatever node it lies."""
+        moves, keys = self._mark_keys
+        if moves != self._moves:
+            keys = self._find_keys_of_marks()
+            self._mark_keys = (self._moves, keys)
+        return keys
+
+    def _find_keys_of_marks(self) -> list[bytes]:
+        view, public = self._view, self.watermark_key
+        assert view is not None
+        without = {owner for owner in view.owners if owner} - {self._owner(public)}
+        found: dict[Address, bytes] = {}
+        number = 0
+        while without:
+            # A tag that hashes to a slot of the node: the same one each time, as long as the slots stay. A slot on
+            # the move may have left its mark at the other end; if all are on the move, any will do.
+            key = b"%b:{%d}" % (public, number)
+            slot, number = key_slot(key), number + 1
+            owner = view.owners[slot]
+            if owner in without and (slot not in view.moving or number > 2 * len(view.owners)):
+                assert owner is not None
+                found[owner] = key
+                without.remove(owner)
+        return [*(found[owner] for owner in sorted(found)), public]
+
+
+_epoch = attrgetter("epoch")
+
+
+async def _all(calls: Iterable[Any]) -> list[Any]:
+    """Wait for all, also when one fails: the others' replies must not stay unread. Then raise the first failure."""
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
+
+
+async def _view(asked: Node) -> View:
+    """Ask a node for the cluster as it sees it.
+
+    Raises:
+        errors.RedisUnavailable: it does not answer, or is in no cluster.
+    """
+    answers = await asked.ask(("CLUSTER INFO",), ("CLUSTER SLOTS",), ("CLUSTER NODES",))
+    try:
+        return _read_view(asked.host, *answers)
+    except (ValueError, KeyError, TypeError) as error:
+        raise errors.RedisUnavailable(
+            "A node describes the cluster in a way that can't be read; it is asked again.", code="GARBLED", report=True
+        ) from error
+
+
+def _read_view(asked: str, info: bytes, slots: Any, nodes: bytes) -> View:
+    owners: list[Address | None] = [None] * 16384
+    for first, last, (host, port, *_), *_ in slots:
+        # No host, or an empty one: the node that is asked does not know how others reach it.
+        owner = Address(host.decode() if host else asked, int(port))
+        owners[first : last + 1] = [owner] * (last + 1 - first)
+    idle: set[Address] = set()
+    moving: set[int] = set()
+    for line in nodes.splitlines():
+        _, address, flags, _, _, _, _, _, *ranges = line.split(b" ")
+        names = flags.split(b",")
+        if b"myself" in names:
+            # [slot->-node or [slot-<-node: it is giving the slot away, or taking it in.
+            moving |= {int(part[1:].split(b"-", 1)[0]) for part in ranges if part.startswith(b"[")}
+        if b"master" in names and not ranges and not {b"fail", b"noaddr", b"handshake"} & set(names):
+            # As in ip:port@bus,hostname; an IPv6 address is not in brackets here, and a lone node has none.
+            host, _, port = address.split(b"@", 1)[0].rpartition(b":")
+            idle.add(Address(host.decode() or asked, int(port)))
+    facts = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
+    epoch = int(facts[b"cluster_current_epoch"])
+    return View(epoch, owners, frozenset(idle), frozenset(moving))

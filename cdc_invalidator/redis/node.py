@@ -1,0 +1,209 @@
+"""The edge to one Redis or Valkey server: one connection, commands out, every reply looked at.
+
+When the connection is gone, it is gone: the driver's pool and its retries are not used, since they would put another
+server, or an older snapshot, in its place without a word. Nothing else imports the driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import ssl
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import hiredis
+from redis import exceptions
+from redis.asyncio.connection import AbstractConnection, Connection, parse_url
+
+from cdc_invalidator import errors
+from cdc_invalidator.redis import replies
+
+Command = tuple[Any, ...]
+
+# What the driver takes off an error reply, by the class that it makes of it.
+_CODES: tuple[tuple[type[Exception], str], ...] = (
+    (exceptions.MovedError, "MOVED"),
+    (exceptions.AskError, "ASK"),
+    (exceptions.TryAgainError, "TRYAGAIN"),
+    (exceptions.MasterDownError, "MASTERDOWN"),
+    (exceptions.ClusterDownError, "CLUSTERDOWN"),
+    (exceptions.ClusterCrossSlotError, "CROSSSLOT"),
+    (exceptions.ReadOnlyError, "READONLY"),
+    (exceptions.OutOfMemoryError, "OOM"),
+    (exceptions.NoScriptError, "NOSCRIPT"),
+    (exceptions.NoPermissionError, "NOPERM"),
+    (exceptions.BusyLoadingError, "LOADING"),
+    (exceptions.InvalidResponse, "GARBLED"),
+    (exceptions.TimeoutError, "TIMEOUT"),
+    (TimeoutError, "TIMEOUT"),
+    (exceptions.ConnectionError, "CLOSED"),
+    (OSError, "CLOSED"),
+    (EOFError, "CLOSED"),
+)
+
+_QUOTED = re.compile(r"""(?<![^\s(:,])['"`]""")
+_IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+)\b")
+_NO_RIGHT = re.compile(r"ACL failure in script|The user executing the script can't")
+
+
+class Node:
+    """One connection to one server. Make it, `connect`, then `ask` or `send`; `close` in the end.
+
+    Args:
+        url: the driver's: ``redis://``, ``rediss://`` or ``unix://``.
+        timeout: seconds until a server that does not answer counts as lost.
+
+    Raises:
+        errors.WrongSettings: the URL can't be used.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 5.0) -> None:
+        options: dict[str, Any] = {
+            # Of a whole round trip: the driver's own would be set and cleared for each reply.
+            "socket_timeout": None,
+            "socket_connect_timeout": timeout,
+            "client_name": "cdc-invalidator",
+        }
+        try:
+            options |= parse_url(url) | {"protocol": 2, "decode_responses": False}
+            made: type[AbstractConnection] = options.pop("connection_class", Connection)
+            self._connection = made(**options)
+        except (ValueError, TypeError, exceptions.RedisError):
+            # The driver's words may repeat a part of the password.
+            raise errors.WrongSettings(
+                "CDC_REDIS_URL can't be read; write redis://user:password@host:port/db, the password percent-encoded, "
+                "and behind `?` only options that redis-py knows."
+            ) from None
+        self._timeout = timeout
+        # A round trip is whole: nobody else's replies may come in between.
+        self._turn = asyncio.Lock()
+
+    async def connect(self) -> None:
+        """Open the connection.
+
+        Raises:
+            errors.RedisUnavailable: it can't be opened.
+        """
+        try:
+            await self._connection.connect()  # type: ignore[no-untyped-call]  # of redis-py
+        except (exceptions.RedisError, OSError) as error:
+            raise failed("the connection", error) from error
+
+    @property
+    def host(self) -> str:
+        """The host that the URL names; empty for a socket."""
+        return str(getattr(self._connection, "host", ""))
+
+    async def ask(self, *commands: Command) -> list[Any]:
+        """Send commands in one go and give their replies.
+
+        Raises:
+            errors.RedisUnavailable: the connection is lost, or one of the replies is an error.
+        """
+        answers = await self.send(commands)
+        for command, answer in zip(commands, answers, strict=True):
+            if isinstance(answer, Exception):
+                raise failed(str(command[0]), answer) from answer
+        return answers
+
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
+        """As `ask`, but give an error reply (an exception of the driver) in its place: see `code`.
+
+        Raises:
+            errors.RedisUnavailable: the connection is lost.
+        """
+        connection = self._connection
+        answers: list[Any] = []
+        try:
+            async with self._turn, asyncio.timeout(self._timeout):
+                if not connection.is_connected:
+                    raise exceptions.ConnectionError("the connection has ended")  # noqa: TRY301
+                # The driver's own way takes Python's time for each key.
+                for command in commands:
+                    # One by one: the server works on the first while the next is made.
+                    packed = hiredis.pack_command((*command[0].split(), *command[1:]))
+                    await connection.send_packed_command(packed, check_health=False)
+                for _ in commands:
+                    try:
+                        answers.append(await connection.read_response())
+                    except exceptions.ResponseError as error:
+                        answers.append(error)
+        except (exceptions.RedisError, OSError, asyncio.IncompleteReadError) as error:
+            await self.close()
+            raise failed("the connection", error) from error
+        except BaseException:
+            # Whoever comes next must not be given the replies of a round trip that was broken off.
+            await self.close()
+            raise
+        return answers
+
+    async def close(self) -> None:
+        """Drop the connection; what was sent and not answered may or may not have been done."""
+        try:
+            await self._connection.disconnect(nowait=True)
+        except (exceptions.RedisError, OSError):
+            # It is being thrown away: how it goes does not matter, and what was in flight is applied again.
+            return
+
+
+async def end(task: asyncio.Task[None]) -> None:
+    """Cancel a task that asks servers, until it has ended."""
+    # Told again: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it returns.
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=0.1)
+
+
+def code(error: BaseException) -> str:
+    """Give the row of `replies.TABLE` that an error of the driver belongs to; ``ERR`` for one of no row."""
+    if isinstance(error, exceptions.AuthenticationError):
+        return "NOAUTH" if "required" in str(error).lower() else "WRONGPASS"
+    for kind, name in _CODES:
+        if isinstance(error, kind):
+            return name
+    text = str(error)
+    word = text.split(" ", 1)[0]
+    if word in replies.TABLE:
+        return word
+    if _NO_RIGHT.search(text):
+        return "NOPERM"
+    # Redis before 7 wraps what a command of a script answers.
+    inside = _IN_SCRIPT.search(text)
+    return inside[1] if inside and inside[1] in replies.TABLE else "ERR"
+
+
+class Redirection(NamedTuple):
+    """Where a reply of a cluster points: ``MOVED`` for good, or ``ASK`` for this once; the host may be empty."""
+
+    code: str
+    host: str
+    port: int
+
+
+def redirection(error: Any) -> Redirection | None:
+    """Give where a reply points; ``None`` if nowhere."""
+    if not isinstance(error, exceptions.AskError):  # MovedError is one of these
+        return None
+    return Redirection(code(error), str(error.host or ""), int(error.port))
+
+
+def failed(what: str, error: BaseException) -> errors.RedisUnavailable:
+    """Make our error of the driver's, with the remedy, and without keys."""
+    name = code(error)
+    row = replies.of(name)
+    # A redirection that nobody followed is as final as a wrong password.
+    report = row.does in {replies.Does.REPORT, replies.Does.REDIRECT}
+    sentence = f"Redis failed at {what} ({_without_keys(name, error)}); {row.remedy}."
+    return errors.RedisUnavailable(sentence, code=name, report=report)
+
+
+def _without_keys(name: str, error: BaseException) -> str:
+    text = str(error).removeprefix(name).strip()
+    if name != "NOPERM":  # which names the command that must be granted, and no key
+        # Some replies repeat the arguments (unknown command, script errors): only the first words are safe to show.
+        text = _QUOTED.split(text, maxsplit=1)[0].strip()
+    if isinstance(error, (socket.gaierror, ssl.SSLError)):
+        text = error.strerror or text
+    return f"{name}: {text[:120].rstrip('.')}" if text else name

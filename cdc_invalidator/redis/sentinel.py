@@ -1,0 +1,121 @@
+"""The edge to Redis Sentinel: who is the master now, and whether that is still the one that we talk to.
+
+The rule that holds here: of several answers, the one with the highest configuration epoch is right. A Sentinel that is
+cut off goes on naming the old master, and an old master that is cut off goes on taking writes: so all Sentinels are
+asked, and go on being asked while the connection stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+from cdc_invalidator import errors
+from cdc_invalidator.redis.endpoint import Address, Endpoint
+from cdc_invalidator.redis.node import Node, end
+
+# How often the Sentinels are asked, and how long each may take.
+LOOK_SECONDS = 0.5
+ANSWER_SECONDS = 1.0
+
+
+class _Answer(NamedTuple):
+    epoch: int
+    address: Address
+
+
+class Sentinels:
+    """The Sentinels of one service.
+
+    Args:
+        endpoint: where they are, and what the service is called.
+        timeout: seconds until a server that does not answer counts as lost.
+    """
+
+    def __init__(self, endpoint: Endpoint, *, timeout: float) -> None:
+        self._endpoint = endpoint
+        self._timeout = timeout
+        self._asked: dict[Address, Node] = {}
+        self._known = _Answer(-1, endpoint.addresses[0])
+        self._left: str | None = None
+        self._silence = ""
+        self._looking: asyncio.Task[None] | None = None
+
+    async def open_master(self) -> Node:
+        """Open a connection to the master, and watch from then on whether it is still the one.
+
+        Raises:
+            errors.RedisUnavailable: no Sentinel knows it, or it is none.
+        """
+        answer = await self._ask_all()
+        if answer is None:
+            raise errors.RedisUnavailable(
+                f"No Sentinel names a master of {self._endpoint.service}; check CDC_REDIS_URL and the Sentinels. "
+                f"The last one: {self._silence}",
+                code="CLOSED",
+            )
+        self._known = answer
+        node = Node(self._endpoint.at(answer.address), timeout=self._timeout)
+        try:
+            await node.connect()
+            ((role, *_),) = await node.ask(("ROLE",))
+        except errors.RedisUnavailable:
+            await node.close()
+            raise
+        if role != b"master":
+            await node.close()
+            raise errors.RedisUnavailable(
+                f"{answer.address}, which Sentinel names, is no master yet; it is asked again.", code="READONLY"
+            )
+        self._looking = asyncio.create_task(self._look(), name="sentinel")
+        return node
+
+    def left(self) -> str | None:
+        """Tell why the master that was opened is not the one any more; ``None`` while it is."""
+        if self._looking is not None and self._looking.done() and self._left is None:
+            self._looking.result()
+        return self._left
+
+    async def close(self) -> None:
+        """Drop the connections."""
+        if self._looking is not None:
+            await end(self._looking)
+        for node in self._asked.values():
+            await node.close()
+
+    async def _look(self) -> None:
+        while self._left is None:
+            await asyncio.sleep(LOOK_SECONDS)
+            # That no Sentinel answers is no reason to stop: the master does.
+            answer = await self._ask_all()
+            if answer is not None and answer.epoch >= self._known.epoch and answer.address != self._known.address:
+                self._left = f"Sentinel names {answer.address} as the master now, no longer {self._known.address}."
+
+    async def _ask_all(self) -> _Answer | None:
+        answers = await asyncio.gather(*map(self._ask, self._endpoint.addresses))
+        return max((answer for answer in answers if answer is not None), default=None)
+
+    async def _ask(self, address: Address) -> _Answer | None:
+        try:
+            node = self._asked.get(address)
+            if node is None:
+                node = Node(self._endpoint.of_sentinel(address), timeout=ANSWER_SECONDS)
+                await node.connect()
+                self._asked[address] = node
+            service = self._endpoint.service
+            master, found = await node.ask(
+                ("SENTINEL", "MASTER", service), ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
+            )
+        except errors.RedisUnavailable as error:
+            self._silence = str(error)
+            # It is asked again, on a new connection; the others are asked anyway.
+            lost = self._asked.pop(address, None)
+            if lost is not None:
+                await lost.close()
+            return None
+        if not found:
+            self._silence = f"{address} knows no master of it."
+            return None
+        fields = dict(zip(master[::2], master[1::2], strict=True)) if isinstance(master, list) else master
+        # Once a failover has begun, this names the promoted replica under the new epoch, before the other reply does.
+        return _Answer(int(fields[b"config-epoch"]), Address(found[0].decode(), int(found[1])))

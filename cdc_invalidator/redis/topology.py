@@ -1,0 +1,35 @@
+"""Which kind of Redis CDC_REDIS_URL names, and the `CacheServer` for it."""
+
+from __future__ import annotations
+
+from cdc_invalidator.redis.cluster import Cluster
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.node import Node
+from cdc_invalidator.redis.sentinel import Sentinels
+from cdc_invalidator.redis.server import CacheServer, Single
+
+# Seconds until a server that does not answer counts as lost.
+TIMEOUT = 5.0
+
+
+def cache_server(endpoint: Endpoint, slot: str, *, timeout: float = TIMEOUT) -> CacheServer:
+    """Make the server for an endpoint; nothing is opened yet.
+
+    Raises:
+        errors.WrongSettings: the URL has options that can't be used.
+    """
+    if endpoint.kind == "cluster":
+        return Cluster(endpoint, slot, timeout=timeout)
+    if endpoint.kind == "sentinel":
+        # The driver reads its options when it is made: what is wrong with them is told now.
+        Node(endpoint.at(endpoint.addresses[0]))
+        sentinels = Sentinels(endpoint, timeout=timeout)
+        return Single(slot, sentinels.open_master, left=sentinels.left, close=sentinels.close)
+
+    node = Node(endpoint.url, timeout=timeout)
+
+    async def open_node() -> Node:
+        await node.connect()
+        return node
+
+    return Single(slot, open_node)

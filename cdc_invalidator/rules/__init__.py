@@ -1,0 +1,1 @@
+"""Rule files: pure, without a driver, a socket or an event loop."""

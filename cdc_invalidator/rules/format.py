@@ -1,0 +1,364 @@
+"""The format of rule files: the only list of its fields, as models, and their errors in our own words.
+
+A mistake in one entry hides none in another: `sound` gives the entries that can be checked further, each as far as it
+is right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+)
+
+from cdc_invalidator.rules.document import Document, Loc
+from cdc_invalidator.rules.template import shown
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Table(NamedTuple):
+    """A table's name as PostgreSQL's catalogue has it: folded and unquoted. As text, it is ready for SQL."""
+
+    schema: str
+    name: str
+
+    def __str__(self) -> str:
+        return ".".join(part if _PLAIN_NAME.fullmatch(part) else '"' + part.replace('"', '""') + '"' for part in self)
+
+
+_DURATION = re.compile(r"([0-9]{1,10})(ms|s|m|h|d)")
+_UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_LONGEST = 36_500 * 86_400_000
+
+_PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_$]*")
+_TABLE = re.compile(r"(?:(?P<schema>{0})\.)?(?P<name>{0})".format(r'"(?:[^"\0]|"")+"|[^\W\d][\w$]*'))
+_FOLD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz")
+
+
+def read_duration(value: object) -> int:
+    """Read a duration such as ``5m``, in milliseconds.
+
+    Raises:
+        ValueError: it is none; in words for whoever wrote it.
+    """
+    found = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(
+            f"{shown(str(value))} is not a duration; write a whole number and a unit: 500ms, 30s, 5m, 1h or 30d"
+        )
+    milliseconds = int(found[1]) * _UNITS[found[2]]
+    if not 0 < milliseconds <= _LONGEST:
+        raise ValueError(f"{shown(found[0])} is out of range; a duration is longer than 0 and at most 36500d")
+    return milliseconds
+
+
+def read_table(value: object) -> Table:
+    """Read a table's name as PostgreSQL reads it: folded to lower case, unless it is in double quotes.
+
+    Raises:
+        ValueError: it is none; the message is a sentence with the remedy.
+    """
+    found = _TABLE.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(
+            f"{shown(str(value))} is not a table; write `schema.table`, names with capitals or signs in double quotes"
+        )
+    if found["schema"] is None:
+        raise ValueError(f"{shown(found[0])} lacks its schema; write {shown('public.' + found[0])}")
+    table = Table(_identifier(found["schema"]), _identifier(found["name"]))
+    if any(len(name.encode()) > 63 for name in table):
+        raise ValueError(
+            f"{shown(found[0])} has a name of more than 63 bytes, which PostgreSQL cuts off; cut it as well"
+        )
+    return table
+
+
+def _identifier(text: str) -> str:
+    return text[1:-1].replace('""', '"') if text.startswith('"') else text.translate(_FOLD)
+
+
+def _format_version(value: object) -> object:
+    if value != 1 or type(value) is not int:
+        raise ValueError(f"the format {shown(str(value))} is not known; write `version: 1`, without quotes")
+    return value
+
+
+def _scalar_value(value: object) -> object:
+    if value is not None and not isinstance(value, (str, int, float, bool)):
+        raise ValueError("a column's value is text, a number, `true`, `false` or `null`; write one of these")
+    return value
+
+
+def _bust_kind(value: object) -> str | None:
+    return "<name>" if isinstance(value, str) else "<mapping>" if isinstance(value, dict) else None
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+Column = Annotated[str, Field(min_length=1)]
+Duration = Annotated[
+    int, PlainValidator(read_duration), WithJsonSchema({"type": "string", "pattern": r"^[0-9]{1,10}(ms|s|m|h|d)$"})
+]
+TableName = Annotated[
+    Table, PlainValidator(read_table), WithJsonSchema({"type": "string", "examples": ["public.users"]})
+]
+BustMapping = Annotated[
+    dict[str, Column],
+    Field(
+        description="`parameter: column` where the names differ; `via: SELECT …` for a query whose rows give "
+        "parameters, with `{column}` for the changed row's."
+    ),
+]
+MappedBust = Annotated[dict[str, BustMapping], Field(min_length=1, max_length=1)]
+BustEntry = Annotated[
+    Annotated[str, Tag("<name>")] | Annotated[MappedBust, Tag("<mapping>")], Discriminator(_bust_kind)
+]
+Op = Literal["insert", "update", "delete", "truncate"]
+VarName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
+Scalar = Annotated[
+    Any,
+    PlainValidator(_scalar_value),
+    WithJsonSchema(
+        {
+            "type": ["string", "number", "boolean", "null"],
+            "description": "A column's value; text stands for any type, as PostgreSQL shows it.",
+        }
+    ),
+]
+
+
+class _Entry(BaseModel):
+    """What all parts of the format have in common: no other fields, no conversions, nothing empty."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _not_empty(cls, value: object) -> object:
+        if value is None:
+            raise ValueError  # _sentence has the words for everything empty
+        return value
+
+
+class CacheEntry(_Entry):
+    """One family of keys."""
+
+    key: str = Field(description="Template of the keys: `shop:${APP_ENV:-prod}:user:{id}`.")
+    version: str | None = Field(None, description="Template of the version counters' keys; a bust bumps the counter.")
+    version_ttl: Duration | None = Field(None, description="How long a version counter lives; 30d by default.")
+    ttl: Duration | None = Field(None, description="How long readers store a value.")
+    jitter: Duration | None = Field(None, description="Up to how much is added to the ttl, at random.")
+    ttl_only: bool = Field(default=False, description="A decision written down: no rule busts this cache.")
+    bump_over: int | None = Field(
+        None,
+        ge=1,
+        description="Of a cache with a version: single keys are deleted until a transaction touches more than so many, "
+        "then the version is bumped once.",
+    )
+    again_after: Duration | None = Field(
+        None, description="Bust a second time, that long after the first: for readers without the fill contract."
+    )
+    negative_ttl: Duration | None = Field(None, description="How long readers store that there is nothing.")
+    stale_for: Duration | None = Field(
+        None,
+        description="How long readers may still show the old value after a bust, while somebody loads the new one.",
+    )
+    max_keys_hint: int | None = Field(None, ge=1, description="How many keys there are at most, roughly.")
+
+
+class RuleEntry(_Entry):
+    """Which changes of a table bust which caches."""
+
+    name: Name = Field(description="Unique in all files; a label of metrics and events.")
+    table: TableName = Field(description="`schema.table`; a partitioned table stands for its partitions.")
+    on: list[Op] = Field(
+        ["insert", "update", "delete", "truncate"], min_length=1, description="Which changes; all four by default."
+    )
+    columns: list[Column] | None = Field(
+        None, min_length=1, description="An UPDATE that changes none of these busts nothing."
+    )
+    when: str | None = Field(
+        None,
+        min_length=1,
+        max_length=4096,
+        description="A CEL expression over `op`, `old` and `new`: the rule fires when it is true, or fails.",
+    )
+    debounce: Duration | None = Field(
+        None, description="At most one bust of a key in that time; the last one always happens."
+    )
+    old_row: Literal["require", "sweep", "ignore"] = Field(
+        "require", description="What to do when the replica identity does not carry a key's columns."
+    )
+    immutable: list[Column] = Field([], description="Columns that no UPDATE ever changes.")
+    bust: list[BustEntry] = Field(
+        min_length=1, description="Caches, or `cache: {parameter: column}` where the names differ."
+    )
+
+
+class ChangeEntry(_Entry):
+    """One change of one row, or of a table."""
+
+    table: TableName = Field(description="`schema.table`; for a partition, the table that the rules name.")
+    op: Op = Field(description="insert, update, delete or truncate.")
+    old: dict[str, Scalar] | None = Field(
+        None, description="The row before it, as far as the replica identity carries it; columns left out are unknown."
+    )
+    new: dict[str, Scalar] | None = Field(None, description="The row after it; columns left out are NULL.")
+
+
+class TestEntry(_Entry):
+    """A change and the busts that it must give, no more and no fewer."""
+
+    __test__ = False  # pytest
+
+    name: str = Field(min_length=1, description="What it shows, as a sentence.")
+    change: ChangeEntry = Field(description="What is committed.")
+    via: dict[Name, list[dict[str, Scalar]]] = Field(
+        {}, description="By cache, the rows that its query gives; `test --live` asks the database instead."
+    )
+    busts: list[str] = Field(
+        description="`KEY` for a deleted one, `bump KEY` for a version, `sweep CACHE` for a whole cache."
+    )
+
+
+class RuleFile(_Entry):
+    """A rule file of cdc-invalidator."""
+
+    version: Annotated[Literal[1], BeforeValidator(_format_version)] = Field(description="The version of the format.")
+    vars: dict[VarName, str] = Field(
+        {}, description="Texts for templates, as `${name}`; they go before the environment, and may name it."
+    )
+    caches: dict[Name, CacheEntry] = Field({}, description="Caches by name.")
+    rules: list[RuleEntry] = Field([], description="Rules, in any order.")
+    tests: list[TestEntry] = Field([], description="Changes and what they must bust; `cdc-invalidator test` runs them.")
+
+
+# The models' errors in our own words.
+
+# By the section of the file that an entry stands in: what it is called, and its model.
+_SECTIONS: dict[int | str, tuple[str, type[BaseModel]]] = {
+    "": ("a rule file", RuleFile),
+    "caches": ("a cache", CacheEntry),
+    "rules": ("a rule", RuleEntry),
+    "tests": ("a test", TestEntry),
+    "change": ("a change", ChangeEntry),
+}
+
+# An entry is still checked against others when only fields beside these are wrong; stand-ins take a rule's place.
+_VITAL = {
+    "caches": frozenset({"key", "version"}),
+    "rules": frozenset({"bust"}),
+    "tests": frozenset({"change", "busts"}),
+}
+_STAND_INS = {"caches": {}, "rules": {"name": "stand-in", "table": "stand.in"}, "tests": {"name": "stand-in"}}
+
+_EMPTY = "{what} is empty; give it a value or remove it"
+_SENTENCES = {
+    "missing": "{owner} lacks {field}; add it",
+    "string_type": "{what} must be text; put it in quotes if it is one word, number or sign",
+    "string_too_short": "{what} must not be empty; give it a name",
+    "string_pattern_mismatch": (
+        "{value} is not a name; use 1 to 63 of A-Z a-z 0-9 _ . -, and begin with a letter or a digit"
+    ),
+    "string_too_long": "{what} is too long; write it shorter",
+    "int_type": "{what} must be a whole number, without quotes",
+    "greater_than_equal": "{what} must be at least 1",
+    "bool_type": "{what} must be `true` or `false`",
+    "list_type": "{what} must be a list; write `[one, two]`, or one `- ` on each line",
+    "dict_type": "{what} must be a mapping; write `name: value`",
+    "model_type": "{what} must be a mapping; write `name: value` on each line",
+    "too_short": "{what} must not be empty; write at least one entry",
+    "too_long": "{what} may name one cache only; write a `- ` for each",
+    "union_tag_not_found": "{what} must be the name of a cache, or `name: {{parameter: column}}`",
+}
+
+
+def check_format(document: Document) -> None:
+    """Tell a document what is wrong with it by the models."""
+    try:
+        RuleFile.model_validate(document.value)
+    except ValidationError as wrong:
+        for error in wrong.errors(include_url=False):
+            # What is too much, ill-named, or empty is shown at its key; what is missing, at its owner's.
+            of_key = error["type"] in {"extra_forbidden", "missing"} or error["loc"][-1:] == ("[key]",)
+            document.complain(error["loc"], _sentence(error), of_key=of_key or error["input"] is None)
+
+
+def _sentence(error: ErrorDetails) -> str:
+    loc, kind, value = error["loc"], error["type"], error["input"]
+    if kind == "extra_forbidden":
+        return _unknown_field(loc)
+    if value is None:
+        return _EMPTY.format(what=_what(loc))
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        return f"{shown(str(value))} is not allowed here; {nearest(str(value), allowed)}"
+    if kind == "string_pattern_mismatch" and loc[0] == "vars":
+        return f"{shown(str(value))} is not a name; use 1 to 63 of A-Z a-z 0-9 _, and begin with no digit"
+    sentence = _SENTENCES.get(kind, "{what} is wrong; look at the documentation of rule files")
+    return sentence.format(what=_what(loc), owner=_what(loc[:-1]), field=_what(loc[-1:]), value=shown(str(value)))
+
+
+def _what(loc: Loc) -> str:
+    """What stands at a path: ``ttl``, an entry of ``on``, the file."""
+    named = [part for part in loc if isinstance(part, str) and part not in {"<name>", "<mapping>", "[key]"}]
+    if not named:
+        return "the file"
+    in_list = any(isinstance(part, int) for part in loc[loc.index(named[-1]) :])
+    return f"an entry of {shown(named[-1])}" if in_list else shown(named[-1])
+
+
+def _unknown_field(loc: Loc) -> str:
+    name = str(loc[-1])
+    noun, model = _SECTIONS["change" if "change" in loc[:-1] else loc[0] if len(loc) > 1 else ""]
+    return f"{shown(name)} is not a field of {noun}; {nearest(name, model.model_fields)}"
+
+
+def nearest(name: str, valid: Iterable[str], otherwise: str = "") -> str:
+    """Give the remedy for a name that is unknown."""
+    names = list(valid)
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean {shown(near[0])}?" if near else otherwise or f"write one of {', '.join(names)}"
+
+
+def entries(document: Document, section: str) -> Iterator[tuple[Loc, Any]]:
+    """Give the caches, rules or tests of a file as plain values, right or wrong."""
+    found = document.value.get(section) if isinstance(document.value, dict) else None
+    if section == "caches" and isinstance(found, dict):
+        yield from (((section, name), entry) for name, entry in found.items())
+    elif section != "caches" and isinstance(found, list):
+        yield from (((section, number), entry) for number, entry in enumerate(found))
+
+
+def sound(document: Document, section: str, model: type[Model]) -> Iterator[tuple[Loc, Model, bool]]:
+    """Give the entries that can be checked further, and whether they are right as a whole.
+
+    `check_format` has told what is wrong with the others; of these, wrong fields are left out.
+    """
+    for loc, entry in entries(document, section):
+        try:
+            yield loc, model.model_validate(entry), True
+        except ValidationError as wrong:
+            fields = {part for error in wrong.errors() for part in error["loc"][:1]}
+            if isinstance(entry, dict) and not fields & _VITAL[section]:
+                rest = {name: value for name, value in entry.items() if name not in fields}
+                yield loc, model.model_validate(_STAND_INS[section] | rest), False

@@ -1,0 +1,236 @@
+"""Which keys a template can give, as a language, and whether two templates have one of them in common. Pure.
+
+Every template is a line of bytes with loops in it, so that both questions are searches over pairs of places: is there
+a key that two templates can give (`common`), and is there one that a template can give for different parameters
+(`readings`)? Both give the shortest such key, as an example.
+
+The rule that holds here: what is found is a key of both. Only of a parameter that stands twice in a template it is not
+known that it has one value, so what is found is looked at once more.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple, Self
+
+from cdc_invalidator.rules.template import Param, Template
+
+
+def _mask(characters: bytes | range) -> int:
+    return sum(1 << byte for byte in characters)
+
+
+_DIGITS = _mask(b"0123456789")
+_HEX = _mask(b"0123456789abcdef")
+_UNRESERVED = _mask(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.~-")
+_ANY = _mask(range(0x20, 0x7F)) | _mask(range(0x80, 0x100))
+# What people put between the parts of a key, and most values do not hold.
+_SEPARATORS = _mask(b":/|#")
+
+# What an example is made of, where several bytes would do.
+_NICE = b"1023456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_." + bytes(range(0x21, 0x100)) + b" "
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The texts that a parameter can have: one byte of each of ``steps``, then any number of ``more`` (0: none).
+
+    Sets of bytes are masks of 256 bits. ``free``: it is text, which may or may not be so in the database's data.
+    """
+
+    steps: tuple[int, ...]
+    more: int = 0
+    free: bool = False
+
+    def filtered(self, name: str) -> Values:
+        """Give what a filter of a template makes of them."""
+        if name == "sha256":
+            return HASH
+        if name == "urlencode":
+            if not any(mask & ~_UNRESERVED for mask in (*self.steps, self.more)):
+                return self
+            encoded = _UNRESERVED | _mask(b"%")
+            return Values((encoded,), encoded, free=True)
+        change: Callable[[bytes], bytes] = bytes.lower if name == "lower" else bytes.upper
+        return Values(tuple(_changed(mask, change) for mask in self.steps), _changed(self.more, change), self.free)
+
+    def of_parts(self) -> Values:
+        """Give those without a separator (``: / | #``), as most texts are."""
+        return Values(tuple(mask & ~_SEPARATORS for mask in self.steps), self.more & ~_SEPARATORS, self.free)
+
+    def of_numbers(self) -> Values:
+        """Give numbers in place of text, for a question that any text would answer with yes."""
+        return NUMBER if self.free else self
+
+
+def _changed(mask: int, change: Callable[[bytes], bytes]) -> int:
+    return _mask(bytes({change(bytes([byte]))[0] for byte in range(0x100) if mask >> byte & 1}))
+
+
+TEXT = Values((_ANY,), _ANY, free=True)
+PART = TEXT.of_parts()
+NUMBER = Values((_DIGITS | _mask(b"-"),), _DIGITS)
+COUNTER = Values((_DIGITS,), _DIGITS)
+FLAG = Values((_mask(b"tf"),))
+HASH = Values((_HEX,) * 64)
+UUID = Values(tuple(_mask(b"-") if place in {8, 13, 18, 23} else _HEX for place in range(36)))
+# What a sweep looks for in a parameter's place: also nothing.
+_STAR = Values((), _ANY)
+
+
+class _Place(NamedTuple):
+    """A place in a template: the bytes that lead on from it, and those that stay; each with the part they are of."""
+
+    step: int = 0
+    of_step: int = -1
+    loop: int = 0
+    of_loop: int = -1
+
+
+class Language:
+    """All keys of a template.
+
+    Args:
+        template: what they are made by.
+        values: the texts of its parameters; of one that is not named, texts without a separator.
+    """
+
+    def __init__(self, template: Template, values: Mapping[str, Values]) -> None:
+        self.template = template
+        self.prefix = template.prefix
+        self.free = False
+        self._places: list[_Place] = []
+        loop, of_loop = 0, -1
+        for at, part in enumerate(template.parts):
+            if isinstance(part, bytes):
+                steps, more = tuple(1 << byte for byte in part), 0
+            else:
+                found = reduce(Values.filtered, part.filters, values.get(part.name, _usual(part)))
+                steps, more = found.steps, found.more
+                self.free |= found.free
+            for step in steps:
+                self._places.append(_Place(step, at, loop, of_loop))
+                loop, of_loop = 0, -1
+            if more:
+                loop, of_loop = loop | more, at
+        self._places.append(_Place(loop=loop, of_loop=of_loop))
+
+    @classmethod
+    def of_sweep(cls, template: Template) -> Self:
+        """Give what a sweep of the template's keys finds; see `Template.glob`."""
+        # A filter changes nothing of what the pattern finds.
+        plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in template.parts)
+        return cls(plain, dict.fromkeys(template.params, _STAR))
+
+    @classmethod
+    def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Values]) -> Self:
+        """Give what has this suffix beside the template's keys, such as their locks."""
+        return cls(Template.of((*template.parts, suffix)), values)
+
+    def search(self, other: Language, *, differing: bool) -> list[tuple[int, int, int]] | None:
+        """Search for the shortest key of both.
+
+        Args:
+            other: maybe the same one.
+            differing: the two must read it differently.
+
+        Returns:
+            The key's bytes, each with the part of either template that it is of.
+        """
+        start, end = (0, 0, not differing), (len(self._places) - 1, len(other._places) - 1, True)
+        before: dict[tuple[int, int, bool], tuple[tuple[int, int, bool], tuple[int, int, int]] | None] = {start: None}
+        waiting = deque([start])
+        while waiting:
+            state = waiting.popleft()
+            if state == end:
+                return _path(before, state)
+            here, there, differs = state
+            mine, theirs = self._places[here], other._places[there]
+            for mask, ours, their, forward, onward in (
+                (mine.step & theirs.step, mine.of_step, theirs.of_step, 1, 1),
+                (mine.loop & theirs.step, mine.of_loop, theirs.of_step, 0, 1),
+                (mine.step & theirs.loop, mine.of_step, theirs.of_loop, 1, 0),
+            ):
+                after = (here + forward, there + onward, differs or here + forward != there + onward)
+                if mask and after not in before:
+                    before[after] = (state, (_nicest(mask), ours, their))
+                    waiting.append(after)
+        return None
+
+
+def _usual(param: Param) -> Values:
+    return COUNTER if param.name == "version" else PART
+
+
+def _nicest(mask: int) -> int:
+    return next(byte for byte in _NICE if mask >> byte & 1) if mask & _ANY else mask.bit_length() - 1
+
+
+def _path(
+    before: Mapping[tuple[int, int, bool], tuple[tuple[int, int, bool], tuple[int, int, int]] | None],
+    state: tuple[int, int, bool],
+) -> list[tuple[int, int, int]]:
+    path = []
+    while (step := before[state]) is not None:
+        state, letter = step
+        path.append(letter)
+    return path[::-1]
+
+
+def common(one: Language, other: Language) -> str | None:
+    """Give a key that is in both; ``None`` if there is none."""
+    if not (one.prefix.startswith(other.prefix) or other.prefix.startswith(one.prefix)):
+        return None
+    path = one.search(other, differing=False)
+    if path is None or not _consistent(one, path, 1) or not _consistent(other, path, 2):
+        return None
+    return _text(letter[0] for letter in path)
+
+
+class Readings(NamedTuple):
+    """A key that two different rows give: the values of the parameters in each, as text to show."""
+
+    key: str
+    one: str
+    other: str
+
+
+def readings(language: Language) -> Readings | None:
+    """Give a key that can be read in two ways; ``None`` if there is none."""
+    path = language.search(language, differing=True)
+    if path is None or not _consistent(language, path, 1) or not _consistent(language, path, 2):
+        return None
+    shown = []
+    for which in (1, 2):
+        values = _values(language, path, which)
+        shown.append(", ".join(f"{name} = {_text(spans[0])}" for name, spans in values.items()))
+    return Readings(_text(letter[0] for letter in path), *shown)
+
+
+def _values(language: Language, path: Iterable[tuple[int, int, int]], which: int) -> dict[str, list[bytes]]:
+    """The texts that the parameters have in a key, one for each time that they stand in the template."""
+    spans: dict[int, bytearray] = {}
+    for letter in path:
+        spans.setdefault(letter[which], bytearray()).append(letter[0])
+    values: dict[str, list[bytes]] = {}
+    for at, part in enumerate(language.template.parts):
+        if isinstance(part, Param):
+            values.setdefault(part.name, []).append(bytes(spans.get(at, b"")))
+    return values
+
+
+def _consistent(language: Language, path: Iterable[tuple[int, int, int]], which: int) -> bool:
+    if len(language.template.params) == sum(isinstance(part, Param) for part in language.template.parts):
+        return True
+    path = list(path)
+    parts = [part for part in language.template.parts if isinstance(part, Param)]
+    if any(part.filters for part in parts):
+        return True
+    return all(len(set(spans)) == 1 for spans in _values(language, path, which).values())
+
+
+def _text(key: Iterable[int]) -> str:
+    return bytes(key).decode("utf-8", "replace")

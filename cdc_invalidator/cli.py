@@ -21,7 +21,7 @@ from cdc_invalidator import __version__, errors, settings
 
 if TYPE_CHECKING:
     from cdc_invalidator.commands.simulate import Change
-    from cdc_invalidator.rules.load import RuleSet
+    from cdc_invalidator.rules.model import RuleSet
 
 # Objects that the collector lets pile up before it looks for cycles among them.
 YOUNG_OBJECTS = 50_000

@@ -25,7 +25,7 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.standbys import Replicas
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.session import STANDBY_SECONDS, Options, Role, Session
 
 _log = structlog.get_logger()

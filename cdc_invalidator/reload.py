@@ -27,7 +27,8 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication, rehearse
-from cdc_invalidator.rules.load import RuleSet, fingerprint, load_rules
+from cdc_invalidator.rules.load import fingerprint, load_rules
+from cdc_invalidator.rules.model import RuleSet
 
 if TYPE_CHECKING:
     from watchfiles import Change

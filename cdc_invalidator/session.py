@@ -37,7 +37,7 @@ from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.model import RuleSet
 
 _log = structlog.get_logger()
 

@@ -16,7 +16,7 @@ from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.invalidation import Batch, Invalidation, Run
 from cdc_invalidator.postgres.pgoutput import UNCHANGED, Value
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.model import RuleSet
 
 # Of these, the rules name users, orders and one that is not there (it may be EXTRA); PART is a partition of orders.
 USERS, ORDERS, PART, OTHER, EXTRA = 0x4001, 0x4112, 0x4223, 0x4334, 0x4445

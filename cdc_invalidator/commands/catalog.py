@@ -16,7 +16,7 @@ from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.connection import connect, first_line, translate, translated
 from cdc_invalidator.rules.format import Table, nearest
-from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.template import shown
 
 QUERY_SECONDS = 10

@@ -18,7 +18,7 @@ from cdc_invalidator.errors import Problem
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.document import Place
-from cdc_invalidator.rules.load import Cache, Rule, RuleSet
+from cdc_invalidator.rules.model import Cache, Rule, RuleSet
 from cdc_invalidator.rules.overlap import Language, Values
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.rules.template import Param, Template

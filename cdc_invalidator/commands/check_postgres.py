@@ -25,7 +25,7 @@ from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.document import Place
 from cdc_invalidator.rules.format import Table, nearest
-from cdc_invalidator.rules.load import Bust, Cache, Rule, RuleSet
+from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.overlap import Values
 from cdc_invalidator.rules.template import Param
 

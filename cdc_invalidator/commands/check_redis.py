@@ -20,7 +20,7 @@ from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.sentinel import Sentinels
 from cdc_invalidator.redis.topology import TIMEOUT, cache_server
-from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
 REDIS = "Redis"

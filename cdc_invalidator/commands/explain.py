@@ -14,8 +14,9 @@ from typing import Any, Literal, NamedTuple
 from cdc_invalidator import errors
 from cdc_invalidator.commands.simulate import Change, Verdict
 from cdc_invalidator.rules.format import Table, nearest, read_table
-from cdc_invalidator.rules.load import Bust, Cache, Rule, RuleSet, value_text, value_types
+from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.template import Param, Template, shown
+from cdc_invalidator.rules.values import value_text, value_types
 
 OPS = ("insert", "update", "delete", "truncate")
 LOCK = b":lock"

@@ -16,9 +16,10 @@ from cdc_invalidator.pipeline.invalidation import Batch, Busts, Complaint, Inval
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import Bust as RuleBust
-from cdc_invalidator.rules.load import Cache, Pair, Rule, RuleSet, split_arguments
+from cdc_invalidator.rules.model import Bust as RuleBust
+from cdc_invalidator.rules.model import Cache, Pair, Rule, RuleSet
 from cdc_invalidator.rules.template import Template
+from cdc_invalidator.rules.values import split_arguments
 
 Row = Mapping[str, str | None]
 Answers = Mapping[str, Sequence[Row]]

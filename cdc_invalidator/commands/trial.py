@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cdc_invalidator.commands.simulate import Change, Unanswered, Verdict, simulate
-from cdc_invalidator.rules.load import RuleSet, Test
+from cdc_invalidator.rules.model import RuleSet, Test
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from cdc_invalidator.commands.trial import Outcome, compare
 from cdc_invalidator.embedded import process as spawn
 from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey, plain_environment
 from cdc_invalidator.postgres.connection import first_line
-from cdc_invalidator.rules.load import RuleSet, Test
+from cdc_invalidator.rules.model import RuleSet, Test
 
 # Busts wait up to a minute for `debounce` and `again_after`.
 SETTLE_SECONDS: Final = 150.0

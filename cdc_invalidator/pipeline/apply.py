@@ -33,7 +33,7 @@ from cdc_invalidator.pipeline.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.postgres.standbys import Replicas
 from cdc_invalidator.redis.server import CacheServer, Outcome
 from cdc_invalidator.redis.watermark import Position, Watermark, gaps
-from cdc_invalidator.rules.load import Cache, Pair, RuleSet
+from cdc_invalidator.rules.model import Cache, Pair, RuleSet
 
 _log = structlog.get_logger()
 

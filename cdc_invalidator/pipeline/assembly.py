@@ -17,7 +17,7 @@ from typing import Any
 from cdc_invalidator.pipeline import scan
 from cdc_invalidator.pipeline.invalidation import Batch, Line, Plan, Target, out_of_place
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.rules.load import Pair
+from cdc_invalidator.rules.model import Pair
 
 # A transaction's keys leave for Redis once they are this many.
 CHUNK = 1000

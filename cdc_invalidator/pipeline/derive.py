@@ -19,7 +19,8 @@ from cdc_invalidator import errors
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.invalidation import Batch, Busts, Target
 from cdc_invalidator.postgres.connection import connect, translated
-from cdc_invalidator.rules.load import Query, split_arguments
+from cdc_invalidator.rules.model import Query
+from cdc_invalidator.rules.values import split_arguments
 
 _log = structlog.get_logger()
 

@@ -17,7 +17,7 @@ from cdc_invalidator.errors import Problem
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.server import CacheServer
-from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.overlap import Language, common
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.rules.template import Template, shown

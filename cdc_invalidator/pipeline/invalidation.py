@@ -23,8 +23,9 @@ from cdc_invalidator.postgres.pgoutput import UNCHANGED, Row
 from cdc_invalidator.rules.condition import Condition, Holds
 from cdc_invalidator.rules.condition import missing as condition_misses
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import Bust, Cache, Pair, Query, Rule, RuleSet, join_arguments
+from cdc_invalidator.rules.model import Bust, Cache, Pair, Query, Rule, RuleSet
 from cdc_invalidator.rules.template import Template
+from cdc_invalidator.rules.values import join_arguments
 
 # Keys of a bust event.
 KEYS_A_LINE = 1000

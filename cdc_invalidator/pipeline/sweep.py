@@ -18,7 +18,7 @@ import structlog
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer, Cursor
-from cdc_invalidator.rules.load import Cache
+from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
 _log = structlog.get_logger()

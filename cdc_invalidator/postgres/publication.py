@@ -22,7 +22,7 @@ from cdc_invalidator.errors import Problem
 from cdc_invalidator.postgres.connection import ENDLESS, PATIENCE, first_line, translate, translated
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import Rule, RuleSet
+from cdc_invalidator.rules.model import Rule, RuleSet
 
 
 class Leaf(NamedTuple):

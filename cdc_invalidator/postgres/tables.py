@@ -17,7 +17,7 @@ from cdc_invalidator.postgres.publication import Publication, Survey
 from cdc_invalidator.postgres.publication import run as run_statements
 from cdc_invalidator.postgres.snapshot import Snapshots, all_over
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.model import RuleSet
 
 _log = structlog.get_logger()
 

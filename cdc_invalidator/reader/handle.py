@@ -21,7 +21,8 @@ from cdc_invalidator.reader.metrics import Metrics, silent
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.plan import Entry, Plan, World
 from cdc_invalidator.rules.format import nearest
-from cdc_invalidator.rules.load import Cache, load_rules
+from cdc_invalidator.rules.load import load_rules
+from cdc_invalidator.rules.model import Cache
 
 if TYPE_CHECKING:
     from cdc_invalidator.reader.plan import Command

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cdc_invalidator.rules.load import Cache
+from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.template import MakeKey, Param, Template
 
 LONGEST = 512

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from cdc_invalidator.rules.load import Cache
+from cdc_invalidator.rules.model import Cache
 
 PATIENCE = 2.0
 

@@ -31,7 +31,7 @@ from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.metrics import Tally
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.scripts import Scripts
-from cdc_invalidator.rules.load import Cache
+from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
 _log = logging.getLogger("cdc_invalidator.reader")

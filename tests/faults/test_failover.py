@@ -29,7 +29,7 @@ from cdc_invalidator.redis import sentinel
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.server import CacheServer, Single
 from cdc_invalidator.redis.watermark import Position
-from cdc_invalidator.rules.load import RuleSet
+from cdc_invalidator.rules.model import RuleSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -22,7 +22,8 @@ from writing import Writer, assert_all_is_well, create
 from cdc_invalidator import reload
 from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.rules.load import RuleSet, load_rules
+from cdc_invalidator.rules.load import load_rules
+from cdc_invalidator.rules.model import RuleSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

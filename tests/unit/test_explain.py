@@ -24,7 +24,8 @@ from cdc_invalidator.commands.explain import (
 )
 from cdc_invalidator.commands.simulate import Change, simulate
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import RuleSet, parse_rules
+from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.template import Param, Template
 
 FILE = """

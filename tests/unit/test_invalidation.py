@@ -31,7 +31,8 @@ from cdc_invalidator.postgres.pgoutput import (
     Value,
 )
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import RuleSet, parse_rules
+from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.model import RuleSet
 
 USERS, ORDERS, OTHER, LEAF = 16385, 16390, 16400, 16410
 COLUMNS = ("id", "team_id", "name", "bio")

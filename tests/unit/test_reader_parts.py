@@ -18,7 +18,8 @@ from cdc_invalidator.reader.handle import in_order
 from cdc_invalidator.reader.keys import Keys, NoKey, same_slot
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.local import Local, Pulse
-from cdc_invalidator.rules.load import Cache, parse_rules
+from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.model import Cache
 
 
 def cache(**fields: str) -> Cache:

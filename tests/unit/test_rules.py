@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from cdc_invalidator.errors import WrongRules
 from cdc_invalidator.rules import format as rulefile
 from cdc_invalidator.rules.format import RuleFile, Table
-from cdc_invalidator.rules.load import Pair, Query, RuleSet, load_rules, parse_rules
+from cdc_invalidator.rules.load import load_rules, parse_rules
+from cdc_invalidator.rules.model import Pair, Query, RuleSet
 from cdc_invalidator.rules.template import Param
 
 if TYPE_CHECKING:

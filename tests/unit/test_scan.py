@@ -47,7 +47,8 @@ from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.pgoutput import UNCHANGED
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import Pair, RuleSet, parse_rules
+from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.model import Pair, RuleSet
 
 if not scan.COMPILED:
     assert not os.environ.get("CI"), "the compiled part is not there"

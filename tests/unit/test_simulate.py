@@ -12,7 +12,9 @@ from cdc_invalidator.commands import trial
 from cdc_invalidator.commands.simulate import Change, Shape, Unanswered, Verdict, play, simulate
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.format import Table
-from cdc_invalidator.rules.load import RuleSet, parse_rules, value_text, value_types
+from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.values import value_text, value_types
 
 CACHES = """
 version: 1

@@ -1,0 +1,450 @@
+"""From the format's models to the model of the program: checks across entries and files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cdc_invalidator.rules.condition import Condition, ConditionError
+from cdc_invalidator.rules.document import Document, Loc, Place
+from cdc_invalidator.rules.format import (
+    CacheEntry,
+    RuleEntry,
+    TestEntry,
+    entries,
+    nearest,
+    sound,
+)
+from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test, pair
+from cdc_invalidator.rules.template import Param, Template, TemplateError, shown
+from cdc_invalidator.rules.values import value_text, value_types
+
+if TYPE_CHECKING:
+    pass
+
+
+LONGEST_AGAIN = 60_000
+
+
+class _CacheDraft(NamedTuple):
+    """A cache as far as it is right; a template that is wrong or not there is None."""
+
+    document: Document
+    loc: Loc
+    entry: CacheEntry
+    key: Template | None
+    version: Template | None
+    whole: bool
+
+    @property
+    def target(self) -> Template | None:
+        """What a bust needs the parameters of; None where that is not known, because fields are wrong."""
+        if not self.whole or (self.entry.version is not None and self.version is None):
+            return None
+        if self.entry.bump_over is not None and self.version is not None:
+            return pair(self.version, self.key) if self.key is not None else None
+        return self.version or self.key
+
+
+class _BustDraft(NamedTuple):
+    cache: str
+    template: Template
+    columns: Mapping[str, str]
+    query: Query | None
+    given: Mapping[str, str]
+
+
+class _RuleDraft(NamedTuple):
+    entry: RuleEntry
+    place: Place
+    when_place: Place
+    busts: tuple[_BustDraft, ...]
+
+
+class _Draft:
+    """The set of rules as far as it is right; what is wrong is told to its document.
+
+    Args:
+        documents: all files that are YAML.
+        env: the environment of templates.
+        every_file: no file is missing, so that a cache which is not found is a mistake.
+        conditions: whether to look at what `when` says.
+    """
+
+    def __init__(
+        self, documents: Sequence[Document], env: Mapping[str, str], *, every_file: bool, conditions: bool
+    ) -> None:
+        self._every_file = every_file
+        self._conditions = conditions
+        self._declared = _declared(documents)
+        self._caches: dict[str, _CacheDraft] = {}
+        env = _vars(documents, env)
+        for document in documents:
+            for loc, cache, whole in sound(document, "caches", CacheEntry):
+                key = _template(document, (*loc, "key"), cache.key, env)
+                version = _template(document, (*loc, "version"), cache.version, env)
+                draft = _CacheDraft(document, loc, cache, key, version, whole)
+                _check_cache(draft)
+                self._caches.setdefault(str(loc[1]), draft)
+        _check_same_keys(self._caches)
+        self._rules = [
+            _RuleDraft(rule, document.place(loc), document.place((*loc, "when")), self._busts(document, loc, rule))
+            for document in documents
+            for loc, rule, _ in sound(document, "rules", RuleEntry)
+        ]
+        self._tests = [
+            _test(test, document.place(loc))
+            for document in documents
+            for loc, test, whole in sound(document, "tests", TestEntry)
+            if self._check_test(document, loc, test) and whole
+        ]
+
+    def rule_set(self) -> RuleSet:
+        """The runtime objects; only to be asked for when nothing is wrong."""
+        busts: dict[str, list[Any]] = {name: [] for name in self._caches}
+        for rule in self._rules:
+            for bust in rule.busts:
+                busts[bust.cache].append(_canonical(rule.entry, bust))
+        caches = {name: _cache(name, draft, busts[name]) for name, draft in self._caches.items()}
+        rules = tuple(_rule(draft, caches) for draft in self._rules)
+        digests = sorted((cache.name, cache.digest) for cache in caches.values())
+        digest = _digest(digests, sorted(rule.name for rule in rules))
+        return RuleSet(caches, rules, digest, tuple(self._tests))
+
+    def _busts(self, document: Document, loc: Loc, rule: RuleEntry) -> tuple[_BustDraft, ...]:
+        _check_repeats(document, loc, rule)
+        _check_debounce(document, loc, rule)
+        if self._conditions:
+            _check_condition(document, loc, rule)
+        busts: list[_BustDraft] = []
+        for number, entry in enumerate(rule.bust):
+            name, mapping = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+            at = (*loc, "bust", number)
+            bust = self._bust(document, (*at, name), name, mapping)
+            if bust is not None and bust in busts:
+                document.complain(at, f"the rule busts {shown(name)} twice from the same columns; remove one")
+            elif bust is not None:
+                busts.append(bust)
+        return tuple(busts)
+
+    def _bust(self, document: Document, loc: Loc, name: str, mapping: Mapping[str, str]) -> _BustDraft | None:
+        """The bust with its mapping made complete, or None where that cannot be known."""
+        if name not in self._declared and self._every_file:
+            remedy = nearest(name, self._declared, "define it under `caches`")
+            document.complain(loc, f"there is no cache {shown(name)}; {remedy}", of_key=True)
+        draft = self._caches.get(name)
+        if draft is not None and draft.entry.ttl_only:
+            sentence = f"cache {shown(name)} is `ttl_only`, so no rule may bust it; remove it here, or `ttl_only` there"
+            document.complain(loc, sentence, of_key=True)
+        if draft is None or draft.target is None:
+            return None
+        params = draft.target.params
+        for parameter in sorted(mapping.keys() - set(params) - {"via"}):
+            of = "key" if draft.entry.version is None or draft.entry.bump_over else "version"
+            remedy = nearest(parameter, params, "remove it") if params else "it has none, so remove it"
+            sentence = f"the `{of}` of cache {shown(name)} has no parameter {shown(parameter)}; {remedy}"
+            document.complain((*loc, parameter), sentence, of_key=True)
+        if "via" not in mapping or "via" in params:
+            columns = {parameter: mapping.get(parameter, parameter) for parameter in params}
+            return _BustDraft(name, draft.target, columns, None, {})
+        return self._via(document, loc, name, params, mapping)
+
+    def _via(
+        self, document: Document, loc: Loc, name: str, params: Sequence[str], mapping: Mapping[str, str]
+    ) -> _BustDraft | None:
+        query = _query(document, (*loc, "via"), mapping["via"])
+        given = {parameter: column for parameter, column in mapping.items() if parameter != "via"}
+        if not set(params) - given.keys():
+            sentence = f"all parameters of cache {shown(name)} are given, so its query has none to give; remove `via`"
+            document.complain((*loc, "via"), sentence, of_key=True)
+        if query is None:
+            return None
+        read = (*query.columns, *given.values())
+        parts = [part for column in read for part in (Param(column), b"\0")][:-1]
+        return _BustDraft(name, Template.of(parts), {column: column for column in read}, query, given)
+
+    def _check_test(self, document: Document, loc: Loc, test: TestEntry) -> bool:
+        """Tell what no run of the test could be right with."""
+        change, told = test.change, len(document.problems)
+        if not any(rule.entry.table == change.table for rule in self._rules) and self._every_file:
+            remedy = nearest(str(change.table), [str(rule.entry.table) for rule in self._rules], "write a rule for it")
+            document.complain((*loc, "change", "table"), f"no rule names the table {change.table}; {remedy}")
+        wanted = {"insert": {"new"}, "update": {"old", "new"}, "delete": {"old"}, "truncate": set()}[change.op]
+        for name in ("old", "new"):
+            if name not in wanted and getattr(change, name) is not None:
+                sentence = f"{_A_CHANGE[change.op]} has no `{name}` row; remove it"
+                document.complain((*loc, "change", name), sentence, of_key=True)
+            elif name in wanted and getattr(change, name) is None:
+                document.complain(
+                    (*loc, "change"), f"{_A_CHANGE[change.op]} needs its `{name}` row; add it", of_key=True
+                )
+        for cache in test.via.keys() - self._declared if self._every_file else ():
+            remedy = nearest(cache, self._declared, "define it under `caches`")
+            document.complain((*loc, "via", cache), f"there is no cache {shown(cache)}; {remedy}", of_key=True)
+        return len(document.problems) == told
+
+
+_A_CHANGE = {"insert": "an insert", "update": "an update", "delete": "a delete", "truncate": "a truncate"}
+
+
+def _vars(documents: Sequence[Document], env: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment with the variables of all files before it; each may name the environment."""
+    first: dict[str, tuple[Document, Loc]] = {}
+    found: dict[str, str] = {}
+    for document in documents:
+        given = document.value.get("vars") if isinstance(document.value, dict) else None
+        for name, text in given.items() if isinstance(given, dict) else ():
+            loc = ("vars", name)
+            owner, taken = first.setdefault(name, (document, loc))
+            if owner is not document:
+                place = owner.place(taken, of_key=True)
+                document.complain(loc, f"the variable {shown(name)} is defined twice, first at {place}; remove one")
+            elif isinstance(text, str) and text:
+                template = _template(document, loc, text, env, sweepable=False)
+                if template is not None and template.params:
+                    document.complain(loc, "a variable can't hold a parameter; write it into the keys")
+                elif template is not None:
+                    found[name] = template.prefix.decode()
+    return {**env, **found}
+
+
+def _query(document: Document, loc: Loc, text: str) -> Query | None:
+    """Read a `via` query: one SELECT whose `{column}` are bound, never pasted."""
+    told = len(document.problems)
+    if not _SELECT.match(text):
+        document.complain(loc, "a `via` query must be one SELECT; write `SELECT column AS parameter FROM …`")
+    parts: list[str | Param] = []
+    quoted = ""
+    for token in _VIA_TOKEN.finditer(text):
+        if token["column"] is not None:
+            if quoted:
+                sentence = "a column in quotes would be text of the query; take the quotes off, values are bound"
+                document.complain_inside(loc, sentence, token.start())
+            parts.append(Param(token["column"]))
+            continue
+        piece = token[0][0] if token["brace"] else token[0]
+        if token["wrong"] or (piece == ";" and not quoted and text[token.end() :].strip()):
+            what = "a query is one statement; remove the `;`" if piece == ";" else f"`{piece}` names no column"
+            remedy = "" if piece == ";" else "; write `{column}`, or `{{` for the brace itself"
+            document.complain_inside(loc, what + remedy, token.start())
+        if piece in _QUOTES:
+            quoted = "" if quoted == piece else quoted or piece
+        parts.append("" if piece == ";" and not quoted else piece)
+    if len(document.problems) > told:
+        return None
+    return Query(tuple(parts), tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Param))))
+
+
+_SELECT = re.compile(r"\s*(SELECT|WITH)\b", re.IGNORECASE)
+
+
+_VIA_TOKEN = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<column>[^{}\s]+)\}|(?P<wrong>[{}])|(?P<text>['\";]|[^{}'\";]+)")
+
+
+_QUOTES = frozenset("'\"")
+
+
+def _test(entry: TestEntry, place: Place) -> Test:
+    change = entry.change
+    return Test(
+        entry.name,
+        change.table,
+        change.op,
+        _as_text(change.old),
+        _as_text(change.new),
+        value_types(change.old, change.new),
+        {cache: [_as_text(row) or {} for row in rows] for cache, rows in entry.via.items()},
+        tuple(entry.busts),
+        place,
+    )
+
+
+def _as_text(row: Mapping[str, Any] | None) -> Mapping[str, str | None] | None:
+    """A row's values as PostgreSQL shows them."""
+    return None if row is None else {column: value_text(value) for column, value in row.items()}
+
+
+def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
+    entry, key, version = draft.entry, draft.key, draft.version
+    assert key is not None
+    return Cache(
+        name,
+        key,
+        version,
+        version_ttl=entry.version_ttl or DEFAULT_VERSION_TTL,
+        ttl=entry.ttl,
+        jitter=entry.jitter or 0,
+        ttl_only=entry.ttl_only,
+        digest=_digest(
+            _canonical_parts(key),
+            version and _canonical_parts(version),
+            sorted(busts, key=json.dumps),
+            *(["pairs"] if entry.bump_over else []),
+        ),
+        bump_over=entry.bump_over,
+        again_after=entry.again_after,
+        negative_ttl=entry.negative_ttl,
+        stale_for=entry.stale_for,
+        max_keys_hint=entry.max_keys_hint,
+        place=draft.document.place(draft.loc, of_key=True),
+    )
+
+
+def _rule(draft: _RuleDraft, caches: Mapping[str, Cache]) -> Rule:
+    entry = draft.entry
+    return Rule(
+        entry.name,
+        entry.table,
+        on=frozenset(entry.on),
+        columns=tuple(entry.columns or ()),
+        old_row=entry.old_row,
+        immutable=frozenset(entry.immutable),
+        busts=tuple(
+            Bust(caches[bust.cache], bust.template, bust.columns, bust.query, bust.given) for bust in draft.busts
+        ),
+        place=draft.place,
+        when=entry.when,
+        when_place=draft.when_place,
+        debounce=entry.debounce,
+    )
+
+
+def _declared(documents: Sequence[Document]) -> set[str]:
+    """The names of all caches, also of those that are wrong; a cache or rule whose name is taken is a mistake."""
+    first: dict[tuple[str, str], tuple[Document, Loc]] = {}
+    for document in documents:
+        for noun, name, loc in _names(document):
+            owner, taken = first.setdefault((noun, name), (document, loc))
+            if (owner, taken) != (document, loc):
+                of_key = noun == "cache"
+                place = owner.place(taken, of_key=of_key)
+                sentence = f"{noun} {shown(name)} is defined twice, first at {place}; rename or remove one"
+                document.complain(loc, sentence, of_key=of_key)
+    return {name for noun, name in first if noun == "cache"}
+
+
+def _names(document: Document) -> Iterator[tuple[str, str, Loc]]:
+    """What the file defines: a cache at its name, which is a key; a rule at the value of its name."""
+    for loc, _ in entries(document, "caches"):
+        yield "cache", str(loc[1]), loc
+    for loc, rule in entries(document, "rules"):
+        if isinstance(rule, dict) and isinstance(rule.get("name"), str):
+            yield "rule", rule["name"], (*loc, "name")
+
+
+def _check_cache(draft: _CacheDraft) -> None:
+    document, loc, entry, key, version, whole = draft
+    if version is not None and "version" in version.params:
+        document.complain((*loc, "version"), "a `version` may not hold `{version}` itself; remove the parameter")
+    if entry.version is not None and key is not None and "version" not in key.params:
+        sentence = "the cache has a `version` but its key lacks `{version}`; put it there, or remove `version`"
+        document.complain((*loc, "key"), sentence)
+    if not whole:
+        return  # a field that seems to be missing may be one that is wrong
+    if entry.version is None and key is not None and "version" in key.params:
+        sentence = "the key has `{version}` but the cache has no `version`; add its template, or rename the parameter"
+        document.complain((*loc, "key"), sentence)
+    if entry.version is None and entry.version_ttl is not None:
+        document.complain((*loc, "version_ttl"), "`version_ttl` needs a `version`; remove it, or add one", of_key=True)
+    if entry.bump_over is not None and entry.version is None:
+        document.complain((*loc, "bump_over"), "`bump_over` needs a `version`; remove it, or add one", of_key=True)
+    if entry.bump_over is not None and key is not None and version is not None:
+        for parameter in sorted(set(version.params) - set(key.params)):
+            sentence = (
+                f"with `bump_over`, the key must hold all parameters of the version; put `{{{parameter}}}` into it"
+            )
+            document.complain((*loc, "key"), sentence)
+    if entry.bump_over is not None and key is not None and _filters_version(key):
+        sentence = "with `bump_over`, the version stands in the key as it is; take the filter off `{version}`"
+        document.complain((*loc, "key"), sentence)
+    if entry.again_after is not None and entry.again_after > LONGEST_AGAIN:
+        sentence = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
+        document.complain((*loc, "again_after"), sentence)
+    if entry.ttl is None and entry.jitter is not None:
+        document.complain((*loc, "jitter"), "`jitter` needs a `ttl`; remove it, or add one", of_key=True)
+
+
+def _filters_version(key: Template) -> bool:
+    return any(part.filters for part in key.parts if isinstance(part, Param) and part.name == "version")
+
+
+def _template(
+    document: Document, loc: Loc, text: str | None, env: Mapping[str, str], *, sweepable: bool = True
+) -> Template | None:
+    if text is None:
+        return None
+    try:
+        template = Template.parse(text, env)
+    except TemplateError as error:
+        document.complain_inside(loc, str(error), error.offset)
+        return None
+    if sweepable and template.glob() == b"*":
+        document.complain(loc, "without literal text, a sweep of this would empty all of Redis; begin it with a prefix")
+        return None
+    return template
+
+
+def _check_same_keys(caches: Mapping[str, _CacheDraft]) -> None:
+    first: dict[tuple[bytes | Param, ...], str] = {}
+    for name, draft in caches.items():
+        if draft.key is not None and first.setdefault(draft.key.parts, name) != name:
+            other = first[draft.key.parts]
+            place = caches[other].document.place((*caches[other].loc, "key"))
+            sentence = f"cache {shown(other)} has the same key, at {place}; make one cache of the two"
+            draft.document.complain((*draft.loc, "key"), sentence)
+
+
+def _check_repeats(document: Document, loc: Loc, rule: RuleEntry) -> None:
+    for name, items in (("on", rule.on), ("columns", rule.columns or ()), ("immutable", rule.immutable)):
+        seen: set[str] = set()
+        for number, item in enumerate(items):
+            if item in seen:
+                document.complain((*loc, name, number), f"{shown(item)} stands twice in `{name}`; remove one")
+            seen.add(item)
+
+
+def _check_condition(document: Document, loc: Loc, rule: RuleEntry) -> None:
+    if rule.when is not None:
+        try:
+            Condition(rule.when)
+        except ConditionError as error:
+            document.complain_inside((*loc, "when"), str(error), error.offset)
+
+
+def _check_debounce(document: Document, loc: Loc, rule: RuleEntry) -> None:
+    if rule.debounce is not None and rule.debounce > LONGEST_AGAIN:
+        sentence = "`debounce` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
+        document.complain((*loc, "debounce"), sentence)
+
+
+def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
+    """How a rule busts a cache, without the rule's name: a rule that is only renamed busts as before."""
+    columns = sorted(set(rule.columns or ()))
+    canonical = [
+        rule.table,
+        sorted(rule.on),
+        columns,
+        rule.old_row,
+        sorted(rule.immutable),
+        sorted(bust.columns.items()),
+    ]
+    # What later versions of the format brought is left out where it is not used: their caches need not be swept.
+    more = {
+        "when": rule.when,
+        "via": bust.query
+        and ["".join(part if isinstance(part, str) else f"{{{part.name}}}" for part in bust.query.parts)],
+        "given": sorted(bust.given.items()),
+    }
+    used = {name: value for name, value in more.items() if value}
+    return [*canonical, used] if used else canonical
+
+
+def _canonical_parts(template: Template) -> list[Any]:
+    return [part.decode() if isinstance(part, bytes) else [part.name, *part.filters] for part in template.parts]
+
+
+def _digest(*canonical: Any) -> str:
+    return sha256(json.dumps(canonical).encode()).hexdigest()[:16]

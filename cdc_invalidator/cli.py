@@ -225,19 +225,20 @@ def check(
     import orjson
 
     from cdc_invalidator.commands import check as checking
+    from cdc_invalidator.commands import findings as findings_of
     from cdc_invalidator.pipeline import eventstream
     from cdc_invalidator.redis.endpoint import Endpoint
     from cdc_invalidator.redis.topology import cache_server
 
     redis = Endpoint.parse(given.redis_url.get_secret_value()) if given.redis_url is not None else None
-    findings: list[checking.Finding] = []
+    findings: list[findings_of.Finding] = []
     rules: RuleSet | None = None
     try:
         rules = _rules(given)
     except errors.WrongRules as wrong:
-        findings += map(checking.Finding.of, wrong.problems)
+        findings += map(findings_of.Finding.of, wrong.problems)
     if rules is not None:
-        findings += map(checking.Finding.of, eventstream.clashes(given.event_stream, rules))
+        findings += map(findings_of.Finding.of, eventstream.clashes(given.event_stream, rules))
     if offline:
         cluster = redis is not None and redis.kind == "cluster"
         findings += checking.offline(rules, checking.Columns(), cluster=cluster) if rules is not None else []
@@ -252,12 +253,12 @@ def check(
             given.postgres_dsn.get_secret_value(), redis, given.event_stream, given.slot, given.publication
         )
         findings += asyncio.run(inspection.inspect(subject, rules))
-    findings = checking.in_order(findings)
+    findings = findings_of.in_order(findings)
     if output == "json":
-        typer.echo(orjson.dumps(checking.report(findings), option=orjson.OPT_INDENT_2))
+        typer.echo(orjson.dumps(findings_of.report(findings), option=orjson.OPT_INDENT_2))
     else:
-        typer.echo(checking.table(findings))
-    if checking.count(findings, checking.Severity.ERROR):
+        typer.echo(findings_of.table(findings))
+    if findings_of.count(findings, findings_of.Severity.ERROR):
         raise typer.Exit(1)
 
 

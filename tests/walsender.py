@@ -12,11 +12,12 @@ from prometheus_client import CollectorRegistry
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import receive, scan
 from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.batch import Batch, Run
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.pipeline.invalidation import Batch, Invalidation, Run
-from cdc_invalidator.postgres.pgoutput import UNCHANGED, Value
+from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.values import UNCHANGED, Value
 
 # Of these, the rules name users, orders and one that is not there (it may be EXTRA); PART is a partition of orders.
 USERS, ORDERS, PART, OTHER, EXTRA = 0x4001, 0x4112, 0x4223, 0x4334, 0x4445

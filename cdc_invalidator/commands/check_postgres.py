@@ -15,11 +15,13 @@ import psycopg
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import check_redis as redis_inspection
-from cdc_invalidator.commands.check import Columns, Finding, Severity, never, offline
+from cdc_invalidator.commands.check import Columns, never, offline
+from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
 from cdc_invalidator.postgres.connection import connect, first_line, translated
-from cdc_invalidator.postgres.publication import Leaf, Publication, Survey, quoted, unknown_old
+from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.slot import Server, Slot
+from cdc_invalidator.postgres.survey import Leaf, Survey, quoted, unknown_old
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import Condition

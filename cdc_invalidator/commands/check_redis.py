@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cdc_invalidator import errors, lsn
-from cdc_invalidator.commands.check import Finding, Severity
+from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.eventstream import FIELD
 from cdc_invalidator.redis import node, replies
 from cdc_invalidator.redis.endpoint import Endpoint

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from cdc_invalidator.pipeline.assembly import Assembly
-from cdc_invalidator.pipeline.invalidation import Batch, Busts, Complaint, Invalidation, Target
+from cdc_invalidator.pipeline.batch import Batch, Busts, Target
+from cdc_invalidator.pipeline.invalidation import Complaint, Invalidation
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import Bust as RuleBust
 from cdc_invalidator.rules.model import Cache, Pair, Rule, RuleSet
 from cdc_invalidator.rules.template import Template
+from cdc_invalidator.rules.values import Row as StreamRow
 from cdc_invalidator.rules.values import split_arguments
 
 Row = Mapping[str, str | None]
@@ -231,7 +233,7 @@ def _message(change: Change, relation: pgoutput.Relation) -> pgoutput.Change:
     return pgoutput.Update(None, relation.oid, "K" if moved else "", old if moved else None, new)
 
 
-def _row(values: Row | None, relation: pgoutput.Relation, only: Iterable[str] | None = None) -> pgoutput.Row:
+def _row(values: Row | None, relation: pgoutput.Relation, only: Iterable[str] | None = None) -> StreamRow:
     values = values or {}
     kept = values.keys() if only is None else set(only)
     texts = [values.get(column.name) if column.name in kept else None for column in relation.columns]

@@ -1,6 +1,6 @@
 from collections.abc import MutableMapping, Sequence
 
-from cdc_invalidator.pipeline.invalidation import Line, Target
+from cdc_invalidator.pipeline.batch import Line, Target
 from cdc_invalidator.pipeline.scan import Plans, Rules
 
 class Table:

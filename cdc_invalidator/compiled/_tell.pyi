@@ -1,7 +1,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cdc_invalidator.pipeline.invalidation import Line, Target
+from cdc_invalidator.pipeline.batch import Line, Target
 
 class Total:
     target: Target

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 from cdc_invalidator.pipeline.backlog import BATCH
+from cdc_invalidator.pipeline.batch import Batch
 from cdc_invalidator.pipeline.checkpoint import Ticket
-from cdc_invalidator.pipeline.invalidation import Batch
 
 # Keys that may wait, some 150 bytes each.
 CAPACITY = 100_000

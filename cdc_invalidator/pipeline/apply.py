@@ -23,11 +23,11 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.again import Again, Waiting
 from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.batch import Batch, Line, Run, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.debounce import Debounce
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.pipeline.invalidation import Batch, Line, Run, Target
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.postgres.standbys import Replicas

@@ -15,7 +15,8 @@ from itertools import islice
 from typing import Any
 
 from cdc_invalidator.pipeline import scan
-from cdc_invalidator.pipeline.invalidation import Batch, Line, Plan, Target, out_of_place
+from cdc_invalidator.pipeline.batch import Batch, Line, Target
+from cdc_invalidator.pipeline.plan import Plan, out_of_place
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.model import Pair
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from cdc_invalidator.pipeline.batch import Batch, Run
 from cdc_invalidator.pipeline.checkpoint import Ticket
-from cdc_invalidator.pipeline.invalidation import Batch, Run
 
 # Keys (and sweeps) that may wait: 10 to 20 MB of memory. A batch takes as much as a few keys, however small it is.
 CAPACITY = 100_000

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
+from cdc_invalidator.pipeline.batch import Batch, Run, Target
 from cdc_invalidator.pipeline.checkpoint import Ticket
-from cdc_invalidator.pipeline.invalidation import Batch, Run, Target
 
 # Keys whose last bust is remembered, some 200 bytes each; past that, keys are busted as if there were no time to keep.
 CAPACITY = 100_000

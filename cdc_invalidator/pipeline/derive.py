@@ -17,7 +17,7 @@ from psycopg.rows import tuple_row
 
 from cdc_invalidator import errors
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.pipeline.invalidation import Batch, Busts, Target
+from cdc_invalidator.pipeline.batch import Batch, Busts, Target
 from cdc_invalidator.postgres.connection import connect, translated
 from cdc_invalidator.rules.model import Query
 from cdc_invalidator.rules.values import split_arguments

@@ -15,8 +15,8 @@ from typing import Any
 from cdc_invalidator import lsn
 from cdc_invalidator.log import Event, EventLog, KeyDisplay, Level
 from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
+from cdc_invalidator.pipeline.batch import Line, Target
 from cdc_invalidator.pipeline.eventstream import EventStream
-from cdc_invalidator.pipeline.invalidation import Line, Target
 from cdc_invalidator.pipeline.sweep import Sweep
 from cdc_invalidator.redis.server import BUMP_MISSING, Outcome
 

@@ -19,11 +19,13 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import scan
 from cdc_invalidator.pipeline.assembly import Assembly
 from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.batch import Batch, Run
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
-from cdc_invalidator.pipeline.invalidation import Batch, Invalidation, Run
+from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.postgres.publication import Publication, Survey
+from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive, Replication
+from cdc_invalidator.postgres.survey import Survey
 from cdc_invalidator.rules.format import Table
 
 _log = structlog.get_logger()

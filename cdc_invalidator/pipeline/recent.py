@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 
 from cdc_invalidator.pipeline.backlog import BATCH
-from cdc_invalidator.pipeline.invalidation import Batch, Run
+from cdc_invalidator.pipeline.batch import Batch, Run
 
 # Keys that are remembered, some 150 bytes each.
 CAPACITY = 100_000

@@ -13,7 +13,8 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from cdc_invalidator.pipeline.invalidation import Line, Plan, Target
+    from cdc_invalidator.pipeline.batch import Line, Target
+    from cdc_invalidator.pipeline.plan import Plan
 
 try:
     from cdc_invalidator.compiled import _scan

@@ -12,19 +12,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from enum import Enum
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from cdc_invalidator import errors
-
-
-class _Unchanged(Enum):
-    UNCHANGED = "unchanged TOAST value"
-
-
-UNCHANGED: Final = _Unchanged.UNCHANGED
-Value: TypeAlias = bytes | Literal[_Unchanged.UNCHANGED] | None
-Row: TypeAlias = list[Value]
+from cdc_invalidator.rules.values import UNCHANGED, Row
 
 
 class Begin(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdc_invalidator.postgres.pgoutput import UNCHANGED, Value
+from cdc_invalidator.rules.values import UNCHANGED, Value
 
 if TYPE_CHECKING:
     import cel

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from cdc_invalidator.rules.condition import Condition, ConditionError
 from cdc_invalidator.rules.document import Document, Loc, Place
@@ -21,10 +21,6 @@ from cdc_invalidator.rules.format import (
 from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test, pair
 from cdc_invalidator.rules.template import Param, Template, TemplateError, shown
 from cdc_invalidator.rules.values import value_text, value_types
-
-if TYPE_CHECKING:
-    pass
-
 
 LONGEST_AGAIN = 60_000
 

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING
 from cdc_invalidator.errors import Problem, WrongRules
 from cdc_invalidator.rules.document import MAX_BYTES, Document, Place, read, too_large, unusable
 from cdc_invalidator.rules.draft import _digest, _Draft
-from cdc_invalidator.rules.format import (
-    check_format,
-)
+from cdc_invalidator.rules.format import check_format
 from cdc_invalidator.rules.model import RuleSet
 
 if TYPE_CHECKING:

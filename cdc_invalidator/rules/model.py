@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from cdc_invalidator.rules.document import Place
-from cdc_invalidator.rules.format import (
-    Table,
-)
+from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.template import Param, Template
-
-if TYPE_CHECKING:
-    pass
-
 
 DEFAULT_VERSION_TTL = 30 * 86_400_000
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from enum import Enum
+from typing import Any, Final, Literal, TypeAlias
 
 
 def join_arguments(values: Iterable[bytes | None]) -> bytes:
@@ -46,3 +44,16 @@ _OIDS = {
     frozenset({float}): 701,
     frozenset({int, float}): 701,
 }
+
+
+class _Unchanged(Enum):
+    UNCHANGED = "unchanged TOAST value"
+
+
+UNCHANGED: Final = _Unchanged.UNCHANGED
+
+
+Value: TypeAlias = bytes | Literal[_Unchanged.UNCHANGED] | None
+
+
+Row: TypeAlias = list[Value]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import redis
 from resp import NONE, RespProxy
 
-from cdc_invalidator.redis.server import _BUMP
+from cdc_invalidator.redis.scripts import _BUMP
 from cdc_invalidator.rules.suffixes import STALE_SUFFIX
 
 if TYPE_CHECKING:

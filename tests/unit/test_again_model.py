@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cdc_invalidator.pipeline.again import Again, Waiting
 from cdc_invalidator.pipeline.backlog import BATCH
+from cdc_invalidator.pipeline.batch import Batch, Busts, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.pipeline.invalidation import Batch, Busts, Target
 from cdc_invalidator.rules.load import parse_rules
 
 RULES = """

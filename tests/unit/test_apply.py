@@ -23,9 +23,9 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import apply
 from cdc_invalidator.pipeline.apply import Apply
 from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.batch import Batch, Line, Run, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.pipeline.invalidation import Batch, Line, Run, Target
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.redis.server import Outcome
 from cdc_invalidator.redis.watermark import Position, Watermark

@@ -23,8 +23,8 @@ from cdc_invalidator.log import EventLog, KeyDisplay
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import events, scan
 from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.batch import Line, Target
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.pipeline.invalidation import Line, Target
 from cdc_invalidator.redis.server import Outcome
 from cdc_invalidator.rules.load import parse_rules
 

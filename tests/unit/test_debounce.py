@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from cdc_invalidator.pipeline.batch import Batch, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.debounce import MOST_XIDS, Debounce
-from cdc_invalidator.pipeline.invalidation import Batch, Target
 from cdc_invalidator.rules.load import parse_rules
 
 RULES = """

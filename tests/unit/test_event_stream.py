@@ -14,9 +14,9 @@ from cdc_invalidator import errors, settings
 from cdc_invalidator.log import EventLog, Form, KeyDisplay, Level
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import eventstream
+from cdc_invalidator.pipeline.batch import Line, Target
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.eventstream import EventStream
-from cdc_invalidator.pipeline.invalidation import Line, Target
 from cdc_invalidator.redis.server import Outcome
 from cdc_invalidator.rules.load import parse_rules
 

@@ -16,23 +16,14 @@ from hypothesis import strategies as st
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline import assembly
 from cdc_invalidator.pipeline.assembly import Assembly
-from cdc_invalidator.pipeline.invalidation import Batch, Complaint, Invalidation
+from cdc_invalidator.pipeline.batch import Batch
+from cdc_invalidator.pipeline.invalidation import Complaint, Invalidation
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.postgres.pgoutput import (
-    UNCHANGED,
-    Begin,
-    Commit,
-    Delete,
-    Insert,
-    Relation,
-    Row,
-    Truncate,
-    Update,
-    Value,
-)
+from cdc_invalidator.postgres.pgoutput import Begin, Commit, Delete, Insert, Relation, Truncate, Update
 from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.values import UNCHANGED, Row, Value
 
 USERS, ORDERS, OTHER, LEAF = 16385, 16390, 16400, 16410
 COLUMNS = ("id", "team_id", "name", "bio")

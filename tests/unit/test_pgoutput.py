@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.pgoutput import (
-    UNCHANGED,
     AnyMessage,
     Begin,
     Column,
@@ -32,7 +31,6 @@ from cdc_invalidator.postgres.pgoutput import (
     Message,
     Origin,
     Relation,
-    Row,
     StreamAbort,
     StreamCommit,
     StreamStart,
@@ -40,8 +38,8 @@ from cdc_invalidator.postgres.pgoutput import (
     Truncate,
     Type,
     Update,
-    Value,
 )
+from cdc_invalidator.rules.values import UNCHANGED, Row, Value
 
 pytestmark = pytest.mark.timeout(60)  # whatever the bytes are, the answer comes at once
 

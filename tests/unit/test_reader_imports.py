@@ -38,8 +38,8 @@ print(*ours, sep="\\n")
 """
 # The pure modules that the reader shares with the daemon.
 SHARED = {
-    *("errors", "postgres", "postgres.pgoutput"),
-    *("rules", "rules.condition", "rules.document", "rules.format", "rules.load", "rules.suffixes", "rules.template"),
+    *("errors", "rules", "rules.condition", "rules.document", "rules.draft", "rules.format", "rules.load"),
+    *("rules.model", "rules.suffixes", "rules.template", "rules.values"),
 }
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cdc_invalidator.pipeline.backlog import BATCH
-from cdc_invalidator.pipeline.invalidation import Batch, Run
+from cdc_invalidator.pipeline.batch import Batch, Run
 from cdc_invalidator.pipeline.recent import Recent
 
 if TYPE_CHECKING:

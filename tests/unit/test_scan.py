@@ -42,13 +42,13 @@ from walsender import (
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline import receive, scan
 from cdc_invalidator.pipeline.assembly import Assembly
-from cdc_invalidator.pipeline.invalidation import Batch
+from cdc_invalidator.pipeline.batch import Batch
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.postgres.pgoutput import UNCHANGED
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive
 from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.model import Pair, RuleSet
+from cdc_invalidator.rules.values import UNCHANGED
 
 if not scan.COMPILED:
     assert not os.environ.get("CI"), "the compiled part is not there"

@@ -17,8 +17,8 @@ from cdc_invalidator import lsn
 from cdc_invalidator.log import EventLog, KeyDisplay, KeyForm
 from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
 from cdc_invalidator.pipeline import apply, events
+from cdc_invalidator.pipeline.batch import KEYS_A_LINE, Batch, Line, Run, Target
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.pipeline.invalidation import KEYS_A_LINE, Batch, Line, Run, Target
 from cdc_invalidator.redis.server import BUMP_DELETED, BUMP_MISSING, Outcome
 from cdc_invalidator.rules.load import parse_rules
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from cdc_invalidator.pipeline.again import Again
+from cdc_invalidator.pipeline.batch import Batch, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.pipeline.invalidation import Batch, Target
 from cdc_invalidator.rules.load import parse_rules
 
 RULES = """

@@ -1,0 +1,117 @@
+"""Findings of `check`: their order, and how they are printed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from cdc_invalidator.errors import Problem
+from cdc_invalidator.rules.document import Place
+
+WIDTH = 100
+
+
+# A longer place has a line of its own, so that the sentences stay readable.
+_PLACE_WIDTH = 34
+
+
+class Severity(StrEnum):
+    """How bad it is; they sort by that. Errors make `check` fail."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    NOTE = "note"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing worth saying.
+
+    ``code``: what pipelines know it by; ``place``: where in a rule file, or which server; ``sentence``: what is found,
+    with the remedy at its end.
+    """
+
+    severity: Severity
+    code: str
+    place: Place | str
+    sentence: str
+
+    @classmethod
+    def of(cls, problem: Problem) -> Finding:
+        """Make one of a mistake that `run` refuses as well."""
+        place = Place(problem.file, problem.line, problem.column)
+        return cls(Severity.ERROR, problem.code, place, problem.sentence)
+
+    def fields(self) -> dict[str, Any]:
+        """Give it for JSON; ``file``, ``line`` and ``column`` are ``None`` where the place is a server."""
+        file, line, column = self.place if isinstance(self.place, Place) else (None, None, None)
+        return {
+            "severity": str(self.severity),
+            "code": self.code,
+            "place": str(self.place),
+            "file": file,
+            "line": line,
+            "column": column,
+            "sentence": self.sentence,
+        }
+
+
+def in_order(findings: Iterable[Finding]) -> list[Finding]:
+    """Give them sorted, the worst first, each once."""
+    worst = list(Severity)
+    return sorted(
+        dict.fromkeys(findings),
+        key=lambda found: (
+            worst.index(found.severity),
+            isinstance(found.place, Place),
+            found.place if isinstance(found.place, Place) else Place(found.place),
+            found.code,
+            found.sentence,
+        ),
+    )
+
+
+def count(findings: Iterable[Finding], severity: Severity) -> int:
+    """Give how many there are of a severity."""
+    return sum(found.severity is severity for found in findings)
+
+
+def report(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Give all of it for JSON."""
+    return {
+        "findings": [found.fields() for found in findings],
+        "errors": count(findings, Severity.ERROR),
+        "warnings": count(findings, Severity.WARNING),
+    }
+
+
+def table(findings: Sequence[Finding], width: int = WIDTH) -> str:
+    """Give all of it as text, in columns, and the counts in the last line."""
+    if not findings:
+        return "nothing found"
+    at = min(_PLACE_WIDTH, max(len(str(found.place)) for found in findings))
+    margin = max(map(len, Severity)) + 2 + at + 2
+    lines = []
+    for found in findings:
+        place = str(found.place)
+        head = f"{found.severity:<{max(map(len, Severity))}}  {place:<{at}}  "
+        if len(place) > at:
+            lines.append(head.rstrip())
+            head = " " * margin
+        lines += textwrap.wrap(
+            found.sentence,
+            width,
+            initial_indent=head,
+            subsequent_indent=" " * margin,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    counts = [
+        f"{number} {severity}{'' if number == 1 else 's'}"
+        for severity in Severity
+        if (number := count(findings, severity))
+    ]
+    return "\n".join([*lines, "", ", ".join(counts)])

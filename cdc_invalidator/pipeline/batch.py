@@ -1,0 +1,248 @@
+"""What a transaction busts: keys of targets, never rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+from cdc_invalidator.rules.model import Bust, Cache, Pair, Query
+from cdc_invalidator.rules.template import Template
+
+# Keys of a bust event.
+KEYS_A_LINE = 1000
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One cache that one rule busts: what a bust event is about. Compared by identity."""
+
+    rule: str
+    cache: Cache
+    table: str
+    # What the rule says of it; None for what no rule asks for: a manual bust, a gap.
+    bust: Bust | None = None
+    # The least ms between two busts of a key; 0 for none.
+    debounce: int = 0
+    # What a change gives: a key to delete, or a version's; with `bump_over` both, and with a query its arguments.
+    template: Template = field(init=False)
+    query: Query | None = field(init=False)
+    pairs: bool = field(init=False)
+    # The only key of a cache without parameters, which needs no search.
+    one: bytes | None = field(init=False)
+    # Whether keys are deleted, or versions bumped, which with `bump_over` depends.
+    action: str = field(init=False)
+    # What every event about it says, by what is done.
+    shown: dict[str, dict[str, str | None]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        set_once = object.__setattr__
+        swept = self.cache.target
+        set_once(self, "template", self.bust.template if self.bust else self.cache.busted)
+        set_once(self, "query", self.bust.query if self.bust else None)
+        set_once(self, "pairs", self.cache.bump_over is not None)
+        set_once(self, "one", None if swept.params else swept.prefix)
+        set_once(self, "action", "delete" if self.cache.version is None or self.pairs else "bump")
+        shown: dict[str, dict[str, str | None]] = {
+            action: {
+                "rule": self.rule or None,
+                "cache": self.cache.name,
+                "action": action,
+                "table": self.table or None,
+                "key_prefix": template.prefix.decode(errors="replace"),
+            }
+            for action, template in (("delete", self.cache.key), ("bump", self.cache.target))
+        }
+        set_once(self, "shown", shown)
+
+
+@dataclass(slots=True)
+class Busts:
+    """What one transaction does to one target: keys in order, or the whole cache (``sweep``).
+
+    ``keys``: what the target's template gives. ``bumps``: versions' keys, of a cache with ``bump_over``. ``derived``:
+    what the rows of the target's query gave when it was asked last.
+    """
+
+    keys: dict[bytes, None] = field(default_factory=dict)
+    bumps: dict[bytes, None] = field(default_factory=dict)
+    derived: dict[bytes, None] = field(default_factory=dict)
+    ops: dict[str, None] = field(default_factory=dict)
+    sweep: bool = False
+    reason: str = "change"
+
+    def derive(self, target: Target, keys: Iterable[bytes]) -> None:
+        """Take the keys that the target's query gave; past `bump_over` of them, the versions that they are under."""
+        self.derived.update(dict.fromkeys(keys))
+        limit = target.cache.bump_over
+        if limit is not None and len(self.derived) > limit:
+            self.bumps.update({Pair.split(key).version: None for key in self.derived})
+            self.derived.clear()
+
+
+class Line(NamedTuple):
+    """One bust event to be: up to KEYS_A_LINE keys of one target in one transaction.
+
+    ``action``: delete or bump; ``op``: the kinds of change; the rest as in `Batch`.
+    """
+
+    target: Target
+    action: str
+    op: str
+    keys: list[bytes]
+    reason: str
+    commit_lsn: int
+    committed_at: int | None
+    xid: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """The busts of one transaction, or of a stretch of a large one.
+
+    ``commit_lsn`` and ``committed_at`` (µs since 2000) are of its commit record. ``end_lsn`` is set on the last batch
+    of a transaction only: with it, the transaction is done.
+    """
+
+    commit_lsn: int
+    committed_at: int | None
+    xid: int
+    end_lsn: int | None = None
+    busts: dict[Target, Busts] = field(default_factory=dict)
+    weight: int = 0
+
+    def of(self, target: Target) -> Busts:
+        """Give what the batch does to this target, made at first use."""
+        busts = self.busts.get(target)
+        if busts is None:
+            busts = self.busts[target] = Busts()
+        return busts
+
+    def add(self, target: Target, ops: Iterable[str], key: bytes, reason: str) -> None:
+        """Bust one key, unless the whole cache goes anyway."""
+        busts = self.of(target)
+        if not busts.sweep:
+            # The first reason stays: a TRUNCATE is not made a change by what follows it.
+            busts.reason = reason
+        busts.ops.update(dict.fromkeys(ops))
+        if not busts.sweep and key not in busts.keys:
+            busts.keys[key] = None
+            self.weight += 1
+
+    def sweep(self, target: Target, ops: Iterable[str], reason: str) -> None:
+        """Bust all keys of the target; a cache without parameters has just one, which needs no search."""
+        if target.one is not None and not target.pairs and target.query is None:
+            self.add(target, ops, target.one, reason)
+            return
+        busts = self.of(target)
+        if not busts.sweep:
+            # The first reason stays: a TRUNCATE is not made a change by what follows it.
+            busts.reason = reason
+        busts.ops.update(dict.fromkeys(ops))
+        if target.one is not None and target.pairs:
+            # All keys are under one version.
+            self.bump(target, {target.one})
+        elif not busts.sweep:
+            busts.sweep = True
+            self.weight += 1
+
+    def bump(self, target: Target, versions: Iterable[bytes]) -> None:
+        """Trade the single keys of a target with ``bump_over`` for bumps of versions."""
+        busts = self.of(target)
+        self.weight -= len(busts.keys) + len(busts.bumps)
+        busts.keys.clear()
+        busts.bumps.update(dict.fromkeys(versions))
+        self.weight += len(busts.bumps)
+
+    def add_all(self, target: Target, ops: Iterable[str], keys: Iterable[bytes], reason: str) -> None:
+        """Bust many keys, as `add` does one."""
+        busts = self.of(target)
+        busts.ops.update(dict.fromkeys(ops))
+        if not busts.sweep:
+            busts.reason = reason
+            before = len(busts.keys)
+            busts.keys.update(dict.fromkeys(keys))
+            self.weight += len(busts.keys) - before
+
+    def widen(self, target: Target) -> None:
+        """Trade keys for a sweep of their cache."""
+        busts = self.busts[target]
+        self.weight -= len(busts.keys) + len(busts.bumps)
+        busts.keys.clear()
+        busts.bumps.clear()
+        self.sweep(target, busts.ops, busts.reason)
+
+    @property
+    def first_lsn(self) -> int:
+        """The same as ``commit_lsn``: see `Run`."""
+        return self.commit_lsn
+
+    @property
+    def targets(self) -> Iterable[Target]:
+        """What is busted."""
+        return self.busts
+
+    @property
+    def xids(self) -> Sequence[int]:
+        """The transaction, if there is one."""
+        return (self.xid,) if self.xid else ()
+
+    def lines(self) -> Iterable[Line]:
+        """Give the events of the batch, without those of its sweeps."""
+        for target, busts in self.busts.items():
+            op = ",".join(busts.ops)
+            named = busts.keys if target.query is None else busts.derived
+            for action, keys in ((target.action, list(named)), ("bump", list(busts.bumps))):
+                for start in range(0, len(keys), KEYS_A_LINE):
+                    some = keys[start : start + KEYS_A_LINE]
+                    yield Line(target, action, op, some, busts.reason, self.commit_lsn, self.committed_at, self.xid)
+
+
+class Run:
+    """The busts of many small transactions in a row; all of them plain keys.
+
+    Args:
+        lines: their events, at least one; a transaction's stand together.
+        xids: the transactions.
+        end_lsn: with that, the last of them is done.
+    """
+
+    __slots__ = ("_lines", "end_lsn", "weight", "xids")
+
+    # No sweep, no query, nothing that is held or done twice.
+    busts: ClassVar[Mapping[Target, Busts]] = {}
+
+    def __init__(self, lines: list[Line], xids: Sequence[int], end_lsn: int) -> None:
+        self._lines = lines
+        self.xids = xids
+        self.end_lsn = end_lsn
+        # A line takes as much memory as two keys.
+        self.weight = sum(len(line.keys) for line in lines) + 2 * len(lines)
+
+    @property
+    def first_lsn(self) -> int:
+        """LSN of the first commit record."""
+        return self._lines[0].commit_lsn
+
+    @property
+    def commit_lsn(self) -> int:
+        """LSN of the last commit record."""
+        return self._lines[-1].commit_lsn
+
+    @property
+    def targets(self) -> Iterable[Target]:
+        """What is busted."""
+        return {line.target for line in self._lines}
+
+    def lines(self) -> Iterable[Line]:
+        """Give the events."""
+        return self._lines
+
+    def batches(self) -> list[Batch]:
+        """Give the same, a batch a transaction: for what has to be done with each by itself."""
+        batches: list[Batch] = []
+        for line in self._lines:
+            if not batches or batches[-1].commit_lsn != line.commit_lsn:
+                batches.append(Batch(line.commit_lsn, line.committed_at, line.xid))
+            batches[-1].add_all(line.target, line.op.split(","), line.keys, line.reason)
+        return batches

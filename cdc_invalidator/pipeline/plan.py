@@ -1,0 +1,223 @@
+"""The rules of one relation, compiled: from a row to the keys that it makes stale."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from cdc_invalidator import errors
+from cdc_invalidator.pipeline import scan
+from cdc_invalidator.pipeline.batch import Batch, Target
+from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.rules.condition import Holds
+from cdc_invalidator.rules.values import UNCHANGED, Row
+
+Counts = defaultdict[tuple[str, str], int]
+
+
+KeyOf = Callable[[Sequence[bytes | None]], bytes | None]
+
+
+@dataclass(slots=True)
+class _Firing:
+    """One target of a rule, compiled for one relation."""
+
+    target: Target
+    key_of: KeyOf
+    columns: tuple[int, ...]
+    # The key in literals and columns, where it is no more than that.
+    plain: tuple[Sequence[bytes], Sequence[int]] | None
+    # What is known of an old row: "given" (the identity carries all key columns), "kept" (those that it does not
+    # carry never change), or the rule's answer to not knowing: "sweep" or "ignore".
+    old_of_update: str
+    old_of_delete: str
+
+
+@dataclass(slots=True)
+class _RulePlan:
+    """One rule, compiled for one relation.
+
+    ``watched``: columns of which an UPDATE must change one; empty, any. ``holds``: its condition, if it has one that
+    can be asked.
+    """
+
+    firings: list[_Firing]
+    watched: tuple[int, ...]
+    on: frozenset[str]
+    broken: bool = False
+    holds: Holds | None = None
+
+
+class Plan:
+    """All rules of one relation, compiled.
+
+    Args:
+        in_identity: for each column, whether an old key tuple carries it.
+        rules: by kind of change.
+        name: what rules know the relation by.
+        counts: is counted up, by table and kind of change.
+    """
+
+    __slots__ = ("_counts", "_in_identity", "_name", "_rules", "_watches", "table")
+
+    def __init__(
+        self, in_identity: tuple[bool, ...], rules: dict[str, list[_RulePlan]], name: str, counts: Counts
+    ) -> None:
+        self._in_identity = in_identity
+        self._rules = rules
+        self._watches = any(rule.watched or rule.holds for rule in rules["update"])
+        self._name = name
+        self._counts = counts
+        inserts, updates, deletes = (_plain(op, rules[op]) for op in ("insert", "update", "delete"))
+        # For `scan`: the same as here, where it is plain.
+        self.table = scan.table(name, in_identity, inserts, updates, deletes, counts)
+
+    def insert(self, batch: Batch, message: pgoutput.Insert) -> None:
+        """Put what a new row makes stale into the batch."""
+        new = message.new
+        self._check_width(new)
+        self._counts[self._name, "insert"] += 1
+        for rule in self._rules["insert"]:
+            if rule.holds and not rule.holds("insert", None, new):
+                continue
+            for firing in rule.firings:
+                _bust(batch, firing, "insert", new)
+
+    def update(self, batch: Batch, message: pgoutput.Update) -> None:
+        """Put what a changed row makes stale, as it was and as it is, into the batch."""
+        new, old = message.new, message.old
+        self._check_width(new)
+        if old is not None:
+            self._check_width(old)
+        self._counts[self._name, "update"] += 1
+        known: Row = []
+        if self._watches or UNCHANGED in new:
+            known = self._known_old(message)
+            new = _filled(new, known)
+        for rule in self._rules["update"]:
+            if rule.watched and not rule.broken and not _fires(rule, known, message.new):
+                continue
+            if rule.holds and not rule.holds("update", known, new):
+                continue
+            for firing in rule.firings:
+                _bust(batch, firing, "update", new)
+                if firing.old_of_update == "given":
+                    if old is not None:
+                        _bust(batch, firing, "update", old)
+                elif firing.old_of_update == "kept":
+                    if old is not None:
+                        _bust(batch, firing, "update", self._kept(old, new))
+                elif firing.old_of_update == "sweep":
+                    batch.sweep(firing.target, ("update",), "change")
+
+    def delete(self, batch: Batch, message: pgoutput.Delete) -> None:
+        """Put what a deleted row makes stale into the batch."""
+        self._check_width(message.old)
+        self._counts[self._name, "delete"] += 1
+        for rule in self._rules["delete"]:
+            if rule.holds and not rule.holds("delete", self._carried(message.old), None):
+                continue
+            for firing in rule.firings:
+                if firing.old_of_delete == "given":
+                    _bust(batch, firing, "delete", message.old)
+                elif firing.old_of_delete == "sweep":
+                    batch.sweep(firing.target, ("delete",), "change")
+
+    def truncate(self, batch: Batch) -> None:
+        """Put what an emptied table makes stale, whole caches, into the batch."""
+        self._counts[self._name, "truncate"] += 1
+        for rule in self._rules["truncate"]:
+            if rule.holds and not rule.holds("truncate", None, None):
+                continue
+            for firing in rule.firings:
+                batch.sweep(firing.target, ("truncate",), "truncate")
+
+    def _check_width(self, row: Row) -> None:
+        if len(row) != len(self._in_identity):
+            raise out_of_place("a row of another width than its Relation's")
+
+    def _known_old(self, message: pgoutput.Update) -> Row:
+        """Give the old row as far as it is known: UNCHANGED stands for what is not."""
+        if message.old_kind == "O":
+            assert message.old is not None
+            return message.old
+        # Without an old tuple the identity's columns are as they were; with a key tuple they are in it.
+        return self._carried(message.new if message.old is None else message.old)
+
+    def _carried(self, row: Row) -> Row:
+        """Give a row without the values that the identity does not carry: UNCHANGED stands for them."""
+        return [value if carried else UNCHANGED for value, carried in zip(row, self._in_identity, strict=False)]
+
+    def _kept(self, old: Row, new: Row) -> Row:
+        """Give the old row where all that the identity does not carry is declared immutable."""
+        return [
+            before if carried else after for before, after, carried in zip(old, new, self._in_identity, strict=False)
+        ]
+
+
+def _plain(op: str, rules: Iterable[_RulePlan]) -> scan.Rules:
+    """Give the rules for one kind of change as `scan` takes them; ``None`` where one of them asks for more."""
+    found = []
+    for rule in rules:
+        if rule.broken or rule.holds:
+            return None
+        firings: list[scan.Firing] = []
+        for firing in rule.firings:
+            target = firing.target
+            old = {"update": firing.old_of_update, "delete": firing.old_of_delete}.get(op)
+            later = target.pairs or target.debounce or target.cache.again_after
+            if firing.plain is None or later or old == "sweep":
+                return None
+            firings.append((target, *firing.plain, old or "ignore"))
+        found.append((rule.watched, firings))
+    return found
+
+
+def _no_key(_row: Sequence[bytes | None]) -> bytes | None:
+    raise AssertionError("a firing without its columns gives no key")
+
+
+def _bust(batch: Batch, firing: _Firing, op: str, row: Row) -> None:
+    if firing.key_of is _no_key:
+        batch.sweep(firing.target, (op,), "change")
+        return
+    for column in firing.columns:
+        if row[column] is UNCHANGED:
+            batch.sweep(firing.target, (op,), "change")
+            return
+    key = firing.key_of(row)  # type: ignore[arg-type]  # no UNCHANGED among the columns that it reads
+    if key is not None:
+        # As Batch.add does, without its call: this runs for each key.
+        busts = batch.busts.get(firing.target) or batch.of(firing.target)
+        busts.ops[op] = None
+        if not busts.sweep and key not in busts.keys:
+            busts.keys[key] = None
+            batch.weight += 1
+
+
+def _filled(new: Row, old: Row) -> Row:
+    """Give the new row with its unchanged TOAST values taken from the old one, where that has them."""
+    return [before if after is UNCHANGED else after for after, before in zip(new, old, strict=False)]
+
+
+def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
+    """Tell whether a watched column, or one that a key is built from, may have changed."""
+    for column in rule.watched:
+        if new[column] is not UNCHANGED and old[column] != new[column]:
+            return True
+    # The entry under the former key is stale even where none of the watched columns changed.
+    return any(
+        new[column] is not UNCHANGED
+        and old[column] != new[column]
+        and (old[column] is not UNCHANGED or firing.old_of_update in {"sweep", "ignore"})
+        for firing in rule.firings
+        for column in firing.columns
+    )
+
+
+def out_of_place(what: str) -> errors.MalformedMessage:
+    """Give the error for a message that the protocol does not allow where it stands."""
+    return errors.MalformedMessage(
+        f"The replication stream holds {what} where none can stand; report it with the server's version."
+    )

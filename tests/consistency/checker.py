@@ -11,7 +11,7 @@ such a read is recorded under that LSN, so that it is judged like any other.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from consistency.history import ABSENT, Read, Write
@@ -80,9 +80,9 @@ class _Subject:
         """Give the version that a read under this watermark shows at least; 0 for any."""
         return bisect_right(self.known_by, watermark)
 
-    def newest_absence(self, before: int) -> int:
-        """Give the last version without a row whose commit had begun before that time; 0 for none."""
-        at = bisect_left(self.gone_began, before)
+    def newest_absence(self, then: int) -> int:
+        """Return the last version without a row whose commit had begun by then; 0 for none."""
+        at = bisect_right(self.gone_began, then)
         return self.gone[at - 1] if at else 0
 
 

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from consistency.checker import History, Impossible, behind
 from consistency.history import ABSENT, Read, Reads, Write, Writes
-from hypothesis import assume, find, given
+from hypothesis import assume, example, find, given
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -186,6 +186,9 @@ def is_stale(writes: list[Write], one: Read) -> bool:
     return all(any(later.version > version and later.lsn <= one.watermark for later in of_subject) for version in seen)
 
 
+# The second commit begins as the read ends.
+@example(([write(1, 0, 0, gone=True), write(2, 11, 1, gone=True)], [read(ABSENT, 11, 0)]))
+@example(([write(1, 0, 0), write(2, 11, 1, gone=True)], [read(ABSENT, 0, 0)]))
 @given(histories())
 def test_the_checker_finds_what_the_definition_says(drawn: tuple[list[Write], list[Read]]) -> None:
     writes, reads = drawn

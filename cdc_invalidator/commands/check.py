@@ -265,16 +265,16 @@ def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
         for cache in caches
     }
     for cache in caches:
-        swept = Language.of_sweep(cache.target)
+        swept = Language.of_sweep(cache.sweep_template)
         others = [
             other.name
             for other in caches
             if other is not cache
-            and other.version != cache.target
+            and other.version != cache.sweep_template
             and any(overlap.common(swept, theirs) is not None for theirs in languages[other.name])
         ]
-        if others and cache.target.params:
-            pattern = cache.target.glob().decode("utf-8", "replace")
+        if others and cache.sweep_template.params:
+            pattern = cache.sweep_template.glob().decode("utf-8", "replace")
             yield Finding(
                 Severity.NOTE,
                 "sweeps_others",

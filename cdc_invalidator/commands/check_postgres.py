@@ -361,7 +361,7 @@ class _Database:
             nothing = f"SELECT * FROM (\n{query}\n) AS found LIMIT 0"  # noqa: S608  the rule file's own SQL
             cursor = await connection.execute(nothing.encode(), arguments)
         given = {column.name: column.type_code for column in (cursor.description or [])[1:]}
-        for parameter in sorted(set(bust.cache.busted.params) - given.keys() - bust.given.keys()):
+        for parameter in sorted(set(bust.cache.bust_template.params) - given.keys() - bust.given.keys()):
             remedy = nearest(parameter, given, f"select it AS {parameter}")
             self._add(
                 Severity.ERROR,

@@ -129,7 +129,7 @@ class Played:
         """Do with the rows what `derive` does with the database's."""
         assert target.query is not None
         assert target.bust is not None
-        given, wanted = target.bust.given, target.cache.busted.params
+        given, wanted = target.bust.given, target.cache.bust_template.params
         keys: list[bytes] = []
         for argument in busts.keys:
             values = split_arguments(argument)[len(target.query.columns) :]
@@ -140,7 +140,7 @@ class Played:
                 if lacking:
                     self.unanswered.append(Unanswered(target.cache.name, lacking))
                     continue
-                key = target.cache.busted.render({parameter: known[parameter] for parameter in wanted})
+                key = target.cache.bust_template.render({parameter: known[parameter] for parameter in wanted})
                 if key is not None:
                     keys.append(key)
         busts.derive(target, keys)
@@ -256,7 +256,7 @@ def _busts(batch: Batch) -> Iterator[Bust]:
 
 
 def key_bust(cache: Cache, busted: bytes) -> Bust:
-    """Give the bust of what `Cache.busted` gives for a row."""
+    """Give the bust of what `Cache.bust_template` gives for a row."""
     if cache.bump_over is not None and cache.version is not None:
         return Bust("delete", cache.name, _shown(Pair.split(busted).key(b"{version}")))
     return Bust("delete" if cache.version is None else "bump", cache.name, _shown(busted))

@@ -31,7 +31,7 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.postgres.standbys import Replicas
-from cdc_invalidator.redis.server import CacheServer, Outcome
+from cdc_invalidator.redis.server import CacheServer, BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark, gaps
 from cdc_invalidator.rules.model import Cache, Pair, RuleSet
 
@@ -109,7 +109,7 @@ class Apply:
         self._taken: list[tuple[Batch | Run, Ticket]] = []
         self._due: list[tuple[str, Waiting]] = []
         # Acknowledged by Redis at that time (Unix, in µs), and not in the events yet.
-        self._untold: deque[tuple[list[Line], Outcome, int, int]] = deque()
+        self._untold: deque[tuple[list[Line], BustReply, int, int]] = deque()
         # Applied before, and lost by a Redis that came back older.
         self._anew: deque[Batch | Run] = deque()
         # Sweeps because of gaps: not taken yet, and not over yet.
@@ -379,7 +379,7 @@ class Apply:
             self._resolve(waiting.ticket)
         self._due = []
 
-    def _tell_derived(self, lines: Iterable[Line], outcome: Outcome, visible: Container[int]) -> None:
+    def _tell_derived(self, lines: Iterable[Line], outcome: BustReply, visible: Container[int]) -> None:
         """Tell the busts that a query gave only now, because its transaction was not visible before."""
         existed = iter(outcome.existed)
         told, counts = [], []
@@ -389,7 +389,7 @@ class Apply:
                 told.append(line)
                 counts += [] if count is None else [count]
         if told:
-            self._told_later(told, Outcome(counts, outcome.versions), self._replay_until)
+            self._told_later(told, BustReply(counts, outcome.versions), self._replay_until)
 
     def _follow_up(self, batch: Batch, ticket: Ticket, bust: str, now: float) -> None:
         """Begin what a bust leads to: its sweeps, and the busts that come after it."""
@@ -399,7 +399,7 @@ class Apply:
         if bust != "again_after" and self._asks_again:
             self._again.until_later(batch, ticket, now)
 
-    async def _bust(self, server: CacheServer, batches: Iterable[Batch | Run]) -> tuple[list[Line], Outcome]:
+    async def _bust(self, server: CacheServer, batches: Iterable[Batch | Run]) -> tuple[list[Line], BustReply]:
         """Bust all keys of some batches, and give the events to be and what Redis answered."""
         lines = [line for batch in batches for line in batch.lines()]
         pairs = [line for line in lines if line.target.pairs and line.action == "delete"]
@@ -421,7 +421,7 @@ class Apply:
             # Where this was broken off; nobody would ask it for its outcome.
             busting.cancel()
 
-    def _told_later(self, lines: list[Line], outcome: Outcome, replay_until: int) -> None:
+    def _told_later(self, lines: list[Line], outcome: BustReply, replay_until: int) -> None:
         self._untold.append((lines, outcome, replay_until, time.time_ns() // 1000))
 
     def _tell(self) -> None:

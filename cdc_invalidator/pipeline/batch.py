@@ -37,8 +37,8 @@ class Target:
 
     def __post_init__(self) -> None:
         set_once = object.__setattr__
-        swept = self.cache.target
-        set_once(self, "template", self.bust.template if self.bust else self.cache.busted)
+        swept = self.cache.sweep_template
+        set_once(self, "template", self.bust.template if self.bust else self.cache.bust_template)
         set_once(self, "query", self.bust.query if self.bust else None)
         set_once(self, "pairs", self.cache.bump_over is not None)
         set_once(self, "one", None if swept.params else swept.prefix)
@@ -51,7 +51,7 @@ class Target:
                 "table": self.table or None,
                 "key_prefix": template.prefix.decode(errors="replace"),
             }
-            for action, template in (("delete", self.cache.key), ("bump", self.cache.target))
+            for action, template in (("delete", self.cache.key), ("bump", self.cache.sweep_template))
         }
         set_once(self, "shown", shown)
 

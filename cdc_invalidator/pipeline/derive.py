@@ -109,7 +109,7 @@ class Queries:
             await cursor.execute(statement(query, types).encode(), given or [len(rows)])
         names = [column.name for column in (cursor.description or [])[1:]]
         mapped = list(target.bust.given)
-        wanted = set(target.cache.busted.params)
+        wanted = set(target.cache.bust_template.params)
         lacking = wanted - set(names) - set(mapped)
         if lacking:
             raise _wrong(target, f"gives no {', '.join(sorted(lacking))}; name a column so, or give it in the mapping")
@@ -123,7 +123,7 @@ class Queries:
             argument = int(result.get_value(number, 0) or 0) - 1
             # Not strict: without any argument, there is one empty text of them.
             values |= dict(zip(mapped, rows[argument][len(query.columns) :], strict=False))
-            key = target.cache.busted.render({name: values[name] for name in wanted})
+            key = target.cache.bust_template.render({name: values[name] for name in wanted})
             if key is not None:
                 found.setdefault(arguments[argument], []).append(key)
         return found

@@ -18,7 +18,7 @@ from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
 from cdc_invalidator.pipeline.batch import Line, Target
 from cdc_invalidator.pipeline.eventstream import EventStream
 from cdc_invalidator.pipeline.sweep import Sweep
-from cdc_invalidator.redis.server import BUMP_MISSING, Outcome
+from cdc_invalidator.redis.server import BUMP_MISSING, BustReply
 
 try:
     from cdc_invalidator.compiled import _tell
@@ -75,7 +75,7 @@ class Events:
         """Wait until what has been told is written, as far as memory asks for it."""
         await self._log.room()
 
-    def busted(self, lines: list[Line], outcome: Outcome, replay_until: int, now_us: int) -> None:
+    def busted(self, lines: list[Line], outcome: BustReply, replay_until: int, now_us: int) -> None:
         """Tell what Redis answered to a flush.
 
         Args:
@@ -138,7 +138,7 @@ class Events:
                 "cache": cache.name,
                 "action": "sweep",
                 "table": cause.table or None,
-                "key_prefix": cache.target.prefix.decode(errors="replace"),
+                "key_prefix": cache.sweep_template.prefix.decode(errors="replace"),
             }
             own = {
                 "op": cause.op,

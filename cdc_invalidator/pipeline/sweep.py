@@ -76,7 +76,7 @@ class Sweep:
 
     def restart(self) -> None:
         """Begin anew: a cursor means nothing to another server."""
-        pattern = self.cache.target.glob()
+        pattern = self.cache.sweep_template.glob()
         self._cursor: Cursor = None
         self._passes = [pattern + LOCK_SUFFIX, pattern] if self.cache.version is None else [pattern]
 

@@ -30,7 +30,7 @@ from cdc_invalidator.reader.keys import NUL, Keys, same_slot
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.metrics import Tally
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.reader.scripts import Scripts
+from cdc_invalidator.reader.scripts import FillScripts
 from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
@@ -144,7 +144,7 @@ class World:
     """What the caches of one program share."""
 
     feed: Feed
-    scripts: Scripts = field(default_factory=Scripts)
+    scripts: FillScripts = field(default_factory=FillScripts)
     tokens: Tokens = field(default_factory=Tokens)
     clocks: Clocks = field(default_factory=Clocks)
     cluster: bool = False

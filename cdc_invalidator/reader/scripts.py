@@ -100,7 +100,7 @@ def _digest(text: str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Scripts:
+class FillScripts:
     """The digests of all scripts, and ``texts`` by digest for a server that does not know one yet."""
 
     take: bytes = field(default_factory=lambda: _digest(TAKE))

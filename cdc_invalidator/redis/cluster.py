@@ -30,7 +30,7 @@ from cdc_invalidator.redis.server import (
     SCAN_COUNT,
     CacheServer,
     Cursor,
-    Outcome,
+    BustReply,
     bumping,
     marked,
     marking,
@@ -278,7 +278,7 @@ class Cluster(CacheServer):
 
     async def bust(
         self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
-    ) -> Outcome:
+    ) -> BustReply:
         """See `CacheServer`."""
         keys = [key for group in deletes for key in group]
         await self._ask([(lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for key in keys])
@@ -286,7 +286,7 @@ class Cluster(CacheServer):
         bumped = [(key, bumping(self.scripts, [key], bumps, graces)) for key in bumps]
         answers = iter(await self._ask([*unlinked, *bumped]))
         existed = [sum(next(answers) for _ in group) for group in deletes]
-        return Outcome(existed, {key: next(answers)[0] for key in bumps})
+        return BustReply(existed, {key: next(answers)[0] for key in bumps})
 
     def _unlinking(self, key: bytes, graces: Mapping[bytes, int]) -> Command:
         grace = graces.get(key)

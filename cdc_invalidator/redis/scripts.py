@@ -104,7 +104,7 @@ return last - 1
 """
 
 
-class Scripts:
+class ScriptDigests:
     """The digests that a server knows our scripts by; they are the same everywhere."""
 
     delete = keep = bump = mark = append = ""

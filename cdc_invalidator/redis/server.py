@@ -14,7 +14,7 @@ from typing import Any
 from cdc_invalidator import errors
 from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.node import Command, Node, failed
-from cdc_invalidator.redis.scripts import Scripts
+from cdc_invalidator.redis.scripts import ScriptDigests
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
@@ -32,7 +32,7 @@ Cursor = Any
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class BustReply:
     """What Redis answered to one flush.
 
     ``existed``: for each group of deletes, how many of its keys were there; ``versions``: for each bumped counter its
@@ -52,7 +52,7 @@ class CacheServer(ABC):
 
     def __init__(self, slot: str) -> None:
         self.watermark_key = f"cdc:{slot}:watermark".encode()
-        self.scripts = Scripts()
+        self.scripts = ScriptDigests()
 
     @abstractmethod
     async def connect(self) -> None:
@@ -65,7 +65,7 @@ class CacheServer(ABC):
     @abstractmethod
     async def bust(
         self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
-    ) -> Outcome:
+    ) -> BustReply:
         """Delete keys with their locks and bump versions.
 
         Args:
@@ -162,7 +162,7 @@ class Single(CacheServer):
 
     async def bust(
         self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
-    ) -> Outcome:
+    ) -> BustReply:
         """See `CacheServer`."""
         commands: list[Command] = []
         counted: list[list[int]] = []  # for each command, the groups that its counts belong to
@@ -198,7 +198,7 @@ class Single(CacheServer):
             for group, count in zip(numbers, found, strict=True):
                 existed[group] += count
         versions = [version for answer in answers[deleting:] for version in answer]
-        return Outcome(existed, dict(zip(counters, versions, strict=True)))
+        return BustReply(existed, dict(zip(counters, versions, strict=True)))
 
     async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
         """See `CacheServer`."""
@@ -262,7 +262,7 @@ class Single(CacheServer):
 
 
 def bumping(
-    scripts: Scripts, counters: Sequence[bytes], bumps: Mapping[bytes, int], graces: Mapping[bytes, int]
+    scripts: ScriptDigests, counters: Sequence[bytes], bumps: Mapping[bytes, int], graces: Mapping[bytes, int]
 ) -> Command:
     """Give the command that bumps some counters."""
     kept = [graces.get(key, 0) for key in counters]
@@ -285,7 +285,7 @@ def seal(watermark: Watermark | None) -> str:
     return f"{watermark.lsn}:{watermark.at}" if watermark else ""
 
 
-def marking(scripts: Scripts, key: bytes, sealed: str, watermark: Watermark) -> Command:
+def marking(scripts: ScriptDigests, key: bytes, sealed: str, watermark: Watermark) -> Command:
     """Give the command that writes a watermark over the one with that `seal`; if that is empty, over any."""
     pairs = [part for item in watermark.fields().items() for part in item]
     return ("EVALSHA", scripts.mark, 1, key, sealed, "" if watermark.standbys else "standbys", *pairs)

@@ -36,7 +36,7 @@ class _CacheDraft(NamedTuple):
     whole: bool
 
     @property
-    def target(self) -> Template | None:
+    def bust_template(self) -> Template | None:
         """What a bust needs the parameters of; None where that is not known, because fields are wrong."""
         if not self.whole or (self.entry.version is not None and self.version is None):
             return None
@@ -135,9 +135,9 @@ class _Draft:
         if draft is not None and draft.entry.ttl_only:
             sentence = f"cache {shown(name)} is `ttl_only`, so no rule may bust it; remove it here, or `ttl_only` there"
             document.complain(loc, sentence, of_key=True)
-        if draft is None or draft.target is None:
+        if draft is None or draft.bust_template is None:
             return None
-        params = draft.target.params
+        params = draft.bust_template.params
         for parameter in sorted(mapping.keys() - set(params) - {"via"}):
             of = "key" if draft.entry.version is None or draft.entry.bump_over else "version"
             remedy = nearest(parameter, params, "remove it") if params else "it has none, so remove it"
@@ -145,7 +145,7 @@ class _Draft:
             document.complain((*loc, parameter), sentence, of_key=True)
         if "via" not in mapping or "via" in params:
             columns = {parameter: mapping.get(parameter, parameter) for parameter in params}
-            return _BustDraft(name, draft.target, columns, None, {})
+            return _BustDraft(name, draft.bust_template, columns, None, {})
         return self._via(document, loc, name, params, mapping)
 
     def _via(

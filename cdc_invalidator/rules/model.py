@@ -37,14 +37,14 @@ class Cache:
     place: Place = field(default=Place(""), compare=False)
 
     @property
-    def target(self) -> Template:
+    def sweep_template(self) -> Template:
         """What a sweep searches for: the version's keys where the cache has a version, else its own."""
         return self.version or self.key
 
     @property
-    def busted(self) -> Template:
+    def bust_template(self) -> Template:
         """What a bust names: a key, or a version's key; with ``bump_over`` both in one, see `Pair`."""
-        return self.target if self.bump_over is None or self.version is None else pair(self.version, self.key)
+        return self.sweep_template if self.bump_over is None or self.version is None else pair(self.version, self.key)
 
 
 class Pair(NamedTuple):

@@ -27,7 +27,7 @@ from cdc_invalidator.pipeline.batch import Batch, Line, Run, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
-from cdc_invalidator.redis.server import Outcome
+from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark
 from cdc_invalidator.rules.load import parse_rules
 
@@ -187,14 +187,14 @@ class Server:
 
     async def bust(
         self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int], _graces: Mapping[bytes, int]
-    ) -> Outcome:
+    ) -> BustReply:
         half = len(deletes) // 2
         if self._world.failures == 1:
             # It may have had a part of it.
             self._world.bust(key for keys in deletes[:half] for key in keys)
         self._ask()
         self._world.bust(key for keys in deletes for key in keys)
-        return Outcome([len(keys) for keys in deletes], {})
+        return BustReply([len(keys) for keys in deletes], {})
 
     async def write_watermark(self, watermark: Watermark) -> bool:
         self._ask()

@@ -25,7 +25,7 @@ from cdc_invalidator.pipeline import events, scan
 from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.batch import Line, Target
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.redis.server import Outcome
+from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.rules.load import parse_rules
 
 CHANGES = 2000
@@ -119,7 +119,7 @@ def ratio_of_telling(*, compiled: bool) -> float:
         Line(TARGET, "delete", "update", [b"user:%d" % at], "change", 10**10 + at, now - at, at)
         for at in range(CHANGES)
     ]
-    outcome = Outcome([1] * CHANGES, {})
+    outcome = BustReply([1] * CHANGES, {})
     data = stream(each_its_own=True)
     measure = best(lambda: least(data))
     return best(lambda: told.busted(lines, outcome, 0, now + lsn.EPOCH_OFFSET_US)) / measure

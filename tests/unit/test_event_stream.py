@@ -17,7 +17,7 @@ from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.pipeline.batch import Line, Target
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.eventstream import EventStream
-from cdc_invalidator.redis.server import Outcome
+from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.rules.load import parse_rules
 
 FILE = """
@@ -171,7 +171,7 @@ def test_the_stream_is_given_the_logs_json_whatever_the_log_is_set_to(
     events = Events(Metrics(CollectorRegistry()), KeyDisplay("prefix"), log, stream=stream, compiled=compiled)
     target = Target("r", RULES.caches["user"], "public.users")
     bust = Line(target, "delete", "update", [b"shop:user:1"], "change", 5, None, 730)
-    events.busted([bust], Outcome([1], {}), 0, 0)
+    events.busted([bust], BustReply([1], {}), 0, 0)
     events.gap("new_slot", ["user"], swept=True, lsn="0/5")
     told = [json.loads(text) for text in taken]
     assert [(each["event"], each["level"]) for each in told] == [("bust", "info"), ("gap", "warning")]

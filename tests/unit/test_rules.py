@@ -80,14 +80,14 @@ def test_a_cache_has_its_templates_and_its_times_in_milliseconds() -> None:
     cache = parse(GOOD, APP_ENV="dev").caches["user"]
     assert cache.key.parts == (b"shop:dev:user:", Param("id"))
     assert (cache.ttl, cache.jitter, cache.ttl_only) == (300_000, 30_000, False)
-    assert (cache.version, cache.target) == (None, cache.key)
+    assert (cache.version, cache.sweep_template) == (None, cache.key)
 
 
 def test_a_cache_with_a_version_is_busted_at_its_version() -> None:
     cache = parse(GOOD).caches["dashboard"]
     assert cache.version is not None
-    assert cache.target == cache.version
-    assert cache.target.parts == (b"shop:user:", Param("id"), b":dash:ver")
+    assert cache.sweep_template == cache.version
+    assert cache.sweep_template.parts == (b"shop:user:", Param("id"), b":dash:ver")
     assert (cache.version_ttl, cache.ttl, cache.jitter) == (10 * 86_400_000, None, 0)
 
 
@@ -723,7 +723,7 @@ def test_a_cache_with_bump_over_is_busted_at_its_key_and_its_version() -> None:
     text = f"version: 1\ncaches: {{c: {{{BUMPED.replace('{id}', '{team}:{id}')}}}}}"
     cache = parse(text).caches["c"]
     assert cache.bump_over == 10
-    busted = cache.busted.render({"team": "7", "id": "42"})
+    busted = cache.bust_template.render({"team": "7", "id": "42"})
     assert busted is not None
     assert Pair.split(busted).version == b"c:7:ver"
     assert Pair.split(busted).key(b"5") == b"c:7:42:v5"

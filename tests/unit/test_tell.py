@@ -19,7 +19,7 @@ from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
 from cdc_invalidator.pipeline import apply, events
 from cdc_invalidator.pipeline.batch import KEYS_A_LINE, Batch, Line, Run, Target
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.redis.server import BUMP_DELETED, BUMP_MISSING, Outcome
+from cdc_invalidator.redis.server import BUMP_DELETED, BUMP_MISSING, BustReply
 from cdc_invalidator.rules.load import parse_rules
 
 if not events.COMPILED:
@@ -62,7 +62,7 @@ class Said(NamedTuple):
 
 
 def say(
-    flushes: Iterable[tuple[list[Line], Outcome]], replay_until: int, *, form: KeyForm = "hash", compiled: bool
+    flushes: Iterable[tuple[list[Line], BustReply]], replay_until: int, *, form: KeyForm = "hash", compiled: bool
 ) -> Said:
     """What a process writes and counts for some flushes."""
     output: Any = Collecting()
@@ -104,12 +104,12 @@ def _lines(draw: st.DrawFn) -> Line:
 
 
 @st.composite
-def _flushes(draw: st.DrawFn) -> tuple[list[Line], Outcome]:
+def _flushes(draw: st.DrawFn) -> tuple[list[Line], BustReply]:
     lines = draw(st.lists(_lines(), max_size=6))
     existed = [draw(st.integers(0, len(line.keys))) for line in lines if line.action == "delete"]
     answers = draw(st.lists(st.sampled_from([BUMP_MISSING, BUMP_DELETED, 1, NOW_US, 2**53]), min_size=1, max_size=9))
     bumped = dict.fromkeys(key for line in lines if line.action == "bump" for key in line.keys)
-    return lines, Outcome(existed, {key: answers[at % len(answers)] for at, key in enumerate(bumped)})
+    return lines, BustReply(existed, {key: answers[at % len(answers)] for at, key in enumerate(bumped)})
 
 
 @settings(max_examples=200)
@@ -119,7 +119,7 @@ def _flushes(draw: st.DrawFn) -> tuple[list[Line], Outcome]:
     st.sampled_from(["hash", "prefix"]),
 )
 def test_any_flush_is_told_and_counted_the_same_by_the_compiled_part_and_by_the_reference(
-    flushes: list[tuple[list[Line], Outcome]], replay_until: int, form: KeyForm
+    flushes: list[tuple[list[Line], BustReply]], replay_until: int, form: KeyForm
 ) -> None:
     wanted = say(flushes, replay_until, form=form, compiled=False)
     found = say(flushes, replay_until, form=form, compiled=True)
@@ -133,7 +133,7 @@ def test_any_flush_is_told_and_counted_the_same_by_the_compiled_part_and_by_the_
 def test_what_is_applied_anew_is_told_as_a_replay() -> None:
     line = Line(TARGETS[0], "delete", "insert", [b"user:1"], "change", 2**64 - 2, None, 730)
 
-    said = say([([line], Outcome([1], {}))], apply._NEVER, compiled=True)
+    said = say([([line], BustReply([1], {}))], apply._NEVER, compiled=True)
 
     assert json.loads(said.text)["reason"] == "replay"
 
@@ -142,7 +142,7 @@ def test_the_second_before_1970_is_a_second_as_any() -> None:
     line = Line(TARGETS[0], "delete", "insert", [b"user:1"], "change", 5, -lsn.EPOCH_OFFSET_US - 1, 730)
 
     for compiled in (False, True):
-        said = say([([line], Outcome([1], {}))], 0, compiled=compiled)
+        said = say([([line], BustReply([1], {}))], 0, compiled=compiled)
         assert json.loads(said.text)["committed_at"] == "1969-12-31T23:59:59.999999Z"
 
 

@@ -31,7 +31,7 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.postgres.standbys import Replicas
-from cdc_invalidator.redis.server import CacheServer, BustReply
+from cdc_invalidator.redis.server import BustReply, CacheServer
 from cdc_invalidator.redis.watermark import Position, Watermark, gaps
 from cdc_invalidator.rules.model import Cache, Pair, RuleSet
 

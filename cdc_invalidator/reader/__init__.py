@@ -5,7 +5,7 @@
     caches = Caches.from_rules("rules/", redis.Redis(socket_timeout=0.25, socket_connect_timeout=0.25))
     caches.user.get(id=42, load=load_user)
 
-`Caches` waits, `AsyncCaches` awaits; both drive `plan`, where all decisions are made and no I/O is done. Needs redis,
+`Caches` waits, `AsyncCaches` awaits. Both drive `contract`, which makes all decisions and does no I/O. Needs redis,
 orjson, pydantic and PyYAML (``pip install 'cdc-invalidator[reader]'``), and nothing that only the daemon needs.
 """
 

@@ -23,8 +23,8 @@ class Demand(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
-    """A watermark, see `cdc_invalidator.watermark`, with the caches and the standbys that it is said of.
+class SeenWatermark:
+    """A watermark, see `redis.watermark`, with the caches and the standbys that it is said of.
 
     ``as_of`` is 0 where the daemon does not know it.
     """
@@ -47,9 +47,9 @@ class Feed:
         self.command = ("HMGET", f"cdc:{slot}:watermark".encode(), *FIELDS)
         self._standby = standby
         # The last one, and the texts that it was made of: they hardly ever change.
-        self._last: tuple[Mark, Any] | None = None
+        self._last: tuple[SeenWatermark, Any] | None = None
 
-    def read(self, fields: Sequence[bytes | None]) -> Mark | None:
+    def read(self, fields: Sequence[bytes | None]) -> SeenWatermark | None:
         """Read what `command` gave; ``None`` if that is not what the daemon writes."""
         lsn, as_of, rules, standbys = fields
         last = self._last
@@ -57,15 +57,15 @@ class Feed:
             if lsn is None or rules is None:
                 return None
             if last is not None and last[1] == (rules, standbys):
-                mark = Mark(int(lsn), int(as_of or 0), last[0].caches, last[0].standbys)
+                watermark = SeenWatermark(int(lsn), int(as_of or 0), last[0].caches, last[0].standbys)
             else:
                 known = orjson.loads(standbys or b"{}")
                 waited = frozenset(name for name, since in known.items() if since is not None)
-                mark = Mark(int(lsn), int(as_of or 0), frozenset(orjson.loads(rules)), waited)
+                watermark = SeenWatermark(int(lsn), int(as_of or 0), frozenset(orjson.loads(rules)), waited)
         except (ValueError, TypeError, AttributeError):
             return None
-        self._last = (mark, (rules, standbys))
-        return mark
+        self._last = (watermark, (rules, standbys))
+        return watermark
 
     def recent(self, demand: Demand, cache: str, now: int) -> bool:
         """Whether the watermark that was read last is enough, so that it need not be read again.
@@ -76,11 +76,11 @@ class Feed:
         last = self._last
         return not demand.lsn and last is not None and not self.refusal(last[0], demand, cache, now)
 
-    def refusal(self, mark: Mark | None, demand: Demand, cache: str, now: int) -> str:
+    def refusal(self, watermark: SeenWatermark | None, demand: Demand, cache: str, now: int) -> str:
         """Tell why a value of a cache may not be served; empty if it may.
 
         Args:
-            mark: the watermark that was read before the value; another reader may have read a later one since.
+            watermark: the watermark that was read before the value; another reader may have read a later one since.
             demand: what the read asks for.
             cache: the cache's name.
             now: ms since 1970.
@@ -90,14 +90,14 @@ class Feed:
             standby: it does not wait for ours; behind: its LSN is lower; old: the feed is dead, has not come so far, or
             does not know.
         """
-        if mark is None:
+        if watermark is None:
             return "no_watermark"
-        if cache not in mark.caches:
+        if cache not in watermark.caches:
             return "not_covered"
-        if self._standby and self._standby not in mark.standbys:
+        if self._standby and self._standby not in watermark.standbys:
             return "standby"
-        if mark.lsn < demand.lsn:
+        if watermark.lsn < demand.lsn:
             return "behind"
-        if demand.max_age is not None and now - mark.as_of > demand.max_age:
+        if demand.max_age is not None and now - watermark.as_of > demand.max_age:
             return "old"
         return ""

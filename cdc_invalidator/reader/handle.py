@@ -15,17 +15,17 @@ from redis import exceptions
 from redis.backoff import NoBackoff
 
 from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.contract import Contract, Entry, World
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
-from cdc_invalidator.reader.metrics import Metrics, silent
+from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.reader.plan import Entry, Plan, World
 from cdc_invalidator.rules.format import nearest
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.rules.model import Cache
 
 if TYPE_CHECKING:
-    from cdc_invalidator.reader.plan import Command
+    from cdc_invalidator.reader.contract import Command
 
 _log = logging.getLogger("cdc_invalidator.reader")
 
@@ -46,11 +46,11 @@ def pause() -> float:
 
 
 class Book:
-    """The caches of a rule set, each as a `Plan`; what views of one `Caches` share.
+    """The caches of a rule set, each as a `Contract`; what views of one `Caches` share.
 
     Args:
         caches: by name.
-        world: what their plans share.
+        world: what their contracts share.
         metrics: what to count, if anything.
         options: how they are read, unless said otherwise.
     """
@@ -62,21 +62,21 @@ class Book:
         self._world = world
         self._metrics = metrics
         self._options = options
-        self._plans: dict[str, Plan[Any]] = {}
+        self._contracts: dict[str, Contract[Any]] = {}
 
-    def plan(self, name: str) -> Plan[Any]:
-        """Give the plan of a cache, whose name may be written with ``_`` for ``-`` and ``.``.
+    def contract(self, name: str) -> Contract[Any]:
+        """Give the contract of a cache, whose name may be written with ``_`` for ``-`` and ``.``.
 
         Raises:
             KeyError: there is no such cache; the message is a sentence.
             ValueError: it can't be read by this library as it is.
         """
-        plan = self._plans.get(name)
-        if plan is None:
-            plan = self._plans[name] = self._make(name)
-        return plan
+        contract = self._contracts.get(name)
+        if contract is None:
+            contract = self._contracts[name] = self._make(name)
+        return contract
 
-    def _make(self, name: str) -> Plan[Any]:
+    def _make(self, name: str) -> Contract[Any]:
         names = [known for known in self._caches if name in {known, _identifier(known)}]
         if name in names:
             names = [name]
@@ -84,9 +84,9 @@ class Book:
             remedy = f"write one of {', '.join(names)} in brackets" if names else nearest(name, self._caches)
             raise KeyError(f"there is no cache {name}; {remedy}")
         if names[0] != name:
-            return self.plan(names[0])
-        tally = self._metrics.tally(name) if self._metrics is not None else silent()
-        return Plan(self._caches[name], self._options, self._world, tally)
+            return self.contract(names[0])
+        metrics = self._metrics.of(name) if self._metrics is not None else no_metrics()
+        return Contract(self._caches[name], self._options, self._world, metrics)
 
 
 def _identifier(name: str) -> str:
@@ -102,9 +102,11 @@ def read_caches(path: str | Path, env: Mapping[str, str]) -> Mapping[str, Cache]
     return load_rules(Path(path), env, conditions=False).caches
 
 
-def other_options(plan: Plan[Any], changes: Mapping[str, Any]) -> Plan[Any]:
+def other_options(contract: Contract[Any], changes: Mapping[str, Any]) -> Contract[Any]:
     """Give the same cache with other options."""
-    return Plan(plan.cache, replace(plan.options, **changes), plan.world, plan.tally, plan.space)
+    return Contract(
+        contract.cache, replace(contract.options, **changes), contract.world, contract.metrics, contract.space
+    )
 
 
 def demanded(base: Demand, max_staleness: float | None) -> Demand:
@@ -123,7 +125,7 @@ class Group(NamedTuple):
     order: list[Entry]
 
 
-def group(plan: Plan[Any], items: Iterable[Any]) -> Group:
+def group(contract: Contract[Any], items: Iterable[Any]) -> Group:
     """Make entries of items: mappings, or bare values where the cache has one parameter.
 
     Raises:
@@ -133,9 +135,9 @@ def group(plan: Plan[Any], items: Iterable[Any]) -> Group:
     beside: dict[str, list[Entry]] = {}
     order = []
     for item in items:
-        params = as_params(plan, item)
+        params = as_params(contract, item)
         try:
-            entry = plan.entry(item, params)
+            entry = contract.entry(item, params)
             entry = entries.setdefault(entry.rest, entry)
         except NoKey as no:
             entry = Entry(item, params, b"")
@@ -144,25 +146,25 @@ def group(plan: Plan[Any], items: Iterable[Any]) -> Group:
     return Group(list(entries.values()), beside, order)
 
 
-def as_params(plan: Plan[Any], item: Any) -> Mapping[str, Any]:
+def as_params(contract: Contract[Any], item: Any) -> Mapping[str, Any]:
     """Give an item's parameters."""
     if isinstance(item, Mapping):
         return item
-    names = plan.keys.names
+    names = contract.keys.names
     if len(names) != 1:
         raise TypeError(
-            f"cache {plan.cache.name} has the parameters {', '.join(names) or 'none'}; give mappings of them"
+            f"cache {contract.cache.name} has the parameters {', '.join(names) or 'none'}; give mappings of them"
         )
     return {names[0]: item}
 
 
-def keyed(plan: Plan[Any], items: Iterable[Any]) -> Iterator[Entry]:
+def keyed(contract: Contract[Any], items: Iterable[Any]) -> Iterator[Entry]:
     """Make entries one by one; items without a key are left out."""
     for item in items:
         try:
-            yield plan.entry(item, as_params(plan, item))
+            yield contract.entry(item, as_params(contract, item))
         except NoKey as no:
-            plan.tally.bypasses(no.reason)
+            contract.metrics.bypasses(no.reason)
 
 
 def in_order(items: Sequence[Any], answer: Any) -> Sequence[Any]:

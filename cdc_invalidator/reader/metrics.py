@@ -45,14 +45,14 @@ class Metrics:
             _PREFIX + "load_seconds", "How long loads took.", ["cache"], registry=registry, buckets=_SECONDS
         )
 
-    def tally(self, cache: str) -> Tally:
+    def of(self, cache: str) -> CacheMetrics:
         """Give the counters of one cache."""
         incs = {name: counter.labels(cache).inc for name, counter in self._counters.items()}
         observe = self._load.labels(cache).observe
-        return Tally(incs, lambda reason, count: self._bypasses.labels(cache, reason).inc(count), observe)
+        return CacheMetrics(incs, lambda reason, count: self._bypasses.labels(cache, reason).inc(count), observe)
 
 
-class Tally:
+class CacheMetrics:
     """The counters of one cache; each attribute of `_COUNTERS` adds to one."""
 
     hits: Callable[..., Any]
@@ -81,10 +81,10 @@ class Tally:
         self._bypasses(reason, count)
 
 
-def silent() -> Tally:
+def no_metrics() -> CacheMetrics:
     """Give counters that count nothing."""
 
     def ignore(*_: Any) -> None:
         return
 
-    return Tally(dict.fromkeys(_COUNTERS, ignore), ignore, ignore)
+    return CacheMetrics(dict.fromkeys(_COUNTERS, ignore), ignore, ignore)

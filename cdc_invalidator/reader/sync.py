@@ -17,11 +17,11 @@ from redis.cluster import RedisCluster
 
 from cdc_invalidator.reader import handle
 from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.contract import MISS, Command, Contract, Entry, Load, Send, Steps, Unavailable
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.local import Local
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.reader.plan import MISS, Command, Entry, Load, Plan, Send, Steps, Unavailable
 from cdc_invalidator.reader.tracking import Follower
 
 if TYPE_CHECKING:
@@ -121,16 +121,16 @@ class Cache(Generic[T]):
     called with them by name, and give ``None`` where there is nothing; what they raise comes out of the read.
     """
 
-    def __init__(self, plan: Plan[T], link: Link, demand: Demand) -> None:
-        self._plan = plan
+    def __init__(self, contract: Contract[T], link: Link, demand: Demand) -> None:
+        self._contract = contract
         self._link = link
         self._demand = demand
-        self._quick = plan.plain and plan.looks_once and demand == (0, None)
+        self._quick = contract.plain and contract.looks_once and demand == (0, None)
 
     def using(self, **options: Any) -> Cache[Any]:
         """Give the same cache with other `Options`: ``caches.user.using(schema=2, wait=0.5)``."""
-        plan = handle.other_options(self._plan, options)
-        return Cache(plan, self._link, plan.demand._replace(lsn=self._demand.lsn))
+        contract = handle.other_options(self._contract, options)
+        return Cache(contract, self._link, contract.demand._replace(lsn=self._demand.lsn))
 
     def get(
         self,
@@ -153,40 +153,42 @@ class Cache(Generic[T]):
             TypeError: the parameters are not those of the cache.
         """
         given = named if params is None else params
-        plan, link = self._plan, self._link
+        contract, link = self._contract, self._link
 
         try:
-            entry = plan.entry(given, given)
+            entry = contract.entry(given, given)
         except NoKey as no:
             entry = Entry(given, given, b"")
-            link.run(plan.beside([entry], no.reason), _each(load))
+            link.run(contract.beside([entry], no.reason), _each(load))
             return entry.value  # type: ignore[no-any-return]
         first = None
         if self._quick and max_staleness is None and not link.breaker.failures:
             local, token = link.local, None
-            if local is not None and plan.cache.name in local.names:
+            if local is not None and contract.cache.name in local.names:
                 kept = local.get(entry.key, time.monotonic())
-                value: Any = MISS if kept is None else plan.local(kept)
+                value: Any = MISS if kept is None else contract.local(kept)
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
                 token = local.ask(entry.key)
             try:
-                reply = link.execute(*plan.look(entry), NEVER_DECODE=True)
+                reply = link.execute(*contract.look(entry), NEVER_DECODE=True)
             except handle.HARMLESS:
                 pass
             except handle.GONE as error:
                 if not handle.answers(error):
                     link.breaker.failed(time.monotonic())
-                    link.run(plan.beside([entry], "redis_down"), _each(load))
+                    link.run(contract.beside([entry], "redis_down"), _each(load))
                     return entry.value  # type: ignore[no-any-return]
             else:
-                value = plan.hit(entry, reply)
+                value = contract.hit(entry, reply)
                 if token is not None and local is not None:
-                    local.keep(entry.key, token, *((None, 0.0) if value is MISS else (reply, plan.kept_until(reply))))
+                    local.keep(
+                        entry.key, token, *((None, 0.0) if value is MISS else (reply, contract.kept_until(reply)))
+                    )
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
                 first = [reply]
-        link.run(plan.read([entry], handle.demanded(self._demand, max_staleness), first=first), _each(load))
+        link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), first=first), _each(load))
         return entry.value  # type: ignore[no-any-return]
 
     def get_many(
@@ -205,17 +207,17 @@ class Cache(Generic[T]):
             load: is given the items that are missing, each once; gives their values in order, or a mapping from items.
             max_staleness: as for `get`.
         """
-        plan, link = self._plan, self._link
-        found = handle.group(plan, items)
+        contract, link = self._contract, self._link
+        found = handle.group(contract, items)
 
         def loader(entries: Sequence[Entry]) -> Sequence[Any]:
             missing = [entry.item for entry in entries]
             return handle.in_order(missing, load(missing))
 
         for reason, entries in found.beside.items():
-            link.run(plan.beside(entries, reason), loader)
+            link.run(contract.beside(entries, reason), loader)
         if found.entries:
-            link.run(plan.read(found.entries, handle.demanded(self._demand, max_staleness)), loader)
+            link.run(contract.read(found.entries, handle.demanded(self._demand, max_staleness)), loader)
         return [entry.value for entry in found.order]
 
     @overload
@@ -249,7 +251,7 @@ class Cache(Generic[T]):
         return self._cached(function, ignore, params)
 
     def _cached(self, function: Callable[..., Any], ignore: Collection[str], params: Mapping[str, str] | None) -> Any:
-        of_call = handle.Cached(function, self._plan.keys.names, ignore, params)
+        of_call = handle.Cached(function, self._contract.keys.names, ignore, params)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return self.get(of_call(args, kwargs), load=lambda **_: function(*args, **kwargs))
@@ -274,7 +276,9 @@ class Cache(Generic[T]):
             rate: loads a second, at most.
             limit: loads, at most.
         """
-        return self._link.run(self._plan.warm(handle.keyed(self._plan, items), rate=rate, limit=limit), _each(load))
+        return self._link.run(
+            self._contract.warm(handle.keyed(self._contract, items), rate=rate, limit=limit), _each(load)
+        )
 
     @contextmanager
     def writing(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> Iterator[Write[T]]:
@@ -284,14 +288,14 @@ class Cache(Generic[T]):
         this transaction or of a later one; a bust that comes after it deletes it. Never fails because of Redis.
         """
         given = named if params is None else params
-        plan, link = self._plan, self._link
+        contract, link = self._contract, self._link
         try:
-            entry = plan.entry(given, given)
+            entry = contract.entry(given, given)
         except NoKey as no:
-            plan.tally.bypasses(no.reason)
-            yield Write(plan, link, None)
+            contract.metrics.bypasses(no.reason)
+            yield Write(contract, link, None)
             return
-        write = Write(plan, link, entry if link.run(plan.seize(entry), _nothing) else None)
+        write = Write(contract, link, entry if link.run(contract.seize(entry), _nothing) else None)
         try:
             yield write
         finally:
@@ -301,32 +305,32 @@ class Cache(Generic[T]):
         """Do now what the bust of a commit is about to do; False where Redis did not. Call it after the commit."""
         given = named if params is None else params
         try:
-            entry = self._plan.entry(given, given)
+            entry = self._contract.entry(given, given)
         except NoKey as no:
-            self._plan.tally.bypasses(no.reason)
+            self._contract.metrics.bypasses(no.reason)
             return False
-        return self._link.run(self._plan.invalidate(entry), _nothing)
+        return self._link.run(self._contract.invalidate(entry), _nothing)
 
 
 class Write(Generic[T]):
     """A value that is about to be written; see `Cache.writing`."""
 
-    def __init__(self, plan: Plan[T], link: Link, entry: Entry | None) -> None:
-        self._plan = plan
+    def __init__(self, contract: Contract[T], link: Link, entry: Entry | None) -> None:
+        self._contract = contract
         self._link = link
         self._entry = entry
-        self._began = plan.world.clocks.wall()
+        self._began = contract.world.clocks.wall()
 
     def set(self, value: T | None) -> bool:
         """Store the value that was committed; False if it was not stored."""
         entry, self._entry = self._entry, None
-        return entry is not None and self._link.run(self._plan.put(entry, value, self._began), _nothing)
+        return entry is not None and self._link.run(self._contract.put(entry, value, self._began), _nothing)
 
     def close(self) -> None:
         """Give the lease back, if nothing was set."""
         entry, self._entry = self._entry, None
         if entry is not None:
-            self._link.run(self._plan.let_go(entry), _nothing)
+            self._link.run(self._contract.let_go(entry), _nothing)
 
 
 def _each(load: Callable[..., Any]) -> Loader:
@@ -391,8 +395,8 @@ class Caches:
     def __getitem__(self, name: str) -> Cache[Any]:
         found = self._handles.get(name)
         if found is None:
-            plan = self._book.plan(name)
-            found = self._handles[name] = Cache(plan, self._link, plan.demand._replace(lsn=self._lsn))
+            contract = self._book.contract(name)
+            found = self._handles[name] = Cache(contract, self._link, contract.demand._replace(lsn=self._lsn))
         return found
 
     def __getattr__(self, name: str) -> Cache[Any]:
@@ -425,7 +429,7 @@ class Caches:
         Raises:
             ValueError: a cache has a version, or the client is of a cluster.
         """
-        local = Local((self._book.plan(name).cache for name in names), size)
+        local = Local((self._book.contract(name).cache for name in names), size)
         follower = Follower(self._link.client, local)
         follower.start()
         self._link.local = local

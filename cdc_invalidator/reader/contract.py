@@ -28,7 +28,7 @@ from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NUL, Keys, same_slot
 from cdc_invalidator.reader.keyspace import KeySpace
-from cdc_invalidator.reader.metrics import Tally
+from cdc_invalidator.reader.metrics import CacheMetrics
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.scripts import FillScripts
 from cdc_invalidator.rules.model import Cache
@@ -41,7 +41,7 @@ Command: TypeAlias = tuple[Any, ...]
 
 # Between two looks at what somebody else loads, in seconds; with a dice, so that not all look at once.
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.1
-TELL_SECONDS = 60.0
+REPORT_SECONDS = 60.0
 # Versions that a process keeps in mind, for each cache.
 REMEMBERED = 10_000
 
@@ -65,7 +65,7 @@ class Entry:
     """One key on its way to a value.
 
     ``params``: what the loader is given; ``item``: the same as the caller gave it. ``key``: for a cache with a version,
-    with NUL in its place until the version is known; ``counter``: the version's key.
+    with NUL in its place until the version is known; ``version_key``: the version's key.
     """
 
     # Most entries are hits, which need none of these.
@@ -77,12 +77,12 @@ class Entry:
     refresh = False  # have it loaded whatever is there: it can't be read, or is too old
 
     def __init__(
-        self, item: Any, params: Mapping[str, Any], key: bytes, counter: bytes = b"", *, stale: bool = False
+        self, item: Any, params: Mapping[str, Any], key: bytes, version_key: bytes = b"", *, stale: bool = False
     ) -> None:
         self.item = item
         self.params = params
         self.key = self.rest = key
-        self.counter = counter
+        self.version_key = version_key
         # Whether an old value will do while somebody else loads.
         self.stale = stale
 
@@ -150,14 +150,14 @@ class World:
     cluster: bool = False
 
 
-class Plan(Generic[T]):
+class Contract(Generic[T]):
     """How one cache is read, with some options.
 
     Args:
         cache: the cache, from the rule file.
         options: what the program decides.
         world: what all caches share.
-        tally: the cache's counters.
+        metrics: the cache's counters.
         space: bounds the number of keys.
 
     Raises:
@@ -165,7 +165,7 @@ class Plan(Generic[T]):
     """
 
     def __init__(
-        self, cache: Cache, options: Options[T], world: World, tally: Tally, space: KeySpace | None = None
+        self, cache: Cache, options: Options[T], world: World, metrics: CacheMetrics, space: KeySpace | None = None
     ) -> None:
         if cache.ttl is None:
             raise ValueError(f"cache {cache.name} has no `ttl`, so what is stored would stay for ever; add one to it")
@@ -178,7 +178,7 @@ class Plan(Generic[T]):
         self.cache = cache
         self.options = options
         self.world = world
-        self.tally = tally
+        self.metrics = metrics
         self.keys = Keys(cache)
         self.space = space or (KeySpace(cache.max_keys_hint, cache.ttl / 1000) if cache.max_keys_hint else None)
         self._envelope = Envelope(options.schema)
@@ -187,12 +187,12 @@ class Plan(Generic[T]):
         self._lease = max(1, int(options.lease * 1000))
         self._ttl, self._jitter = cache.ttl, cache.jitter
         self._versioned = cache.version is not None
-        self._one_slot = not world.cluster or same_slot(cache)
+        self._one_hash_slot = not world.cluster or same_slot(cache)
         self._locks_beside = not world.cluster or cache.key.tagged
         # The versions of the last reads: the key can then be asked for together with its version.
         self._versions: dict[bytes, bytes] = {}
         # When what Redis refuses with is told again.
-        self._told: dict[str, float] = {}
+        self._reported: dict[str, float] = {}
         self.plain = not options.early
         self._stale = cache.stale_for is not None
         max_age = options.max_staleness
@@ -213,10 +213,10 @@ class Plan(Generic[T]):
         """Give the command that looks for an entry; for a cache with a version, it may also take the lease."""
         if not self._versioned:
             return ("GET", entry.key)
-        guess = self._versions.get(entry.counter)
+        guess = self._versions.get(entry.version_key)
         if guess is not None:
             entry.guess = guess
-            return ("MGET", entry.counter, entry.rest.replace(NUL, guess))
+            return ("MGET", entry.version_key, entry.rest.replace(NUL, guess))
         return self._versioned_look(entry, taking=taking)
 
     def _versioned_look(self, entry: Entry, *, taking: bool = True) -> Command:
@@ -225,7 +225,7 @@ class Plan(Generic[T]):
             "EVALSHA",
             self.world.scripts.versioned,
             1,
-            entry.counter,
+            entry.version_key,
             self._token(entry) if taking else b"",
             self._lease,
             NUL if entry.refresh else self._header,
@@ -238,7 +238,7 @@ class Plan(Generic[T]):
     @property
     def looks_once(self) -> bool:
         """Whether one command is enough to look."""
-        return self._one_slot or not self._versioned
+        return self._one_hash_slot or not self._versioned
 
     def stored(self, entry: Entry, reply: Any) -> Any:
         """Give what a look found under the key: bytes if there is anything, or how it stands with the lease."""
@@ -246,17 +246,17 @@ class Plan(Generic[T]):
             return reply
         version, found = reply
         if not entry.guess:
-            self._remember(entry.counter, version)
+            self._remember(entry.version_key, version)
         elif version != entry.guess:
-            self._versions.pop(entry.counter, None)
+            self._versions.pop(entry.version_key, None)
             return None
         entry.key = entry.rest.replace(NUL, version)
         return found
 
-    def _remember(self, counter: bytes, version: bytes) -> None:
+    def _remember(self, version_key: bytes, version: bytes) -> None:
         if len(self._versions) >= REMEMBERED:
             self._versions.clear()
-        self._versions[counter] = version
+        self._versions[version_key] = version
 
     def hit(self, entry: Entry, reply: Any) -> Any:
         """Give the value in what a look gave, or `MISS`; counted if it is there."""
@@ -267,13 +267,13 @@ class Plan(Generic[T]):
         if payload is None:
             return MISS
         if not payload:
-            self.tally.negative_hits()
+            self.metrics.negative_hits()
             return None
         try:
             value = self._loads(payload)
         except Exception:  # noqa: BLE001  whatever a serializer raises, the database has the value
             return MISS
-        self.tally.hits()
+        self.metrics.hits()
         return value
 
     def local(self, stored: bytes) -> Any:
@@ -285,16 +285,16 @@ class Plan(Generic[T]):
             value = self._loads(payload) if payload else None
         except Exception:  # noqa: BLE001  whatever a serializer raises, the database has the value
             return MISS
-        self.tally.l1_hits()
+        self.metrics.l1_hits()
         return value
 
     def kept_until(self, stored: bytes) -> float:
         """Give until when, as a steady time, what a look gave may be kept: its own end."""
         try:
-            left = self._envelope.times(stored).expires - self._now()
+            remaining = self._envelope.times(stored).expires - self._now()
         except ValueError:
             return 0.0
-        return self.world.clocks.steady() + left / 1000
+        return self.world.clocks.steady() + remaining / 1000
 
     # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -318,7 +318,7 @@ class Plan(Generic[T]):
                 first = yield from self._judge(entries, first, demand)
             missing = [entry for entry in entries if not entry.done]
             if missing:
-                self.tally.misses(len(missing))
+                self.metrics.misses(len(missing))
                 yield from self._miss(missing, first if self._versioned else None, demand)
         except Unavailable as gone:
             yield from self.beside(entries, gone.reason)
@@ -367,8 +367,8 @@ class Plan(Generic[T]):
         fields = replies[0]
         if isinstance(fields, Exception):
             return self._refused(fields)
-        mark = self.world.feed.read(fields)
-        return self.world.feed.refusal(mark, demand, self.cache.name, self._now())
+        watermark = self.world.feed.read(fields)
+        return self.world.feed.refusal(watermark, demand, self.cache.name, self._now())
 
     def _judge(self, entries: Sequence[Entry], replies: Sequence[Any], demand: Demand) -> Steps[Sequence[Any]]:
         """Take the values that may be served, and refresh some of them early."""
@@ -381,7 +381,7 @@ class Plan(Generic[T]):
             value = self._value(entry, stored, demand)
             if value is MISS:
                 continue
-            (self.tally.negative_hits if value is None else self.tally.hits)()
+            (self.metrics.negative_hits if value is None else self.metrics.hits)()
             entry.found(value)
             if self.options.early and self._due(stored):
                 early.append(entry)
@@ -435,13 +435,13 @@ class Plan(Generic[T]):
             if not others:
                 return
             if not waited:
-                self.tally.waits(len(others))
+                self.metrics.waits(len(others))
                 waited = True
-            left = deadline - clocks.steady()
-            if left <= 0:
+            remaining = deadline - clocks.steady()
+            if remaining <= 0:
                 yield from self.beside(others, "waited")
                 return
-            yield Sleep(min(left, pause * (0.5 + clocks.chance())))
+            yield Sleep(min(remaining, pause * (0.5 + clocks.chance())))
             pause = min(2 * pause, LONGEST_PAUSE)
             waiting, replies = others, None
 
@@ -461,7 +461,7 @@ class Plan(Generic[T]):
         if not self._versioned:
             replies = yield Send([self._taking(entry) for entry in entries])
             return list(replies)
-        if self._one_slot:
+        if self._one_hash_slot:
             replies = yield Send([self._versioned_look(entry) for entry in entries])
             return [self.stored(entry, reply) for entry, reply in zip(entries, replies, strict=True)]
         versions = yield Send([self._make_version(entry) for entry in entries])
@@ -495,7 +495,7 @@ class Plan(Generic[T]):
         return True
 
     def _make_version(self, entry: Entry) -> Command:
-        return ("EVALSHA", self.world.scripts.version, 1, entry.counter, self.cache.version_ttl)
+        return ("EVALSHA", self.world.scripts.version, 1, entry.version_key, self.cache.version_ttl)
 
     def _name(self, entry: Entry, version: Any) -> None:
         if self._versioned and isinstance(version, bytes):
@@ -511,7 +511,7 @@ class Plan(Generic[T]):
         if value is MISS:
             return False
         if stale:
-            self.tally.stale_hits()
+            self.metrics.stale_hits()
         entry.found(value)
         return True
 
@@ -529,7 +529,7 @@ class Plan(Generic[T]):
             yield from self._release(mine)
             raise
         took = clocks.steady() - started
-        self.tally.load_seconds(took)
+        self.metrics.load_seconds(took)
         for entry, value in zip(mine, values, strict=True):
             entry.found(value)
         return (yield from self._store(mine, began, took))
@@ -541,10 +541,10 @@ class Plan(Generic[T]):
         stored = 0
         for command, reply in zip(commands, replies, strict=True):
             if isinstance(reply, Exception):
-                self.tally.bypasses(self._refused(reply))
+                self.metrics.bypasses(self._refused(reply))
             elif command[1] == self.world.scripts.fill:
                 stored += reply == 1
-                (self.tally.fills if reply == 1 else self.tally.dropped_fills)()
+                (self.metrics.fills if reply == 1 else self.metrics.dropped_fills)()
         return stored
 
     def _storing(self, entry: Entry, began: float, took: float) -> Command:
@@ -554,7 +554,7 @@ class Plan(Generic[T]):
         ttl = self._ttl if entry.value is not None else cache.negative_ttl
         payload = self._payload(entry.value) if ttl is not None else None
         if self.space is not None and payload is not None and not self.space.admits(entry.rest, clocks.steady()):
-            self.tally.bypasses("max_keys")
+            self.metrics.bypasses("max_keys")
             payload = None
         if payload is None or ttl is None:
             return ("EVALSHA", scripts.release, 1, lock, entry.lease)
@@ -571,7 +571,7 @@ class Plan(Generic[T]):
             payload = self.options.serializer.dumps(value)
         except Exception as error:  # noqa: BLE001  the value is right, whatever its serializer makes of it
             _log.warning("a value of cache %s can't be stored (%s)", self.cache.name, type(error).__name__)
-            self.tally.bypasses("unserializable")
+            self.metrics.bypasses("unserializable")
             return None
         return payload or None
 
@@ -584,21 +584,21 @@ class Plan(Generic[T]):
 
     def beside(self, entries: Iterable[Entry], reason: str) -> Steps[None]:
         """Load, without storing, what has no value yet."""
-        left = [entry for entry in entries if not entry.done]
-        if not left:
+        undone = [entry for entry in entries if not entry.done]
+        if not undone:
             return
-        self.tally.bypasses(reason, len(left))
+        self.metrics.bypasses(reason, len(undone))
         started = self.world.clocks.steady()
-        values = yield Load(left)
-        self.tally.load_seconds(self.world.clocks.steady() - started)
-        for entry, value in zip(left, values, strict=True):
+        values = yield Load(undone)
+        self.metrics.load_seconds(self.world.clocks.steady() - started)
+        for entry, value in zip(undone, values, strict=True):
             entry.found(value)
 
     def _refused(self, error: Exception) -> str:
         """Give the reason for metrics, and tell what Redis says, now and then: it is for an operator to put right."""
         word, now = _word(error), self.world.clocks.steady()
-        if now >= self._told.get(word, now):
-            self._told[word] = now + TELL_SECONDS
+        if now >= self._reported.get(word, now):
+            self._reported[word] = now + REPORT_SECONDS
             _log.warning("Redis refuses reads of cache %s (%s)", self.cache.name, word)
         return "refused"
 
@@ -621,7 +621,7 @@ class Plan(Generic[T]):
         mine = [entry for entry, reply in zip(early, replies, strict=True) if self._granted(entry, reply)]
         if not mine:
             return
-        self.tally.early_refreshes(len(mine))
+        self.metrics.early_refreshes(len(mine))
         try:
             yield from self._load(mine)
         except Exception:  # noqa: BLE001  a value is there, and in date; if loads still fail when it is not, that shows
@@ -646,7 +646,7 @@ class Plan(Generic[T]):
                     break
                 (reply,) = yield from self._take([entry])
                 if isinstance(reply, Exception):
-                    self.tally.bypasses(self._refused(reply))
+                    self.metrics.bypasses(self._refused(reply))
                     break
                 if not self._granted(entry, reply):
                     continue
@@ -656,7 +656,7 @@ class Plan(Generic[T]):
                 if (early := due - clocks.steady()) > 0:
                     yield Sleep(early)
         except Unavailable as gone:
-            self.tally.bypasses(gone.reason)
+            self.metrics.bypasses(gone.reason)
         return stored
 
     def seize(self, entry: Entry) -> Steps[bool]:
@@ -665,16 +665,16 @@ class Plan(Generic[T]):
             if self._versioned:
                 (version,) = yield Send([self._make_version(entry)])
                 if isinstance(version, Exception):
-                    self.tally.bypasses(self._refused(version))
+                    self.metrics.bypasses(self._refused(version))
                     return False
                 self._name(entry, version)
             seizing = ("EVALSHA", self.world.scripts.seize, 1, self._lock(entry), self._token(entry), self._lease)
             (reply,) = yield Send([seizing])
         except Unavailable as gone:
-            self.tally.bypasses(gone.reason)
+            self.metrics.bypasses(gone.reason)
             return False
         if isinstance(reply, Exception):
-            self.tally.bypasses(self._refused(reply))
+            self.metrics.bypasses(self._refused(reply))
             return False
         return self._granted(entry, reply)
 
@@ -684,7 +684,7 @@ class Plan(Generic[T]):
         try:
             return (yield from self._store([entry], began, 0.0)) == 1
         except Unavailable as gone:
-            self.tally.bypasses(gone.reason)
+            self.metrics.bypasses(gone.reason)
             return False
 
     def let_go(self, entry: Entry) -> Steps[None]:
@@ -697,10 +697,10 @@ class Plan(Generic[T]):
         try:
             if self._versioned and self.cache.bump_over is None:
                 # The next reader makes another, from the clock.
-                commands = [("UNLINK", entry.counter), ("UNLINK", entry.counter + STALE_SUFFIX)]
+                commands = [("UNLINK", entry.version_key), ("UNLINK", entry.version_key + STALE_SUFFIX)]
             else:
                 if self._versioned:
-                    (version,) = yield Send([("GET", entry.counter)])
+                    (version,) = yield Send([("GET", entry.version_key)])
                     if version is None:
                         return True
                     self._name(entry, version)
@@ -711,11 +711,11 @@ class Plan(Generic[T]):
                 ]
             replies = yield Send(commands)
         except Unavailable as gone:
-            self.tally.bypasses(gone.reason)
+            self.metrics.bypasses(gone.reason)
             return False
         refused = [reply for reply in replies if isinstance(reply, Exception)]
         if refused:
-            self.tally.bypasses(self._refused(refused[0]))
+            self.metrics.bypasses(self._refused(refused[0]))
         return not refused
 
     def _now(self) -> int:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cdc_invalidator.reader.contract import Clocks, Contract, Entry, Load, Send, Sleep, Unavailable, World
 from cdc_invalidator.reader.freshness import Demand, Feed
-from cdc_invalidator.reader.metrics import silent
+from cdc_invalidator.reader.metrics import no_metrics
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.reader.plan import Clocks, Entry, Load, Plan, Send, Sleep, Unavailable, World
 from cdc_invalidator.rules.load import parse_rules
 
 RULES = """
@@ -123,9 +123,9 @@ class Times:
         return Clocks(steady=lambda: self.now, wall=lambda: self.now, chance=lambda: 0.5)
 
 
-def plan_of(name: str, times: Times, **options: Any) -> tuple[Plan[Any], Model]:
+def contract_of(name: str, times: Times, **options: Any) -> tuple[Contract[Any], Model]:
     world = World(Feed("slot"), clocks=times.clocks())
-    return Plan(CACHES[name], Options(**options), world, silent()), Model(world)
+    return Contract(CACHES[name], Options(**options), world, no_metrics()), Model(world)
 
 
 def drive(steps: Generator[Any, Any, Any], model: Model, load: Callable[[Entry], Any], times: Times) -> list[Any]:
@@ -147,9 +147,9 @@ def drive(steps: Generator[Any, Any, Any], model: Model, load: Callable[[Entry],
         return wanted
 
 
-def reading(plan: Plan[Any], **params: Any) -> tuple[Entry, Generator[Any, Any, None]]:
-    entry = plan.entry(params, params)
-    return entry, plan.read([entry], ANY)
+def reading(contract: Contract[Any], **params: Any) -> tuple[Entry, Generator[Any, Any, None]]:
+    entry = contract.entry(params, params)
+    return entry, contract.read([entry], ANY)
 
 
 # ── Any interleaving ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,8 +158,8 @@ def reading(plan: Plan[Any], **params: Any) -> tuple[Entry, Generator[Any, Any, 
 class Reader:
     """One read of the row on its way; a step is one thing that it wants."""
 
-    def __init__(self, plan: Plan[Any], model: Model, times: Times, row: Callable[[], int]) -> None:
-        self.entry, self._steps = reading(plan, id=1)
+    def __init__(self, contract: Contract[Any], model: Model, times: Times, row: Callable[[], int]) -> None:
+        self.entry, self._steps = reading(contract, id=1)
         self._model = model
         self._times = times
         self._row = row
@@ -190,7 +190,7 @@ ACTIONS = st.lists(st.sampled_from(["begin", "step 0", "step 1", "step 2", "comm
 @given(actions=ACTIONS)
 def test_nothing_older_than_an_applied_bust_is_ever_stored_or_served(name: str, actions: list[str]) -> None:
     times = Times()
-    plan, model = plan_of(name, times, wait=0.05)
+    contract, model = contract_of(name, times, wait=0.05)
     row, busted = 0, 0
     readers: list[Reader] = []
     key, counter = b"t:%b:1" % name.encode(), b"t:%b:1:ver" % name.encode()
@@ -216,7 +216,7 @@ def test_nothing_older_than_an_applied_bust_is_ever_stored_or_served(name: str, 
 
     for action in actions:
         if action == "begin" and len(readers) < 3:
-            readers.append(Reader(plan, model, times, current))
+            readers.append(Reader(contract, model, times, current))
             readers[-1].at_least = busted
         elif action == "commit":
             row += 1
@@ -233,11 +233,11 @@ def test_nothing_older_than_an_applied_bust_is_ever_stored_or_served(name: str, 
         bust()
     if name != "old":
         assert all(reader.entry.value >= reader.at_least for reader in readers)
-    entry, steps = reading(plan, id=1)
+    entry, steps = reading(contract, id=1)
     drive(steps, model, lambda _: row, times)
     assert entry.value == row
     times.now += 1
-    entry, steps = reading(plan, id=1)
+    entry, steps = reading(contract, id=1)
     drive(steps, model, lambda _: pytest.fail("it is stored now"), times)
     assert entry.value == row
 
@@ -247,10 +247,10 @@ def test_nothing_older_than_an_applied_bust_is_ever_stored_or_served(name: str, 
 
 def test_a_miss_is_a_look_a_lease_a_load_and_a_fill() -> None:
     times = Times()
-    plan, model = plan_of("user", times)
-    entry, steps = reading(plan, id=1)
+    contract, model = contract_of("user", times)
+    entry, steps = reading(contract, id=1)
     look, take, load, fill = drive(steps, model, lambda _: "Ada", times)
-    scripts = plan.world.scripts
+    scripts = contract.world.scripts
     assert look == Send([("GET", b"t:user:1")])
     token = take.commands[0][5]
     assert take == Send([("EVALSHA", scripts.take, 2, b"t:user:1:lock", b"t:user:1", token, 10_000, b"cdc1 1 ")])
@@ -258,16 +258,16 @@ def test_a_miss_is_a_look_a_lease_a_load_and_a_fill() -> None:
     stored = b'cdc1 1 0000001000000 0000001300000 0000000\n"Ada"'
     lease = b"%b:%d" % (token, model.clock)
     assert fill == Send([("EVALSHA", scripts.fill, 2, b"t:user:1:lock", b"t:user:1", lease, stored, 300_000)])
-    entry, steps = reading(plan, id=1)
+    entry, steps = reading(contract, id=1)
     assert drive(steps, model, lambda _: None, times) == [look]
     assert entry.value == "Ada"
 
 
 def test_who_waits_looks_again_ever_more_rarely_and_gives_up_in_time() -> None:
     times = Times()
-    plan, model = plan_of("user", times, wait=1.0)
+    contract, model = contract_of("user", times, wait=1.0)
     model.data[b"t:user:1:lock"] = b"somebody else"
-    entry, steps = reading(plan, id=1)
+    entry, steps = reading(contract, id=1)
     wanted = drive(steps, model, lambda _: "Ada", times)
     pauses = [effect.seconds for effect in wanted if isinstance(effect, Sleep)]
     assert pauses[:4] == [0.004, 0.008, 0.016, 0.032]
@@ -281,8 +281,8 @@ def test_who_waits_looks_again_ever_more_rarely_and_gives_up_in_time() -> None:
 @pytest.mark.parametrize("name", CACHES)
 def test_whenever_redis_goes_away_the_value_is_loaded_once(name: str, at: int) -> None:
     times = Times()
-    plan, model = plan_of(name, times)
-    entry, steps = reading(plan, id=1)
+    contract, model = contract_of(name, times)
+    entry, steps = reading(contract, id=1)
     loads = sends = 0
     try:
         effect = next(steps)
@@ -301,8 +301,8 @@ def test_whenever_redis_goes_away_the_value_is_loaded_once(name: str, at: int) -
 
 def test_a_load_that_fails_gives_the_lease_back() -> None:
     times = Times()
-    plan, model = plan_of("user", times)
-    _, steps = reading(plan, id=1)
+    contract, model = contract_of("user", times)
+    _, steps = reading(contract, id=1)
 
     def fail(_: Entry) -> None:
         raise AssertionError
@@ -321,7 +321,7 @@ def test_a_load_that_fails_gives_the_lease_back() -> None:
 
 def test_what_nobody_can_read_is_loaded_by_one_of_two_readers() -> None:
     times = Times()
-    plan, model = plan_of("user", times)
+    contract, model = contract_of("user", times)
     model.data[b"t:user:1"] = b"cdc1 1 0000001000000 0000001300000 0000000\n{broken"
     loads: list[int] = []
 
@@ -329,7 +329,7 @@ def test_what_nobody_can_read_is_loaded_by_one_of_two_readers() -> None:
         loads.append(1)
         return 7
 
-    readers = [Reader(plan, model, times, row) for _ in range(2)]
+    readers = [Reader(contract, model, times, row) for _ in range(2)]
     while not all(reader.done for reader in readers):
         for reader in readers:
             if not reader.done:
@@ -345,10 +345,10 @@ def test_early_refresh_is_the_likelier_the_nearer_the_end_and_the_longer_the_loa
     left: int, beta: float, due: bool
 ) -> None:
     times = Times()
-    plan, model = plan_of("user", times, early=beta)
+    contract, model = contract_of("user", times, early=beta)
     # A chance of a half, and a load of 100 ms: 69 ms ahead.
     model.data[b"t:user:1"] = b'cdc1 1 %013d %013d 0000100\n"old"' % (0, 1_000_000 + left)
-    entry, steps = reading(plan, id=1)
+    entry, steps = reading(contract, id=1)
     wanted = drive(steps, model, lambda _: "new", times)
     assert entry.value == ("new" if due else "old")
     assert any(isinstance(effect, Load) for effect in wanted) is due
@@ -372,11 +372,11 @@ def test_early_refresh_is_the_likelier_the_nearer_the_end_and_the_longer_the_loa
 )
 def test_the_watermark_is_read_before_the_value_and_decides(mark: dict[str, str], demand: Demand, served: bool) -> None:
     times = Times()
-    plan, model = plan_of("user", times)
+    contract, model = contract_of("user", times)
     model.data[b"t:user:1"] = b'cdc1 1 0000000000000 0000009999999 0000000\n"cached"'
     model.data[b"cdc:slot:watermark"] = json.dumps(mark).encode()
-    entry = plan.entry(None, {"id": 1})
-    look, *rest = drive(plan.read([entry], demand), model, lambda _: "loaded", times)
+    entry = contract.entry(None, {"id": 1})
+    look, *rest = drive(contract.read([entry], demand), model, lambda _: "loaded", times)
     assert [command[0] for command in look.commands] == ["HMGET", "GET"]
     assert entry.value == ("cached" if served else "loaded")
     assert rest == ([] if served else [Load([entry])])
@@ -414,6 +414,6 @@ rules: []
     found = parse_rules([("rules.yaml", text)], {}).caches
     world = World(Feed("slot"))
     with pytest.raises(ValueError, match="cache endless has no `ttl`"):
-        Plan(found["endless"], Options[Any](), world, silent())
+        Contract(found["endless"], Options[Any](), world, no_metrics())
     with pytest.raises(ValueError, match="cache filtered has a filter on `version`; take it off"):
-        Plan(found["filtered"], Options[Any](), world, silent())
+        Contract(found["filtered"], Options[Any](), world, no_metrics())

@@ -1,4 +1,4 @@
-"""Reads through the caches of a rule file, so that nothing older than a bust can be stored. See the README, *Reading*.
+"""Reads through the caches of a rule file, so that nothing older than a bust can be stored. See README.md here.
 
 ::
 

@@ -10,7 +10,7 @@ from bench import report
 from bench.backlogs import FewRuled, HugeTransaction, LargeTransaction, ManyRules, SmallTransactions
 from bench.live import Idle, LastKey, Latency
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).with_name("README.md")
 USUAL = (SmallTransactions, LargeTransaction, FewRuled, Latency, LastKey, Idle, ManyRules)
 
 
@@ -23,7 +23,7 @@ def _arguments() -> argparse.Namespace:
         "--huge", action="store_true", help="also H: a transaction of 5,000,000 rows, some 5 GB of disk"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report there, not to the terminal")
-    parser.add_argument("--readme", action="store_true", help="put the report into README.md as well")
+    parser.add_argument("--readme", action="store_true", help="put the report into tests/bench/README.md as well")
     given = parser.parse_args()
     if unknown := set(given.only or ()) - {kind.name for kind in USUAL}:
         parser.error(f"there is no workload {', '.join(sorted(unknown))}; there are {_names()}")

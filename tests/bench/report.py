@@ -1,4 +1,4 @@
-"""The report: what was measured where, ratios first, then all figures; as markdown, also into README.md."""
+"""The report: what was measured where, ratios first, then all figures; as markdown, also into README.md here."""
 
 from __future__ import annotations
 

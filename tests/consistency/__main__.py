@@ -18,7 +18,7 @@ from cdc_invalidator.embedded.servers import Postgres, Valkey
 if TYPE_CHECKING:
     from consistency.trial import Outcome
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).with_name("README.md")
 
 
 def _arguments() -> argparse.Namespace:
@@ -28,7 +28,7 @@ def _arguments() -> argparse.Namespace:
         "--other-reads", type=int, default=100_000, metavar="N", help="in each of the other modes (100000)"
     )
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the faults (1)")
-    parser.add_argument("--readme", action="store_true", help="put the table into README.md as well")
+    parser.add_argument("--readme", action="store_true", help="put the table into tests/consistency/README.md as well")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""The table of all modes, as markdown, also into README.md."""
+"""The table of all modes, as markdown, also into README.md here."""
 
 from __future__ import annotations
 

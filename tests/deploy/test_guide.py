@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import TYPE_CHECKING
 
 import charts
-import pytest
 import yaml
 from manifests import DEPLOY, kustomize, schema_problems
 from running import command
 
 from cdc_invalidator import __version__
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ROOT = DEPLOY.parent
 TEXT = (DEPLOY / "README.md").read_text()
@@ -32,16 +27,6 @@ def begin_with(*words: str) -> list[list[str]]:
     found = [one for one in commands() if one[: len(words)] == list(words)]
     assert found, words
     return found
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", TEXT))))
-def test_its_links_lead_somewhere(link: str) -> None:
-    file, _, anchor = link.partition("#")
-    target: Path = DEPLOY / (file or "README.md")
-    assert target.exists()
-    if anchor:
-        headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
-        assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_it_and_the_manifests_name_the_image_of_this_version() -> None:

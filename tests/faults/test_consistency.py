@@ -1,6 +1,6 @@
 """Reads through the library while writers write: none is stale under the contract, and those of a broken one are seen.
 
-`python -m consistency` runs the same for a million reads; see the README.
+`python -m consistency` runs the same for a million reads; see tests/consistency/README.md.
 """
 
 from __future__ import annotations

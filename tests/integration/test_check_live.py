@@ -18,7 +18,7 @@ from sentinels import Sentinels
 
 from cdc_invalidator.embedded.servers import Postgres, Valkey
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "deploy" / "README.md"
 
 CACHES = """\
   thing: {key: "app:env:thing:{id}", ttl: 1m}

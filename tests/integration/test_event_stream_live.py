@@ -27,7 +27,7 @@ from cdc_invalidator.embedded.servers import Valkey
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "deploy" / "README.md"
 
 RULES = """
 version: 1
@@ -101,7 +101,7 @@ def administer(client: Any, *words: Any) -> Any:
 
 
 def granted(client: Any, slot: str, *more: str) -> str:
-    """Make a user with the rights that the README lists, and these; gives its name."""
+    """Make a user with the rights that deploy/README.md lists, and these; gives its name."""
     line = re.search(r"^ACL SETUSER cdc (.+)$", README.read_text(), re.MULTILINE)
     assert line
     words = line[1].replace("cdc:cdc_invalidator:", f"cdc:{slot}:").replace("~shop:*", "~t:*").split()

@@ -1,4 +1,4 @@
-"""The watermark for others: it moves on an idle database, and the README's reader reads its own write."""
+"""The watermark for others: it moves on an idle database, and the reader of deploy/README.md reads its own write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cdc_invalidator.embedded.servers import Postgres, Valkey
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "deploy" / "README.md"
 RULES = """
 version: 1
 caches:
@@ -28,7 +28,7 @@ caches:
 rules:
   - {name: user-changed, table: public.users, bust: [user]}
 """
-# What the README calls redis-cli: the servers' wheels bring none.
+# The page calls redis-cli; the servers' wheels bring none.
 REDIS_CLI = """#!{python}
 import sys, redis
 reply = redis.Redis.from_url("{url}", decode_responses=True).execute_command(*sys.argv[1:])

@@ -22,7 +22,7 @@ from cdc_invalidator.embedded.servers import Valkey
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "deploy" / "README.md"
 
 
 @pytest.fixture(params=sorted(redis_binaries()))
@@ -109,13 +109,13 @@ def test_a_certificate_that_does_not_prove_the_server_is_refused(
             assert "certificate" in event["error"].lower()
 
 
-# A user with the rights that the README lists, and nothing else.
+# A user with the rights that deploy/README.md lists, and nothing else.
 
 
 def acl_line(name: str) -> list[str]:
-    """Read a line of the README's ACL: the words after ACL SETUSER."""
+    """Read an ACL line of deploy/README.md: the words after ACL SETUSER."""
     found = re.search(rf"^ACL SETUSER {name} (.+)$", README.read_text(), re.MULTILINE)
-    assert found, f"the README has no ACL line for {name}"
+    assert found, f"deploy/README.md has no ACL line for {name}"
     return found[1].split()
 
 

@@ -1,4 +1,4 @@
-"""The views of the README, each as an application of its own, on a real database with the daemon."""
+"""The views of the reader's README.md, each as an application of its own, on a real database with the daemon."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import psycopg
 import pytest
 from running import RunningDaemon, execute, settled
 
+from cdc_invalidator import reader
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import redis
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(reader.__file__).with_name("README.md")
 RULES = """
 version: 1
 caches:
@@ -73,8 +75,7 @@ class User(models.Model):
 
 
 def blocks() -> list[str]:
-    section = README.read_text().split("\n## Reading")[1].split("\n## ")[0]
-    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 class View:

@@ -1,4 +1,4 @@
-"""The consistency check's table: whole in every row, and in the README where its markers are."""
+"""The consistency check's table: whole in every row, and in its page where the markers are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from consistency import report, trial
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(report.__file__).with_name("README.md")
 
 
 def outcomes() -> list[trial.Outcome]:

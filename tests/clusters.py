@@ -15,7 +15,8 @@ from redis.crc import key_slot
 from redis.retry import Retry
 from running import eventually
 
-from cdc_invalidator.embedded.servers import HOST, Valkey
+from cdc_invalidator.embedded.process import HOST
+from cdc_invalidator.embedded.servers import Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

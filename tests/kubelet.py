@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from manifests import Document, Pod, content, probes, volume_source
 from running import RunningDaemon
 
-from cdc_invalidator.embedded.servers import free_port
+from cdc_invalidator.embedded.process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,7 +14,7 @@ import yaml
 from running import RunningDaemon, eventually
 from tools import tool
 
-from cdc_invalidator.embedded.servers import HOST, free_port
+from cdc_invalidator.embedded.process import HOST, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -8,7 +8,7 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Self
 
-from cdc_invalidator.embedded.servers import HOST, free_port
+from cdc_invalidator.embedded.process import HOST, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 
 from proxy import reset_socket
 
-from cdc_invalidator.embedded.servers import HOST, free_port
+from cdc_invalidator.embedded.process import HOST, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from cdc_invalidator.embedded.servers import free_port
+from cdc_invalidator.embedded.process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

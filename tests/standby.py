@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from running import eventually, execute
 
-from cdc_invalidator.embedded import servers as embedded
+from cdc_invalidator.embedded.process import as_nobody, give_to_nobody, plain_environment
+from cdc_invalidator.embedded.servers import Postgres
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-class Standby(embedded.Postgres):
+class Standby(Postgres):
     """A hot standby that streams from the primary; use it as a context manager, inside of the primary's.
 
-    It is an `embedded.Postgres` in all else: its DSNs, its course of life, its promotion by ``pg_promote()``.
+    It is an `Postgres` in all else: its DSNs, its course of life, its promotion by ``pg_promote()``.
 
     Args:
         primary: Runs already; it need not be restarted.
@@ -29,7 +30,7 @@ class Standby(embedded.Postgres):
     name = "The standby"
 
     def __init__(
-        self, primary: embedded.Postgres, *, slot: str | None = None, settings: Mapping[str, str] | None = None
+        self, primary: Postgres, *, slot: str | None = None, settings: Mapping[str, str] | None = None
     ) -> None:
         feedback = {"hot_standby_feedback": "on"} if slot else {}
         super().__init__(bin_dir=primary.bin_dir, settings={**primary.settings, **feedback, **(settings or {})})
@@ -44,16 +45,16 @@ class Standby(embedded.Postgres):
             eventually(lambda: _value(self.dsn, "SELECT 1 FROM pg_stat_wal_receiver"), "the standby streams")
 
     def _make_data(self) -> None:
-        embedded._hand_over(self.folder)
+        give_to_nobody(self.folder)
         of_slot = ["--create-slot", "--slot", self._slot] if self._slot else []
         options = ["-d", self.primary.dsn, "-D", self.data, "-R", "--checkpoint=fast", "--no-sync"]
         # -R writes standby.signal, and the primary's address with its password and database (from 17 on) into
-        # postgresql.auto.conf; what embedded.Postgres makes anew at each start is postgresql.conf.
+        # postgresql.auto.conf; what Postgres makes anew at each start is postgresql.conf.
         subprocess.run(  # type: ignore[call-overload]
             [self.bin_dir / "pg_basebackup", *options, *of_slot],
-            **embedded._as_nobody(),
+            **as_nobody(),
             cwd=self.folder,
-            env=embedded.plain_environment(),
+            env=plain_environment(),
             check=True,
             capture_output=True,
         )

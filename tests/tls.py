@@ -13,7 +13,7 @@ from typing import Self
 
 import trustme
 
-from cdc_invalidator.embedded.servers import HOST, free_port, scratch
+from cdc_invalidator.embedded.process import HOST, free_port, scratch
 
 _CHUNK = 65536
 

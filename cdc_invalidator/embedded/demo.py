@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from cdc_invalidator import errors
-from cdc_invalidator.embedded import process as spawn
 from cdc_invalidator.embedded import shop
-from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey
+from cdc_invalidator.embedded.daemon import DaemonProcess
+from cdc_invalidator.embedded.process import HOST
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -60,16 +61,16 @@ def _show(console: Console, stack: contextlib.ExitStack, seconds: float, keep: b
     valkey = stack.enter_context(Valkey())
     dsn = postgres.create_database("shop")
     shop.create(dsn)
-    stage = _Stage(console, dsn, valkey.url)
+    phases = _PhaseRunner(console, dsn, valkey.url)
 
     console.print(f"\n[bold]The shop for {seconds:g} s, and nobody busts its cache[/bold]")
-    without = stage.play(seconds)
+    without = phases.run(seconds)
 
     console.print("\nStarting the daemon (its slot is new, so it sweeps first) …")
-    daemon = stack.enter_context(_Daemon(dsn, valkey.url))
+    daemon = stack.enter_context(_DemoDaemon(dsn, valkey.url))
     daemon.wait_until_ready()
     console.print(f"\n[bold]The same for {seconds:g} s, with the daemon[/bold]")
-    with_daemon = stage.play(seconds, daemon)
+    with_daemon = phases.run(seconds, daemon)
 
     console.print()
     console.print(_result(without, with_daemon))
@@ -110,7 +111,7 @@ def _ended_by_signals() -> Iterator[None]:
 # The daemon, as a process
 
 
-class Bust(NamedTuple):
+class SeenBust(NamedTuple):
     """What the demo needs of one bust event; ``keys`` is a count, ``lag_ms`` is from commit to acknowledged bust."""
 
     rule: str | None
@@ -122,12 +123,12 @@ class Bust(NamedTuple):
     reason: str
 
 
-class _Daemon(spawn.Daemon):
+class _DemoDaemon(DaemonProcess):
     """The daemon of the demo, and its busts."""
 
     def __init__(self, dsn: str, url: str) -> None:
         super().__init__(dsn, url, shop.rules_file(), {"APP_ENV": ENVIRONMENT})
-        self.busts: list[Bust] = []
+        self.busts: list[SeenBust] = []
 
     def check(self) -> None:
         """Read what the daemon has logged since the last time.
@@ -140,8 +141,8 @@ class _Daemon(spawn.Daemon):
         self.events.clear()
 
 
-def _bust(event: Mapping[str, Any]) -> Bust:
-    return Bust(
+def _bust(event: Mapping[str, Any]) -> SeenBust:
+    return SeenBust(
         event.get("rule"),
         event["cache"],
         event["action"],
@@ -165,15 +166,15 @@ class Figures:
 
     with_daemon: bool
     seconds: float = 0.0
-    tally: shop.Tally = field(default_factory=shop.Tally)
-    busts: list[Bust] = field(default_factory=list)
+    counts: shop.WorkCounts = field(default_factory=shop.WorkCounts)
+    busts: list[SeenBust] = field(default_factory=list)
     stale_now: int = 0
     look: shop.Look = field(default_factory=lambda: shop.Look(0, []))
 
     @property
     def hit_rate(self) -> float:
         """Hits of all reads, 0 to 1."""
-        return self.tally.hits / self.tally.reads if self.tally.reads else 0.0
+        return self.counts.hits / self.counts.reads if self.counts.reads else 0.0
 
     def busted_keys(self) -> Counter[str]:
         """Count keys deleted and versions bumped, by cache; sweeps are not in it."""
@@ -189,7 +190,7 @@ class Figures:
         return lags[min(int(share * len(lags)), len(lags) - 1)] if lags else None
 
 
-class _Stage:
+class _PhaseRunner:
     """Plays phases on the same database and Redis, and shows how they go."""
 
     def __init__(self, console: Console, dsn: str, url: str) -> None:
@@ -198,7 +199,7 @@ class _Stage:
         self._url = url
         self._phases = 0
 
-    def play(self, seconds: float, daemon: _Daemon | None = None) -> Figures:
+    def run(self, seconds: float, daemon: _DemoDaemon | None = None) -> Figures:
         """Let the shop work for so many seconds, wait until all busts are in, and count what is stale."""
         self._phases += 1
         figures = Figures(with_daemon=daemon is not None)
@@ -227,11 +228,11 @@ class _Stage:
         figures: Figures,
         work: shop.Workload,
         before: set[tuple[str, str]],
-        daemon: _Daemon | None,
+        daemon: _DemoDaemon | None,
         first: int,
     ) -> set[tuple[str, str]]:
         """Bring the figures up to date; gives the entries that look stale now."""
-        figures.tally = work.tally
+        figures.counts = work.counts
         if daemon:
             daemon.check()
             figures.busts = daemon.busts[first:]
@@ -276,11 +277,11 @@ class _Screen:
 
 
 def _line(figures: Figures) -> str:
-    tally = figures.tally
+    counts = figures.counts
     parts = [
         f"{figures.seconds:5.1f} s",
-        f"commits {tally.commits:5}",
-        f"reads {tally.reads:5}",
+        f"commits {counts.commits:5}",
+        f"reads {counts.reads:5}",
         f"hits {figures.hit_rate:4.0%}",
     ]
     if figures.with_daemon:
@@ -296,7 +297,7 @@ def _line(figures: Figures) -> str:
 def _picture(figures: Figures) -> Table:
     from rich.table import Table  # noqa: PLC0415 - an optional dependency
 
-    tally = figures.tally
+    counts = figures.counts
     table = Table(box=None, show_header=False, padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -305,19 +306,19 @@ def _picture(figures: Figures) -> Table:
     stale = f"[bold {'red' if figures.stale_now else 'green'}]{figures.stale_now}[/] of {figures.look.entries}"
     left = [
         ("seconds", f"{figures.seconds:.1f}"),
-        ("commits", f"{tally.commits}"),
-        ("reads", f"{tally.reads}"),
+        ("commits", f"{counts.commits}"),
+        ("reads", f"{counts.reads}"),
         ("hit rate", f"{figures.hit_rate:.0%}"),
         ("stale entries", stale),
     ]
     right = [("", "")] * len(left)
     if figures.with_daemon:
-        counts = figures.busted_keys()
+        busted = figures.busted_keys()
         right = [
-            ("busts", str(counts.total())),
+            ("busts", str(busted.total())),
             ("commit to bust, p50", _ms(figures.lag_ms(0.5))),
             ("commit to bust, p99", _ms(figures.lag_ms(0.99))),
-            ("by cache", "  ".join(f"{cache} {count}" for cache, count in counts.most_common())),
+            ("by cache", "  ".join(f"{cache} {count}" for cache, count in busted.most_common())),
             ("", ""),
         ]
     for (name, value), (other, figure) in zip(left, right, strict=True):
@@ -333,10 +334,10 @@ def _result(without: Figures, with_daemon: Figures) -> Table:
     table.add_column("without", justify="right")
     table.add_column("with the daemon", justify="right")
     both = (without, with_daemon)
-    table.add_row("writes (commits)", *(str(each.tally.commits) for each in both))
-    table.add_row("reads", *(str(each.tally.reads) for each in both))
+    table.add_row("writes (commits)", *(str(each.counts.commits) for each in both))
+    table.add_row("reads", *(str(each.counts.reads) for each in both))
     table.add_row("hit rate", *(f"{each.hit_rate:.0%}" for each in both))
-    table.add_row("fills that a bust overtook, dropped", *(str(each.tally.refused) for each in both))
+    table.add_row("fills that a bust overtook, dropped", *(str(each.counts.refused) for each in both))
     table.add_row("busts (keys deleted, versions bumped)", "", str(with_daemon.busted_keys().total()))
     for cache, count in with_daemon.busted_keys().most_common():
         table.add_row(f"  {cache}", "", str(count), style="dim")
@@ -361,7 +362,7 @@ def _ms(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} ms"  # noqa: RUF001 - an empty cell
 
 
-def _stay(console: Console, daemon: _Daemon, postgres: Postgres, dsn: str, url: str) -> None:
+def _stay(console: Console, daemon: _DemoDaemon, postgres: Postgres, dsn: str, url: str) -> None:
     """Stay up, and show each bust, until a signal ends it."""
     psql = shutil.which("psql") or postgres.bin_dir / "psql"
     for line in (

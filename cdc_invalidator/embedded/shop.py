@@ -183,7 +183,7 @@ FAMILIES: Final = (
 
 
 @dataclass(slots=True)
-class Tally:
+class WorkCounts:
     """What the workers have done so far; each worker has its own, so that none needs a lock.
 
     ``refused`` fills came after a bust and were dropped, as the contract has it; ``aborted`` transactions were rolled
@@ -198,11 +198,11 @@ class Tally:
     refused: int = 0
     lost: int = 0
 
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
+    def __add__(self, other: WorkCounts) -> WorkCounts:
+        return WorkCounts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
-    def __sub__(self, other: Tally) -> Tally:
-        return Tally(*(getattr(self, each.name) - getattr(other, each.name) for each in fields(self)))
+    def __sub__(self, other: WorkCounts) -> WorkCounts:
+        return WorkCounts(*(getattr(self, each.name) - getattr(other, each.name) for each in fields(self)))
 
 
 class Writer:
@@ -213,7 +213,7 @@ class Writer:
     """
 
     def __init__(self, dsn: str, *, seed: int) -> None:
-        self.tally = Tally()
+        self.counts = WorkCounts()
         self._dsn = dsn
         self._dice = random.Random(seed)  # noqa: S311
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
@@ -251,7 +251,7 @@ class Writer:
                 self._transaction(connection)
         except psycopg.Error:
             # Writers get into each other's way (deadlocks, a number that is taken): the database's business.
-            self.tally.aborted += 1
+            self.counts.aborted += 1
             if connection.closed:
                 raise
 
@@ -273,9 +273,9 @@ class Writer:
             for change in changes:
                 change(connection)
         if undone:
-            self.tally.aborted += 1
+            self.counts.aborted += 1
         else:
-            self.tally.commits += 1
+            self.counts.commits += 1
 
     def _empty_a_table(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
         """TRUNCATE a table, and fill it again in a transaction of its own."""
@@ -291,7 +291,7 @@ class Writer:
         with connection.transaction():
             for statement in refill:
                 connection.execute(statement)
-        self.tally.commits += 2
+        self.counts.commits += 2
 
     # Each change is one statement; where its row does not exist, it changes nothing.
 
@@ -426,7 +426,7 @@ class Reader:
     """
 
     def __init__(self, dsn: str, url: str, *, seed: int, environment: str = ENVIRONMENT) -> None:
-        self.tally = Tally()
+        self.counts = WorkCounts()
         self._dsn = dsn
         self._environment = environment
         self._dice = random.Random(seed)  # noqa: S311
@@ -444,13 +444,13 @@ class Reader:
         try:
             self.read(family, _hot(self._dice, family.ids) if family.ids else 0)
         except psycopg.Error:  # the lease stays, and runs out
-            self.tally.aborted += 1
+            self.counts.aborted += 1
             if self._connection is None or self._connection.closed:
                 raise
 
     def read(self, family: Family, number: int) -> str:
         """Return one value, from the cache or from the database."""
-        self.tally.reads += 1
+        self.counts.reads += 1
         return self._read_versioned(family, number) if family.version else self._read_deleted(family, number)
 
     def close(self) -> None:
@@ -465,7 +465,7 @@ class Reader:
         for _ in range(5):
             value = self._redis.get(key)
             if value is not None:
-                self.tally.hits += 1
+                self.counts.hits += 1
                 return str(value)
             token = secrets.token_hex(8)
             if self._redis.set(lock, token, nx=True, px=10_000):
@@ -480,7 +480,7 @@ class Reader:
         key = family.key_of(self._environment, number, version)
         value = self._redis.get(key)
         if value is not None:
-            self.tally.hits += 1
+            self.counts.hits += 1
             return str(value)
         # The version was read before the load: if a bump overtakes us, this goes to a key that nobody reads.
         value = self._load(family, number)
@@ -511,9 +511,9 @@ class Reader:
 
     def _count_fill(self, stored: bool) -> None:
         if stored:
-            self.tally.fills += 1
+            self.counts.fills += 1
         else:
-            self.tally.refused += 1
+            self.counts.refused += 1
 
 
 def _redis(url: str) -> redis.Redis:
@@ -559,9 +559,9 @@ class Workload:
         )
 
     @property
-    def tally(self) -> Tally:
+    def counts(self) -> WorkCounts:
         """What all workers have done so far."""
-        return sum((worker.tally for crew in (self._writers, self._readers) for worker in crew.workers), Tally())
+        return sum((worker.counts for crew in (self._writers, self._readers) for worker in crew.workers), WorkCounts())
 
     def start(self) -> None:
         """Set all workers to work."""
@@ -612,7 +612,7 @@ class Workload:
                     if not self._survive:
                         self._failures.append(lost)
                         return
-                    worker.tally.lost += 1
+                    worker.counts.lost += 1
                     stopped.wait(RECONNECT_SECONDS)
 
 

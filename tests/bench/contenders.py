@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 from bench import source
 from psycopg import conninfo
 
-from cdc_invalidator.embedded.servers import HOST, free_port, postgres_bin_dirs
+from cdc_invalidator.embedded.process import HOST, free_port
+from cdc_invalidator.embedded.servers import postgres_bin_dirs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

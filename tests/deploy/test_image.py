@@ -17,7 +17,7 @@ from running import execute, settled
 from tools import missing, tool
 
 from cdc_invalidator import __version__
-from cdc_invalidator.embedded.servers import free_port
+from cdc_invalidator.embedded.process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

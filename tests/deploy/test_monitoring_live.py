@@ -24,7 +24,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from running import RunningDaemon, eventually, execute
 from tools import tool
 
-from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey, free_port
+from cdc_invalidator.embedded.process import HOST, free_port
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.reader import Caches
 
 if TYPE_CHECKING:

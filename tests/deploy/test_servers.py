@@ -11,7 +11,8 @@ import redis
 from manifests import DEPLOY
 from running import RunningDaemon, command, eventually, execute, settled
 
-from cdc_invalidator.embedded.servers import Postgres, Valkey, free_port
+from cdc_invalidator.embedded.process import free_port
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

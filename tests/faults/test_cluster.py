@@ -12,7 +12,7 @@ from clusters import SLOTS, Cluster, Node, slot_of
 from running import RunningDaemon, eventually, execute, settled
 from writing import assert_nothing_confirmed_too_early
 
-from cdc_invalidator.embedded.servers import HOST
+from cdc_invalidator.embedded.process import HOST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,8 @@ from psycopg.conninfo import make_conninfo
 from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
 from writing import Writer, assert_all_is_well, assert_nothing_confirmed_too_early, create, left, rules_file
 
-from cdc_invalidator.embedded import servers as embedded
+from cdc_invalidator.embedded.process import HOST, give_to_nobody
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,14 +28,14 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[embedded.Postgres]:
+def own() -> Iterator[Postgres]:
     """A server that may be crashed, stopped and frozen; each test leaves it running."""
-    with embedded.Postgres() as server:
+    with Postgres() as server:
         yield server
 
 
 @pytest.fixture
-def dsn(own: embedded.Postgres) -> Iterator[str]:
+def dsn(own: Postgres) -> Iterator[str]:
     """A database there, with the table of the rules."""
     name = f"faulty_{next(_numbers)}"
     dsn = own.create_database(name)
@@ -77,7 +78,7 @@ def only_gaps(daemon: RunningDaemon, *reasons: str) -> bool:
 
 
 def test_a_crash_of_postgres_costs_no_bust(
-    daemon: RunningDaemon, own: embedded.Postgres, dsn: str, redis_url: str, redis_client: redis.Redis
+    daemon: RunningDaemon, own: Postgres, dsn: str, redis_url: str, redis_client: redis.Redis
 ) -> None:
     with Writer(dsn, redis_url) as writer:
         for times in (2, 3):
@@ -92,8 +93,8 @@ def test_a_crash_of_postgres_costs_no_bust(
 
 @pytest.mark.parametrize("redis_away", [False, True], ids=["redis is there", "redis is away"])
 def test_a_fast_shutdown_of_postgres_is_not_held_up(
-    own: embedded.Postgres,
-    valkey: embedded.Valkey,
+    own: Postgres,
+    valkey: Valkey,
     dsn: str,
     daemon_of: Callable[..., RunningDaemon],
     redis_url: str,
@@ -127,7 +128,7 @@ def test_a_fast_shutdown_of_postgres_is_not_held_up(
 
 
 def test_a_server_that_stays_away_is_not_asked_all_the_time(
-    own: embedded.Postgres, dsn: str, daemon_of: Callable[..., RunningDaemon], redis_url: str, redis_client: redis.Redis
+    own: Postgres, dsn: str, daemon_of: Callable[..., RunningDaemon], redis_url: str, redis_client: redis.Redis
 ) -> None:
     with Proxy(own.port) as proxy, daemon_of(make_conninfo(dsn, port=proxy.port)) as daemon:
         daemon.ready()
@@ -151,7 +152,7 @@ def test_a_server_that_stays_away_is_not_asked_all_the_time(
 
 
 def test_connections_that_are_cut_in_the_middle_of_a_message_lose_nothing(
-    own: embedded.Postgres, dsn: str, daemon_of: Callable[..., RunningDaemon], redis_url: str, redis_client: redis.Redis
+    own: Postgres, dsn: str, daemon_of: Callable[..., RunningDaemon], redis_url: str, redis_client: redis.Redis
 ) -> None:
     dice = random.Random(20)
     with Proxy(own.port) as proxy, daemon_of(make_conninfo(dsn, port=proxy.port)) as daemon:
@@ -169,8 +170,8 @@ def test_connections_that_are_cut_in_the_middle_of_a_message_lose_nothing(
 
 @pytest.mark.parametrize("frozen", ["postgres", "redis"])
 def test_sigterm_ends_the_daemon_while_a_server_is_frozen(
-    own: embedded.Postgres,
-    valkey: embedded.Valkey,
+    own: Postgres,
+    valkey: Valkey,
     dsn: str,
     daemon_of: Callable[..., RunningDaemon],
     redis_url: str,
@@ -238,11 +239,11 @@ def test_a_port_that_is_no_number_is_refused_without_the_password(daemon_of: Cal
     assert "opsecret" not in f"{daemon.errors} {daemon.events}"
 
 
-def test_a_wrong_password_ends_with_3(own: embedded.Postgres, dsn: str, daemon_of: Callable[..., Any]) -> None:
+def test_a_wrong_password_ends_with_3(own: Postgres, dsn: str, daemon_of: Callable[..., Any]) -> None:
     refused(daemon_of(make_conninfo(dsn, password="topsecret")), 3, "the right user and password")
 
 
-def test_a_missing_database_ends_with_3(own: embedded.Postgres, daemon_of: Callable[..., Any]) -> None:
+def test_a_missing_database_ends_with_3(own: Postgres, daemon_of: Callable[..., Any]) -> None:
     refused(daemon_of(own.dsn_for("nowhere")), 3, "nowhere", "existing database")
 
 
@@ -296,9 +297,7 @@ def drops(dsn: str, slot: str) -> bool:
     return True
 
 
-def test_a_client_without_a_pg_hba_entry_ends_with_3(
-    own: embedded.Postgres, dsn: str, daemon_of: Callable[..., Any]
-) -> None:
+def test_a_client_without_a_pg_hba_entry_ends_with_3(own: Postgres, dsn: str, daemon_of: Callable[..., Any]) -> None:
     hba = own.data / "pg_hba.conf"
     before = hba.read_text()
     hba.write_text("local all all scram-sha-256\nhost all postgres 127.0.0.1/32 scram-sha-256\n")
@@ -321,12 +320,12 @@ def rejection(dsn: str) -> str:
 
 
 @pytest.fixture
-def tight(tmp_path: Path) -> Iterator[Callable[..., embedded.Postgres]]:
+def tight(tmp_path: Path) -> Iterator[Callable[..., Postgres]]:
     """A server with settings of its own and the table of the rules."""
-    started: list[embedded.Postgres] = []
+    started: list[Postgres] = []
 
-    def make(**settings: str) -> embedded.Postgres:
-        server = embedded.Postgres(settings=settings)
+    def make(**settings: str) -> Postgres:
+        server = Postgres(settings=settings)
         started.append(server)
         server.start()
         create(server.dsn)
@@ -337,14 +336,12 @@ def tight(tmp_path: Path) -> Iterator[Callable[..., embedded.Postgres]]:
         server.close()
 
 
-def test_a_wal_level_that_is_too_low_ends_with_3(
-    tight: Callable[..., embedded.Postgres], daemon_of: Callable[..., Any]
-) -> None:
+def test_a_wal_level_that_is_too_low_ends_with_3(tight: Callable[..., Postgres], daemon_of: Callable[..., Any]) -> None:
     refused(daemon_of(tight(wal_level="replica").dsn), 3, "wal_level = logical")
 
 
 def test_a_server_without_a_free_slot_ends_with_3(
-    tight: Callable[..., embedded.Postgres], daemon_of: Callable[..., Any]
+    tight: Callable[..., Postgres], daemon_of: Callable[..., Any]
 ) -> None:
     server = tight(max_replication_slots="1")
     execute(server.dsn, "SELECT pg_create_logical_replication_slot('taken', 'pgoutput')")
@@ -352,7 +349,7 @@ def test_a_server_without_a_free_slot_ends_with_3(
 
 
 def test_a_server_without_a_free_walsender_is_asked_again_until_there_is_one(
-    tight: Callable[..., embedded.Postgres],
+    tight: Callable[..., Postgres],
     daemon_of: Callable[..., RunningDaemon],
     redis_url: str,
     redis_client: redis.Redis,
@@ -373,7 +370,7 @@ def test_a_server_without_a_free_walsender_is_asked_again_until_there_is_one(
 
 
 def test_a_server_without_a_free_connection_is_asked_again_until_there_is_one(
-    tight: Callable[..., embedded.Postgres],
+    tight: Callable[..., Postgres],
     daemon_of: Callable[..., RunningDaemon],
     redis_url: str,
     redis_client: redis.Redis,
@@ -394,10 +391,10 @@ def test_a_server_without_a_free_connection_is_asked_again_until_there_is_one(
 
 
 @contextmanager
-def standby_of(primary: embedded.Postgres) -> Iterator[embedded.Postgres]:
+def standby_of(primary: Postgres) -> Iterator[Postgres]:
     """A hot standby that streams from the primary; the primary is restarted for it."""
     primary.stop()
-    standby = embedded.Postgres(
+    standby = Postgres(
         bin_dir=primary.bin_dir,
         settings={
             "primary_conninfo": make_conninfo(primary.dsn, application_name="standby"),
@@ -407,7 +404,7 @@ def standby_of(primary: embedded.Postgres) -> Iterator[embedded.Postgres]:
     )
     shutil.copytree(primary.data, standby.data, ignore=shutil.ignore_patterns("postmaster.pid"))
     (standby.data / "standby.signal").touch()
-    embedded._hand_over(standby.folder)
+    give_to_nobody(standby.folder)
     primary.start()
     execute(primary.dsn, "SELECT pg_create_physical_replication_slot('standby', true)")
     with standby:
@@ -423,7 +420,7 @@ def rows(dsn: str, query: str) -> list[tuple[Any, ...]]:
         return connection.execute(query.encode()).fetchall()
 
 
-def sync_slots(primary: embedded.Postgres, standby: embedded.Postgres) -> None:
+def sync_slots(primary: Postgres, standby: Postgres) -> None:
     """Copy the primary's failover slots to the standby, as its worker does with sync_replication_slots = on."""
     with psycopg.connect(standby.dsn, autocommit=True) as connection:
 
@@ -436,15 +433,15 @@ def sync_slots(primary: embedded.Postgres, standby: embedded.Postgres) -> None:
         eventually(done, "the slot is synced to the standby")
 
 
-def both(primary: embedded.Postgres, standby: embedded.Postgres) -> str:
+def both(primary: Postgres, standby: Postgres) -> str:
     """A DSN with two hosts: whichever of them takes writes."""
-    hosts, ports = f"{embedded.HOST},{embedded.HOST}", f"{primary.port},{standby.port}"
+    hosts, ports = f"{HOST},{HOST}", f"{primary.port},{standby.port}"
     return make_conninfo(primary.dsn, host=hosts, port=ports, target_session_attrs="read-write")
 
 
 @pytest.mark.parametrize("synced", [False, True], ids=["without the slot", "with a synced slot"])
 def test_a_promoted_standby_is_followed(
-    tight: Callable[..., embedded.Postgres],
+    tight: Callable[..., Postgres],
     daemon_of: Callable[..., RunningDaemon],
     redis_url: str,
     redis_client: redis.Redis,
@@ -472,7 +469,7 @@ def test_a_promoted_standby_is_followed(
 
 
 def test_a_standby_can_be_decoded_on(
-    tight: Callable[..., embedded.Postgres],
+    tight: Callable[..., Postgres],
     daemon_of: Callable[..., RunningDaemon],
     redis_url: str,
     redis_client: redis.Redis,

@@ -20,7 +20,8 @@ import redis
 from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
 from writing import assert_nothing_confirmed_too_early
 
-from cdc_invalidator.embedded import servers as embedded
+from cdc_invalidator.embedded.process import HOST, as_nobody, give_to_nobody, plain_environment, scratch
+from cdc_invalidator.embedded.servers import Postgres, Valkey, postgres_bin_dirs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -208,7 +209,7 @@ def test_a_slot_that_postgresql_gave_up_is_made_anew_and_everything_is_swept(
 ) -> None:
     small = {"max_slot_wal_keep_size": "1MB", "max_wal_size": "32MB", "min_wal_size": "32MB"}
     with (
-        embedded.Postgres(settings=small) as server,
+        Postgres(settings=small) as server,
         staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
     ):
         if frozen:
@@ -243,9 +244,9 @@ def test_another_server_behind_the_same_address_is_noticed(
     redis_url: str, tmp_path: Path, slot_name: str, prepared: bool
 ) -> None:
     with ExitStack() as stack:
-        first = stack.enter_context(embedded.Postgres())
+        first = stack.enter_context(Postgres())
         stage = stack.enter_context(staged(first.dsn, redis_url, tmp_path, slot_name))
-        second = embedded.Postgres(own_identity=True)
+        second = Postgres(own_identity=True)
         stack.callback(second.close)
         stage.stop()
         stage.cache("t:thing:50")
@@ -271,7 +272,7 @@ def test_a_database_restored_from_an_older_copy_is_noticed(
     redis_url: str, tmp_path: Path, slot_name: str, running: bool
 ) -> None:
     with (
-        embedded.Postgres() as server,
+        Postgres() as server,
         staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
     ):
         stage.stop()
@@ -291,7 +292,7 @@ def test_a_database_restored_from_an_older_copy_is_noticed(
         server.stop()
         shutil.rmtree(server.data)
         copy.rename(server.data)
-        embedded._hand_over(server.data)
+        give_to_nobody(server.data)
         server.start()
         if not running:
             stage.start()
@@ -304,7 +305,7 @@ def test_a_promoted_standby_that_has_the_slot_is_noticed_by_its_timeline(
     redis_url: str, tmp_path: Path, slot_name: str
 ) -> None:
     with (
-        embedded.Postgres() as server,
+        Postgres() as server,
         staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
     ):
         stage.stop()
@@ -322,10 +323,10 @@ def test_a_promoted_standby_without_the_slot_is_taken_on_and_everything_is_swept
     redis_url: str, tmp_path: Path, slot_name: str
 ) -> None:
     with ExitStack() as stack:
-        primary = stack.enter_context(embedded.Postgres())
+        primary = stack.enter_context(Postgres())
         standby = stack.enter_context(_standby(primary))
-        both = f"{embedded.HOST}:{primary.port},{embedded.HOST}:{standby.port}"
-        dsn = primary.dsn.replace(f"{embedded.HOST}:{primary.port}", both) + "?target_session_attrs=read-write"
+        both = f"{HOST}:{primary.port},{HOST}:{standby.port}"
+        dsn = primary.dsn.replace(f"{HOST}:{primary.port}", both) + "?target_session_attrs=read-write"
         stage = stack.enter_context(staged(dsn, redis_url, tmp_path, slot_name))
         stage.change()
         stage.settle()
@@ -346,19 +347,19 @@ def test_a_promoted_standby_without_the_slot_is_taken_on_and_everything_is_swept
 
 
 @contextmanager
-def _standby(primary: embedded.Postgres) -> Iterator[embedded.Postgres]:
-    folder = Path(tempfile.mkdtemp(prefix="standby-", dir=embedded.scratch()))
-    embedded._hand_over(folder)
+def _standby(primary: Postgres) -> Iterator[Postgres]:
+    folder = Path(tempfile.mkdtemp(prefix="standby-", dir=scratch()))
+    give_to_nobody(folder)
     try:
         subprocess.run(  # type: ignore[call-overload]
             [primary.bin_dir / "pg_basebackup", "-d", primary.dsn, "-D", folder / "data", "-R", "-c", "fast"],
-            **embedded._as_nobody(),
+            **as_nobody(),
             cwd=folder,
-            env=embedded.plain_environment(),
+            env=plain_environment(),
             check=True,
             capture_output=True,
         )
-        with embedded.Postgres(folder) as standby:
+        with Postgres(folder) as standby:
             yield standby
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -393,15 +394,15 @@ def test_a_watermark_that_vanishes_while_the_daemon_streams_is_written_anew(stag
 
 
 @pytest.fixture
-def valkey_with_snapshots() -> Iterator[embedded.Valkey]:
+def valkey_with_snapshots() -> Iterator[Valkey]:
     """It saves when told to, and not when it is killed."""
-    with embedded.Valkey(settings={"save": "3600 100000000", "enable-debug-command": "yes"}) as valkey:
+    with Valkey(settings={"save": "3600 100000000", "enable-debug-command": "yes"}) as valkey:
         yield valkey
 
 
 @pytest.mark.parametrize("running", [False, True], ids=["away", "running"])
 def test_a_redis_that_comes_back_with_an_older_snapshot_is_noticed(
-    database: str, valkey_with_snapshots: embedded.Valkey, tmp_path: Path, slot_name: str, running: bool
+    database: str, valkey_with_snapshots: Valkey, tmp_path: Path, slot_name: str, running: bool
 ) -> None:
     valkey = valkey_with_snapshots
     with staged(database, valkey.url, tmp_path, slot_name) as stage:
@@ -432,7 +433,7 @@ def test_a_redis_that_comes_back_with_an_older_snapshot_is_noticed(
 
 
 def test_busts_acknowledged_while_a_long_sweep_holds_the_watermark_back_survive_an_older_snapshot(
-    database: str, valkey_with_snapshots: embedded.Valkey, tmp_path: Path, slot_name: str
+    database: str, valkey_with_snapshots: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
     valkey = valkey_with_snapshots
     with staged(database, valkey.url, tmp_path, slot_name) as stage:
@@ -505,7 +506,7 @@ def test_with_on_gap_warn_a_gap_is_reported_once_and_nothing_is_swept(
 
 
 def test_a_daemon_killed_in_the_middle_of_a_gaps_sweep_sweeps_again(
-    database: str, valkey_with_snapshots: embedded.Valkey, tmp_path: Path, slot_name: str
+    database: str, valkey_with_snapshots: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
     with staged(database, valkey_with_snapshots.url, tmp_path, slot_name) as stage:
         stage.stop()
@@ -525,9 +526,9 @@ def test_a_daemon_killed_in_the_middle_of_a_gaps_sweep_sweeps_again(
 # The publication, which PostgreSQL before 18 can't decode without.
 
 
-@pytest.fixture(params=sorted(embedded.postgres_bin_dirs(), reverse=True), ids=lambda version: f"PostgreSQL {version}")
+@pytest.fixture(params=sorted(postgres_bin_dirs(), reverse=True), ids=lambda version: f"PostgreSQL {version}")
 def any_stage(
-    request: pytest.FixtureRequest, servers: Callable[[int], embedded.Postgres], redis_url: str, tmp_path: Path
+    request: pytest.FixtureRequest, servers: Callable[[int], Postgres], redis_url: str, tmp_path: Path
 ) -> Iterator[Stage]:
     slot = f"{request.node.originalname[:40]}_{request.param}"
     server = servers(request.param)
@@ -538,13 +539,13 @@ def any_stage(
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[Callable[[int], embedded.Postgres]]:
+def servers() -> Iterator[Callable[[int], Postgres]]:
     with ExitStack() as stack:
-        started: dict[int, embedded.Postgres] = {}
+        started: dict[int, Postgres] = {}
 
-        def of(version: int) -> embedded.Postgres:
+        def of(version: int) -> Postgres:
             if version not in started:
-                started[version] = stack.enter_context(embedded.Postgres(bin_dir=embedded.postgres_bin_dirs()[version]))
+                started[version] = stack.enter_context(Postgres(bin_dir=postgres_bin_dirs()[version]))
             return started[version]
 
         yield of

@@ -13,7 +13,8 @@ from proxy import Proxy
 from readers import Loader, Reads, rules_file
 from running import eventually
 
-from cdc_invalidator.embedded.servers import HOST, Valkey
+from cdc_invalidator.embedded.process import HOST
+from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import Breaker
 
 if TYPE_CHECKING:

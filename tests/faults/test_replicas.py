@@ -17,7 +17,8 @@ from running import RunningDaemon, confirmed, eventually, execute, settled, wal_
 from standby import Standby
 from writing import assert_nothing_confirmed_too_early
 
-from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey, postgres_bin_dirs
+from cdc_invalidator.embedded.process import HOST
+from cdc_invalidator.embedded.servers import Postgres, Valkey, postgres_bin_dirs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,7 +11,8 @@ import resp
 from running import RunningDaemon, eventually, execute, settled
 from writing import Writer, assert_all_is_well, create, rules_file
 
-from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey
+from cdc_invalidator.embedded.process import HOST
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.redis import replies
 
 if TYPE_CHECKING:

@@ -224,7 +224,7 @@ def test_random_faults_leave_no_stale_entry(scene: Scene, seed: int) -> None:
         settled(dsn, client, SLOT)
     scene.assert_nothing_confirmed_too_early()
     seen = shop.look(dsn, url)
-    print(f"  {seen.entries} entries, {workload.tally}")
+    print(f"  {seen.entries} entries, {workload.counts}")
     assert seen.stale == []
     assert seen.entries > 0
     assert scene.daemon.alive()

@@ -15,7 +15,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from running import RunningDaemon, eventually, execute, settled
 
-from cdc_invalidator.embedded.servers import HOST, Postgres, Valkey, free_port
+from cdc_invalidator.embedded.process import HOST, free_port
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,7 @@ import pytest
 import redis
 from running import SECONDS, eventually, execute, settled
 
-from cdc_invalidator.embedded.servers import free_port
+from cdc_invalidator.embedded.process import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,8 @@ from proxy import Proxy
 from readers import Loader, Reads, rules_file
 from running import eventually
 
-from cdc_invalidator.embedded.servers import HOST, Valkey
+from cdc_invalidator.embedded.process import HOST
+from cdc_invalidator.embedded.servers import Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

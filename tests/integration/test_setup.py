@@ -8,7 +8,8 @@ import psycopg
 import pytest
 from running import RunningDaemon, command, eventually, execute, settled
 
-from cdc_invalidator.embedded.servers import Postgres, free_port
+from cdc_invalidator.embedded.process import free_port
+from cdc_invalidator.embedded.servers import Postgres
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,7 +16,8 @@ from psycopg.conninfo import make_conninfo
 from running import RunningDaemon, confirmed, execute, settled, wal_position
 
 from cdc_invalidator import errors
-from cdc_invalidator.embedded import servers as embedded
+from cdc_invalidator.embedded.process import HOST, give_to_nobody, scratch
+from cdc_invalidator.embedded.servers import Postgres, postgres_bin_dirs
 from cdc_invalidator.postgres.replication import COPY, Keepalive, Replication
 
 if TYPE_CHECKING:
@@ -39,19 +40,19 @@ def speaks_tls(bin_dir: Path) -> bool:
 
 
 @pytest.fixture(scope="module")
-def tls_server() -> Iterator[embedded.Postgres]:
+def tls_server() -> Iterator[Postgres]:
     """The newest PostgreSQL here that is built with TLS; it asks nobody to use it."""
-    able = [folder for _, folder in sorted(embedded.postgres_bin_dirs().items()) if speaks_tls(folder)]
+    able = [folder for _, folder in sorted(postgres_bin_dirs().items()) if speaks_tls(folder)]
     if not able:
         pytest.skip("no PostgreSQL here is built with TLS")
-    folder = Path(tempfile.mkdtemp(dir=embedded.scratch()))
-    certificate = trustme.CA().issue_cert(embedded.HOST)
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
+    certificate = trustme.CA().issue_cert(HOST)
     certificate.private_key_pem.write_to_path(str(folder / "key.pem"))
     certificate.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
     (folder / "key.pem").chmod(0o600)
-    embedded._hand_over(folder)
+    give_to_nobody(folder)
     settings = {"ssl": "on", "ssl_cert_file": str(folder / "cert.pem"), "ssl_key_file": str(folder / "key.pem")}
-    with embedded.Postgres(bin_dir=able[-1], settings=settings) as server:
+    with Postgres(bin_dir=able[-1], settings=settings) as server:
         yield server
 
 
@@ -61,12 +62,12 @@ def way(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def dsn(tls_server: embedded.Postgres, slot_name: str, way: str) -> Iterator[str]:
+def dsn(tls_server: Postgres, slot_name: str, way: str) -> Iterator[str]:
     """A database of its own, reached in one of the ways."""
     if not tls_server.running:
         tls_server.start()
     plain = tls_server.create_database(slot_name)
-    host = str(tls_server.folder) if way == "unix" else embedded.HOST
+    host = str(tls_server.folder) if way == "unix" else HOST
     yield make_conninfo(plain, host=host, sslmode="require" if way == "tls" else "disable")
     if not tls_server.running:
         tls_server.start()
@@ -172,7 +173,7 @@ async def test_a_walsender_that_is_terminated_says_so(stream_dsn: str, slot_name
 
 
 async def test_a_server_that_shuts_down_ends_the_stream(
-    tls_server: embedded.Postgres, stream_dsn: str, slot_name: str, way: str
+    tls_server: Postgres, stream_dsn: str, slot_name: str, way: str
 ) -> None:
     async with streaming(stream_dsn, slot_name, way) as replication:
         stopping = asyncio.create_task(asyncio.to_thread(tls_server.stop))
@@ -183,7 +184,7 @@ async def test_a_server_that_shuts_down_ends_the_stream(
 
 
 async def test_a_server_that_crashes_is_not_available(
-    tls_server: embedded.Postgres, stream_dsn: str, slot_name: str, way: str
+    tls_server: Postgres, stream_dsn: str, slot_name: str, way: str
 ) -> None:
     async with streaming(stream_dsn, slot_name, way) as replication:
         tls_server.stop("immediate")
@@ -215,7 +216,7 @@ async def test_a_publication_that_was_dropped_gives_up_the_position(stream_dsn: 
 
 @pytest.mark.parametrize("sslmode", ["disable", "require"])
 def test_a_database_without_an_encoding_gives_keys_of_its_bytes(
-    tls_server: embedded.Postgres,
+    tls_server: Postgres,
     sslmode: str,
     slot_name: str,
     redis_url: str,

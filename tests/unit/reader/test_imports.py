@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from paths import PACKAGE
+
 RULES = """
 version: 1
 caches:
@@ -54,7 +56,7 @@ def test_the_reader_imports_nothing_that_only_the_daemon_needs(tmp_path: Path) -
 
 
 def test_the_pure_part_does_no_io() -> None:
-    folder = Path(__file__).parents[2] / "cdc_invalidator" / "reader"
+    folder = PACKAGE / "reader"
     shells = {"aio.py", "commit.py", "handle.py", "sync.py", "tracking.py", "__init__.py"}
     for file in folder.glob("*.py"):
         if file.name not in shells:

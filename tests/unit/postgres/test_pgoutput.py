@@ -11,12 +11,12 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import PGOUTPUT_MESSAGES
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.postgres import pgoutput
@@ -328,7 +328,7 @@ class Recording(NamedTuple):
 
 @functools.cache
 def recordings() -> tuple[Recording, ...]:
-    lines = [json.loads(line) for line in Path(__file__).with_name("pgoutput_messages.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in PGOUTPUT_MESSAGES.read_text().splitlines()]
     return tuple(
         Recording(*name, tuple(_with_state([bytes.fromhex(line["hex"]) for line in of_one])))
         for name, of_one in groupby(lines, key=lambda line: (line["server"], line["protocol"], line["scenario"]))

@@ -6,12 +6,12 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from paths import PGOUTPUT_MESSAGES
 
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline import assembly
@@ -1026,7 +1026,7 @@ BUSTS: dict[str, list[str]] = {
 
 
 def recordings() -> Iterator[tuple[str, str, list[bytes]]]:
-    lines = [json.loads(line) for line in Path(__file__).with_name("pgoutput_messages.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in PGOUTPUT_MESSAGES.read_text().splitlines()]
     for (server, protocol, scenario), of_one in itertools.groupby(lines, lambda line: [*line.values()][:3]):
         if scenario in BUSTS:
             yield f"{server}-v{protocol}", scenario, [bytes.fromhex(line["hex"]) for line in of_one]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 from example import DESIGN
+from paths import ROOT
 
 from cdc_invalidator.rules.format import RuleFile
 from cdc_invalidator.rules.schema import schema
 
-SHOP = Path(__file__).parents[2] / "rules" / "shop.yaml"
+SHOP = ROOT / "rules" / "shop.yaml"
 VALIDATOR = jsonschema.Draft202012Validator(schema())
 
 

@@ -1,6 +1,6 @@
 """Compiles the .pyx files for a wheel or an editable install.
 
-Without a C compiler nothing is built, and the line does everything in Python: installing stays one command everywhere.
+Without a C compiler nothing is built, and the data path runs in Python: installing stays one command everywhere.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Metrics:
             "replayed them), again_after (the cache asks for it).",
             "reason",
         )
-        self.anew = counter(
+        self.reapplied = counter(
             "redis_behind_transactions_total", "Transactions busted anew in a Redis that came back older."
         )
         self.lag = Lags()

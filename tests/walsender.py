@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import receive, scan
 from cdc_invalidator.pipeline.backlog import Backlog
-from cdc_invalidator.pipeline.batch import Batch, Run
+from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.rules.format import Table
@@ -197,12 +197,12 @@ class Collecting(Backlog):
         self.batches: list[Batch] = []
         self.runs = 0
 
-    def put(self, batch: Batch | Run, ticket: Ticket) -> None:
+    def put(self, batch: Batch | PlainBatch, ticket: Ticket) -> None:
         # Until it is resolved no position at or after its first commit may be confirmed.
         assert ticket.below <= batch.first_lsn
         assert ticket.parts == 1
         assert batch.weight > 0
-        if isinstance(batch, Run):
+        if isinstance(batch, PlainBatch):
             self.runs += 1
             self.batches += batch.batches()
         else:

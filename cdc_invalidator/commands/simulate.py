@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from cdc_invalidator.pipeline.assembly import Assembly
-from cdc_invalidator.pipeline.batch import Batch, Busts, Target
+from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.pipeline.invalidation import Complaint, Invalidation
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.condition import Condition
@@ -119,13 +119,13 @@ class Played:
             self.rule, self.fired, self.why_not, tuple(found), self.notes, tuple(dict.fromkeys(self.unanswered))
         )
 
-    def _asked(self) -> Iterator[tuple[Target, Busts]]:
+    def _asked(self) -> Iterator[tuple[Target, TargetBusts]]:
         for batch in self.batches:
             for target, busts in batch.busts.items():
                 if target.query is not None and busts.keys and not busts.sweep:
                     yield target, busts
 
-    def _derive(self, target: Target, busts: Busts, rows: Sequence[Row]) -> None:
+    def _derive(self, target: Target, busts: TargetBusts, rows: Sequence[Row]) -> None:
         """Do with the rows what `derive` does with the database's."""
         assert target.query is not None
         assert target.bust is not None
@@ -179,7 +179,7 @@ def _play(rule: Rule, change: Change, relation: pgoutput.Relation, *, live: bool
 
 
 def _ask(rule: Rule, change: Change, relation: pgoutput.Relation) -> tuple[bool, list[Batch], list[Complaint]]:
-    """Send the change down the line for one rule: whether it fires, what it busts, and what is wrong with the table."""
+    """Send the change down the data path for one rule: whether it fires, its busts, what is wrong with the table."""
     probed = replace(rule, busts=(*rule.busts, RuleBust(_PROBE, _PROBE.key, {})))
     invalidation = Invalidation(RuleSet({}, (probed,), ""))
     plan, complaints = invalidation.compile(relation, [rule.table])

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""The common case of the line in one pass: from the bytes of the stream to the keys of plain rules. See `scan`.
+"""The common case of the data path in one pass: from the bytes of the stream to the keys of plain rules. See `scan`.
 
 What is read here is read by `pgoutput`, `assembly` and `invalidation` as well, which are the reference: whatever is
 not plain (a message of another kind, a value that is not sent, a row of another width) is left to them, from the
@@ -13,7 +13,7 @@ from libc.string cimport memcmp, memcpy
 
 cdef enum:
     # What a transaction may have to be taken whole; larger ones go row by row, which is as fast for them.
-    MOST_LINES = 16
+    MOST_EVENTS = 16
     MOST_KEYS = 32
     MOST_ROWS = 64
     # PostgreSQL's limit is 1,600 columns.
@@ -130,20 +130,20 @@ cdef class _Rule:
     """One rule: its targets, and the columns of which an UPDATE must change one (none: any)."""
 
     cdef list firings
-    cdef int* watched
+    cdef int* compared
     cdef Py_ssize_t count
 
-    def __cinit__(self, watched, firings):
+    def __cinit__(self, compared, firings):
         self.firings = [_Firing(*firing) for firing in firings]
-        self.count = len(watched)
-        self.watched = <int*>PyMem_Malloc(max(1, self.count) * sizeof(int))
-        if self.watched is NULL:
+        self.count = len(compared)
+        self.compared = <int*>PyMem_Malloc(max(1, self.count) * sizeof(int))
+        if self.compared is NULL:
             raise MemoryError
-        for at, column in enumerate(watched):
-            self.watched[at] = column
+        for at, column in enumerate(compared):
+            self.compared[at] = column
 
     def __dealloc__(self):
-        PyMem_Free(self.watched)
+        PyMem_Free(self.compared)
 
 
 cdef class Table:
@@ -233,7 +233,7 @@ cdef bint _fires(Table table, _Rule rule, uint8_t old_kind) except -1:
     cdef bint known = False
     cdef _Firing firing
     for at in range(rule.count):
-        if _new[rule.watched[at]].kind != NOT_SENT and _known_to_differ(table, rule.watched[at], old_kind, &known):
+        if _new[rule.compared[at]].kind != NOT_SENT and _known_to_differ(table, rule.compared[at], old_kind, &known):
             return True
     for firing in rule.firings:
         for at in range(firing.count):
@@ -303,7 +303,7 @@ cdef inline int _op(uint8_t tag) noexcept nogil:
     return INSERT if tag == c'I' else UPDATE if tag == c'U' else DELETE if tag == c'D' else -1
 
 
-cdef class _Line:
+cdef class _Event:
     """One event to be, while its transaction is read."""
 
     cdef _Firing firing
@@ -312,41 +312,41 @@ cdef class _Line:
     cdef list keys
 
 
-cdef bint _collect(list found, Op op, list lines, Py_ssize_t most) except -1:
-    """Add what a row makes stale to the lines of its transaction; False if they would be more than ``most`` allows.
+cdef bint _collect(list found, Op op, list events, Py_ssize_t most) except -1:
+    """Add what a row makes stale to the events of its transaction; False if they would be more than ``most`` allows.
 
     With ``most`` at 0, keys may repeat, and nothing is refused.
     """
     cdef Py_ssize_t at
     cdef _Firing firing
-    cdef _Line line
+    cdef _Event event
     for at in range(0, len(found), 2):
         key = found[at + 1]
         if key is None:
             continue
         firing = found[at]
-        for line in lines:
-            if line.firing.target is firing.target:
+        for event in events:
+            if event.firing.target is firing.target:
                 break
         else:
-            if most and len(lines) >= MOST_LINES:
+            if most and len(events) >= MOST_EVENTS:
                 return False
-            line = _Line.__new__(_Line)
-            line.firing = firing
-            line.ops = 1 << op
-            line.op = _OPS[op]
-            line.keys = [key]
-            lines.append(line)
+            event = _Event.__new__(_Event)
+            event.firing = firing
+            event.ops = 1 << op
+            event.op = _OPS[op]
+            event.keys = [key]
+            events.append(event)
             continue
-        if not line.ops & (1 << op):
-            line.ops |= 1 << op
-            line.op = line.op + "," + _OPS[op]
+        if not event.ops & (1 << op):
+            event.ops |= 1 << op
+            event.op = event.op + "," + _OPS[op]
         if most:
-            if key in line.keys:
+            if key in event.keys:
                 continue
-            if len(line.keys) >= most:
+            if len(event.keys) >= most:
                 return False
-        line.keys.append(key)
+        event.keys.append(key)
     return True
 
 
@@ -363,7 +363,7 @@ def whole(bytes data not None):
     return pos
 
 
-def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type line_type not None, Py_ssize_t limit):
+def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type event_type not None, Py_ssize_t limit):
     """See `scan.transactions`."""
     cdef const uint8_t* start = <const uint8_t*>PyBytes_AS_STRING(data)
     cdef const uint8_t* end = start + PyBytes_GET_SIZE(data)
@@ -377,9 +377,9 @@ def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type 
     cdef bint plain
     cdef Table table = None
     cdef int ops[MOST_ROWS]
-    cdef list all_lines = [], xids = [], lines = [], found = [], tables = []
+    cdef list all_events = [], xids = [], events = [], found = [], tables = []
     cdef set touched = set()
-    cdef _Line line
+    cdef _Event event
     cdef uint64_t end_lsn = 0
     while keys < limit:
         begin = _payload(at, end, &behind)
@@ -388,8 +388,8 @@ def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type 
         message = _payload(behind, end, &behind)
         rows = 0
         plain = True
-        if lines:
-            lines = []
+        if events:
+            events = []
         if tables:
             tables = []
         while message is not NULL:
@@ -422,7 +422,7 @@ def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type 
                 if found:
                     found = []
                 if not _match(table, <Op>op, message + 5, behind, found) or not _collect(
-                    found, <Op>op, lines, MOST_KEYS
+                    found, <Op>op, events, MOST_KEYS
                 ):
                     plain = False
                     break
@@ -436,18 +436,18 @@ def transactions(bytes data not None, Py_ssize_t pos, dict plans not None, type 
         for row in range(rows):
             (<Table>tables[row]).taken[ops[row]] += 1
             touched.add(tables[row])
-        if lines:
+        if events:
             lsn = u64(begin + 1)
             committed_at = <int64_t>u64(begin + 9)
             xid = u32(begin + 17)
             xids.append(xid)
-            for line in lines:
-                keys += len(line.keys)
-                fields = (line.firing.target, line.firing.action, line.op, line.keys, "change", lsn, committed_at, xid)
-                all_lines.append(tuple.__new__(line_type, fields))
+            for event in events:
+                keys += len(event.keys)
+                fields = (event.firing.target, event.firing.action, event.op, event.keys, "change", lsn, committed_at, xid)
+                all_events.append(tuple.__new__(event_type, fields))
     for table in touched:
         table.count()
-    return at - start, count, end_lsn, all_lines, xids
+    return at - start, count, end_lsn, all_events, xids
 
 
 def rows(bytes data not None, Py_ssize_t pos, dict plans not None, dict own_plans not None, bint in_stream, Py_ssize_t limit):
@@ -462,9 +462,9 @@ def rows(bytes data not None, Py_ssize_t pos, dict plans not None, dict own_plan
     cdef uint32_t oid, known_oid = 0, xid = 0, own_xid
     cdef Py_ssize_t head = 9 if in_stream else 5
     cdef Table table = None
-    cdef list lines = [], found = []
+    cdef list events = [], found = []
     cdef set touched = set()
-    cdef _Line line
+    cdef _Event event
     while keys < limit:
         message = _payload(at, end, &behind)
         if message is NULL:
@@ -496,7 +496,7 @@ def rows(bytes data not None, Py_ssize_t pos, dict plans not None, dict own_plan
                 found = []
             if not _match(table, <Op>op, message + head, behind, found):
                 break
-            _collect(found, <Op>op, lines, 0)
+            _collect(found, <Op>op, events, 0)
             keys += len(found) // 2
             table.taken[op] += 1
             touched.add(table)
@@ -505,5 +505,5 @@ def rows(bytes data not None, Py_ssize_t pos, dict plans not None, dict own_plan
     for table in touched:
         table.count()
     return at - start, taken, (xid if in_stream and taken else None), [
-        (line.firing.target, line.op, line.keys) for line in lines
+        (event.firing.target, event.op, event.keys) for event in events
     ]

@@ -1,7 +1,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cdc_invalidator.pipeline.batch import Line, Target
+from cdc_invalidator.pipeline.batch import BustEvent, Target
 
 class Total:
     target: Target
@@ -24,7 +24,7 @@ class Teller:
     ) -> None: ...
     def busted(
         self,
-        lines: list[Line],
+        events: list[BustEvent],
         existed: list[int],
         versions: dict[bytes, int],
         replay_until: int,

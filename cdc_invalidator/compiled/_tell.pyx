@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """Bust events of a flush rendered in one pass, and what they add to the counters. See `events`.
 
-`Events` does the same in Python, to the byte: it is the reference, and does whatever is not told here.
+`Events` does the same in Python, to the byte: it is the reference, and does whatever is not done here.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -59,16 +59,16 @@ cdef class _Text:
     cdef inline void number(self, int64_t value) noexcept nogil:
         cdef char digits[20]
         cdef int count = 0
-        cdef uint64_t left
+        cdef uint64_t rest
         if value < 0:
             self.at[0] = c'-'
             self.at += 1
-        left = <uint64_t>(-value) if value < 0 else <uint64_t>value
+        rest = <uint64_t>(-value) if value < 0 else <uint64_t>value
         while True:
-            digits[count] = c'0' + <char>(left % 10)
+            digits[count] = c'0' + <char>(rest % 10)
             count += 1
-            left //= 10
-            if not left:
+            rest //= 10
+            if not rest:
                 break
         while count:
             count -= 1
@@ -138,7 +138,7 @@ cdef class Teller:
         for at, bound in enumerate(bounds):
             self.bounds_us[at] = round(bound * 1_000_000)
 
-    def busted(self, list lines not None, list existed not None, dict versions not None, uint64_t replay_until,
+    def busted(self, list events not None, list existed not None, dict versions not None, uint64_t replay_until,
                int64_t now_us, int64_t missing):
         """Render lines; see `events.Events.busted`.
 
@@ -155,7 +155,7 @@ cdef class Teller:
         cdef int64_t found, version, committed_us, second, us, lag_us, thousandths
         cdef uint64_t lsn
         cdef int bucket
-        for target, action, op, keys, reason, commit_lsn, committed_at, xid in lines:
+        for target, action, op, keys, reason, commit_lsn, committed_at, xid in events:
             for total in totals:
                 if total.target is target and total.action is action:
                     break

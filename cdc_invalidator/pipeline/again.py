@@ -75,7 +75,7 @@ def _widened(some: Sequence[Waiting], resolve: Callable[[Ticket], None]) -> Wait
     for item in some:
         for target, busts in item.batch.busts.items():
             whole.sweep(target, busts.ops, busts.reason)
-            # What a query would have given is not known now: whoever applies the batch anew sweeps as well.
+            # What a query would have given is not known now: whoever re-applies the batch sweeps as well.
             busts.sweep |= target.query is not None
     oldest = min(some, key=lambda item: item.ticket.below)
     for item in some:

@@ -5,7 +5,7 @@ Redis's side, the connection is thrown away and the same turn is tried again on 
 which does no harm. Retries for Redis live here and nowhere else.
 
 What Redis has acknowledged it may have lost when it comes back. So at each connection its watermark is compared with
-what was applied: what it lacks is applied anew from `Recent`, or the caches are swept.
+what was applied: what it lacks is re-applied from `Recent`, or the caches are swept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.again import Again, Waiting
 from cdc_invalidator.pipeline.backlog import Backlog
-from cdc_invalidator.pipeline.batch import Batch, Line, Run, Target
+from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.debounce import Debounce
 from cdc_invalidator.pipeline.derive import Queries
@@ -63,7 +63,7 @@ class Apply:
         sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
         sweep_rate: how many keys a second sweeps may look at; 0 for as many as there are.
         metrics: what to count.
-        events: where busts are told.
+        events: where busts are logged.
     """
 
     def __init__(
@@ -102,16 +102,16 @@ class Apply:
         self._sweeps = Sweeps(metrics, rate=sweep_rate)
         self._asks_again = any(cache.again_after for cache in rules.caches.values())
         self._again = Again(self._resolve)
-        self._leaves = any(cache.stale_for for cache in rules.caches.values())
+        self._keeps_stale = any(cache.stale_for for cache in rules.caches.values())
         self._debounces = any(rule.debounce for rule in rules.rules)
         self._debounce = Debounce(self._resolve)
         # In the hands of this turn until Redis has acknowledged them.
-        self._taken: list[tuple[Batch | Run, Ticket]] = []
+        self._taken: list[tuple[Batch | PlainBatch, Ticket]] = []
         self._due: list[tuple[str, Waiting]] = []
         # Acknowledged by Redis at that time (Unix, in µs), and not in the events yet.
-        self._untold: deque[tuple[list[Line], BustReply, int, int]] = deque()
+        self._unlogged: deque[tuple[list[BustEvent], BustReply, int, int]] = deque()
         # Applied before, and lost by a Redis that came back older.
-        self._anew: deque[Batch | Run] = deque()
+        self._to_reapply: deque[Batch | PlainBatch] = deque()
         # Sweeps because of gaps: not taken yet, and not over yet.
         self._queued: list[tuple[Batch, Ticket]] = []
         self._gaps: set[Ticket] = set()
@@ -158,15 +158,15 @@ class Apply:
             while not (self._finishing and self.drained):
                 await self._turn()
         finally:
-            self._tell()
+            self._log_due()
             await self._close()
 
     async def _turn(self) -> None:
         try:
             server = self._server or await self._connect()
             await self._events.room()
-            if self._anew:
-                await self._apply_anew(server)
+            if self._to_reapply:
+                await self._reapply_some(server)
             if not self._taken:
                 self._taken = await self._take()
             if self._taken:
@@ -181,20 +181,20 @@ class Apply:
             if self._sweeps:
                 self._finish(await self._sweeps.step(server))
             if not self._backlog or self._events.stream is not None:
-                self._tell()
+                self._log_due()
             if self._events.stream is not None:
                 await self._events.stream.write(server)
             await self._record(server)
             await self._inform(server)
         except errors.RedisUnavailable as error:
-            self._tell()
+            self._log_due()
             await self._lost(error)
             return
         self._backoff.reset()
         self.last_error = self.away_since = None
         await self._backlog.wait(self._patience())
 
-    async def _take(self) -> list[tuple[Batch | Run, Ticket]]:
+    async def _take(self) -> list[tuple[Batch | PlainBatch, Ticket]]:
         taken = self._backlog.take(FLUSH_WEIGHT)
         if self._debounces:
             now = time.monotonic()
@@ -247,52 +247,52 @@ class Apply:
             position = replace(position, start=self._recorded, flushed=flushed, new_slot=False)
         broken: dict[str, str] = {}
         lowest = _NEVER
-        for mark in found:
-            broken |= self._broken(mark, position)
-            lowest = min(lowest, mark.lsn if mark else 0)
-        self._written_ms = max(self._written_ms, *(mark.at for mark in found if mark), 0)
+        for watermark in found:
+            broken |= self._broken(watermark, position)
+            lowest = min(lowest, watermark.lsn if watermark else 0)
+        self._written_ms = max(self._written_ms, *(watermark.at for watermark in found if watermark), 0)
         if self._recorded is None:
             self._replay_until = lowest
             if all(found):
                 # How old it is is known before it is written again.
                 self._show(*(min(times) / 1000 for times in zip(*((m.at, m.as_of) for m in found if m), strict=True)))
-        self._anew.clear()
-        # Where all is swept anyway, nothing need be applied anew.
+        self._to_reapply.clear()
+        # Where all is swept anyway, nothing need be re-applied.
         if not (self._sweep_gaps and broken.keys() >= self._digests.keys()):
-            self._anew.extend(self._recent.since(lowest))
-        if self._anew and lowest < position.start:
-            caches = sorted({target.cache.name for batch in self._anew for target in batch.targets})
+            self._to_reapply.extend(self._recent.since(lowest))
+        if self._to_reapply and lowest < position.start:
+            caches = sorted({target.cache.name for batch in self._to_reapply for target in batch.targets})
             self._events.gap("redis_behind", caches, swept=False, lsn=lsn.text(lowest))
         if broken:
             self.gap(broken)
 
-    def _broken(self, mark: Watermark | None, position: Position) -> dict[str, str]:
-        if mark is None:
+    def _broken(self, watermark: Watermark | None, position: Position) -> dict[str, str]:
+        if watermark is None:
             self._replicas.recall(None)
         else:
-            if self._recorded is not None and (mark.lsn > position.flushed or mark.at > self._written_ms):
+            if self._recorded is not None and (watermark.lsn > position.flushed or watermark.at > self._written_ms):
                 raise errors.Superseded
-            if self._replicas.recall(mark.standbys):
+            if self._replicas.recall(watermark.standbys):
                 return dict.fromkeys(self._digests, "replica_removed")
-            if self._recent.reaches(mark.lsn):
-                position = replace(position, start=min(position.start, mark.lsn))
+            if self._recent.reaches(watermark.lsn):
+                position = replace(position, start=min(position.start, watermark.lsn))
             elif self._recorded is not None:
                 # What was acknowledged after the watermark may be lost as well.
-                position = replace(position, start=max(position.start, mark.lsn + 1))
-        return gaps(mark, position, self._digests)
+                position = replace(position, start=max(position.start, watermark.lsn + 1))
+        return gaps(watermark, position, self._digests)
 
-    async def _apply_anew(self, server: CacheServer) -> None:
+    async def _reapply_some(self, server: CacheServer) -> None:
         """Apply a part of what Redis has lost; the watermark waits until it has had all of it."""
         some, weight = [], 0
-        for batch in self._anew:
+        for batch in self._to_reapply:
             some.append(batch)
             weight += batch.weight
             if weight >= FLUSH_WEIGHT:
                 break
-        self._told_later(*await self._bust(server, some), _NEVER)
-        self._metrics.anew.inc(sum(len(batch.xids) for batch in some))
+        self._log_later(*await self._bust(server, some), _NEVER)
+        self._metrics.reapplied.inc(sum(len(batch.xids) for batch in some))
         for batch in some:
-            self._anew.popleft()
+            self._to_reapply.popleft()
             self._sweep_for_gap("redis_behind", {target.cache for target, busts in batch.busts.items() if busts.sweep})
 
     def redigest(self, digests: Mapping[str, str], broken: Mapping[str, str]) -> None:
@@ -310,7 +310,7 @@ class Apply:
                 self._sweep_for_gap(reason, [self._rules.caches[name] for name in caches])
 
     def _sweep_for_gap(self, why: str, caches: Iterable[Cache]) -> None:
-        """Let one more batch go down the line, which sweeps these caches for all that has been received."""
+        """Let one more batch go down the data path, which sweeps these caches for all that has been received."""
         # Before the end of that, as commits are.
         batch = Batch(max(self._position.flushed, self._checkpoint.received_lsn) - 1, None, 0)
         for cache in caches:
@@ -334,16 +334,18 @@ class Apply:
         hidden = await self._hidden([xid for batch, _ in self._taken for xid in batch.xids])
         if hidden or self._replicas.awaited:
             # At once what this turn has in hand, for when it is tried again.
-            self._taken = list(_apart(self._taken))
+            self._taken = list(_by_transaction(self._taken))
         taken = self._taken
         batches = [batch for batch, _ in taken]
         # A query asks for what can be seen: of what is hidden it is asked later.
-        await self._queries.derive(batch for batch in batches if not isinstance(batch, Run) and batch.xid not in hidden)
-        self._told_later(*await self._bust(server, batches), self._replay_until)
+        await self._queries.derive(
+            batch for batch in batches if not isinstance(batch, PlainBatch) and batch.xid not in hidden
+        )
+        self._log_later(*await self._bust(server, batches), self._replay_until)
         now = time.monotonic()
         for batch, ticket in taken:
             self._recent.note(batch)
-            if isinstance(batch, Run):
+            if isinstance(batch, PlainBatch):
                 pass
             elif batch.xid in hidden:
                 # Its sweeps, and all that is counted from when readers see it, begin then.
@@ -369,9 +371,9 @@ class Apply:
         self._early_backoff.reset()
         batches = [waiting.batch for _, waiting in self._due]
         await self._queries.derive(batches)
-        lines, outcome = await self._bust(server, batches)
+        events, reply = await self._bust(server, batches)
         visible = {each.batch.commit_lsn for reason, each in self._due if reason == "visible"}
-        self._tell_derived(lines, outcome, visible)
+        self._log_derived(events, reply, visible)
         now = time.monotonic()
         for reason, waiting in self._due:
             self._metrics.again.labels(reason).inc()
@@ -379,17 +381,17 @@ class Apply:
             self._resolve(waiting.ticket)
         self._due = []
 
-    def _tell_derived(self, lines: Iterable[Line], outcome: BustReply, visible: Container[int]) -> None:
+    def _log_derived(self, events: Iterable[BustEvent], reply: BustReply, visible: Container[int]) -> None:
         """Tell the busts that a query gave only now, because its transaction was not visible before."""
-        existed = iter(outcome.existed)
-        told, counts = [], []
-        for line in lines:
-            count = next(existed) if line.action == "delete" else None
-            if line.target.query is not None and line.commit_lsn in visible:
-                told.append(line)
+        existed = iter(reply.existed)
+        derived, counts = [], []
+        for event in events:
+            count = next(existed) if event.action == "delete" else None
+            if event.target.query is not None and event.commit_lsn in visible:
+                derived.append(event)
                 counts += [] if count is None else [count]
-        if told:
-            self._told_later(told, BustReply(counts, outcome.versions), self._replay_until)
+        if derived:
+            self._log_later(derived, BustReply(counts, reply.versions), self._replay_until)
 
     def _follow_up(self, batch: Batch, ticket: Ticket, bust: str, now: float) -> None:
         """Begin what a bust leads to: its sweeps, and the busts that come after it."""
@@ -399,34 +401,38 @@ class Apply:
         if bust != "again_after" and self._asks_again:
             self._again.until_later(batch, ticket, now)
 
-    async def _bust(self, server: CacheServer, batches: Iterable[Batch | Run]) -> tuple[list[Line], BustReply]:
+    async def _bust(
+        self, server: CacheServer, batches: Iterable[Batch | PlainBatch]
+    ) -> tuple[list[BustEvent], BustReply]:
         """Bust all keys of some batches, and give the events to be and what Redis answered."""
-        lines = [line for batch in batches for line in batch.lines()]
-        pairs = [line for line in lines if line.target.pairs and line.action == "delete"]
+        events = [event for batch in batches for event in batch.events()]
+        pairs = [event for event in events if event.target.pairs and event.action == "delete"]
         if pairs:
-            lines = await _name_versions(server, lines, pairs)
-        deletes = [line.keys for line in lines if line.action == "delete"]
-        bumps = {key: line.target.cache.version_ttl for line in lines if line.action == "bump" for key in line.keys}
+            events = await _name_versions(server, events, pairs)
+        deletes = [event.keys for event in events if event.action == "delete"]
+        bumps = {
+            key: event.target.cache.version_ttl for event in events if event.action == "bump" for key in event.keys
+        }
         graces: dict[bytes, int] = {}
-        for line in lines if self._leaves else ():
-            if line.target.cache.stale_for is not None:
-                graces |= dict.fromkeys(line.keys, line.target.cache.stale_for)
+        for event in events if self._keeps_stale else ():
+            if event.target.cache.stale_for is not None:
+                graces |= dict.fromkeys(event.keys, event.target.cache.stale_for)
         busting = asyncio.create_task(server.bust(deletes, bumps, graces), name="bust")
         try:
             # Once it is on its way, there is time to tell the one before.
             await asyncio.sleep(0)
-            self._tell()
-            return lines, await busting
+            self._log_due()
+            return events, await busting
         finally:
-            # Where this was broken off; nobody would ask it for its outcome.
+            # Where this was broken off; nobody would ask it for its reply.
             busting.cancel()
 
-    def _told_later(self, lines: list[Line], outcome: BustReply, replay_until: int) -> None:
-        self._untold.append((lines, outcome, replay_until, time.time_ns() // 1000))
+    def _log_later(self, events: list[BustEvent], reply: BustReply, replay_until: int) -> None:
+        self._unlogged.append((events, reply, replay_until, time.time_ns() // 1000))
 
-    def _tell(self) -> None:
-        while self._untold:
-            self._events.busted(*self._untold.popleft())
+    def _log_due(self) -> None:
+        while self._unlogged:
+            self._events.busted(*self._unlogged.popleft())
         if self._recorded is not None:
             self._checkpoint.record(self._recorded)
 
@@ -450,7 +456,7 @@ class Apply:
 
     @property
     def _recordable(self) -> bool:
-        return not self._gaps and not self._anew
+        return not self._gaps and not self._to_reapply
 
     async def _record(self, server: CacheServer) -> None:
         if not self._recordable:
@@ -485,8 +491,8 @@ class Apply:
         self._metrics.watermark_stalled.set(not stored)
         self._recorded, self._recorded_at = position, now
         self._recent.recorded(position)
-        if not self._untold:
-            # Else once they are told: after a crash nobody would be sent again what was confirmed.
+        if not self._unlogged:
+            # Else once they are logged: after a crash nobody would be sent again what was confirmed.
             self._checkpoint.record(position)
 
     def _show(self, at: float, as_of: float) -> None:
@@ -496,7 +502,7 @@ class Apply:
 
     def _patience(self) -> float:
         """Seconds until there is something to do though nothing is put."""
-        if self._anew or self._queued:
+        if self._to_reapply or self._queued:
             return 0.0
         if self._finishing and self._recordable and self._checkpoint.idle:
             # Nothing comes any more: what is left is to record the position, and to end.
@@ -528,33 +534,35 @@ class Apply:
         self._metrics.redis_memory.set(info["used_memory"])
 
 
-async def _name_versions(server: CacheServer, lines: Iterable[Line], pairs: Iterable[Line]) -> list[Line]:
+async def _name_versions(
+    server: CacheServer, events: Iterable[BustEvent], pairs: Iterable[BustEvent]
+) -> list[BustEvent]:
     """Name the keys under the versions that caches with `bump_over` have now; what has no version has no key.
 
     A version that is bumped in between makes those keys unreachable, which serves as well.
 
     Args:
         server: knows the versions.
-        lines: all of a flush.
+        events: all of a flush.
         pairs: those among them whose keys are to be named.
     """
-    split = {id(line): [Pair.split(key) for key in line.keys] for line in pairs}
+    split = {id(event): [Pair.split(key) for key in event.keys] for event in pairs}
     counters = list(dict.fromkeys(pair.version for found in split.values() for pair in found))
     versions = dict(zip(counters, await server.versions(counters), strict=True))
     named = []
-    for line in lines:
-        found = split.get(id(line))
+    for event in events:
+        found = split.get(id(event))
         if found is None:
-            named.append(line)
+            named.append(event)
         elif keys := [pair.key(version) for pair in found if (version := versions[pair.version]) is not None]:
-            named.append(line._replace(keys=keys))
+            named.append(event._replace(keys=keys))
     return named
 
 
-def _apart(taken: Iterable[tuple[Batch | Run, Ticket]]) -> Iterable[tuple[Batch, Ticket]]:
-    """Give each transaction of a run by itself, since what comes after its bust may differ."""
+def _by_transaction(taken: Iterable[tuple[Batch | PlainBatch, Ticket]]) -> Iterable[tuple[Batch, Ticket]]:
+    """Give each transaction of a PlainBatch by itself, since what comes after its bust may differ."""
     for batch, ticket in taken:
-        if isinstance(batch, Run):
+        if isinstance(batch, PlainBatch):
             batches = batch.batches()
             ticket.parts += len(batches) - 1
             yield from ((each, ticket) for each in batches)

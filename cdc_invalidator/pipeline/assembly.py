@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from cdc_invalidator.pipeline import scan
-from cdc_invalidator.pipeline.batch import Batch, Line, Target
+from cdc_invalidator.pipeline.batch import Batch, BustEvent, Target
 from cdc_invalidator.pipeline.plan import Plan, out_of_place
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.model import Pair
@@ -40,7 +40,7 @@ class _Touched:
 
 
 @dataclass(slots=True)
-class _Stream:
+class _InProgress:
     """A transaction in progress: what it busts so far, by subtransaction, and the relations as it sees them."""
 
     parts: dict[int, Batch] = field(default_factory=dict)
@@ -81,8 +81,8 @@ class Assembly:
         self._held = held
         self._plans: Plans = {}
         self._open: Batch | None = None
-        self._streams: dict[int, _Stream] = {}
-        self._stream: _Stream | None = None
+        self._in_progress: dict[int, _InProgress] = {}
+        self._block: _InProgress | None = None
         self._unchecked = 0
         # By the transaction that is on its way out: what it did to caches with `bump_over` so far.
         self._touched: dict[Target, _Touched] = {}
@@ -106,21 +106,21 @@ class Assembly:
     @property
     def in_transaction(self) -> bool:
         """True between Begin and Commit, and in a block: what has been received then is not whole."""
-        return self._open is not None or self._stream is not None
+        return self._open is not None or self._block is not None
 
     @property
     def held(self) -> int:
         """Keys of transactions in progress."""
-        return sum(stream.keys for stream in self._streams.values())
+        return sum(progress.keys for progress in self._in_progress.values())
 
     def relation(self, message: pgoutput.Relation, plan: Plan | None) -> None:
         """Take a Relation message with the plan that was compiled for it; ``None`` if no rule reads the relation."""
         # A transaction in progress may have altered the table, and be rolled back: nobody else sees its shape yet.
-        plans = self._plans if self._stream is None else self._stream.plans
+        plans = self._plans if self._block is None else self._block.plans
         plans[message.oid] = plan
 
     def manual(self, message: pgoutput.Message, target: Target, key: bytes | None) -> Iterable[Batch]:
-        """Take a bust by hand: in order with the rows of its transaction, or at once if it is in none."""
+        """Take a manual bust: in order with the rows of its transaction, or at once if it is in none."""
         batch = self._into(message.xid) if message.transactional else Batch(message.lsn, None, 0)
         if key is None:
             batch.sweep(target, ("message",), "manual")
@@ -130,7 +130,7 @@ class Assembly:
 
     def transactions(self, data: bytes, pos: int) -> scan.Transactions:
         """Take small, plain transactions as a whole, outside of any other; see `scan.transactions`."""
-        return scan.transactions(data, pos, self._plans, Line, limit=self._chunk)
+        return scan.transactions(data, pos, self._plans, BustEvent, limit=self._chunk)
 
     def rows(self, data: bytes, pos: int) -> tuple[int, Iterable[Batch]]:
         """Take plain rows of the transaction at hand; see `scan.rows`.
@@ -138,9 +138,14 @@ class Assembly:
         Returns:
             Where it stopped, and what is complete by now.
         """
-        stream = self._stream
+        progress = self._block
         found = scan.rows(
-            data, pos, self._plans, stream.plans if stream else {}, in_stream=stream is not None, limit=self._chunk
+            data,
+            pos,
+            self._plans,
+            progress.plans if progress else {},
+            in_stream=progress is not None,
+            limit=self._chunk,
         )
         if not found.taken:
             return pos, ()
@@ -182,15 +187,15 @@ class Assembly:
     # Rows: into the open transaction, or into the part of the streamed one that they belong to.
 
     def _into(self, xid: int | None) -> Batch:
-        if self._stream is not None and xid is not None:
-            return self._stream.part(xid)
+        if self._block is not None and xid is not None:
+            return self._block.part(xid)
         if self._open is None:
             raise out_of_place("a change outside a transaction")
         return self._open
 
     def _plan(self, oid: int) -> Plan | None:
-        if self._stream is not None and oid in self._stream.plans:
-            return self._stream.plans[oid]
+        if self._block is not None and oid in self._block.plans:
+            return self._block.plans[oid]
         try:
             return self._plans[oid]
         except KeyError:
@@ -258,22 +263,22 @@ class Assembly:
     def _stream_start(self, message: pgoutput.StreamStart) -> Iterable[Batch]:
         if self.in_transaction:
             raise out_of_place("Stream Start")
-        if not message.first and message.xid not in self._streams:
+        if not message.first and message.xid not in self._in_progress:
             raise out_of_place("a later block of a transaction whose first one is missing")
-        self._stream = self._streams.setdefault(message.xid, _Stream())
+        self._block = self._in_progress.setdefault(message.xid, _InProgress())
         return ()
 
     def _stream_stop(self, _message: pgoutput.StreamStop) -> Iterable[Batch]:
-        self._stream = None
+        self._block = None
         self._bound()
         return ()
 
     def _bound(self) -> None:
         """Widen until no more is held than may be."""
         self._unchecked = 0
-        for xid, stream in self._streams.items():
-            if len(stream.parts) > PARTS:
-                stream.merge(xid)
+        for xid, progress in self._in_progress.items():
+            if len(progress.parts) > PARTS:
+                progress.merge(xid)
                 self.widened += 1
         while self.held > self._held and self._widen():
             self.widened += 1
@@ -281,7 +286,7 @@ class Assembly:
     def _widen(self) -> bool:
         """Trade the keys of the target that has most of them for a sweep of its cache; False if there is none."""
         counts: dict[Target, int] = {}
-        parts = [part for stream in self._streams.values() for part in stream.parts.values()]
+        parts = [part for progress in self._in_progress.values() for part in progress.parts.values()]
         for part in parts:
             for target, busts in part.busts.items():
                 # A cache with a single key is no smaller for being swept.
@@ -296,11 +301,11 @@ class Assembly:
         return True
 
     def _stream_commit(self, message: pgoutput.StreamCommit) -> Iterator[Batch]:
-        stream = self._end(message.xid, "Stream Commit")
-        self._plans.update(stream.plans)
+        progress = self._end(message.xid, "Stream Commit")
+        self._plans.update(progress.plans)
         self._touched.clear()
         batch = Batch(message.lsn, message.committed_at, message.xid)
-        for part in stream.parts.values():
+        for part in progress.parts.values():
             for target, busts in part.busts.items():
                 if busts.sweep:
                     batch.sweep(target, busts.ops, busts.reason)
@@ -321,14 +326,14 @@ class Assembly:
     def _stream_abort(self, message: pgoutput.StreamAbort) -> Iterable[Batch]:
         if message.xid == message.subxid:
             self._end(message.xid, "Stream Abort")
-        elif message.xid in self._streams and not self._streams[message.xid].merged:
-            self._streams[message.xid].parts.pop(message.subxid, None)
+        elif message.xid in self._in_progress and not self._in_progress[message.xid].merged:
+            self._in_progress[message.xid].parts.pop(message.subxid, None)
         return ()
 
-    def _end(self, xid: int, what: str) -> _Stream:
-        if self.in_transaction or xid not in self._streams:
+    def _end(self, xid: int, what: str) -> _InProgress:
+        if self.in_transaction or xid not in self._in_progress:
             raise out_of_place(what)
-        return self._streams.pop(xid)
+        return self._in_progress.pop(xid)
 
 
 def _ignore(_message: object) -> Iterable[Batch]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from cdc_invalidator.pipeline.batch import Batch, Run
+from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Ticket
 
 # Keys (and sweeps) that may wait: 10 to 20 MB of memory. A batch takes as much as a few keys, however small it is.
@@ -22,7 +22,7 @@ class Backlog:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._batches: deque[tuple[Batch | Run, Ticket]] = deque()
+        self._batches: deque[tuple[Batch | PlainBatch, Ticket]] = deque()
         self._filled = asyncio.Event()
         self._drained = asyncio.Event()
         self._drained.set()
@@ -37,7 +37,7 @@ class Backlog:
         """True when the writer should wait for `room`."""
         return self.weight >= self._capacity
 
-    def put(self, batch: Batch | Run, ticket: Ticket) -> None:
+    def put(self, batch: Batch | PlainBatch, ticket: Ticket) -> None:
         """Add a batch. Never refuses: the writer asks `room` before it reads more."""
         self._batches.append((batch, ticket))
         self.weight += batch.weight + BATCH
@@ -49,9 +49,9 @@ class Backlog:
         """Wait until the backlog is below its capacity."""
         await self._drained.wait()
 
-    def take(self, weight: int) -> list[tuple[Batch | Run, Ticket]]:
+    def take(self, weight: int) -> list[tuple[Batch | PlainBatch, Ticket]]:
         """Take what has piled up, in order: at least one batch if there is any, and about ``weight`` keys."""
-        taken: list[tuple[Batch | Run, Ticket]] = []
+        taken: list[tuple[Batch | PlainBatch, Ticket]] = []
         while self._batches and weight > 0:
             item = self._batches.popleft()
             taken.append(item)

@@ -10,7 +10,7 @@ from cdc_invalidator.rules.model import Bust, Cache, Pair, Query
 from cdc_invalidator.rules.template import Template
 
 # Keys of a bust event.
-KEYS_A_LINE = 1000
+KEYS_AN_EVENT = 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +57,7 @@ class Target:
 
 
 @dataclass(slots=True)
-class Busts:
+class TargetBusts:
     """What one transaction does to one target: keys in order, or the whole cache (``sweep``).
 
     ``keys``: what the target's template gives. ``bumps``: versions' keys, of a cache with ``bump_over``. ``derived``:
@@ -80,8 +80,8 @@ class Busts:
             self.derived.clear()
 
 
-class Line(NamedTuple):
-    """One bust event to be: up to KEYS_A_LINE keys of one target in one transaction.
+class BustEvent(NamedTuple):
+    """One bust event to be: up to KEYS_AN_EVENT keys of one target in one transaction.
 
     ``action``: delete or bump; ``op``: the kinds of change; the rest as in `Batch`.
     """
@@ -108,14 +108,14 @@ class Batch:
     committed_at: int | None
     xid: int
     end_lsn: int | None = None
-    busts: dict[Target, Busts] = field(default_factory=dict)
+    busts: dict[Target, TargetBusts] = field(default_factory=dict)
     weight: int = 0
 
-    def of(self, target: Target) -> Busts:
+    def of(self, target: Target) -> TargetBusts:
         """Give what the batch does to this target, made at first use."""
         busts = self.busts.get(target)
         if busts is None:
-            busts = self.busts[target] = Busts()
+            busts = self.busts[target] = TargetBusts()
         return busts
 
     def add(self, target: Target, ops: Iterable[str], key: bytes, reason: str) -> None:
@@ -174,7 +174,7 @@ class Batch:
 
     @property
     def first_lsn(self) -> int:
-        """The same as ``commit_lsn``: see `Run`."""
+        """The same as ``commit_lsn``: see `PlainBatch`."""
         return self.commit_lsn
 
     @property
@@ -187,62 +187,64 @@ class Batch:
         """The transaction, if there is one."""
         return (self.xid,) if self.xid else ()
 
-    def lines(self) -> Iterable[Line]:
+    def events(self) -> Iterable[BustEvent]:
         """Give the events of the batch, without those of its sweeps."""
         for target, busts in self.busts.items():
             op = ",".join(busts.ops)
             named = busts.keys if target.query is None else busts.derived
             for action, keys in ((target.action, list(named)), ("bump", list(busts.bumps))):
-                for start in range(0, len(keys), KEYS_A_LINE):
-                    some = keys[start : start + KEYS_A_LINE]
-                    yield Line(target, action, op, some, busts.reason, self.commit_lsn, self.committed_at, self.xid)
+                for start in range(0, len(keys), KEYS_AN_EVENT):
+                    some = keys[start : start + KEYS_AN_EVENT]
+                    yield BustEvent(
+                        target, action, op, some, busts.reason, self.commit_lsn, self.committed_at, self.xid
+                    )
 
 
-class Run:
+class PlainBatch:
     """The busts of many small transactions in a row; all of them plain keys.
 
     Args:
-        lines: their events, at least one; a transaction's stand together.
+        events: their events, at least one; a transaction's stand together.
         xids: the transactions.
         end_lsn: with that, the last of them is done.
     """
 
-    __slots__ = ("_lines", "end_lsn", "weight", "xids")
+    __slots__ = ("_events", "end_lsn", "weight", "xids")
 
     # No sweep, no query, nothing that is held or done twice.
-    busts: ClassVar[Mapping[Target, Busts]] = {}
+    busts: ClassVar[Mapping[Target, TargetBusts]] = {}
 
-    def __init__(self, lines: list[Line], xids: Sequence[int], end_lsn: int) -> None:
-        self._lines = lines
+    def __init__(self, events: list[BustEvent], xids: Sequence[int], end_lsn: int) -> None:
+        self._events = events
         self.xids = xids
         self.end_lsn = end_lsn
-        # A line takes as much memory as two keys.
-        self.weight = sum(len(line.keys) for line in lines) + 2 * len(lines)
+        # An event takes as much memory as two keys.
+        self.weight = sum(len(event.keys) for event in events) + 2 * len(events)
 
     @property
     def first_lsn(self) -> int:
         """LSN of the first commit record."""
-        return self._lines[0].commit_lsn
+        return self._events[0].commit_lsn
 
     @property
     def commit_lsn(self) -> int:
         """LSN of the last commit record."""
-        return self._lines[-1].commit_lsn
+        return self._events[-1].commit_lsn
 
     @property
     def targets(self) -> Iterable[Target]:
         """What is busted."""
-        return {line.target for line in self._lines}
+        return {event.target for event in self._events}
 
-    def lines(self) -> Iterable[Line]:
+    def events(self) -> Iterable[BustEvent]:
         """Give the events."""
-        return self._lines
+        return self._events
 
     def batches(self) -> list[Batch]:
         """Give the same, a batch a transaction: for what has to be done with each by itself."""
         batches: list[Batch] = []
-        for line in self._lines:
-            if not batches or batches[-1].commit_lsn != line.commit_lsn:
-                batches.append(Batch(line.commit_lsn, line.committed_at, line.xid))
-            batches[-1].add_all(line.target, line.op.split(","), line.keys, line.reason)
+        for event in self._events:
+            if not batches or batches[-1].commit_lsn != event.commit_lsn:
+                batches.append(Batch(event.commit_lsn, event.committed_at, event.xid))
+            batches[-1].add_all(event.target, event.op.split(","), event.keys, event.reason)
         return batches

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
-from cdc_invalidator.pipeline.batch import Batch, Run, Target
+from cdc_invalidator.pipeline.batch import Batch, PlainBatch, Target
 from cdc_invalidator.pipeline.checkpoint import Ticket
 
 # Keys whose last bust is remembered, some 200 bytes each; past that, keys are busted as if there were no time to keep.
@@ -52,10 +52,10 @@ class Debounce:
     def __bool__(self) -> bool:
         return bool(self._held)
 
-    def hold(self, taken: Iterable[tuple[Batch | Run, Ticket]], now: float) -> None:
+    def hold(self, taken: Iterable[tuple[Batch | PlainBatch, Ticket]], now: float) -> None:
         """Take those keys out of batches that have to wait."""
         for batch, ticket in taken:
-            if isinstance(batch, Run):
+            if isinstance(batch, PlainBatch):
                 continue
             for target, busts in batch.busts.items():
                 if target.debounce and not busts.sweep:

@@ -17,7 +17,7 @@ from psycopg.rows import tuple_row
 
 from cdc_invalidator import errors
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.pipeline.batch import Batch, Busts, Target
+from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.postgres.connection import connect, translated
 from cdc_invalidator.rules.model import Query
 from cdc_invalidator.rules.values import split_arguments
@@ -57,7 +57,7 @@ class Queries:
 
         What an earlier call gave stays: it is busted again.
         """
-        asked: dict[Target, list[tuple[Batch, Busts]]] = {}
+        asked: dict[Target, list[tuple[Batch, TargetBusts]]] = {}
         for batch in batches:
             for target, busts in batch.busts.items():
                 if target.query is not None and busts.keys and not busts.sweep:
@@ -176,7 +176,7 @@ def _text(value: bytes | None) -> str | None:
         raise errors.WrongMessage("A row holds text that is not UTF-8, which no query can be asked for.") from error
 
 
-def _take(target: Target, busts: Busts, found: Mapping[bytes, Sequence[bytes]]) -> None:
+def _take(target: Target, busts: TargetBusts, found: Mapping[bytes, Sequence[bytes]]) -> None:
     busts.derive(target, [key for argument in busts.keys for key in found.get(argument, ())])
 
 

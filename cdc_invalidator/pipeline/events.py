@@ -15,7 +15,7 @@ from typing import Any
 from cdc_invalidator import lsn
 from cdc_invalidator.log import Event, EventLog, KeyDisplay, Level
 from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
-from cdc_invalidator.pipeline.batch import Line, Target
+from cdc_invalidator.pipeline.batch import BustEvent, Target
 from cdc_invalidator.pipeline.eventstream import EventStream
 from cdc_invalidator.pipeline.sweep import Sweep
 from cdc_invalidator.redis.server import BUMP_MISSING, BustReply
@@ -72,21 +72,21 @@ class Events:
             self._teller = _tell.Teller(keyed, LAG_BUCKETS, log.begin, _second_text, lsn.EPOCH_OFFSET_US)
 
     async def room(self) -> None:
-        """Wait until what has been told is written, as far as memory asks for it."""
+        """Wait until what has been logged is written, as far as memory asks for it."""
         await self._log.room()
 
-    def busted(self, lines: list[Line], outcome: BustReply, replay_until: int, now_us: int) -> None:
+    def busted(self, events: list[BustEvent], reply: BustReply, replay_until: int, now_us: int) -> None:
         """Tell what Redis answered to a flush.
 
         Args:
-            lines: in the order of the flush, which ``outcome.existed`` follows for the deletes among them.
-            outcome: the answer.
+            events: in the order of the flush, which ``reply.existed`` follows for the deletes among them.
+            reply: the answer.
             replay_until: what was committed before this LSN had been busted by an earlier run.
             now_us: when the answer came, in µs since 1970.
         """
         if self._teller is not None:
             text, compiled_totals = self._teller.busted(
-                lines, outcome.existed, outcome.versions, replay_until, now_us, BUMP_MISSING
+                events, reply.existed, reply.versions, replay_until, now_us, BUMP_MISSING
             )
             self._log.write_text(text)
             if self.stream is not None:
@@ -94,43 +94,43 @@ class Events:
             for sums in compiled_totals:
                 self._count(sums.target.rule, sums.target.cache.name, sums.action, sums)
             return
-        existed_of_deletes = iter(outcome.existed)
+        existed_of_deletes = iter(reply.existed)
         totals: dict[tuple[Target, str], _Total] = {}
-        told = []
-        for line in lines:
-            target, count = line.target, len(line.keys)
-            own = self._display.fields(line.keys)
-            if line.action == "delete":
+        shown = []
+        for event in events:
+            target, count = event.target, len(event.keys)
+            own = self._display.fields(event.keys)
+            if event.action == "delete":
                 existed = next(existed_of_deletes)
             else:
-                own["versions"] = versions = [outcome.versions[key] for key in line.keys]
+                own["versions"] = versions = [reply.versions[key] for key in event.keys]
                 existed = count - versions.count(BUMP_MISSING)
-            reason = line.reason
-            if reason == "change" and line.commit_lsn < replay_until:
+            reason = event.reason
+            if reason == "change" and event.commit_lsn < replay_until:
                 reason = "replay"
-            own["op"] = line.op
+            own["op"] = event.op
             own["keys"] = count
-            own["lsn"] = lsn.text(line.commit_lsn)
-            own["xid"] = line.xid
+            own["lsn"] = lsn.text(event.commit_lsn)
+            own["xid"] = event.xid
             own["existed"] = existed
             own["reason"] = reason
-            name = (target, line.action)
+            name = (target, event.action)
             total = totals.get(name) or totals.setdefault(name, _Total())
             total.lines += 1
             total.keys += count
             total.existed += existed
-            if line.committed_at is not None:
-                self._time(own, line.committed_at, now_us, total)
-            told.append((target.shown[line.action], own))
-        self._write(told)
+            if event.committed_at is not None:
+                self._time(own, event.committed_at, now_us, total)
+            shown.append((target.shown[event.action], own))
+        self._write(shown)
         for (target, action), total in totals.items():
             self._count(target.rule, target.cache.name, action, total)
 
     def swept(self, sweep: Sweep) -> None:
         """Tell that a sweep is over: a line for each cause, and its transactions in it."""
         now_us = time.time_ns() // 1000
-        cache, tally = sweep.cache, sweep.tally
-        total = _Total(keys=tally.keys, existed=tally.existed)
+        cache, progress = sweep.cache, sweep.progress
+        total = _Total(keys=progress.keys, existed=progress.existed)
         for cause, request in sweep.requests.items():
             self._metrics.sweeps.labels(cache.name, cause.reason).inc()
             shown = {
@@ -143,10 +143,10 @@ class Events:
             own = {
                 "op": cause.op,
                 "transactions": request.transactions,
-                "keys": tally.keys,
+                "keys": progress.keys,
                 "lsn": lsn.text(request.commit_lsn),
                 "xid": request.xid,
-                "existed": tally.existed,
+                "existed": progress.existed,
                 "reason": cause.reason,
             }
             total.lines = 1
@@ -162,17 +162,17 @@ class Events:
         self._metrics.gap(reason)
         self._write([({"reason": reason, "caches": caches}, {"swept": swept, **more})], "gap", level)
 
-    def _write(self, told: list[Event], event: str = "bust", level: Level = "info") -> None:
+    def _write(self, shown: list[Event], event: str = "bust", level: Level = "info") -> None:
         if self.stream is None:
-            self._log.write(told, event, level)
+            self._log.write(shown, event, level)
             return
         # One line for both.
-        text = self._log.render(told, event, level)
+        text = self._log.render(shown, event, level)
         self.stream.take(text)
         if self._log.direct:
             self._log.write_text(text, level)
         else:
-            self._log.write(told, event, level)
+            self._log.write(shown, event, level)
 
     def _count(self, rule: str, cache: str, action: str, total: _Total | _tell.Total) -> None:
         busts, keys, existed = self._of(rule, cache, action)
@@ -193,7 +193,7 @@ class Events:
     def _iso(self, unix_us: int) -> str:
         seconds, us = divmod(unix_us, 1_000_000)
         if seconds != self._second:
-            # Many commits share a second, and a calendar costs more than the rest of the line.
+            # Many commits share a second, and a calendar costs more than the rest of the event.
             self._second = seconds
             self._second_text = _second_text(seconds)
         return f"{self._second_text}.{us:06d}Z"

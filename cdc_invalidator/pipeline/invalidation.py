@@ -56,7 +56,7 @@ class Invalidation:
                 self._conditions[rule.name] = Condition(rule.when)
 
     def manual(self, content: bytes) -> tuple[Target, bytes | None]:
-        """Read a bust that somebody wrote by hand, with pg_logical_emit_message.
+        """Read a manual bust, written with pg_logical_emit_message.
 
         Args:
             content: JSON, ``{"cache": "user", "params": {"id": 42}}``; without ``params``, the whole cache is meant.
@@ -68,17 +68,17 @@ class Invalidation:
             errors.WrongMessage: it can't be read, or no cache of the rules fits it.
         """
         try:
-            order = json.loads(content)
+            bust = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise errors.WrongMessage('A manual bust is not JSON; write {"cache": "user", "params": {…}}.') from error
-        if not isinstance(order, dict) or not isinstance(order.get("cache"), str) or order.keys() - {"cache", "params"}:
+        if not isinstance(bust, dict) or not isinstance(bust.get("cache"), str) or bust.keys() - {"cache", "params"}:
             raise errors.WrongMessage("A manual bust must be an object with `cache`, and `params` if not all is meant.")
-        target = self._manual.get(order["cache"])
+        target = self._manual.get(bust["cache"])
         if target is None:
-            raise errors.WrongMessage(f"A manual bust names cache {order['cache']!r}, which the rules do not have.")
-        if "params" not in order:
+            raise errors.WrongMessage(f"A manual bust names cache {bust['cache']!r}, which the rules do not have.")
+        if "params" not in bust:
             return target, None
-        return target, _manual_key(target, order["params"])
+        return target, _manual_key(target, bust["params"])
 
     def names(self, table: Table) -> bool:
         """Tell whether a rule names the table."""
@@ -160,12 +160,12 @@ class Invalidation:
                         f"run ALTER TABLE {name} REPLICA IDENTITY FULL.",
                     )
                 )
-        watched = tuple(index[name] for name in rule.columns if name in index)
+        compared = tuple(index[name] for name in rule.columns if name in index)
         holds = None
         if condition is not None and not missing:
             columns = relation.columns
             holds = condition.bind([column.name for column in columns], [column.type_oid for column in columns])
-        return _RulePlan(firings, watched, rule.on, bool(missing), holds), complaints
+        return _RulePlan(firings, compared, rule.on, bool(missing), holds), complaints
 
     def _firing(self, rule: Rule, position: int, bust: Bust, index: Mapping[str, int], carried: set[str]) -> _Firing:
         target = self._targets[rule.name, position]

@@ -38,12 +38,12 @@ class _Firing:
 class _RulePlan:
     """One rule, compiled for one relation.
 
-    ``watched``: columns of which an UPDATE must change one; empty, any. ``holds``: its condition, if it has one that
+    ``compared``: columns of which an UPDATE must change one; empty, any. ``holds``: its condition, if it has one that
     can be asked.
     """
 
     firings: list[_Firing]
-    watched: tuple[int, ...]
+    compared: tuple[int, ...]
     on: frozenset[str]
     broken: bool = False
     holds: Holds | None = None
@@ -59,19 +59,19 @@ class Plan:
         counts: is counted up, by table and kind of change.
     """
 
-    __slots__ = ("_counts", "_in_identity", "_name", "_rules", "_watches", "table")
+    __slots__ = ("_compares", "_counts", "_in_identity", "_name", "_rules", "table")
 
     def __init__(
         self, in_identity: tuple[bool, ...], rules: dict[str, list[_RulePlan]], name: str, counts: Counts
     ) -> None:
         self._in_identity = in_identity
         self._rules = rules
-        self._watches = any(rule.watched or rule.holds for rule in rules["update"])
+        self._compares = any(rule.compared or rule.holds for rule in rules["update"])
         self._name = name
         self._counts = counts
         inserts, updates, deletes = (_plain(op, rules[op]) for op in ("insert", "update", "delete"))
         # For `scan`: the same as here, where it is plain.
-        self.table = scan.table(name, in_identity, inserts, updates, deletes, counts)
+        self.table = scan.compile_plain(name, in_identity, inserts, updates, deletes, counts)
 
     def insert(self, batch: Batch, message: pgoutput.Insert) -> None:
         """Put what a new row makes stale into the batch."""
@@ -92,11 +92,11 @@ class Plan:
             self._check_width(old)
         self._counts[self._name, "update"] += 1
         known: Row = []
-        if self._watches or UNCHANGED in new:
+        if self._compares or UNCHANGED in new:
             known = self._known_old(message)
             new = _filled(new, known)
         for rule in self._rules["update"]:
-            if rule.watched and not rule.broken and not _fires(rule, known, message.new):
+            if rule.compared and not rule.broken and not _fires(rule, known, message.new):
                 continue
             if rule.holds and not rule.holds("update", known, new):
                 continue
@@ -156,13 +156,13 @@ class Plan:
         ]
 
 
-def _plain(op: str, rules: Iterable[_RulePlan]) -> scan.Rules:
+def _plain(op: str, rules: Iterable[_RulePlan]) -> scan.PlainRules:
     """Give the rules for one kind of change as `scan` takes them; ``None`` where one of them asks for more."""
     found = []
     for rule in rules:
         if rule.broken or rule.holds:
             return None
-        firings: list[scan.Firing] = []
+        firings: list[scan.PlainFiring] = []
         for firing in rule.firings:
             target = firing.target
             old = {"update": firing.old_of_update, "delete": firing.old_of_delete}.get(op)
@@ -170,7 +170,7 @@ def _plain(op: str, rules: Iterable[_RulePlan]) -> scan.Rules:
             if firing.plain is None or later or old == "sweep":
                 return None
             firings.append((target, *firing.plain, old or "ignore"))
-        found.append((rule.watched, firings))
+        found.append((rule.compared, firings))
     return found
 
 
@@ -202,11 +202,11 @@ def _filled(new: Row, old: Row) -> Row:
 
 
 def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
-    """Tell whether a watched column, or one that a key is built from, may have changed."""
-    for column in rule.watched:
+    """Tell whether a compared column, or one that a key is built from, may have changed."""
+    for column in rule.compared:
         if new[column] is not UNCHANGED and old[column] != new[column]:
             return True
-    # The entry under the former key is stale even where none of the watched columns changed.
+    # The entry under the former key is stale even where none of the compared columns changed.
     return any(
         new[column] is not UNCHANGED
         and old[column] != new[column]

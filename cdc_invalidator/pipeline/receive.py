@@ -1,4 +1,4 @@
-"""The receive and confirm tasks: the two ends of the line that touch the walsender.
+"""The receive and confirm tasks: the two ends of the data path that touch the walsender.
 
 receive: CopyData → pgoutput → assembly (which asks invalidation) → backlog, and for what is common all of it at once in
 `scan`. The order in it is what makes confirming safe: track the batch, put it, then note the commit. confirm sends the
@@ -19,7 +19,7 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import scan
 from cdc_invalidator.pipeline.assembly import Assembly
 from cdc_invalidator.pipeline.backlog import Backlog
-from cdc_invalidator.pipeline.batch import Batch, Run
+from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.postgres import pgoutput
@@ -33,7 +33,7 @@ _log = structlog.get_logger()
 # A confirmation says how much WAL PostgreSQL may drop: once a second is often enough, and it asks for the server's
 # position in return, which keeps the watermark of a quiet database moving.
 CONFIRM_SECONDS = 1.0
-# Of the logical messages that are busts by hand; all others are none of ours.
+# Of the logical messages that are manual busts; all others are none of ours.
 MESSAGE_PREFIX = "cdc_invalidator"
 
 _XLOGDATA = b"w"
@@ -103,8 +103,8 @@ class Receive:
             return pos
         found = self._assembly.transactions(data, pos)
         if found.taken:
-            if found.lines:
-                self._backlog.put(Run(found.lines, found.xids, found.end_lsn), self._checkpoint.track())
+            if found.events:
+                self._backlog.put(PlainBatch(found.events, found.xids, found.end_lsn), self._checkpoint.track())
             self._checkpoint.received(found.end_lsn)
             self._metrics.transactions.inc(found.taken)
         return found.pos

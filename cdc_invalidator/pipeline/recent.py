@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 
 from cdc_invalidator.pipeline.backlog import BATCH
-from cdc_invalidator.pipeline.batch import Batch, Run
+from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 
 # Keys that are remembered, some 150 bytes each.
 CAPACITY = 100_000
@@ -21,7 +21,7 @@ class Recent:
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._batches: deque[Batch | Run] = deque()
+        self._batches: deque[Batch | PlainBatch] = deque()
         self._weight = 0
         # All that was committed at this LSN or later, and received, is here.
         self._floor = 0
@@ -42,7 +42,7 @@ class Recent:
         while self._batches and self._batches[-1].first_lsn >= start:
             self._weight -= _weight(self._batches.pop())
 
-    def note(self, batch: Batch | Run) -> None:
+    def note(self, batch: Batch | PlainBatch) -> None:
         """Remember a batch that Redis has acknowledged."""
         self._batches.append(batch)
         self._weight += _weight(batch)
@@ -59,10 +59,10 @@ class Recent:
         """Tell whether all that was applied after this position is here."""
         return position >= self._floor
 
-    def since(self, position: int) -> list[Batch | Run]:
+    def since(self, position: int) -> list[Batch | PlainBatch]:
         """Give what was applied after this position, in order."""
         return [batch for batch in self._batches if batch.commit_lsn >= position]
 
 
-def _weight(batch: Batch | Run) -> int:
+def _weight(batch: Batch | PlainBatch) -> int:
     return batch.weight + BATCH

@@ -1,4 +1,4 @@
-"""The common case of the line in one pass, if the compiled part is there: from bytes of the stream to keys. Pure.
+"""The common case of the data path in one pass, if the compiled part is there: from bytes of the stream to keys. Pure.
 
 Most of a stream is small transactions that change rows of tables with plain rules: no condition, no query, no filter,
 nothing that is held or done twice. `transactions` takes whole ones, and `rows` the rows of large ones. Both stop at
@@ -13,7 +13,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from cdc_invalidator.pipeline.batch import Line, Target
+    from cdc_invalidator.pipeline.batch import BustEvent, Target
     from cdc_invalidator.pipeline.plan import Plan
 
 try:
@@ -29,10 +29,10 @@ _MOST_COLUMNS = 1664
 _LENGTH = struct.Struct(">I").unpack_from
 
 Plans: TypeAlias = "Mapping[int, Plan | None]"
-Firing: TypeAlias = "tuple[Target, Sequence[bytes], Sequence[int], str]"
+PlainFiring: TypeAlias = "tuple[Target, Sequence[bytes], Sequence[int], str]"
 """A target; the literals of its key, one more than its columns; the columns between them; what is known of the old row
 (``given``, ``kept``, ``ignore``)."""
-Rules: TypeAlias = "Sequence[tuple[Sequence[int], Sequence[Firing]]] | None"
+PlainRules: TypeAlias = "Sequence[tuple[Sequence[int], Sequence[PlainFiring]]] | None"
 """For each rule, the columns of which an UPDATE must change one, none for any, and what it busts; ``None`` where one of
 them is not plain."""
 
@@ -40,13 +40,13 @@ them is not plain."""
 class Transactions(NamedTuple):
     """What `transactions` has taken: where it stopped, and how many were taken, with the end of the last one.
 
-    ``lines``: what they bust; ``xids``: those that bust anything.
+    ``events``: what they bust; ``xids``: those that bust anything.
     """
 
     pos: int
     taken: int
     end_lsn: int
-    lines: list[Line]
+    events: list[BustEvent]
     xids: list[int]
 
 
@@ -62,12 +62,12 @@ class Rows(NamedTuple):
     found: list[tuple[Target, str, list[bytes]]]
 
 
-def table(
+def compile_plain(
     name: str,
     identity: Sequence[bool],
-    inserts: Rules,
-    updates: Rules,
-    deletes: Rules,
+    inserts: PlainRules,
+    updates: PlainRules,
+    deletes: PlainRules,
     counts: MutableMapping[tuple[str, str], int],
 ) -> _scan.Table | None:
     """Make the rules of a relation ready for the pass; ``None`` without the compiled part, and for too wide a relation.
@@ -85,17 +85,17 @@ def table(
     return _scan.Table(name, identity, inserts, updates, deletes, counts)
 
 
-def transactions(data: bytes, pos: int, plans: Plans, line_type: type[Line], *, limit: int) -> Transactions:
+def transactions(data: bytes, pos: int, plans: Plans, event_type: type[BustEvent], *, limit: int) -> Transactions:
     """Take whole transactions, as long as they are small and plain.
 
     Args:
         data: whole CopyData messages.
         pos: where in them to begin: between two transactions.
         plans: by relation.
-        line_type: `invalidation.Line`.
+        event_type: `batch.BustEvent`.
         limit: how many keys to take.
     """
-    return Transactions(*_scan.transactions(data, pos, plans, line_type, limit))
+    return Transactions(*_scan.transactions(data, pos, plans, event_type, limit))
 
 
 def rows(data: bytes, pos: int, plans: Plans, own_plans: Plans, *, in_stream: bool, limit: int) -> Rows:

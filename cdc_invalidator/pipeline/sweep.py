@@ -47,7 +47,7 @@ class Request:
 
 
 @dataclass(slots=True)
-class Tally:
+class SweepProgress:
     """What a sweep has done so far; ``scanned``: keys looked at, some 1,000 a step."""
 
     scanned: int = 0
@@ -62,8 +62,8 @@ class Sweep:
         self.cache = cache
         self.requests: dict[Cause, Request] = {}
         self.tickets: list[Ticket] = []
-        self.tally = Tally()
-        self.told_at = time.monotonic()
+        self.progress = SweepProgress()
+        self.logged_at = time.monotonic()
         self.restart()
 
     def add(self, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> None:
@@ -75,7 +75,7 @@ class Sweep:
         self.tickets += tickets
 
     def restart(self) -> None:
-        """Begin anew: a cursor means nothing to another server."""
+        """Begin again: a cursor means nothing to another server."""
         pattern = self.cache.sweep_template.glob()
         self._cursor: Cursor = None
         self._passes = [pattern + LOCK_SUFFIX, pattern] if self.cache.version is None else [pattern]
@@ -85,40 +85,40 @@ class Sweep:
         cursor, keys = await server.scan(self._cursor, self._passes[0], count)
         if keys:
             await self._bust(server, keys)
-        self.tally.scanned += count
+        self.progress.scanned += count
         self._cursor = cursor
         if cursor is None:
             self._passes.pop(0)
         return not self._passes
 
-    async def tell(self, server: CacheServer) -> None:
+    async def log_progress(self, server: CacheServer) -> None:
         """Say how far it is."""
-        self.told_at = time.monotonic()
+        self.logged_at = time.monotonic()
         _log.info(
             "sweep_progress",
             cache=self.cache.name,
             passes_left=len(self._passes),
-            scanned=self.tally.scanned,
+            scanned=self.progress.scanned,
             all_keys=await server.size(),
-            keys=self.tally.keys,
-            existed=self.tally.existed,
+            keys=self.progress.keys,
+            existed=self.progress.existed,
         )
 
     async def _bust(self, server: CacheServer, keys: list[bytes]) -> None:
         if self.cache.version is not None:
-            # A pattern that ends in a parameter also finds versions that bumps have left. Bumped, they would stay, and
-            # one that came out as its counter's equal would show values that nothing bounds.
-            left = [key for key in keys if key.endswith(STALE_SUFFIX)]
+            # A pattern that ends in a parameter also finds old values, kept by bumps. Bumped, they would stay,
+            # and one that came out as its counter's equal would show values that nothing bounds.
+            stale = [key for key in keys if key.endswith(STALE_SUFFIX)]
             counters = [key for key in keys if not key.endswith(STALE_SUFFIX)]
-            outcome = await server.bust([left], dict.fromkeys(counters, self.cache.version_ttl))
-            self.tally.keys += len(outcome.versions)
-            self.tally.existed += sum(version != 0 for version in outcome.versions.values())
+            reply = await server.bust([stale], dict.fromkeys(counters, self.cache.version_ttl))
+            self.progress.keys += len(reply.versions)
+            self.progress.existed += sum(version != 0 for version in reply.versions.values())
         elif len(self._passes) == 2:
             await server.unlink(keys)
         else:
-            outcome = await server.bust([keys], {})
-            self.tally.keys += len(keys)
-            self.tally.existed += outcome.existed[0]
+            reply = await server.bust([keys], {})
+            self.progress.keys += len(keys)
+            self.progress.existed += reply.existed[0]
 
 
 class Sweeps:
@@ -154,7 +154,7 @@ class Sweeps:
         queue[cache.name].add(cause, request, [ticket])
 
     def restart(self) -> None:
-        """Begin all anew, on another connection; who waited behind a sweep joins it."""
+        """Begin all again, on another connection; who waited behind a sweep joins it."""
         for name, waiting in self._waiting.items():
             for cause, request in waiting.requests.items():
                 self._running[name].add(cause, request, ())
@@ -178,8 +178,8 @@ class Sweeps:
                 self._next_at = max(now - 1, self._next_at) + self._count / self._rate
             if await sweep.step(server, self._count):
                 over.append(sweep)
-            elif now - sweep.told_at > PROGRESS_SECONDS:
-                await sweep.tell(server)
+            elif now - sweep.logged_at > PROGRESS_SECONDS:
+                await sweep.log_progress(server)
             self._metrics.swept.labels(sweep.cache.name).inc(self._count)
             # Its turn comes again after the others'.
             self._running[sweep.cache.name] = self._running.pop(sweep.cache.name)

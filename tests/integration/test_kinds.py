@@ -163,7 +163,7 @@ def test_a_user_with_the_documented_rights_runs_a_cluster(
 def test_a_right_that_is_missing_is_told_to_the_operator(
     database: str, binary: Path, tmp_path: Path, slot_name: str, right: str
 ) -> None:
-    """Each right of the line is needed: without it the daemon says so, and goes on once it is granted."""
+    """Each right of the data path is needed: without it the daemon says so, and goes on once it is granted."""
     reading.create(database)
     with Valkey(binary=binary) as server, redis.Redis.from_url(server.url) as client:
         assert right in acl_line("cdc")

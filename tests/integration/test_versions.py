@@ -1,4 +1,4 @@
-"""The core of the line on every PostgreSQL, Redis and Valkey that this machine has."""
+"""The core of the data path on every PostgreSQL, Redis and Valkey that this machine has."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def cache(request: pytest.FixtureRequest) -> Iterator[Valkey]:
         yield server
 
 
-class Line:
+class DataPath:
     """A database with the tables, a Redis database and a daemon between them."""
 
     def __init__(self, dsn: str, client: redis.Redis, daemon: RunningDaemon) -> None:
@@ -97,84 +97,86 @@ class Line:
 
 
 @pytest.fixture
-def line_of(tmp_path: Path, slot_name: str) -> Iterator[Callable[[Postgres, Valkey], Line]]:
+def data_path_of(tmp_path: Path, slot_name: str) -> Iterator[Callable[[Postgres, Valkey], DataPath]]:
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
     with ExitStack() as stack:
 
-        def make(postgres: Postgres, valkey: Valkey) -> Line:
+        def make(postgres: Postgres, valkey: Valkey) -> DataPath:
             dsn = postgres.create_database(slot_name)
             stack.callback(postgres.drop_database, slot_name)
             execute(dsn, *SCHEMA)
             client = stack.enter_context(redis.Redis.from_url(valkey.url))
             client.flushall()
             daemon = RunningDaemon(dsn=dsn, redis_url=valkey.url, rules=rules, slot=slot_name)
-            return Line(dsn, client, stack.enter_context(daemon).ready())
+            return DataPath(dsn, client, stack.enter_context(daemon).ready())
 
         yield make
 
 
-def core(line: Line) -> None:
+def core(data_path: DataPath) -> None:
     """What must hold with every pair of servers."""
-    line.settle()
-    client = line.client
+    data_path.settle()
+    client = data_path.client
     others = ["t:user:99", "t:user:99:orders", "t:event:9:1"]
     client.mset(dict.fromkeys(others, "cached"))
     left = set(others)
     # Insert, update, delete; columns that don't matter.
-    assert line.after(["t:user:100"], "INSERT INTO users VALUES (100, 'new')") == left
-    assert line.after(["t:user:1", "t:user:1:lock"], "UPDATE users SET name = 'x' WHERE id = 1") == left
-    assert line.after(["t:user:2"], "DELETE FROM users WHERE id = 2") == left
-    assert line.after(["t:user:3"], "UPDATE users SET seen = now()") == {*left, "t:user:3"}
+    assert data_path.after(["t:user:100"], "INSERT INTO users VALUES (100, 'new')") == left
+    assert data_path.after(["t:user:1", "t:user:1:lock"], "UPDATE users SET name = 'x' WHERE id = 1") == left
+    assert data_path.after(["t:user:2"], "DELETE FROM users WHERE id = 2") == left
+    assert data_path.after(["t:user:3"], "UPDATE users SET seen = now()") == {*left, "t:user:3"}
     client.delete("t:user:3")
     # A row that moves from one key to another, and one whose primary key changes.
     moved = ["t:user:4:orders", "t:user:5:orders"]
-    assert line.after(moved, "UPDATE orders SET user_id = 5 WHERE id = 4") == left
-    assert line.after(["t:user:6", "t:user:600"], "UPDATE users SET id = 600 WHERE id = 6") == left
+    assert data_path.after(moved, "UPDATE orders SET user_id = 5 WHERE id = 4") == left
+    assert data_path.after(["t:user:6", "t:user:600"], "UPDATE users SET id = 600 WHERE id = 6") == left
     # A version is bumped.
     left.add("t:board:7:ver")
-    assert line.after(["t:board:7:ver"], "UPDATE orders SET id = 1007 WHERE user_id = 7") == left
+    assert data_path.after(["t:board:7:ver"], "UPDATE orders SET id = 1007 WHERE user_id = 7") == left
     version: Any = client.get("t:board:7:ver")
     assert int(version) > 1_000_000_000_000_000
     # A partition by the rule of its root, one that is new as well.
-    assert line.after(["t:event:1:1"], "DELETE FROM events WHERE id = 1") == left
-    assert line.after(["t:event:1:2", "t:event:1:3"], "TRUNCATE events_1") == left - {"t:event:9:1"}
+    assert data_path.after(["t:event:1:1"], "DELETE FROM events WHERE id = 1") == left
+    assert data_path.after(["t:event:1:2", "t:event:1:3"], "TRUNCATE events_1") == left - {"t:event:9:1"}
     left.remove("t:event:9:1")
     # A large transaction, streamed while it runs, with a part that is rolled back.
-    with psycopg.connect(line.dsn) as connection:
+    with psycopg.connect(data_path.dsn) as connection:
         client.mset({f"t:user:{n}": "cached" for n in range(10_000, 13_000)})
         connection.execute("INSERT INTO users SELECT n, repeat('x', 100) FROM generate_series(10000, 11999) n")
         connection.execute("SAVEPOINT part")
         connection.execute("INSERT INTO users SELECT n, repeat('x', 100) FROM generate_series(12000, 12999) n")
         connection.execute("ROLLBACK TO part")
     kept = {f"t:user:{n}" for n in range(12_000, 13_000)}
-    assert line.after([]) == left | kept
+    assert data_path.after([]) == left | kept
     client.delete(*kept)
     # Killed, and what it missed is applied; TRUNCATE sweeps.
-    line.daemon.kill()
+    data_path.daemon.kill()
     client.mset({f"t:user:{n}": "cached" for n in range(10, 50)})
-    execute(line.dsn, "UPDATE users SET name = 'while away' WHERE id BETWEEN 10 AND 49")
-    line.daemon.start().ready()
-    assert line.after([]) == left
+    execute(data_path.dsn, "UPDATE users SET name = 'while away' WHERE id BETWEEN 10 AND 49")
+    data_path.daemon.start().ready()
+    assert data_path.after([]) == left
     client.mset({f"t:user:{n}:orders": "cached" for n in range(2000)})
-    assert line.after([], "TRUNCATE orders") == left - {"t:user:99:orders"}
+    assert data_path.after([], "TRUNCATE orders") == left - {"t:user:99:orders"}
     bumped: Any = client.get("t:board:7:ver")
     assert int(bumped) > int(version)
     # In order to the end.
-    position = wal_position(line.dsn)
-    line.assert_nothing_confirmed_too_early()
-    assert line.daemon.terminate() == 0
-    assert confirmed(line.dsn, line.daemon.slot) >= position - 200_000
-    assert not line.daemon.errors
-    assert not line.daemon.named("session_lost")
-    assert [gap["reason"] for gap in line.daemon.named("gap")] == ["new_slot"]
+    position = wal_position(data_path.dsn)
+    data_path.assert_nothing_confirmed_too_early()
+    assert data_path.daemon.terminate() == 0
+    assert confirmed(data_path.dsn, data_path.daemon.slot) >= position - 200_000
+    assert not data_path.daemon.errors
+    assert not data_path.daemon.named("session_lost")
+    assert [gap["reason"] for gap in data_path.daemon.named("gap")] == ["new_slot"]
 
 
-def test_the_core_of_the_line_on_every_postgresql(
-    versioned: Postgres, valkey: Valkey, line_of: Callable[..., Line]
+def test_the_core_of_the_data_path_on_every_postgresql(
+    versioned: Postgres, valkey: Valkey, data_path_of: Callable[..., DataPath]
 ) -> None:
-    core(line_of(versioned, valkey))
+    core(data_path_of(versioned, valkey))
 
 
-def test_the_core_of_the_line_on_every_redis(postgres: Postgres, cache: Valkey, line_of: Callable[..., Line]) -> None:
-    core(line_of(postgres, cache))
+def test_the_core_of_the_data_path_on_every_redis(
+    postgres: Postgres, cache: Valkey, data_path_of: Callable[..., DataPath]
+) -> None:
+    core(data_path_of(postgres, cache))

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cdc_invalidator.pipeline.again import Again, Waiting
 from cdc_invalidator.pipeline.backlog import BATCH
-from cdc_invalidator.pipeline.batch import Batch, Busts, Target
+from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.rules.load import parse_rules
 
@@ -41,7 +41,7 @@ def content_of(batch: Batch) -> Content:
     return {target: (frozenset(busts.keys), busts.sweep) for target, busts in batch.busts.items()}
 
 
-def covers(busts: Busts, keys: frozenset[bytes], *, sweep: bool) -> bool:
+def covers(busts: TargetBusts, keys: frozenset[bytes], *, sweep: bool) -> bool:
     return busts.sweep or (not sweep and keys <= busts.keys.keys())
 
 

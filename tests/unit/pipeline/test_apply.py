@@ -1,4 +1,4 @@
-"""Runs and batches on their way to a Redis that fails, loses data, and is asked for what readers can't see yet.
+"""Plain batches and others on their way to a Redis that fails, loses data, and is asked for what readers can't see yet.
 
 Two things must hold whatever happens: no watermark, and so no confirmation, passes a transaction that has not been
 busted in the Redis that is there, at a time when all readers saw it; and none is confirmed whose event is not written.
@@ -23,7 +23,7 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import apply
 from cdc_invalidator.pipeline.apply import Apply
 from cdc_invalidator.pipeline.backlog import Backlog
-from cdc_invalidator.pipeline.batch import Batch, Line, Run, Target
+from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
@@ -104,24 +104,24 @@ class World:
 
     # What happens.
 
-    def commit(self, hidden: Sequence[bool], *, run: bool) -> None:
-        """Transactions, each with a key of its own; as a run, or batch by batch."""
-        lines = []
+    def commit(self, hidden: Sequence[bool], *, plain: bool) -> None:
+        """Transactions, each with a key of its own; as a PlainBatch, or batch by batch."""
+        events = []
         for is_hidden in hidden:
             self.lsn += 10
             self.commits.add(self.lsn)
             if is_hidden:
                 self.hidden.add(self.lsn)
-            lines.append(Line(TARGET, "delete", "insert", [b"%d" % self.lsn], "change", self.lsn, 77, self.lsn))
-        if run:
-            self.backlog.put(Run(lines, [line.xid for line in lines], self.lsn + 5), self.checkpoint.track())
+            events.append(BustEvent(TARGET, "delete", "insert", [b"%d" % self.lsn], "change", self.lsn, 77, self.lsn))
+        if plain:
+            self.backlog.put(PlainBatch(events, [event.xid for event in events], self.lsn + 5), self.checkpoint.track())
             self.checkpoint.received(self.lsn + 5)
             return
-        for line in lines:
-            batch = Batch(line.commit_lsn, 77, line.xid, line.commit_lsn + 5)
-            batch.add_all(TARGET, ["insert"], line.keys, "change")
+        for event in events:
+            batch = Batch(event.commit_lsn, 77, event.xid, event.commit_lsn + 5)
+            batch.add_all(TARGET, ["insert"], event.keys, "change")
             self.backlog.put(batch, self.checkpoint.track())
-            self.checkpoint.received(line.commit_lsn + 5)
+            self.checkpoint.received(event.commit_lsn + 5)
 
     def show(self, count: int) -> None:
         self.hidden -= set(sorted(self.hidden)[:count])
@@ -206,8 +206,8 @@ class Server:
 
 
 _steps = st.one_of(
-    st.tuples(st.just("run"), st.lists(st.booleans(), min_size=1, max_size=4)),
-    st.tuples(st.just("run"), st.lists(st.just(value=False), min_size=1, max_size=4)),
+    st.tuples(st.just("plain"), st.lists(st.booleans(), min_size=1, max_size=4)),
+    st.tuples(st.just("plain"), st.lists(st.just(value=False), min_size=1, max_size=4)),
     st.tuples(st.just("batches"), st.lists(st.booleans(), min_size=1, max_size=2)),
     st.tuples(st.sampled_from(["show", "fail"]), st.integers(1, 3)),
     st.tuples(st.sampled_from(["turn", "turn", "turn", "replay", "save", "lose"]), st.none()),
@@ -229,8 +229,8 @@ def test_no_watermark_passes_a_transaction_that_was_not_busted_while_readers_saw
         patch.setattr(apply.asyncio, "sleep", AsyncMock())  # type: ignore[attr-defined]
         world = World(standby=standby)
         for step, given_with in [*steps, ("show", 100), ("replay", None), *[("turn", None)] * 10, ("drain", None)]:
-            if step in {"run", "batches"}:
-                world.commit(given_with, run=step == "run")
+            if step in {"plain", "batches"}:
+                world.commit(given_with, plain=step == "plain")
             elif step == "fail":
                 world.failures = given_with
             elif step == "show":
@@ -242,18 +242,18 @@ def test_no_watermark_passes_a_transaction_that_was_not_busted_while_readers_saw
         assert world.redis.busted >= world.commits
 
 
-@pytest.mark.parametrize("run", [True, False])
-async def test_it_ends_as_soon_as_what_was_left_is_recorded(monkeypatch: pytest.MonkeyPatch, *, run: bool) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+async def test_it_ends_as_soon_as_what_was_left_is_recorded(monkeypatch: pytest.MonkeyPatch, *, plain: bool) -> None:
     """At SIGTERM a standby waits for it to end: there is no heartbeat left to wait for."""
     monkeypatch.setattr(apply, "HEARTBEAT_SECONDS", 1000.0)
     monkeypatch.setattr(apply, "_log", Mock())
     world = World(standby=False)
     running = asyncio.create_task(world.apply.run())
     async with asyncio.timeout(30):
-        world.commit([False], run=run)
+        world.commit([False], plain=plain)
         while world.checkpoint.confirmable < world.checkpoint.received_lsn:  # noqa: ASYNC110  nothing tells of it
             await asyncio.sleep(0.001)
-        world.commit([False, False], run=run)
+        world.commit([False, False], plain=plain)
         world.apply.finish()
         await running
     assert world.checkpoint.confirmable == world.checkpoint.received_lsn

@@ -23,7 +23,7 @@ from cdc_invalidator.log import EventLog, KeyDisplay
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import events, scan
 from cdc_invalidator.pipeline.backlog import Backlog
-from cdc_invalidator.pipeline.batch import Line, Target
+from cdc_invalidator.pipeline.batch import BustEvent, Target
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.rules.load import parse_rules
@@ -105,7 +105,7 @@ def ratio_of_reading(*, each_its_own: bool) -> float:
     reader.read(copied(server.payloads))
     measure = best(lambda: least(data))
     cost = best(lambda: reader.read(data))
-    keys = [key for batch, _ in backlog.take(2**60) for line in batch.lines() for key in line.keys]
+    keys = [key for batch, _ in backlog.take(2**60) for line in batch.events() for key in line.keys]
     assert len(keys) == CHANGES * ROUNDS
     return cost / measure
 
@@ -116,7 +116,7 @@ def ratio_of_telling(*, compiled: bool) -> float:
     told = Events(Metrics(CollectorRegistry()), KeyDisplay("hash"), EventLog(output, "json", "info"), compiled=compiled)
     now = time.time_ns() // 1000 - lsn.EPOCH_OFFSET_US
     lines = [
-        Line(TARGET, "delete", "update", [b"user:%d" % at], "change", 10**10 + at, now - at, at)
+        BustEvent(TARGET, "delete", "update", [b"user:%d" % at], "change", 10**10 + at, now - at, at)
         for at in range(CHANGES)
     ]
     outcome = BustReply([1] * CHANGES, {})

@@ -16,7 +16,7 @@ RULE = parse_rules([("rules.yaml", RULES)], {}).rules[0]
 TARGET = Target(RULE.name, RULE.busts[0].cache, "public.users", RULE.busts[0], RULE.debounce or 0)
 
 
-class Line:
+class DataPath:
     """A checkpoint and a debounce, fed with transactions."""
 
     def __init__(self, capacity: int = 100) -> None:
@@ -43,63 +43,63 @@ class Line:
 
 
 def test_the_first_change_goes_at_once_and_all_others_of_its_time_are_one() -> None:
-    line = Line()
-    batch, _ = line.change(1, 0.0, "a")
+    data_path = DataPath()
+    batch, _ = data_path.change(1, 0.0, "a")
     assert set(batch.busts[TARGET].keys) == {b"a"}
     for xid in range(2, 6):
-        batch, _ = line.change(xid, 0.1, "a", f"only {xid}")
+        batch, _ = data_path.change(xid, 0.1, "a", f"only {xid}")
         assert b"a" not in batch.busts[TARGET].keys
-    assert line.checkpoint.position == 10, "what is held holds the position"
-    assert line.due(0.4) == {}
-    assert line.due(0.5) == {5: {b"a"}}
-    assert line.checkpoint.position == line.lsn
-    assert not line.debounce
+    assert data_path.checkpoint.position == 10, "what is held holds the position"
+    assert data_path.due(0.4) == {}
+    assert data_path.due(0.5) == {5: {b"a"}}
+    assert data_path.checkpoint.position == data_path.lsn
+    assert not data_path.debounce
 
 
 def test_a_key_that_goes_on_changing_is_busted_once_in_each_time() -> None:
-    line = Line()
+    data_path = DataPath()
     busts = 0
     for number in range(100):
-        batch, _ = line.change(number + 1, number / 10, "a")
-        busts += len(batch.busts[TARGET].keys) + len(line.due(number / 10))
+        batch, _ = data_path.change(number + 1, number / 10, "a")
+        busts += len(batch.busts[TARGET].keys) + len(data_path.due(number / 10))
     assert 19 <= busts <= 21
 
 
 def test_a_transaction_that_readers_do_not_see_yet_is_waited_for_though_a_later_one_is_seen() -> None:
-    line = Line()
-    line.change(1, 0.0, "a")
-    line.change(2, 0.1, "a")
-    line.change(3, 0.2, "a")
-    assert line.debounce.xids(0.6) == {2, 3}
-    assert line.due(0.6, 2) == {2: {b"a"}, 3: {b"a"}}
-    assert line.checkpoint.idle
+    data_path = DataPath()
+    data_path.change(1, 0.0, "a")
+    data_path.change(2, 0.1, "a")
+    data_path.change(3, 0.2, "a")
+    assert data_path.debounce.xids(0.6) == {2, 3}
+    assert data_path.due(0.6, 2) == {2: {b"a"}, 3: {b"a"}}
+    assert data_path.checkpoint.idle
 
 
 def test_what_else_a_transaction_did_is_not_kept_with_its_held_key() -> None:
-    line = Line()
-    line.change(1, 0.0, "a")
-    line.change(2, 0.1, "a", *map(str, range(1000)))
-    assert line.debounce.next_due() == 0.5
-    (held,) = line.debounce._held.values()
+    data_path = DataPath()
+    data_path.change(1, 0.0, "a")
+    data_path.change(2, 0.1, "a", *map(str, range(1000)))
+    assert data_path.debounce.next_due() == 0.5
+    (held,) = data_path.debounce._held.values()
     assert held.last.busts == {}
     assert [batch.busts for batch in held.xids.values()] == [{}]
 
 
 def test_a_key_that_too_many_transactions_change_is_busted_before_its_time() -> None:
-    line = Line()
-    line.change(1, 0.0, "a")
+    data_path = DataPath()
+    data_path.change(1, 0.0, "a")
     for xid in range(2, MOST_XIDS + 10):
-        line.change(xid, 0.1, "a")
-    assert len(line.due(0.1)) == 1
+        data_path.change(xid, 0.1, "a")
+    assert len(data_path.due(0.1)) == 1
 
 
 def test_past_its_capacity_keys_are_busted_as_they_come() -> None:
-    line = Line(capacity=10)
+    data_path = DataPath(capacity=10)
     for number in range(100):
-        batch, _ = line.change(number + 1, 0.0, str(number))
+        batch, _ = data_path.change(number + 1, 0.0, str(number))
         assert len(batch.busts[TARGET].keys) == 1
-    batch, _ = line.change(1000, 0.1, "50")
+    batch, _ = data_path.change(1000, 0.1, "50")
     assert len(batch.busts[TARGET].keys) == 1
-    batch, _ = line.change(1001, 0.6, "new")
-    batch, _ = line.change(1002, 0.7, "new")
+    batch, _ = data_path.change(1001, 0.6, "new")
+    batch, _ = data_path.change(1002, 0.7, "new")
     assert len(batch.busts[TARGET].keys) == 0

@@ -17,7 +17,7 @@ from cdc_invalidator import lsn
 from cdc_invalidator.log import EventLog, KeyDisplay, KeyForm
 from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
 from cdc_invalidator.pipeline import apply, events
-from cdc_invalidator.pipeline.batch import KEYS_A_LINE, Batch, Line, Run, Target
+from cdc_invalidator.pipeline.batch import KEYS_AN_EVENT, Batch, BustEvent, PlainBatch, Target
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.redis.server import BUMP_DELETED, BUMP_MISSING, BustReply
 from cdc_invalidator.rules.load import parse_rules
@@ -62,14 +62,14 @@ class Said(NamedTuple):
 
 
 def say(
-    flushes: Iterable[tuple[list[Line], BustReply]], replay_until: int, *, form: KeyForm = "hash", compiled: bool
+    flushes: Iterable[tuple[list[BustEvent], BustReply]], replay_until: int, *, form: KeyForm = "hash", compiled: bool
 ) -> Said:
     """What a process writes and counts for some flushes."""
     output: Any = Collecting()
     metrics = Metrics(CollectorRegistry())
     told = Events(metrics, KeyDisplay(form, b"secret"), EventLog(output, "json", "info"), compiled=compiled)
-    for lines, outcome in flushes:
-        told.busted(lines, outcome, replay_until, NOW_US)
+    for lines, reply in flushes:
+        told.busted(lines, reply, replay_until, NOW_US)
     counted = [line for line in generate_latest(metrics.registry).splitlines() if b"_created" not in line]
     return Said(re.sub(rb'"ts":"[^"]*"', b'"ts":""', output.text), counted)
 
@@ -84,14 +84,14 @@ _ages = st.integers(NOW_US - 253_402_300_799_999_999, NOW_US + 315_619_200_000_0
 )
 _keys = st.one_of(
     st.lists(st.binary(max_size=8), min_size=1, max_size=4),
-    st.integers(1, KEYS_A_LINE).map(lambda count: [b"%d" % at for at in range(count)]),
+    st.integers(1, KEYS_AN_EVENT).map(lambda count: [b"%d" % at for at in range(count)]),
 )
 
 
 @st.composite
-def _lines(draw: st.DrawFn) -> Line:
+def _lines(draw: st.DrawFn) -> BustEvent:
     target = draw(st.sampled_from(TARGETS))
-    return Line(
+    return BustEvent(
         target,
         draw(st.sampled_from(["delete", "bump"])) if target.pairs else target.action,
         draw(st.sampled_from(["insert", "insert,update", "delete", "truncate", "message"])),
@@ -104,7 +104,7 @@ def _lines(draw: st.DrawFn) -> Line:
 
 
 @st.composite
-def _flushes(draw: st.DrawFn) -> tuple[list[Line], BustReply]:
+def _flushes(draw: st.DrawFn) -> tuple[list[BustEvent], BustReply]:
     lines = draw(st.lists(_lines(), max_size=6))
     existed = [draw(st.integers(0, len(line.keys))) for line in lines if line.action == "delete"]
     answers = draw(st.lists(st.sampled_from([BUMP_MISSING, BUMP_DELETED, 1, NOW_US, 2**53]), min_size=1, max_size=9))
@@ -119,7 +119,7 @@ def _flushes(draw: st.DrawFn) -> tuple[list[Line], BustReply]:
     st.sampled_from(["hash", "prefix"]),
 )
 def test_any_flush_is_told_and_counted_the_same_by_the_compiled_part_and_by_the_reference(
-    flushes: list[tuple[list[Line], BustReply]], replay_until: int, form: KeyForm
+    flushes: list[tuple[list[BustEvent], BustReply]], replay_until: int, form: KeyForm
 ) -> None:
     wanted = say(flushes, replay_until, form=form, compiled=False)
     found = say(flushes, replay_until, form=form, compiled=True)
@@ -131,7 +131,7 @@ def test_any_flush_is_told_and_counted_the_same_by_the_compiled_part_and_by_the_
 
 
 def test_what_is_applied_anew_is_told_as_a_replay() -> None:
-    line = Line(TARGETS[0], "delete", "insert", [b"user:1"], "change", 2**64 - 2, None, 730)
+    line = BustEvent(TARGETS[0], "delete", "insert", [b"user:1"], "change", 2**64 - 2, None, 730)
 
     said = say([([line], BustReply([1], {}))], apply._NEVER, compiled=True)
 
@@ -139,7 +139,7 @@ def test_what_is_applied_anew_is_told_as_a_replay() -> None:
 
 
 def test_the_second_before_1970_is_a_second_as_any() -> None:
-    line = Line(TARGETS[0], "delete", "insert", [b"user:1"], "change", 5, -lsn.EPOCH_OFFSET_US - 1, 730)
+    line = BustEvent(TARGETS[0], "delete", "insert", [b"user:1"], "change", 5, -lsn.EPOCH_OFFSET_US - 1, 730)
 
     for compiled in (False, True):
         said = say([([line], BustReply([1], {}))], 0, compiled=compiled)
@@ -150,30 +150,30 @@ def test_the_second_before_1970_is_a_second_as_any() -> None:
 
 
 @st.composite
-def _runs(draw: st.DrawFn) -> list[Line]:
+def _plain_batches(draw: st.DrawFn) -> list[BustEvent]:
     lines = []
     for at in range(draw(st.integers(1, 5))):
         for target in draw(st.lists(st.sampled_from(TARGETS), min_size=1, max_size=4, unique=True)):
             op = draw(st.sampled_from(["insert", "insert,update", "delete,update,insert"]))
             keys = draw(st.lists(st.binary(max_size=3), min_size=1, max_size=4, unique=True))
-            lines.append(Line(target, target.action, op, keys, "change", 1000 + 10 * at, 77 + at, 730 + at))
+            lines.append(BustEvent(target, target.action, op, keys, "change", 1000 + 10 * at, 77 + at, 730 + at))
     return lines
 
 
-def by_transaction(lines: Iterable[Line]) -> list[tuple[Any, ...]]:
+def by_transaction(lines: Iterable[BustEvent]) -> list[tuple[Any, ...]]:
     return [(line.commit_lsn, line.xid, line.committed_at, *line[:5]) for line in lines]
 
 
-@given(_runs())
-def test_the_batches_of_a_run_are_its_transactions(lines: list[Line]) -> None:
-    run = Run(lines, [730], 2000)
+@given(_plain_batches())
+def test_the_batches_of_a_plain_batch_are_its_transactions(lines: list[BustEvent]) -> None:
+    plain = PlainBatch(lines, [730], 2000)
 
-    batches = run.batches()
+    batches = plain.batches()
 
-    assert by_transaction(line for batch in batches for line in batch.lines()) == by_transaction(lines)
+    assert by_transaction(line for batch in batches for line in batch.events()) == by_transaction(lines)
     assert [batch.commit_lsn for batch in batches] == list(dict.fromkeys(line.commit_lsn for line in lines))
-    assert all(batch.weight == sum(len(line.keys) for line in batch.lines()) for batch in batches)
-    assert (run.first_lsn, run.commit_lsn) == (batches[0].commit_lsn, batches[-1].commit_lsn)
-    assert set(run.targets) == {target for batch in batches for target in batch.targets}
-    assert run.weight >= sum(batch.weight for batch in batches)
+    assert all(batch.weight == sum(len(line.keys) for line in batch.events()) for batch in batches)
+    assert (plain.first_lsn, plain.commit_lsn) == (batches[0].commit_lsn, batches[-1].commit_lsn)
+    assert set(plain.targets) == {target for batch in batches for target in batch.targets}
+    assert plain.weight >= sum(batch.weight for batch in batches)
     assert all(isinstance(batch, Batch) and batch.end_lsn is None for batch in batches)

@@ -14,7 +14,7 @@ from cdc_invalidator import errors, settings
 from cdc_invalidator.log import EventLog, Form, KeyDisplay, Level
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import eventstream
-from cdc_invalidator.pipeline.batch import Line, Target
+from cdc_invalidator.pipeline.batch import BustEvent, Target
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.eventstream import EventStream
 from cdc_invalidator.redis.server import BustReply
@@ -170,7 +170,7 @@ def test_the_stream_is_given_the_logs_json_whatever_the_log_is_set_to(
     log._log = Mock()
     events = Events(Metrics(CollectorRegistry()), KeyDisplay("prefix"), log, stream=stream, compiled=compiled)
     target = Target("r", RULES.caches["user"], "public.users")
-    bust = Line(target, "delete", "update", [b"shop:user:1"], "change", 5, None, 730)
+    bust = BustEvent(target, "delete", "update", [b"shop:user:1"], "change", 5, None, 730)
     events.busted([bust], BustReply([1], {}), 0, 0)
     events.gap("new_slot", ["user"], swept=True, lsn="0/5")
     told = [json.loads(text) for text in taken]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cdc_invalidator.pipeline.backlog import BATCH
-from cdc_invalidator.pipeline.batch import Batch, Run
+from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.recent import Recent
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class RecentAgainstModel(RuleBasedStateMachine):
         self.recent.note(batch)
         self.fits = self.fits and self.weight(self.streamed) + self.gaps * (1 + BATCH) <= CAPACITY
 
-    def weight(self, batches: Sequence[Batch | Run]) -> int:
+    def weight(self, batches: Sequence[Batch | PlainBatch]) -> int:
         return sum(batch.weight + BATCH for batch in batches)
 
     @rule(

@@ -516,4 +516,4 @@ def test_no_run_is_larger_than_a_batch() -> None:
     Reader(rule, backlog).read(copied(payloads))
 
     assert backlog.runs > 5
-    assert max(len(list(batch.lines())) for batch, _ in backlog.take(2**60)) < 1000 + 16
+    assert max(len(list(batch.events())) for batch, _ in backlog.take(2**60)) < 1000 + 16

@@ -66,6 +66,7 @@ def _takes(
                         f"--{name.replace('_', '-')}",
                         help=f"{field.description} [{settings.PREFIX}{name.upper()}]",
                         show_default=False,
+                        hidden=name in settings.RENAMED,
                     ),
                 ],
             )
@@ -128,6 +129,7 @@ def run(given: settings.Settings) -> None:
     _load_structlog()
     import gc
 
+    import structlog
     from prometheus_client import REGISTRY, disable_created_metrics
 
     from cdc_invalidator import log
@@ -136,12 +138,14 @@ def run(given: settings.Settings) -> None:
     from cdc_invalidator.pipeline import eventstream
     from cdc_invalidator.pipeline.events import Events
     from cdc_invalidator.pipeline.eventstream import EventStream
-    from cdc_invalidator.postgres.standbys import Replicas
+    from cdc_invalidator.postgres.standbys import Standbys
     from cdc_invalidator.redis.endpoint import Endpoint
     from cdc_invalidator.redis.topology import cache_server
-    from cdc_invalidator.session import Options
+    from cdc_invalidator.session import SessionOptions
 
     output = log.configure(given.log_format, given.log_level)
+    for sentence in settings.renamed(given):
+        structlog.get_logger().warning("setting_renamed", error=sentence)
     # OpenMetrics would carry a _created series beside each counter: noise that doubles them.
     disable_created_metrics()  # type: ignore[no-untyped-call]
     secret = given.log_hash_key
@@ -149,7 +153,7 @@ def run(given: settings.Settings) -> None:
     redis = Endpoint.parse(given.redis_url.get_secret_value())
     cache_server(redis, given.slot)
     eventstream.check_key(given.event_stream, given.slot)
-    options = Options(
+    options = SessionOptions(
         postgres_dsn=given.postgres_dsn.get_secret_value(),
         redis=redis,
         event_stream=given.event_stream,
@@ -164,9 +168,9 @@ def run(given: settings.Settings) -> None:
     stream = EventStream(given.event_stream, given.event_stream_length, metrics) if given.event_stream else None
     display = log.KeyDisplay(given.log_keys, secret.get_secret_value().encode() if secret else None)
     events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level), stream=stream)
-    dsns = given.postgres_replicas.get_secret_value().split()
-    replicas = Replicas(dsns, limit=given.replica_limit, metrics=metrics)
-    daemon = Daemon(options, rules, metrics, events, replicas, given.rules)
+    dsns = given.postgres_standbys.get_secret_value().split()
+    standbys = Standbys(dsns, limit=given.standby_limit, metrics=metrics)
+    daemon = Daemon(options, rules, metrics, events, standbys, given.rules)
     # What is loaded by now stays: the collector need not look at it again. What comes is keys, which are in no cycle.
     gc.collect()
     gc.freeze()
@@ -249,10 +253,10 @@ def check(
         assert redis is not None
         cache_server(redis, given.slot)
         eventstream.check_key(given.event_stream, given.slot)
-        subject = inspection.Subject(
+        servers = inspection.ServerSettings(
             given.postgres_dsn.get_secret_value(), redis, given.event_stream, given.slot, given.publication
         )
-        findings += asyncio.run(inspection.inspect(subject, rules))
+        findings += asyncio.run(inspection.inspect(servers, rules))
     findings = findings_of.in_order(findings)
     if output == "json":
         typer.echo(orjson.dumps(findings_of.report(findings), option=orjson.OPT_INDENT_2))

@@ -22,11 +22,11 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
-from cdc_invalidator.postgres.standbys import Replicas
+from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import RuleSet
-from cdc_invalidator.session import STANDBY_SECONDS, Options, Role, Session
+from cdc_invalidator.session import STANDBY_SECONDS, Role, Session, SessionOptions
 
 _log = structlog.get_logger()
 
@@ -42,12 +42,18 @@ class Daemon:
         rules: what to bust.
         metrics: what to count.
         events: where busts are told.
-        replicas: the standbys that busts wait for.
+        standbys: the standbys that busts wait for.
         source: the rule file, or the directory of rule files, that ``rules`` were read from.
     """
 
     def __init__(
-        self, options: Options, rules: RuleSet, metrics: Metrics, events: Events, replicas: Replicas, source: Path
+        self,
+        options: SessionOptions,
+        rules: RuleSet,
+        metrics: Metrics,
+        events: Events,
+        standbys: Standbys,
+        source: Path,
     ) -> None:
         self._options = options
         self._rules = rules
@@ -65,7 +71,7 @@ class Daemon:
         self._session: Session | None = None
         self._last_error: str | None = None
         self._recent = Recent()
-        self._replicas = replicas
+        self._standbys = standbys
         self._reload = Reload(
             source,
             os.environ,
@@ -149,7 +155,7 @@ class Daemon:
             self._events,
             self._be,
             recent=self._recent,
-            replicas=self._replicas,
+            standbys=self._standbys,
             strict=not self._proven,
             unsettled=self._unsettled,
         )
@@ -225,7 +231,7 @@ class Daemon:
             "watermark_age_s": round(time.time() - recorded_at, 3) if recorded_at else None,
             "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
             "backlog_keys": session.backlog.weight if session else 0,
-            "dropped_replicas": self._replicas.dropped,
+            "dropped_standbys": self._standbys.dropped,
             "unpublished_tables": [str(table) for table in session.unpublished] if session else [],
             "rules": {
                 "digest": self._rules.digest,

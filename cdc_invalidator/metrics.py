@@ -89,7 +89,7 @@ class Metrics:
         self.existed = counter("busted_keys_existed_total", "Busted keys that were there.", "rule", "cache", "action")
         self.again = counter(
             "busted_again_total",
-            "Transactions busted a second time: visible (at the first, no reader saw them), replica (a standby had not "
+            "Transactions busted a second time: visible (at the first, no reader saw them), standby (a standby had not "
             "replayed them), again_after (the cache asks for it).",
             "reason",
         )
@@ -123,9 +123,9 @@ class Metrics:
         self.watermark_stalled = gauge("watermark_stalled", "1 while Redis has no memory for the watermark.")
 
         # The standbys that readers use.
-        self.replica_replayed = gauge("replica_replayed_lsn", "LSN that the standby has replayed.", "replica")
-        self.replica_awaited = gauge(
-            "replica_awaited", "1 while busts wait for the standby, 0 once dropped.", "replica"
+        self.standby_replayed = gauge("standby_replayed_lsn", "LSN that the standby has replayed.", "standby")
+        self.standby_awaited = gauge(
+            "standby_awaited", "1 while busts wait for the standby, 0 once dropped.", "standby"
         )
 
         # Redis.
@@ -156,7 +156,7 @@ class Metrics:
         """Show no more what a session knew: it is over, and another daemon may know better."""
         for figure in self._told:
             figure.forget()
-        for labelled in (self.slot_wal_status, self.replica_awaited, self.replica_replayed):
+        for labelled in (self.slot_wal_status, self.standby_awaited, self.standby_replayed):
             labelled.clear()
         for gauge in (
             self.postgres_up,

@@ -29,9 +29,9 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
-from cdc_invalidator.postgres.slot import Server, Slot, State
+from cdc_invalidator.postgres.slot import ServerInfo, Slot, SlotState
 from cdc_invalidator.postgres.snapshot import Snapshots
-from cdc_invalidator.postgres.standbys import Replicas
+from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.topology import cache_server
@@ -58,7 +58,7 @@ Role = Literal["connecting", "leader", "standby"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class SessionOptions:
     """Where the servers are, and what is ours there."""
 
     postgres_dsn: str
@@ -81,21 +81,21 @@ class Session:
         events: where busts are told.
         be: is told the role.
         recent: remembers what was applied, across sessions.
-        replicas: the standbys that busts wait for.
+        standbys: the standbys that busts wait for.
         strict: refuse rules that this database can't keep; else keep those that it can.
         unsettled: remembers, across sessions, the tables that may be in the stream with only a part of their changes.
     """
 
     def __init__(
         self,
-        options: Options,
+        options: SessionOptions,
         rules: RuleSet,
         metrics: Metrics,
         events: Events,
         be: Callable[[Role], None],
         *,
         recent: Recent,
-        replicas: Replicas,
+        standbys: Standbys,
         strict: bool,
         unsettled: set[Table],
     ) -> None:
@@ -105,7 +105,7 @@ class Session:
         self._events = events
         self._be = be
         self._recent = recent
-        self._replicas = replicas
+        self._standbys = standbys
         self._strict = strict
         self._unsettled = unsettled
         self._system_id = ""
@@ -165,7 +165,7 @@ class Session:
         self._watched_at = time.monotonic()
         watching = self._start(self._watch(self._slot, self._tables, self.apply), "watch")
         alarm = self._start(self._alarm(), "alarm")
-        following = self._start(self._follow(self.checkpoint), "replicas")
+        following = self._start(self._follow(self.checkpoint), "standbys")
         done, _ = await asyncio.wait(
             {receiving, applying, confirming, watching, alarm, following, stopping},
             return_when=asyncio.FIRST_COMPLETED,
@@ -187,7 +187,7 @@ class Session:
         return task
 
     async def _follow(self, checkpoint: Checkpoint) -> None:
-        await self._replicas.run(
+        await self._standbys.run(
             system_id=self._system_id,
             position=lambda: checkpoint.position,
             received=lambda: checkpoint.received_lsn,
@@ -203,7 +203,7 @@ class Session:
             self._connection.pgconn.finish()
         if self._snapshots is not None:
             self._snapshots.close()
-        self._replicas.close()
+        self._standbys.close()
         self._queries.close()
         # Told again until they end: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it
         # returns, and the driver of Redis uses it.
@@ -256,7 +256,7 @@ class Session:
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             recent=self._recent,
-            replicas=self._replicas,
+            standbys=self._standbys,
             queries=self._queries,
             rules=self._rules,
             digests=tables.digests(),
@@ -286,7 +286,9 @@ class Session:
             if state is None or not state.active:
                 return
 
-    async def _streamable(self, slot: Slot, state: State | None, server: Server, *, new_publication: bool) -> bool:
+    async def _streamable(
+        self, slot: Slot, state: SlotState | None, server: ServerInfo, *, new_publication: bool
+    ) -> bool:
         """Make the slot if there is none, or anew if it can't be streamed from; True if it is new."""
         statements = slot.statements(state, server, new_publication=new_publication)
         if not statements:
@@ -349,7 +351,7 @@ class Session:
         if broken or digests != before:
             apply.redigest(digests, broken)
 
-    def _show(self, state: State | None) -> None:
+    def _show(self, state: SlotState | None) -> None:
         self._metrics.slot_wal_status.clear()
         if state is None:
             self._metrics.slot_active.set(0)

@@ -17,6 +17,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from cdc_invalidator import errors
 
 PREFIX = "CDC_"
+# Old names of settings, which are still accepted in this release, and the names that replace them.
+RENAMED: Mapping[str, str] = {"postgres_replicas": "postgres_standbys", "replica_limit": "standby_limit"}
 
 
 EventStreamKey = Annotated[
@@ -96,13 +98,15 @@ class Settings(Stream):
     redis_url: SecretStr = Field(
         description="Where the cache lives: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
     )
-    postgres_replicas: SecretStr = Field(
+    postgres_standbys: SecretStr = Field(
         default=SecretStr(""),
         description="Connection strings of the standbys that readers use, with spaces between: busts wait for them.",
     )
-    replica_limit: float = Field(
+    standby_limit: float = Field(
         default=60.0, gt=0, description="Seconds that busts wait for a standby before it is dropped from the wait."
     )
+    postgres_replicas: SecretStr | None = Field(default=None, description="Old name of postgres_standbys.")
+    replica_limit: float | None = Field(default=None, gt=0, description="Old name of standby_limit.")
     event_stream: EventStreamKey = ""
     event_stream_length: int = Field(
         default=10_000, ge=1, description="About how many events the event stream keeps; some 400 bytes each."
@@ -148,16 +152,52 @@ def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
     """
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     try:
-        return kind(_secrets_dir=os.environ.get("CDC_SECRETS_DIR"), **given)
+        return _under_new_names(kind(_secrets_dir=os.environ.get("CDC_SECRETS_DIR"), **given))
     except SettingsError as error:
         raise errors.WrongSettings(f"The settings can't be read ({error}); check CDC_SECRETS_DIR.") from None
     except ValidationError as error:
         raise errors.WrongSettings("\n".join(map(_sentence, error.errors(include_input=False)))) from None
 
 
+def renamed(given: BaseSettings) -> list[str]:
+    """Return a sentence for each setting that was given under its old name."""
+    return [
+        f"{_variable(old)} (or {_flag(old)}) is an old name, which the next release does not know; use "
+        f"{_variable(new)} or {_flag(new)}."
+        for old, new in RENAMED.items()
+        if old in given.model_fields_set
+    ]
+
+
+def _under_new_names(given: Kind) -> Kind:
+    """Copy what was given under old names to the settings that replace them.
+
+    Raises:
+        errors.WrongSettings: both names were given, with different values.
+    """
+    for old, new in RENAMED.items():
+        if old in given.model_fields_set:
+            value = getattr(given, old)
+            if new in given.model_fields_set and getattr(given, new) != value:
+                raise errors.WrongSettings(
+                    f"{_variable(old)} is the old name of {_variable(new)}, and the two differ; remove "
+                    f"{_variable(old)} (or {_flag(old)})."
+                )
+            given = given.model_copy(update={new: value})
+    return given
+
+
+def _variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _sentence(item: ErrorDetails) -> str:
     name = str(item["loc"][0])
-    variable, flag = PREFIX + name.upper(), "--" + name.replace("_", "-")
+    variable, flag = _variable(name), _flag(name)
     if item["type"] == "missing":
         return f"{variable} is not set; set it in the environment or give {flag}."
     return f"{variable} is wrong: {item['msg'][0].lower()}{item['msg'][1:]}; set it in the environment or give {flag}."

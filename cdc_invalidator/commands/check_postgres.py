@@ -20,7 +20,7 @@ from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
 from cdc_invalidator.postgres.connection import connect, first_line, translated
 from cdc_invalidator.postgres.publication import Publication
-from cdc_invalidator.postgres.slot import Server, Slot
+from cdc_invalidator.postgres.slot import ServerInfo, Slot
 from cdc_invalidator.postgres.survey import Leaf, Survey, quoted, unknown_old
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
@@ -38,8 +38,8 @@ LARGE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """What is looked at: the daemon's settings, as far as the servers are concerned."""
+class ServerSettings:
+    """The daemon's settings about its servers."""
 
     postgres_dsn: str
     redis: Endpoint
@@ -48,19 +48,19 @@ class Subject:
     publication: str
 
 
-async def inspect(subject: Subject, rules: RuleSet | None) -> list[Finding]:
+async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Finding]:
     """Look at the servers and at the rules.
 
     Args:
-        subject: the servers.
+        servers: the servers.
         rules: the rule set; ``None`` where the files are wrong, and the servers are looked at alone.
     """
-    database = _Database(subject, rules)
+    database = _Database(servers, rules)
     findings = await _told(database.look, POSTGRES, "postgres_unavailable")
     if rules is not None:
-        findings += offline(rules, database.columns, cluster=subject.redis.kind == "cluster")
+        findings += offline(rules, database.columns, cluster=servers.redis.kind == "cluster")
     findings += await _told(
-        lambda: redis_inspection.look_at(subject.redis, subject.slot, subject.event_stream, rules),
+        lambda: redis_inspection.look_at(servers.redis, servers.slot, servers.event_stream, rules),
         redis_inspection.REDIS,
         "redis_unavailable",
     )
@@ -121,8 +121,8 @@ class _Rights:
 class _Database:
     """One look at the database of the settings."""
 
-    def __init__(self, subject: Subject, rules: RuleSet | None) -> None:
-        self._subject = subject
+    def __init__(self, servers: ServerSettings, rules: RuleSet | None) -> None:
+        self._settings = servers
         self._rules = rules
         self._findings: list[Finding] = []
         self._columns: dict[Table, dict[str, _Column]] = {}
@@ -130,18 +130,18 @@ class _Database:
 
     async def look(self) -> list[Finding]:
         """Give what is found."""
-        connection = await connect(self._subject.postgres_dsn, "cdc-invalidator check")
+        connection = await connect(self._settings.postgres_dsn, "cdc-invalidator check")
         async with connection:
             await _rows(connection, "SET default_transaction_read_only = on")
-            slot = Slot(connection, self._subject.slot)
+            slot = Slot(connection, self._settings.slot)
             try:
-                server: Server | None = await slot.server()
+                server: ServerInfo | None = await slot.server()
             except errors.ServerRefuses as error:
                 self._add(Severity.ERROR, "no_logical_decoding", str(error))
                 server = None
             await self._look_at_slot(connection, slot, server)
             if self._rules is not None:
-                publication = Publication(connection, self._subject.publication)
+                publication = Publication(connection, self._settings.publication)
                 survey = await publication.survey(self._rules)
                 await self._look_at_publication(connection, publication, survey, self._rules)
                 await self._look_at_tables(connection, survey, self._rules)
@@ -151,8 +151,10 @@ class _Database:
     def _add(self, severity: Severity, code: str, sentence: str, place: Place | str = POSTGRES) -> None:
         self._findings.append(Finding(severity, code, place, sentence))
 
-    async def _look_at_slot(self, connection: psycopg.AsyncConnection[Any], slot: Slot, server: Server | None) -> None:
-        name = self._subject.slot
+    async def _look_at_slot(
+        self, connection: psycopg.AsyncConnection[Any], slot: Slot, server: ServerInfo | None
+    ) -> None:
+        name = self._settings.slot
         (row,) = await _rows(connection, _RIGHTS)
         rights = _Rights(*row)
         if not rights.replicates:
@@ -217,7 +219,7 @@ class _Database:
     async def _look_at_publication(
         self, connection: psycopg.AsyncConnection[Any], publication: Publication, survey: Survey, rules: RuleSet
     ) -> None:
-        name = self._subject.publication
+        name = self._settings.publication
         self._findings += map(Finding.of, survey.mistakes(rules))
         given = {
             "publication": name,
@@ -257,8 +259,8 @@ class _Database:
                 may=row.mine,
             )
         for table in missing:
-            subject = survey.subjects[table]
-            whole = "" if subject is not None and subject.partitioned else "ONLY "
+            state = survey.tables[table]
+            whole = "" if state is not None and state.partitioned else "ONLY "
             self._not_set_up(
                 _rules_on(rules, table)[0].place,
                 "table_not_published",
@@ -267,7 +269,7 @@ class _Database:
                 may=row.mine and table in owned,
             )
         for table in survey.without_identity:
-            if table not in survey.subjects:
+            if table not in survey.tables:
                 self._add(
                     Severity.ERROR,
                     "no_replica_identity",
@@ -297,8 +299,8 @@ class _Database:
         for row in await _rows(connection, _COLUMNS, given):
             column = _Column(row.type, row.oid, row.category, row.modifier, row.alone)
             self._columns.setdefault(Table(row.schema, row.name), {})[row.column] = column
-        for table, subject in survey.subjects.items():
-            for leaf in subject.leaves if subject is not None else ():
+        for table, state in survey.tables.items():
+            for leaf in state.leaves if state is not None else ():
                 if leaf.usable:
                     for rule in _rules_on(rules, table):
                         self._findings += _of_old_rows(rule, leaf)

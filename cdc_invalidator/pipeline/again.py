@@ -98,7 +98,7 @@ class Again:
         self._capacity = capacity
         self._hidden: list[Waiting] = []
         self._hidden_weight = 0
-        self._unreplayed = _Queue("replica", capacity, resolve)
+        self._unreplayed = _Queue("standby", capacity, resolve)
         # By the milliseconds that they wait: each queue is in order then.
         self._later: dict[int, _Queue] = {}
 

@@ -30,7 +30,7 @@ from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.sweep import Cause, Request, Sweep, Sweeps
-from cdc_invalidator.postgres.standbys import Replicas
+from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.server import BustReply, CacheServer
 from cdc_invalidator.redis.watermark import Position, Watermark, gaps
 from cdc_invalidator.rules.model import Cache, Pair, RuleSet
@@ -55,7 +55,7 @@ class Apply:
         backlog: where batches come from.
         checkpoint: is told what is resolved and recorded.
         recent: remembers what was applied.
-        replicas: the standbys that busts wait for.
+        standbys: the standbys that busts wait for.
         queries: what `via` asks.
         rules: the rule set, for the digests in the watermark and the sweeps of gaps.
         position: where the stream goes on.
@@ -74,7 +74,7 @@ class Apply:
         backlog: Backlog,
         checkpoint: Checkpoint,
         recent: Recent,
-        replicas: Replicas,
+        standbys: Standbys,
         queries: Queries,
         rules: RuleSet,
         position: Position,
@@ -89,7 +89,7 @@ class Apply:
         self._backlog = backlog
         self._checkpoint = checkpoint
         self._recent = recent
-        self._replicas = replicas
+        self._standbys = standbys
         self._queries = queries
         self._rules = rules
         self._digests = digests
@@ -142,7 +142,7 @@ class Apply:
     def hurry(self, *, much_wal: bool) -> None:
         """Note whether PostgreSQL keeps more WAL than it may: then nothing holds the position back that need not."""
         if much_wal and self._again.unreplayed is not None:
-            self._replicas.relent(self._again.unreplayed.due, "the slot holds more than CDC_MAX_RETAINED_WAL")
+            self._standbys.relent(self._again.unreplayed.due, "the slot holds more than CDC_MAX_RETAINED_WAL")
         if much_wal and self._sweeps and not self._sweeps.hurry:
             _log.warning("sweeps_hurry", error="The slot holds more than CDC_MAX_RETAINED_WAL; CDC_SWEEP_RATE is left.")
         self._sweeps.hurry = much_wal
@@ -175,9 +175,9 @@ class Apply:
             if self._again or self._due:
                 await self._bust_again(server)
             else:
-                self._replicas.rest()
-            if self._replicas.returned():
-                self.gap(dict.fromkeys(self._digests, "replica_returned"))
+                self._standbys.rest()
+            if self._standbys.returned():
+                self.gap(dict.fromkeys(self._digests, "standby_returned"))
             if self._sweeps:
                 self._finish(await self._sweeps.step(server))
             if not self._backlog or self._events.stream is not None:
@@ -268,12 +268,12 @@ class Apply:
 
     def _broken(self, watermark: Watermark | None, position: Position) -> dict[str, str]:
         if watermark is None:
-            self._replicas.recall(None)
+            self._standbys.recall(None)
         else:
             if self._recorded is not None and (watermark.lsn > position.flushed or watermark.at > self._written_ms):
                 raise errors.Superseded
-            if self._replicas.recall(watermark.standbys):
-                return dict.fromkeys(self._digests, "replica_removed")
+            if self._standbys.recall(watermark.standbys):
+                return dict.fromkeys(self._digests, "standby_removed")
             if self._recent.reaches(watermark.lsn):
                 position = replace(position, start=min(position.start, watermark.lsn))
             elif self._recorded is not None:
@@ -332,7 +332,7 @@ class Apply:
 
     async def _flush(self, server: CacheServer) -> None:
         hidden = await self._hidden([xid for batch, _ in self._taken for xid in batch.xids])
-        if hidden or self._replicas.awaited:
+        if hidden or self._standbys.awaited:
             # At once what this turn has in hand, for when it is tried again.
             self._taken = list(_by_transaction(self._taken))
         taken = self._taken
@@ -359,13 +359,13 @@ class Apply:
         if not self._due:
             hidden = await self._hidden(self._again.hidden) if self._again.hidden else set()
             now = time.monotonic()
-            self._due = list(self._again.ready(hidden.__contains__, self._replicas.replayed, now))
+            self._due = list(self._again.ready(hidden.__contains__, self._standbys.replayed, now))
             waits = self._again.unreplayed
             if waits is None:
-                self._replicas.rest()
+                self._standbys.rest()
             else:
-                self._replicas.want()
-                self._replicas.overdue(waits.since, waits.due)
+                self._standbys.want()
+                self._standbys.overdue(waits.since, waits.due)
         if not self._due:
             return
         self._early_backoff.reset()
@@ -396,7 +396,7 @@ class Apply:
     def _follow_up(self, batch: Batch, ticket: Ticket, bust: str, now: float) -> None:
         """Begin what a bust leads to: its sweeps, and the busts that come after it."""
         self._request_sweeps(batch, ticket)
-        if bust in {"first", "visible"} and self._replicas.awaited:
+        if bust in {"first", "visible"} and self._standbys.awaited:
             self._again.until_replayed(batch, ticket, now)
         if bust != "again_after" and self._asks_again:
             self._again.until_later(batch, ticket, now)
@@ -477,7 +477,7 @@ class Apply:
                 system_id=self._position.system_id,
                 timeline=self._position.timeline,
                 rules=self._digests,
-                standbys=self._replicas.known,
+                standbys=self._standbys.known,
                 as_of=as_of,
             )
         )

@@ -15,7 +15,7 @@ import psycopg
 
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import ENDLESS, PATIENCE, first_line, translate, translated
-from cdc_invalidator.postgres.survey import Leaf, Subject, Survey, identifier, quoted
+from cdc_invalidator.postgres.survey import Leaf, Survey, TableState, identifier, quoted
 from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import RuleSet
 
@@ -55,17 +55,17 @@ class Publication:
         seen = (tables, publications, roots, leaves, harmed)
         if self._last is not None and self._last[0] == seen:
             return self._last[1]
-        subjects: dict[Table, Subject | None] = dict.fromkeys(tables)
+        states: dict[Table, TableState | None] = dict.fromkeys(tables)
         for row in roots:
-            subjects[Table(row.schema, row.name)] = Subject(
+            states[Table(row.schema, row.name)] = TableState(
                 row.oid, row.partitioned, row.keyed, row.parent, row.listed, tuple(row.carriers)
             )
         for row in leaves:
-            subject = subjects[Table(row.root_schema, row.root_name)]
-            if subject is not None:
-                subject.leaves.append(_leaf(row))
+            state = states[Table(row.root_schema, row.root_name)]
+            if state is not None:
+                state.leaves.append(_leaf(row))
         suits = bool(publications) and publications[0].suits
-        survey = Survey(bool(publications), suits, subjects, [Table(row.schema, row.name) for row in harmed])
+        survey = Survey(bool(publications), suits, states, [Table(row.schema, row.name) for row in harmed])
         self._last = seen, survey
         return survey
 
@@ -85,7 +85,7 @@ class Publication:
         name = identifier(self._name)
         # Without ONLY, PostgreSQL would publish the tables that inherit from it as well. A partitioned one has no rows.
         add = [
-            quoted(table) if (subject := survey.subjects[table]) and subject.partitioned else f"ONLY {quoted(table)}"
+            quoted(table) if (state := survey.tables[table]) and state.partitioned else f"ONLY {quoted(table)}"
             for table in survey.unpublished
         ]
         if not survey.exists:

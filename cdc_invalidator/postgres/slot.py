@@ -13,7 +13,7 @@ from cdc_invalidator import errors, lsn
 from cdc_invalidator.postgres.connection import translated
 
 
-class State(NamedTuple):
+class SlotState(NamedTuple):
     """The slot's row in pg_replication_slots; LSNs as numbers, ``retained`` in bytes of WAL."""
 
     active: bool
@@ -28,7 +28,7 @@ class State(NamedTuple):
         return self.wal_status == "lost"
 
 
-class Server(NamedTuple):
+class ServerInfo(NamedTuple):
     """What the slot's server is; ``version`` as in server_version_num."""
 
     version: int
@@ -60,7 +60,7 @@ class Slot:
             cursor = await self._connection.execute(query, {"slot": self._name})
             return await cursor.fetchall()
 
-    async def server(self) -> Server:
+    async def server(self) -> ServerInfo:
         """Look at the server, and refuse one that can't decode.
 
         Raises:
@@ -75,9 +75,9 @@ class Slot:
             raise errors.ServerRefuses(
                 f"PostgreSQL {row.version // 10000} can't decode on a standby; point CDC_POSTGRES_DSN to the primary."
             )
-        return Server(row.version, row.wal_level, row.in_recovery)
+        return ServerInfo(row.version, row.wal_level, row.in_recovery)
 
-    async def state(self) -> State | None:
+    async def state(self) -> SlotState | None:
         """Look at the slot; ``None`` when there is none of that name.
 
         Raises:
@@ -91,9 +91,9 @@ class Slot:
             raise errors.ServerRefuses(
                 f"Slot {self._name} belongs to another database or plugin; set CDC_SLOT to a name of your own."
             )
-        return State(row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
+        return SlotState(row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
 
-    def statements(self, state: State | None, server: Server, *, new_publication: bool) -> list[str]:
+    def statements(self, state: SlotState | None, server: ServerInfo, *, new_publication: bool) -> list[str]:
         """Give the SQL that makes the slot what it must be: nothing if it can be streamed from.
 
         A slot that stands before the publication was made can't: PostgreSQL before 18 fails to decode from there.

@@ -29,7 +29,7 @@ ASK_SECONDS = 0.02
 REST_SECONDS = 1.0
 
 
-class _Replica:
+class _Standby:
     """One standby, and what it says."""
 
     def __init__(self, name: str, dsn: str) -> None:
@@ -51,7 +51,7 @@ class _Replica:
         return not self.dropped or self.target is not None
 
 
-class Replicas:
+class Standbys:
     """The standbys of one daemon; they outlive its sessions.
 
     Args:
@@ -61,10 +61,10 @@ class Replicas:
     """
 
     def __init__(self, dsns: Iterable[str], *, limit: float, metrics: Metrics) -> None:
-        self._replicas = [_Replica(name(dsn), dsn) for dsn in dsns]
-        names = [replica.name for replica in self._replicas]
+        self._standbys = [_Standby(name(dsn), dsn) for dsn in dsns]
+        names = [standby.name for standby in self._standbys]
         if len(set(names)) < len(names):
-            raise errors.WrongSettings("CDC_POSTGRES_REPLICAS names a standby twice; leave one of the two out.")
+            raise errors.WrongSettings("CDC_POSTGRES_STANDBYS names a standby twice; leave one of the two out.")
         self._limit = limit
         self._metrics = metrics
         self._wake: Callable[[], None] = lambda: None
@@ -76,32 +76,32 @@ class Replicas:
     @property
     def known(self) -> dict[str, str | None]:
         """What the watermark says of them: when each was started, ``None`` for one that is dropped."""
-        return {replica.name: None if replica.dropped else replica.started for replica in self._replicas}
+        return {standby.name: None if standby.dropped else standby.started for standby in self._standbys}
 
     @property
     def dropped(self) -> list[str]:
         """The names of those that are dropped."""
-        return [replica.name for replica in self._replicas if replica.dropped]
+        return [standby.name for standby in self._standbys if standby.dropped]
 
     @property
     def awaited(self) -> bool:
         """Whether busts wait for any."""
-        return any(replica.awaited for replica in self._replicas)
+        return any(standby.awaited for standby in self._standbys)
 
     @property
     def replayed(self) -> int:
         """The LSN that all that are awaited have replayed; without any, one that no WAL reaches."""
-        return min((replica.replayed for replica in self._replicas if replica.awaited), default=2**64)
+        return min((standby.replayed for standby in self._standbys if standby.awaited), default=2**64)
 
     def want(self) -> None:
         """Ask until told otherwise: something waits."""
-        for replica in self._replicas:
-            replica.wanted.set()
+        for standby in self._standbys:
+            standby.wanted.set()
 
     def rest(self) -> None:
         """Nothing waits any more."""
-        for replica in self._replicas:
-            replica.wanted.clear()
+        for standby in self._standbys:
+            standby.wanted.clear()
 
     def returned(self) -> bool:
         """Tell, once, whether one has come back, so that the caches must be swept."""
@@ -113,18 +113,18 @@ class Replicas:
 
         Without a watermark nothing is known of those that are new.
         """
-        for replica in self._replicas:
-            started = (known or {}).get(replica.name)
-            if not replica.judged and started is not None and replica.started in {None, started}:
+        for standby in self._standbys:
+            started = (known or {}).get(standby.name)
+            if not standby.judged and started is not None and standby.started in {None, started}:
                 # Whether it has been running since then is seen when it is asked, if it was not already.
-                replica.started, replica.dropped = started, False
-                self._show(replica)
-            elif known is not None and started is None and not replica.dropped:
-                self._drop(replica, "the watermark does not speak for it")
-            replica.judged = True
+                standby.started, standby.dropped = started, False
+                self._show(standby)
+            elif known is not None and started is None and not standby.dropped:
+                self._drop(standby, "the watermark does not speak for it")
+            standby.judged = True
         if known is None:
             return False
-        return bool({name for name, started in known.items() if started is None} - {r.name for r in self._replicas})
+        return bool({name for name, started in known.items() if started is None} - {r.name for r in self._standbys})
 
     def overdue(self, since: float, due: float) -> None:
         """Drop those that have not replayed ``due``, which waits since then by the monotonic clock, if for too long."""
@@ -133,9 +133,9 @@ class Replicas:
 
     def relent(self, due: float, why: str) -> None:
         """Wait no longer for those that have not replayed this LSN."""
-        for replica in self._replicas:
-            if replica.awaited and replica.replayed <= due:
-                self._drop(replica, why)
+        for standby in self._standbys:
+            if standby.awaited and standby.replayed <= due:
+                self._drop(standby, why)
 
     async def run(
         self, *, system_id: str, position: Callable[[], int], received: Callable[[], int], wake: Callable[[], None]
@@ -149,69 +149,69 @@ class Replicas:
             wake: is called when one has gone ahead.
         """
         self._system_id, self._position, self._received, self._wake = system_id, position, received, wake
-        for replica in self._replicas:
-            self._show(replica)
+        for standby in self._standbys:
+            self._show(standby)
         # Without any, too, this ends by being cancelled.
-        await asyncio.gather(asyncio.Event().wait(), *map(self._follow, self._replicas))
+        await asyncio.gather(asyncio.Event().wait(), *map(self._follow, self._standbys))
 
-    async def _follow(self, replica: _Replica) -> None:
+    async def _follow(self, standby: _Standby) -> None:
         backoff = Backoff(first=0.1, most=2.0)
         passed = 0
         try:
             while True:
-                await _within(REST_SECONDS, replica.wanted)
+                await _within(REST_SECONDS, standby.wanted)
                 try:
-                    if replica.connection is None:
-                        replica.connection = await self._connect(replica)
-                    replayed = await self._ask(replica.connection)
+                    if standby.connection is None:
+                        standby.connection = await self._connect(standby)
+                    replayed = await self._ask(standby.connection)
                 except (errors.Retryable, errors.ServerRefuses) as error:
-                    self._metrics.postgres_errors.labels("replica").inc()
+                    self._metrics.postgres_errors.labels("standby").inc()
                     delay = backoff.next()
                     tell = _log.warning if isinstance(error, errors.Retryable) else _log.error
-                    tell("replica_unavailable", replica=replica.name, error=str(error), retry_in_s=round(delay, 2))
-                    _close(replica)
+                    tell("standby_unavailable", standby=standby.name, error=str(error), retry_in_s=round(delay, 2))
+                    _close(standby)
                     await asyncio.sleep(delay)
                     continue
                 backoff.reset()
-                self._replayed(replica, replayed, passed)
+                self._replayed(standby, replayed, passed)
                 passed = self._position()
                 await asyncio.sleep(ASK_SECONDS)
         finally:
-            _close(replica)
+            _close(standby)
 
     def close(self) -> None:
         """Drop the connections at once: whoever is in the middle of a query need not wait for the server."""
-        for replica in self._replicas:
-            _close(replica)
+        for standby in self._standbys:
+            _close(standby)
 
-    def _replayed(self, replica: _Replica, replayed: int, passed: int) -> None:
-        before = replica.replayed
-        replica.replayed = replayed
-        self._metrics.replica_replayed.labels(replica.name).set(replayed)
-        if replica.judged and replica.dropped and replica.target is None and replayed >= passed > 0:
+    def _replayed(self, standby: _Standby, replayed: int, passed: int) -> None:
+        before = standby.replayed
+        standby.replayed = replayed
+        self._metrics.standby_replayed.labels(standby.name).set(replayed)
+        if standby.judged and standby.dropped and standby.target is None and replayed >= passed > 0:
             # It is where we were a moment ago: worth waiting for.
-            replica.target = self._received()
-        if replica.target is not None and replayed >= replica.target:
-            replica.dropped, replica.target = False, None
+            standby.target = self._received()
+        if standby.target is not None and replayed >= standby.target:
+            standby.dropped, standby.target = False, None
             self._returned = True
-            self._show(replica)
-            _log.warning("replica_returned", replica=replica.name, lsn=lsn.text(replayed))
+            self._show(standby)
+            _log.warning("standby_returned", standby=standby.name, lsn=lsn.text(replayed))
         if replayed != before:
             self._wake()
 
-    def _drop(self, replica: _Replica, why: str) -> None:
-        if replica.awaited:
-            error = f"Busts wait no longer for {replica.name}, because {why}: its readers may cache old rows."
-            _log.error("replica_dropped", replica=replica.name, error=error, lsn=lsn.text(replica.replayed))
-        replica.dropped, replica.target = True, None
-        self._show(replica)
+    def _drop(self, standby: _Standby, why: str) -> None:
+        if standby.awaited:
+            error = f"Busts wait no longer for {standby.name}, because {why}: its readers may cache old rows."
+            _log.error("standby_dropped", standby=standby.name, error=error, lsn=lsn.text(standby.replayed))
+        standby.dropped, standby.target = True, None
+        self._show(standby)
         self._wake()
 
-    def _show(self, replica: _Replica) -> None:
-        self._metrics.replica_awaited.labels(replica.name).set(not replica.dropped)
+    def _show(self, standby: _Standby) -> None:
+        self._metrics.standby_awaited.labels(standby.name).set(not standby.dropped)
 
-    async def _connect(self, replica: _Replica) -> psycopg.AsyncConnection[Any]:
-        connection = await connect(replica.dsn, "cdc-invalidator replica")
+    async def _connect(self, standby: _Standby) -> psycopg.AsyncConnection[Any]:
+        connection = await connect(standby.dsn, "cdc-invalidator standby")
         try:
             with translated():
                 row = await (await connection.execute(_WHO)).fetchone()
@@ -221,11 +221,11 @@ class Replicas:
         assert row is not None
         if str(row.system) != self._system_id:
             connection.pgconn.finish()
-            raise errors.ServerRefuses(f"{replica.name} is no standby of this database; correct CDC_POSTGRES_REPLICAS.")
-        if replica.started != row.started:
-            if replica.started is not None:
-                self._drop(replica, "it was restarted, and shows older rows until it has caught up")
-            replica.started = row.started
+            raise errors.ServerRefuses(f"{standby.name} is no standby of this database; correct CDC_POSTGRES_STANDBYS.")
+        if standby.started != row.started:
+            if standby.started is not None:
+                self._drop(standby, "it was restarted, and shows older rows until it has caught up")
+            standby.started = row.started
         return connection
 
     async def _ask(self, connection: psycopg.AsyncConnection[Any]) -> int:
@@ -235,10 +235,10 @@ class Replicas:
         return lsn.parse(row.replayed)
 
 
-def _close(replica: _Replica) -> None:
-    connection, replica.connection = replica.connection, None
+def _close(standby: _Standby) -> None:
+    connection, standby.connection = standby.connection, None
     # A standby that comes back may show less than before.
-    replica.replayed = 0
+    standby.replayed = 0
     if connection is not None:
         connection.pgconn.finish()
 
@@ -272,10 +272,10 @@ def name(dsn: str) -> str:
     """
     if "://" not in dsn:
         raise errors.WrongSettings(
-            "CDC_POSTGRES_REPLICAS can't be read; write each standby as postgresql://user:password@host:port/database, "
+            "CDC_POSTGRES_STANDBYS can't be read; write each standby as postgresql://user:password@host:port/database, "
             "with spaces between."
         )
-    check_dsn(dsn, "CDC_POSTGRES_REPLICAS")
+    check_dsn(dsn, "CDC_POSTGRES_STANDBYS")
     parts: Mapping[str, Any] = psycopg.conninfo.conninfo_to_dict(dsn)
     hosts = str(parts.get("host") or parts.get("hostaddr") or "localhost").split(",")
     ports = str(parts.get("port") or 5432).split(",")

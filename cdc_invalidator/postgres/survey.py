@@ -41,7 +41,7 @@ class Leaf(NamedTuple):
 
 
 @dataclass(slots=True)
-class Subject:
+class TableState:
     """A table that a rule names, as the catalogs have it now. A plain table is its own only leaf.
 
     ``keyed``: it has a primary key; ``parent``: other tables inherit from it; ``listed``: the publication has an entry
@@ -100,65 +100,63 @@ class Survey:
 
     exists: bool
     suits: bool
-    subjects: dict[Table, Subject | None]
+    tables: dict[Table, TableState | None]
     without_identity: list[Table]
 
     @property
     def unknown(self) -> list[Table]:
         """Tables of rules that don't exist (yet)."""
-        return [table for table, subject in self.subjects.items() if subject is None]
+        return [table for table, state in self.tables.items() if state is None]
 
     @property
     def unpublished(self) -> list[Table]:
         """Tables that can be published and are not."""
         return [
             table
-            for table, subject in self.subjects.items()
-            if subject and subject.usable and not subject.published and not subject.limited
+            for table, state in self.tables.items()
+            if state and state.usable and not state.published and not state.limited
         ]
 
     @property
     def harmful(self) -> list[Table]:
         """Tables that are published and must not be."""
-        refused = [
-            table for table, subject in self.subjects.items() if subject and not subject.usable and subject.listed
-        ]
+        refused = [table for table, state in self.tables.items() if state and not state.usable and state.listed]
         # A table that was renamed away is still listed, under a name that no rule knows.
         return list(dict.fromkeys(refused + self.without_identity))
 
     @property
     def blind(self) -> list[Table]:
         """Tables that exist and whose changes are not seen."""
-        return [table for table, subject in self.subjects.items() if subject and not subject.published]
+        return [table for table, state in self.tables.items() if state and not state.published]
 
     @property
     def published(self) -> list[Table]:
         """Tables whose changes are seen."""
-        return [table for table, subject in self.subjects.items() if subject and subject.published]
+        return [table for table, state in self.tables.items() if state and state.published]
 
     def published_since(self, before: Survey) -> list[Table]:
         """Give the tables whose changes are seen now and were not then, whoever published them."""
         return [
             table
-            for table, subject in self.subjects.items()
-            if subject and subject.published and not ((former := before.subjects[table]) and former.published)
+            for table, state in self.tables.items()
+            if state and state.published and not ((former := before.tables[table]) and former.published)
         ]
 
     def known_as(self, oid: int) -> list[Table]:
         """Give the tables of rules that a table was or was a partition of, whatever it is called now."""
         return [
             table
-            for table, subject in self.subjects.items()
-            if subject and (subject.oid == oid or any(leaf.oid == oid for leaf in subject.leaves))
+            for table, state in self.tables.items()
+            if state and (state.oid == oid or any(leaf.oid == oid for leaf in state.leaves))
         ]
 
     def leaves_since(self, before: Survey) -> list[int]:
         """Give the OIDs of the tables that hold rows and did not then."""
         return [
             leaf.oid
-            for table, subject in self.subjects.items()
-            for leaf in (subject.leaves if subject else ())
-            if leaf.oid not in _shape(before.subjects[table])
+            for table, state in self.tables.items()
+            for leaf in (state.leaves if state else ())
+            if leaf.oid not in _shape(before.tables[table])
         ]
 
     def changed_since(self, before: Survey, filled: Container[int]) -> list[Table]:
@@ -169,9 +167,9 @@ class Survey:
             filled: which of `leaves_since` brought rows.
         """
         changed = []
-        for table, subject in self.subjects.items():
-            former, now = _shape(before.subjects[table]), _shape(subject)
-            leaves = subject.leaves if subject else []
+        for table, state in self.tables.items():
+            former, now = _shape(before.tables[table]), _shape(state)
+            leaves = state.leaves if state else []
             if former - now or any(leaf.oid in filled for leaf in leaves if leaf.oid not in former):
                 changed.append(table)
         return changed
@@ -185,12 +183,12 @@ class Survey:
         shapes: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in rules.caches}
         blind: set[str] = set()
         for rule in rules.rules:
-            subject = self.subjects[rule.table]
+            state = self.tables[rule.table]
             for bust in rule.busts:
-                if subject is None or not subject.published or rule.table in besides:
+                if state is None or not state.published or rule.table in besides:
                     blind.add(bust.cache.name)
                 else:
-                    shapes[bust.cache.name].append((str(rule.table), subject.shape))
+                    shapes[bust.cache.name].append((str(rule.table), state.shape))
         return {
             name: hashlib.sha256(repr((cache.digest, sorted(shapes[name]))).encode()).hexdigest()[:16]
             for name, cache in rules.caches.items()
@@ -200,19 +198,19 @@ class Survey:
     def mistakes(self, rules: RuleSet) -> list[Problem]:
         """Give the rules that can't be kept on this database, each with its place and what helps."""
         problems: list[Problem] = []
-        for table, subject in self.subjects.items():
-            if subject is not None:
+        for table, state in self.tables.items():
+            if state is not None:
                 of_table = [rule for rule in rules.rules if rule.table == table]
-                if subject.refused:
+                if state.refused:
                     place = of_table[0].place
-                    sentence = f"{table} can't be published: {subject.refused}."
+                    sentence = f"{table} can't be published: {state.refused}."
                     problems.append(Problem(*place, sentence, "not_publishable"))
-                problems += _mistakes(table, subject.leaves, of_table)
+                problems += _mistakes(table, state.leaves, of_table)
         return problems
 
 
-def _shape(subject: Subject | None) -> set[int]:
-    return set(subject.shape) if subject else set()
+def _shape(state: TableState | None) -> set[int]:
+    return set(state.shape) if state else set()
 
 
 _NOT_TABLES = {

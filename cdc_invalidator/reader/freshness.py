@@ -40,7 +40,7 @@ class Feed:
 
     Args:
         slot: the name of the daemon's replication slot, which names the watermark.
-        standby: the standby that values are loaded from, as ``CDC_POSTGRES_REPLICAS`` names it; empty for the primary.
+        standby: the standby that values are loaded from, as ``CDC_POSTGRES_STANDBYS`` names it; empty for the primary.
     """
 
     def __init__(self, slot: str, standby: str = "") -> None:

@@ -228,7 +228,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         ),
         states(
             "Standbys that readers use",
-            Query(highest(gauge("replica_awaited"), "replica"), "{{slot}} {{replica}}"),
+            Query(highest(gauge("standby_awaited"), "standby"), "{{slot}} {{standby}}"),
             {"0": ("dropped", "red"), "1": ("awaited", "green")},
         ),
     ],

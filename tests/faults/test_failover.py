@@ -24,7 +24,7 @@ from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
-from cdc_invalidator.postgres.standbys import Replicas
+from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis import sentinel
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.server import CacheServer, Single
@@ -220,7 +220,7 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
         backlog=Backlog(),
         checkpoint=Checkpoint(100),
         recent=Recent(),
-        replicas=Replicas([], limit=1, metrics=metrics),
+        standbys=Standbys([], limit=1, metrics=metrics),
         queries=Queries("", metrics),
         rules=RuleSet({}, (), ""),
         position=Position("1", 1, 100, 100),

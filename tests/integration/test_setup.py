@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -171,7 +172,7 @@ def test_a_table_that_does_not_exist_yet_is_published_once_it_does(
 
 
 @pytest.mark.parametrize(
-    ("replicas", "remedy"),
+    ("standbys", "remedy"),
     [
         ("host=db2 dbname=shop user=app password=topsecret", "postgresql://user:password@host:port/database"),
         ("postgresql://app:topsecret@db2/shop postgresql://app@db2:5432/", "leave one of the two out"),
@@ -179,13 +180,29 @@ def test_a_table_that_does_not_exist_yet_is_published_once_it_does(
     ids=["words", "one of them twice"],
 )
 def test_run_refuses_standbys_that_are_no_urls_or_are_named_twice(
-    database: str, redis_url: str, tmp_path: Path, slot_name: str, replicas: str, remedy: str
+    database: str, redis_url: str, tmp_path: Path, slot_name: str, standbys: str, remedy: str
 ) -> None:
-    given = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "postgres_replicas": replicas}
+    given = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "postgres_standbys": standbys}
     refused = command("run", rules=rule_file(tmp_path, THING), http_port=free_port(), **given)
     assert refused.returncode == 2
     (line,) = refused.stderr.splitlines()
-    assert "CDC_POSTGRES_REPLICAS" in line
+    assert "CDC_POSTGRES_STANDBYS" in line
     assert remedy in line
     assert "topsecret" not in refused.stderr
+    assert refused.stdout == ""
+
+
+def test_run_warns_of_the_old_name_of_a_setting_and_refuses_both_names_where_they_differ(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    given = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "postgres_replicas": "no URL"}
+    refused = command("run", rules=rule_file(tmp_path, THING), http_port=free_port(), **given)
+    assert refused.returncode == 2
+    (warning,) = map(json.loads, refused.stdout.splitlines())
+    assert (warning["event"], warning["level"]) == ("setting_renamed", "warning")
+    assert "use CDC_POSTGRES_STANDBYS" in warning["error"]
+    given["postgres_standbys"] = "another"
+    refused = command("run", rules=rule_file(tmp_path, THING), http_port=free_port(), **given)
+    assert refused.returncode == 2
+    assert "CDC_POSTGRES_REPLICAS" in refused.stderr
     assert refused.stdout == ""

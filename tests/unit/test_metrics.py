@@ -38,7 +38,7 @@ def test_what_a_session_knew_is_forgotten_and_what_the_daemon_counted_is_not(met
     metrics.postgres_up.set(1)
     metrics.retained_wal.set(2**30)
     metrics.slot_wal_status.labels("lost").set(1)
-    metrics.replica_awaited.labels("db2:5432").set(0)
+    metrics.standby_awaited.labels("db2:5432").set(0)
     metrics.watermark_stalled.set(1)
     metrics.backlog.set(7)
     assert len(shown(metrics)) == len(counted) + 5

@@ -127,7 +127,7 @@ class AgainAgainstModel(RuleBasedStateMachine):
     def follow_up(self, reason: str, batch: Batch, ticket: Ticket, *, standbys: bool) -> None:
         if standbys and reason in {"first", "visible"}:
             batch = replace(batch, committed_at=next(self.numbers))
-            self.ask("replica", 0, batch, ticket, batch.commit_lsn)
+            self.ask("standby", 0, batch, ticket, batch.commit_lsn)
             self.again.until_replayed(batch, ticket, self.now)
         if reason != "again_after":
             batch = replace(batch, committed_at=next(self.numbers))
@@ -164,14 +164,14 @@ class AgainAgainstModel(RuleBasedStateMachine):
 
     def take(self, unseen: set[int], replayed: int, now: float) -> None:
         for reason, waiting in self.again.ready(unseen.__contains__, replayed, now):
-            which = {"visible": waiting.batch.xid, "replica": 0}.get(reason)
+            which = {"visible": waiting.batch.xid, "standby": 0}.get(reason)
             if which is None:
                 (which,) = {target.cache.again_after or 0 for target in waiting.batch.busts}
             for entry in self.given(reason, which, waiting):
                 if reason == "visible":
                     assert which not in unseen
                 else:
-                    assert entry.due < (replayed if reason == "replica" else now)
+                    assert entry.due < (replayed if reason == "standby" else now)
                 assert waiting.ticket.below <= entry.below
             self.in_hand.append((reason, waiting))
         self.assert_nothing_stays_for_good(now)
@@ -242,7 +242,7 @@ class AgainAgainstModel(RuleBasedStateMachine):
         waits = {key for key, entries in self.asked.items() if entries}
         assert bool(self.again) is bool(waits)
         assert self.again.hidden == {xid for reason, xid in waits if reason == "visible"}
-        assert (self.again.unreplayed is not None) is (("replica", 0) in waits)
+        assert (self.again.unreplayed is not None) is (("standby", 0) in waits)
         due = self.again.next_due()
         times = [entries[0].due for (reason, _), entries in self.asked.items() if reason == "again_after" and entries]
         assert (due is None) is (not times)

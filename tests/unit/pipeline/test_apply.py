@@ -70,7 +70,7 @@ class World:
         self.saved = self.redis.copy()
         self.opened = 0
         self.failures = 0
-        self.replicas = Mock(
+        self.standbys = Mock(
             awaited=standby, replayed=START, known={}, **{"returned.return_value": False, "recall.return_value": False}
         )
         metrics = Metrics(CollectorRegistry())
@@ -85,7 +85,7 @@ class World:
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             recent=Recent(),
-            replicas=self.replicas,
+            standbys=self.standbys,
             queries=Mock(derive=AsyncMock()),
             rules=RULES,
             position=Position("7", 1, START, 2**60),
@@ -127,7 +127,7 @@ class World:
         self.hidden -= set(sorted(self.hidden)[:count])
 
     def replay(self) -> None:
-        self.replicas.replayed = self.lsn + 1
+        self.standbys.replayed = self.lsn + 1
 
     def save(self) -> None:
         self.saved = self.redis.copy()
@@ -154,7 +154,7 @@ class World:
     def bust(self, keys: Iterable[bytes]) -> None:
         for key in keys:
             commit = int(key)
-            if commit not in self.hidden and (not self.replicas.awaited or self.replicas.replayed > commit):
+            if commit not in self.hidden and (not self.standbys.awaited or self.standbys.replayed > commit):
                 self.redis.busted.add(commit)
 
     def record(self, mark: Watermark) -> None:

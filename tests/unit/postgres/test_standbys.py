@@ -7,19 +7,19 @@ from prometheus_client import CollectorRegistry
 
 from cdc_invalidator import errors
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.postgres.standbys import Replicas
+from cdc_invalidator.postgres.standbys import Standbys
 
 NAME = "db2:5432"
 
 
-def replicas(*dsns: str) -> Replicas:
-    return Replicas(dsns or ["postgresql://reader:secret@db2/shop"], limit=1, metrics=Metrics(CollectorRegistry()))
+def standbys_of(*dsns: str) -> Standbys:
+    return Standbys(dsns or ["postgresql://reader:secret@db2/shop"], limit=1, metrics=Metrics(CollectorRegistry()))
 
 
 def test_one_whose_connection_is_lost_may_show_less_when_it_comes_back() -> None:
-    known = replicas()
+    known = standbys_of()
     known.recall({NAME: "1700000000.5"})
-    known._replayed(known._replicas[0], 500, 0)
+    known._replayed(known._standbys[0], 500, 0)
     assert known.replayed == 500
 
     known.close()
@@ -35,7 +35,7 @@ def test_one_whose_connection_is_lost_may_show_less_when_it_comes_back() -> None
 def test_only_one_that_the_watermark_speaks_for_is_awaited(
     standbys: dict[str, str | None] | None, dropped: list[str]
 ) -> None:
-    known = replicas()
+    known = standbys_of()
 
     assert not known.recall(standbys)
 
@@ -45,11 +45,11 @@ def test_only_one_that_the_watermark_speaks_for_is_awaited(
 
 
 def test_one_that_was_dropped_and_is_not_named_any_more_is_told() -> None:
-    assert replicas().recall({NAME: "1700000000.5", "db3:5432": None})
+    assert standbys_of().recall({NAME: "1700000000.5", "db3:5432": None})
 
 
 def test_one_that_was_awaited_and_is_not_named_any_more_is_no_harm() -> None:
-    assert not replicas().recall({NAME: "1700000000.5", "db3:5432": "1700000000.5"})
+    assert not standbys_of().recall({NAME: "1700000000.5", "db3:5432": "1700000000.5"})
 
 
 @pytest.mark.parametrize(
@@ -58,5 +58,5 @@ def test_one_that_was_awaited_and_is_not_named_any_more_is_no_harm() -> None:
     ids=["words", "twice"],
 )
 def test_what_names_no_standby_or_one_twice_is_refused(dsns: list[str]) -> None:
-    with pytest.raises(errors.WrongSettings, match=r"^CDC_POSTGRES_REPLICAS [^.]+\.$"):
-        replicas(*dsns)
+    with pytest.raises(errors.WrongSettings, match=r"^CDC_POSTGRES_STANDBYS [^.]+\.$"):
+        standbys_of(*dsns)

@@ -75,7 +75,7 @@ class Stage:
     def awaited(self) -> Self:
         """Wait until the watermark speaks for the standby's readers."""
         found = json.loads(watermark(self.client, self.daemon.slot).get(b"standbys", b"{}"))
-        eventually(lambda: self.daemon.status()["dropped_replicas"] == self.dropped() == [], f"it is taken in: {found}")
+        eventually(lambda: self.daemon.status()["dropped_standbys"] == self.dropped() == [], f"it is taken in: {found}")
         return self
 
     def fill_from_standby(self, number: int) -> int:
@@ -98,7 +98,7 @@ def staged(
     dsn: str, standby: Standby, redis_url: str, client: redis.Redis, folder: Path, slot: str, **settings: str
 ) -> Iterator[Stage]:
     rules = reading.rules_file(folder)
-    settings = {"postgres_replicas": standby.dsn_for(slot), **settings}
+    settings = {"postgres_standbys": standby.dsn_for(slot), **settings}
     with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
         daemon.ready()
         settled(dsn, client, slot)
@@ -132,14 +132,14 @@ def test_what_a_lagging_standbys_readers_cache_is_stale_until_its_replay_goes_on
         app.run(0.5)
     stage.assert_nothing_stale()
     assert reading.entries(stage.client) > 0
-    assert stage.daemon.metric("cdc_invalidator_busted_again_total", reason="replica") > 0
+    assert stage.daemon.metric("cdc_invalidator_busted_again_total", reason="standby") > 0
 
 
 def test_without_being_named_a_lagging_standby_leaves_stale_entries(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
     """What the others are about: this is what they would find, were the second bust not there."""
-    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, postgres_replicas="") as stage:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, postgres_standbys="") as stage:
         standby.pause_replay()
         execute(dsn, "UPDATE counters SET n = n + 1 WHERE id = 1")
         stage.settle()
@@ -189,25 +189,25 @@ def test_the_sweep_of_a_gap_is_repeated_after_the_replay(stage: Stage) -> None:
 def test_a_standby_that_lags_too_long_is_dropped_loudly_and_swept_for_when_it_is_back(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
-    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, standby_limit="1") as stage:
         stage.awaited()
         standby.pause_replay()
         execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
         stage.settle()
-        event = stage.daemon.seen("replica_dropped", replica=stage.name, level="error")
+        event = stage.daemon.seen("standby_dropped", standby=stage.name, level="error")
         assert "wait no longer" in event["error"]
-        assert stage.daemon.metric("cdc_invalidator_replica_awaited", replica=stage.name) == 0
-        assert stage.daemon.status()["dropped_replicas"] == [stage.name]
+        assert stage.daemon.metric("cdc_invalidator_standby_awaited", standby=stage.name) == 0
+        assert stage.daemon.status()["dropped_standbys"] == [stage.name]
         assert stage.dropped() == [stage.name]
         # What is read from it meanwhile is stale, and stays so until it is back.
         assert stage.fill_from_standby(1) == 0
         standby.resume_replay()
-        stage.daemon.seen("replica_returned", replica=stage.name)
-        stage.daemon.seen("gap", reason="replica_returned")
+        stage.daemon.seen("standby_returned", standby=stage.name)
+        stage.daemon.seen("gap", reason="standby_returned")
         eventually(lambda: not stage.client.exists("t:{1}:count"), "what its readers cached is swept")
         eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
         stage.assert_nothing_stale()
-        assert stage.daemon.metric("cdc_invalidator_replica_awaited", replica=stage.name) == 1
+        assert stage.daemon.metric("cdc_invalidator_standby_awaited", standby=stage.name) == 1
         # It is waited for again.
         standby.pause_replay()
         position = wal_position(dsn)
@@ -227,14 +227,14 @@ def test_a_standby_that_is_down_is_dropped_and_taken_back(
     slot_name: str,
     how: str,
 ) -> None:
-    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, standby_limit="1") as stage:
         stage.awaited()
         standby.kill() if how == "killed" else standby.pause()
         execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
         stage.settle()
-        stage.daemon.seen("replica_dropped", replica=stage.name)
+        stage.daemon.seen("standby_dropped", standby=stage.name)
         standby.start() if how == "killed" else standby.resume()
-        stage.daemon.seen("gap", reason="replica_returned")
+        stage.daemon.seen("gap", reason="standby_returned")
         eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
         stage.assert_nothing_stale()
 
@@ -248,17 +248,17 @@ def test_a_standby_that_was_restarted_is_dropped_and_swept_for_when_it_has_caugh
     stage.standby.kill()
     execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 2")
     stage.standby.start()
-    event = stage.daemon.seen("replica_dropped", replica=stage.name, level="error")
+    event = stage.daemon.seen("standby_dropped", standby=stage.name, level="error")
     assert "restarted" in event["error"]
     stage.settle()
     assert stage.dropped() == [stage.name]
     assert stage.fill_from_standby(2) == 0
     # All busts of this one have been, and had been replayed: what is shown now is older.
     stage.client.set("t:{1}:count", 0)
-    assert not stage.daemon.named("replica_returned")
+    assert not stage.daemon.named("standby_returned")
     execute(stage.standby.dsn, "ALTER SYSTEM RESET recovery_min_apply_delay", "SELECT pg_reload_conf()")
-    stage.daemon.seen("replica_returned", replica=stage.name)
-    stage.daemon.seen("gap", reason="replica_returned")
+    stage.daemon.seen("standby_returned", standby=stage.name)
+    stage.daemon.seen("gap", reason="standby_returned")
     eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
     stage.assert_nothing_stale()
 
@@ -269,7 +269,7 @@ def test_a_redis_that_is_away_for_longer_than_the_limit_drops_no_standby(
     with (
         Valkey() as valkey,
         redis.Redis.from_url(valkey.url) as client,
-        staged(dsn, standby, valkey.url, client, tmp_path, slot_name, replica_limit="4") as stage,
+        staged(dsn, standby, valkey.url, client, tmp_path, slot_name, standby_limit="4") as stage,
     ):
         stage.awaited()
         standby.pause_replay()
@@ -286,8 +286,8 @@ def test_a_redis_that_is_away_for_longer_than_the_limit_drops_no_standby(
         )
         valkey.start()
         stage.settle()
-        assert not stage.daemon.named("replica_dropped")
-        assert stage.daemon.status()["dropped_replicas"] == stage.dropped() == []
+        assert not stage.daemon.named("standby_dropped")
+        assert stage.daemon.status()["dropped_standbys"] == stage.dropped() == []
         stage.assert_nothing_stale()
 
 
@@ -295,7 +295,7 @@ def test_a_standby_is_asked_about_once_a_second_while_nothing_waits_for_it(stage
     execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
     stage.settle()
     asked: list[dt.datetime] = []
-    query = "SELECT query_start FROM pg_stat_activity WHERE application_name = 'cdc-invalidator replica'"
+    query = "SELECT query_start FROM pg_stat_activity WHERE application_name = 'cdc-invalidator standby'"
     with psycopg.connect(stage.standby.dsn, autocommit=True) as connection:
 
         def rests() -> bool:
@@ -309,7 +309,7 @@ def test_a_standby_is_asked_about_once_a_second_while_nothing_waits_for_it(stage
 def test_a_daemon_that_starts_later_knows_which_standby_was_dropped(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
-    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, standby_limit="1") as stage:
         stage.awaited()
         standby.pause_replay()
         execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
@@ -321,7 +321,7 @@ def test_a_daemon_that_starts_later_knows_which_standby_was_dropped(
         standby.catch_up()
         stage.daemon.events.clear()
         stage.daemon.start().ready()
-        stage.daemon.seen("gap", reason="replica_returned")
+        stage.daemon.seen("gap", reason="standby_returned")
         eventually(lambda: not stage.client.exists("t:{1}:count"), "what its readers cached is swept")
         stage.assert_nothing_stale()
 
@@ -329,7 +329,7 @@ def test_a_daemon_that_starts_later_knows_which_standby_was_dropped(
 def test_a_dropped_standby_that_is_not_named_any_more_is_swept_for_at_once(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
-    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, replica_limit="1") as stage:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, standby_limit="1") as stage:
         stage.awaited()
         standby.pause_replay()
         execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
@@ -337,8 +337,8 @@ def test_a_dropped_standby_that_is_not_named_any_more_is_swept_for_at_once(
         eventually(lambda: stage.dropped() == [stage.name], "the watermark says so")
         assert stage.fill_from_standby(1) == 0
         stage.daemon.kill()
-    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, postgres_replicas="") as stage:
-        stage.daemon.seen("gap", reason="replica_removed")
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, postgres_standbys="") as stage:
+        stage.daemon.seen("gap", reason="standby_removed")
         eventually(lambda: stage.dropped() == [], "the watermark speaks for its readers again")
         stage.assert_nothing_stale()
 
@@ -365,11 +365,11 @@ def test_a_server_that_is_no_standby_of_the_database_is_told_and_dropped(
     if not others:
         pytest.skip("only one version of PostgreSQL is here")
     with Postgres(bin_dir=others[-1]) as stranger:
-        settings = {"postgres_replicas": stranger.dsn, "replica_limit": "1"}
+        settings = {"postgres_standbys": stranger.dsn, "standby_limit": "1"}
         with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, **settings) as stage:
             execute(dsn, "UPDATE counters SET n = 1 WHERE id = 1")
-            assert "CDC_POSTGRES_REPLICAS" in stage.daemon.seen("replica_unavailable", level="error")["error"]
-            assert stage.daemon.status()["dropped_replicas"] == [f"{HOST}:{stranger.port}"]
+            assert "CDC_POSTGRES_STANDBYS" in stage.daemon.seen("standby_unavailable", level="error")["error"]
+            assert stage.daemon.status()["dropped_standbys"] == [f"{HOST}:{stranger.port}"]
             stage.settle()
 
 

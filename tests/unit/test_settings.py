@@ -1,0 +1,56 @@
+"""The settings: names that were replaced, and what is said of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cdc_invalidator import errors, settings
+
+GIVEN = {"postgres_dsn": "postgresql://db/shop", "redis_url": "redis://cache", "rules": "rules.yaml"}
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def load(**flags: str) -> settings.Settings:
+    return settings.load(settings.Settings, GIVEN | flags)
+
+
+def test_a_setting_is_also_taken_by_its_old_name_from_the_environment_and_from_a_flag(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CDC_POSTGRES_REPLICAS", "postgresql://db2/shop")
+    given = load(replica_limit="5")
+    assert given.postgres_standbys.get_secret_value() == "postgresql://db2/shop"
+    assert given.standby_limit == 5
+    names, limit = settings.renamed(given)
+    assert "CDC_POSTGRES_REPLICAS" in names
+    assert "CDC_POSTGRES_STANDBYS" in names
+    assert "--replica-limit" in limit
+    assert "--standby-limit" in limit
+
+
+def test_new_names_are_not_worth_a_word() -> None:
+    assert settings.renamed(load(postgres_standbys="postgresql://db2/shop", standby_limit="5")) == []
+
+
+def test_both_names_may_be_given_with_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CDC_REPLICA_LIMIT", "5")
+    assert load(standby_limit="5.0").standby_limit == 5
+
+
+def test_both_names_with_different_values_are_refused_without_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CDC_POSTGRES_REPLICAS", "postgresql://app:topsecret@db2/shop")
+    with pytest.raises(errors.WrongSettings, match=r"^CDC_POSTGRES_REPLICAS is the old name of CDC_POSTGRES_STANDBYS"):
+        load(postgres_standbys="")
+    with pytest.raises(errors.WrongSettings, match=r"^(?!.*secret)"):
+        load(postgres_standbys="")
+
+
+def test_a_wrong_value_is_told_under_the_name_that_was_given() -> None:
+    with pytest.raises(errors.WrongSettings, match="CDC_REPLICA_LIMIT is wrong"):
+        load(replica_limit="0")

@@ -24,8 +24,8 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.reload import Reload
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.session import STANDBY_SECONDS, Role, Session, SessionOptions
 
 _log = structlog.get_logger()

@@ -36,8 +36,8 @@ from cdc_invalidator.postgres.tables import Tables
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Position
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 
 _log = structlog.get_logger()
 

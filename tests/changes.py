@@ -10,9 +10,9 @@ from cdc_invalidator.pipeline.batch import Batch
 from cdc_invalidator.pipeline.invalidation import Complaint, Invalidation
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.pgoutput import Begin, Commit, Delete, Insert, Relation, Truncate, Update
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import Row, Value
 
 USERS, ORDERS, OTHER, LEAF = 16385, 16390, 16400, 16410

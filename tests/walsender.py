@@ -15,8 +15,8 @@ from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.invalidation import Invalidation
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import UNCHANGED, Value
 
 # Of these, the rules name users, orders and one that is not there (it may be EXTRA); PART is a partition of orders.

@@ -15,9 +15,9 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.connection import connect, first_line, translate, translated
-from cdc_invalidator.rules.format import Table, nearest
 from cdc_invalidator.rules.model import RuleSet
-from cdc_invalidator.rules.template import shown
+from cdc_invalidator.rules.table import Table
+from cdc_invalidator.rules.wording import nearest, shown
 
 QUERY_SECONDS = 10
 _LIMITS = f"SET default_transaction_read_only = on; SET statement_timeout = '{QUERY_SECONDS}s'"

@@ -25,11 +25,11 @@ from cdc_invalidator.postgres.survey import Leaf, Survey, quoted, unknown_old
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import Condition
-from cdc_invalidator.rules.document import Place
-from cdc_invalidator.rules.format import Table, nearest
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.overlap import Values
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Param
+from cdc_invalidator.rules.wording import Place, nearest
 
 POSTGRES = "PostgreSQL"
 

@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands.simulate import Change, Verdict
-from cdc_invalidator.rules.format import Table, nearest, read_table
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
-from cdc_invalidator.rules.template import Param, Template, shown
-from cdc_invalidator.rules.values import value_text, value_types
+from cdc_invalidator.rules.table import Table, read_table
+from cdc_invalidator.rules.template import Param, Template
+from cdc_invalidator.rules.values import row_texts, value_types
+from cdc_invalidator.rules.wording import nearest, shown
 
 OPS = ("insert", "update", "delete", "truncate")
 LOCK = b":lock"
@@ -324,7 +325,7 @@ def read_change(table: str, op: str, old: str | None, new: str | None) -> Change
         if (row is None) == (flag in wanted):
             what = f"needs {flag}; give its row as JSON" if row is None else f"has no {flag}; leave it out"
             raise errors.WrongSettings(f"A change of kind {op} {what}.")
-    return Change(named, op, _row_texts(before), _row_texts(after), value_types(before, after))
+    return Change(named, op, row_texts(before), row_texts(after), value_types(before, after))
 
 
 def _json_row(flag: str, text: str | None) -> dict[str, Any] | None:
@@ -343,10 +344,6 @@ def _json_row(flag: str, text: str | None) -> dict[str, Any] | None:
 
 def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _row_texts(row: Mapping[str, Any] | None) -> dict[str, str | None] | None:
-    return None if row is None else {column: value_text(value) for column, value in row.items()}
 
 
 def explain_change(change: Change, verdicts: Iterable[Verdict], *, live: bool) -> dict[str, Any]:

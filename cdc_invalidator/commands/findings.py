@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any
 
 from cdc_invalidator.errors import Problem
-from cdc_invalidator.rules.document import Place
+from cdc_invalidator.rules.wording import Place
 
 WIDTH = 100
 

@@ -16,12 +16,12 @@ from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.pipeline.invalidation import Complaint, Invalidation
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.condition import Condition
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import Bust as RuleBust
-from cdc_invalidator.rules.model import Cache, Pair, Rule, RuleSet
+from cdc_invalidator.rules.model import Cache, Rule, RuleSet
+from cdc_invalidator.rules.packed import Pair, split_arguments
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Template
 from cdc_invalidator.rules.values import Row as StreamRow
-from cdc_invalidator.rules.values import split_arguments
 
 Row = Mapping[str, str | None]
 Answers = Mapping[str, Sequence[Row]]

@@ -12,7 +12,7 @@ from typing import Any
 from cdc_invalidator import errors, log
 from cdc_invalidator.commands.history import EVER, Entry, follow
 from cdc_invalidator.redis.endpoint import Endpoint
-from cdc_invalidator.rules.format import read_duration
+from cdc_invalidator.rules.duration import read_duration
 
 
 @dataclass(frozen=True, slots=True)

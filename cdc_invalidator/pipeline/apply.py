@@ -33,7 +33,8 @@ from cdc_invalidator.pipeline.sweep import Cause, Request, Sweep, Sweeps
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.server import BustReply, CacheServer
 from cdc_invalidator.redis.watermark import Position, Watermark, gaps
-from cdc_invalidator.rules.model import Cache, Pair, RuleSet
+from cdc_invalidator.rules.model import Cache, RuleSet
+from cdc_invalidator.rules.packed import Pair
 
 _log = structlog.get_logger()
 

@@ -18,7 +18,7 @@ from cdc_invalidator.pipeline import scan
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, Target
 from cdc_invalidator.pipeline.plan import Plan, out_of_place
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.rules.model import Pair
+from cdc_invalidator.rules.packed import Pair
 
 # A transaction's keys leave for Redis once they are this many.
 CHUNK = 1000

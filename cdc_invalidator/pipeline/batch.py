@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-from cdc_invalidator.rules.model import Bust, Cache, Pair, Query
+from cdc_invalidator.rules.model import Bust, Cache, Query
+from cdc_invalidator.rules.packed import Pair
 from cdc_invalidator.rules.template import Template
 
 # Keys of a bust event.

@@ -20,7 +20,7 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.postgres.connection import connect, translated
 from cdc_invalidator.rules.model import Query
-from cdc_invalidator.rules.values import split_arguments
+from cdc_invalidator.rules.packed import split_arguments
 
 _log = structlog.get_logger()
 

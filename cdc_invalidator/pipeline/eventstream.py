@@ -20,7 +20,8 @@ from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.overlap import Language, common
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
-from cdc_invalidator.rules.template import Template, shown
+from cdc_invalidator.rules.template import Template
+from cdc_invalidator.rules.wording import shown
 
 _log = structlog.get_logger()
 

@@ -21,9 +21,9 @@ from cdc_invalidator.pipeline.plan import Counts, KeyOf, Plan, _Firing, _no_key,
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.condition import missing as condition_misses
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import Bust, Rule, RuleSet
-from cdc_invalidator.rules.values import join_arguments
+from cdc_invalidator.rules.packed import join_arguments
+from cdc_invalidator.rules.table import Table
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive, Replication
 from cdc_invalidator.postgres.survey import Survey
-from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.table import Table
 
 _log = structlog.get_logger()
 

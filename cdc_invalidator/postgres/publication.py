@@ -16,8 +16,8 @@ import psycopg
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import ENDLESS, PATIENCE, first_line, translate, translated
 from cdc_invalidator.postgres.survey import Leaf, Survey, TableState, identifier, quoted
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 
 
 class Publication:

@@ -12,8 +12,8 @@ from psycopg import sql
 
 from cdc_invalidator.errors import Problem
 from cdc_invalidator.rules.condition import Condition
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import Rule, RuleSet
+from cdc_invalidator.rules.table import Table
 
 
 class Leaf(NamedTuple):

@@ -17,8 +17,8 @@ from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.publication import run as run_statements
 from cdc_invalidator.postgres.snapshot import Snapshots, all_over
 from cdc_invalidator.postgres.survey import Survey
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 
 _log = structlog.get_logger()
 

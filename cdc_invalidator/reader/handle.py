@@ -20,9 +20,9 @@ from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.rules.format import nearest
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.rules.model import Cache
+from cdc_invalidator.rules.wording import nearest
 
 if TYPE_CHECKING:
     from cdc_invalidator.reader.contract import Command

@@ -19,8 +19,7 @@ from cdc_invalidator.rules.values import UNCHANGED, Value
 if TYPE_CHECKING:
     import cel
 
-Row = Sequence[Value]
-Holds = Callable[[str, Row | None, Row | None], bool]
+Holds = Callable[[str, Sequence[Value] | None, Sequence[Value] | None], bool]
 
 ROOTS = frozenset({"op", "old", "new"})
 
@@ -111,7 +110,7 @@ class Condition:
         }
         program, context = self._program, self._context
 
-        def holds(op: str, old: Row | None, new: Row | None) -> bool:
+        def holds(op: str, old: Sequence[Value] | None, new: Sequence[Value] | None) -> bool:
             values: dict[str, Any] = {"op": op, "old": None, "new": None}
             try:
                 for row, columns in (("old", old), ("new", new)):

@@ -9,27 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from cdc_invalidator.errors import Problem, WrongRules
-from cdc_invalidator.rules.template import shown
+from cdc_invalidator.rules.wording import Place, shown
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 200_000
 MAX_DEPTH = 40
-
-
-class Place(NamedTuple):
-    """Where something stands in a rule file; line and column count from 1."""
-
-    file: str
-    line: int = 1
-    column: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
 
 
 # The base loaders resolve nothing: each scalar stays text, and _scalar gives it its YAML 1.2 meaning.

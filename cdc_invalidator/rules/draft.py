@@ -1,4 +1,8 @@
-"""From the format's models to the model of the program: checks across entries and files."""
+"""The entries of all rule files together, checked against each other, made into a `RuleSet`.
+
+`format` has checked each entry by itself. Here are the checks that need more than one: names that are defined twice or
+nowhere, templates and their parameters, queries, conditions, tests. A mistake is noted in its `Document`.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +13,13 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 from cdc_invalidator.rules.condition import Condition, ConditionError
-from cdc_invalidator.rules.document import Document, Loc, Place
-from cdc_invalidator.rules.format import (
-    CacheEntry,
-    RuleEntry,
-    TestEntry,
-    entries,
-    nearest,
-    sound,
-)
-from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test, pair
-from cdc_invalidator.rules.template import Param, Template, TemplateError, shown
-from cdc_invalidator.rules.values import value_text, value_types
+from cdc_invalidator.rules.document import Document, Loc
+from cdc_invalidator.rules.format import CacheEntry, RuleEntry, TestEntry, entries, sound
+from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test
+from cdc_invalidator.rules.packed import pair
+from cdc_invalidator.rules.template import Param, Template, TemplateError
+from cdc_invalidator.rules.values import row_texts, value_types
+from cdc_invalidator.rules.wording import Place, nearest, shown
 
 LONGEST_AGAIN = 60_000
 
@@ -60,7 +59,7 @@ class _RuleDraft(NamedTuple):
     busts: tuple[_BustDraft, ...]
 
 
-class _Draft:
+class Draft:
     """The set of rules as far as it is right; what is wrong is told to its document.
 
     Args:
@@ -107,7 +106,7 @@ class _Draft:
         caches = {name: _cache(name, draft, busts[name]) for name, draft in self._caches.items()}
         rules = tuple(_rule(draft, caches) for draft in self._rules)
         digests = sorted((cache.name, cache.digest) for cache in caches.values())
-        digest = _digest(digests, sorted(rule.name for rule in rules))
+        digest = short_digest(digests, sorted(rule.name for rule in rules))
         return RuleSet(caches, rules, digest, tuple(self._tests))
 
     def _busts(self, document: Document, loc: Loc, rule: RuleEntry) -> tuple[_BustDraft, ...]:
@@ -235,11 +234,7 @@ def _query(document: Document, loc: Loc, text: str) -> Query | None:
 
 
 _SELECT = re.compile(r"\s*(SELECT|WITH)\b", re.IGNORECASE)
-
-
 _VIA_TOKEN = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<column>[^{}\s]+)\}|(?P<wrong>[{}])|(?P<text>['\";]|[^{}'\";]+)")
-
-
 _QUOTES = frozenset("'\"")
 
 
@@ -249,18 +244,13 @@ def _test(entry: TestEntry, place: Place) -> Test:
         entry.name,
         change.table,
         change.op,
-        _as_text(change.old),
-        _as_text(change.new),
+        row_texts(change.old),
+        row_texts(change.new),
         value_types(change.old, change.new),
-        {cache: [_as_text(row) or {} for row in rows] for cache, rows in entry.via.items()},
+        {cache: [row_texts(row) or {} for row in rows] for cache, rows in entry.via.items()},
         tuple(entry.busts),
         place,
     )
-
-
-def _as_text(row: Mapping[str, Any] | None) -> Mapping[str, str | None] | None:
-    """A row's values as PostgreSQL shows them."""
-    return None if row is None else {column: value_text(value) for column, value in row.items()}
 
 
 def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
@@ -274,7 +264,7 @@ def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
         ttl=entry.ttl,
         jitter=entry.jitter or 0,
         ttl_only=entry.ttl_only,
-        digest=_digest(
+        digest=short_digest(
             _canonical_parts(key),
             version and _canonical_parts(version),
             sorted(busts, key=json.dumps),
@@ -442,5 +432,6 @@ def _canonical_parts(template: Template) -> list[Any]:
     return [part.decode() if isinstance(part, bytes) else [part.name, *part.filters] for part in template.parts]
 
 
-def _digest(*canonical: Any) -> str:
+def short_digest(*canonical: Any) -> str:
+    """Return 16 hexadecimal digits that change with what is given, which must be fit for JSON."""
     return sha256(json.dumps(canonical).encode()).hexdigest()[:16]

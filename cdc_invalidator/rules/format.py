@@ -7,9 +7,8 @@ is right.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -26,73 +25,14 @@ from pydantic import (
 )
 
 from cdc_invalidator.rules.document import Document, Loc
-from cdc_invalidator.rules.template import shown
+from cdc_invalidator.rules.duration import read_duration
+from cdc_invalidator.rules.table import Table, read_table
+from cdc_invalidator.rules.wording import nearest, shown
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class Table(NamedTuple):
-    """A table's name as PostgreSQL's catalogue has it: folded and unquoted. As text, it is ready for SQL."""
-
-    schema: str
-    name: str
-
-    def __str__(self) -> str:
-        return ".".join(part if _PLAIN_NAME.fullmatch(part) else '"' + part.replace('"', '""') + '"' for part in self)
-
-
-_DURATION = re.compile(r"([0-9]{1,10})(ms|s|m|h|d)")
-_UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
-_LONGEST = 36_500 * 86_400_000
-
-_PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_$]*")
-_TABLE = re.compile(r"(?:(?P<schema>{0})\.)?(?P<name>{0})".format(r'"(?:[^"\0]|"")+"|[^\W\d][\w$]*'))
-_FOLD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz")
-
-
-def read_duration(value: object) -> int:
-    """Read a duration such as ``5m``, in milliseconds.
-
-    Raises:
-        ValueError: it is none; in words for whoever wrote it.
-    """
-    found = _DURATION.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
-        raise ValueError(
-            f"{shown(str(value))} is not a duration; write a whole number and a unit: 500ms, 30s, 5m, 1h or 30d"
-        )
-    milliseconds = int(found[1]) * _UNITS[found[2]]
-    if not 0 < milliseconds <= _LONGEST:
-        raise ValueError(f"{shown(found[0])} is out of range; a duration is longer than 0 and at most 36500d")
-    return milliseconds
-
-
-def read_table(value: object) -> Table:
-    """Read a table's name as PostgreSQL reads it: folded to lower case, unless it is in double quotes.
-
-    Raises:
-        ValueError: it is none; the message is a sentence with the remedy.
-    """
-    found = _TABLE.fullmatch(value) if isinstance(value, str) else None
-    if found is None:
-        raise ValueError(
-            f"{shown(str(value))} is not a table; write `schema.table`, names with capitals or signs in double quotes"
-        )
-    if found["schema"] is None:
-        raise ValueError(f"{shown(found[0])} lacks its schema; write {shown('public.' + found[0])}")
-    table = Table(_identifier(found["schema"]), _identifier(found["name"]))
-    if any(len(name.encode()) > 63 for name in table):
-        raise ValueError(
-            f"{shown(found[0])} has a name of more than 63 bytes, which PostgreSQL cuts off; cut it as well"
-        )
-    return table
-
-
-def _identifier(text: str) -> str:
-    return text[1:-1].replace('""', '"') if text.startswith('"') else text.translate(_FOLD)
 
 
 def _format_version(value: object) -> object:
@@ -331,13 +271,6 @@ def _unknown_field(loc: Loc) -> str:
     name = str(loc[-1])
     noun, model = _SECTIONS["change" if "change" in loc[:-1] else loc[0] if len(loc) > 1 else ""]
     return f"{shown(name)} is not a field of {noun}; {nearest(name, model.model_fields)}"
-
-
-def nearest(name: str, valid: Iterable[str], otherwise: str = "") -> str:
-    """Give the remedy for a name that is unknown."""
-    names = list(valid)
-    near = get_close_matches(name, names, n=1)
-    return f"did you mean {shown(near[0])}?" if near else otherwise or f"write one of {', '.join(names)}"
 
 
 def entries(document: Document, section: str) -> Iterator[tuple[Loc, Any]]:

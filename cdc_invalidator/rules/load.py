@@ -1,10 +1,10 @@
-"""Rule files: YAML to one checked set of caches and rules, or every mistake in them at once.
+"""Rule files to one `RuleSet`, or to every mistake in them at once.
 
-Text goes down in one straight line: YAML nodes, which know their places (`document`) → plain values → the models of the
-file format (`rulefile`) → checks across entries and files → the runtime objects that the rest of the program uses.
+Text goes in one straight line: YAML nodes, which know their places, and plain values (`document`) → entries of the file
+format (`format`) → checks across entries and files (`draft`) → the objects that the rest of the program uses (`model`).
 
 The rule that holds here: whatever a file holds, the result is a ``RuleSet`` or ``errors.WrongRules``. A mistake in one
-entry hides none in another, and what follows only from a mistake that is already told is not told again.
+entry hides none in another, and what only follows from a reported mistake is not reported again.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cdc_invalidator.errors import Problem, WrongRules
-from cdc_invalidator.rules.document import MAX_BYTES, Document, Place, read, too_large, unusable
-from cdc_invalidator.rules.draft import _digest, _Draft
+from cdc_invalidator.rules.document import MAX_BYTES, Document, read, too_large, unusable
+from cdc_invalidator.rules.draft import Draft, short_digest
 from cdc_invalidator.rules.format import check_format
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.wording import Place
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-
-# ── What the rest of the program uses ────────────────────────────────────────────────────────────────────────────────
 
 
 def load_rules(path: Path, env: Mapping[str, str], *, conditions: bool = True) -> RuleSet:
@@ -42,7 +40,7 @@ def load_rules(path: Path, env: Mapping[str, str], *, conditions: bool = True) -
 
 
 def fingerprint(path: Path) -> str:
-    """Tell, without reading them as YAML, whether these files are those of a rule set: by their names and texts.
+    """Return what `RuleSet.fingerprint` is for these files, without reading them as YAML.
 
     Raises:
         WrongRules: there is no file, or one can't be read.
@@ -51,7 +49,7 @@ def fingerprint(path: Path) -> str:
     sources = _sources(path, problems)
     if problems:
         raise WrongRules(problems)
-    return _digest(sources)
+    return short_digest(sources)
 
 
 def _sources(path: Path, problems: list[Problem]) -> list[tuple[str, str]]:
@@ -89,15 +87,12 @@ def _parse(
             problems += wrong.problems
     for document in documents:
         check_format(document)
-    draft = _Draft(documents, env, every_file=not problems, conditions=conditions)
+    draft = Draft(documents, env, every_file=not problems, conditions=conditions)
     problems += [problem for document in documents for problem in document.problems]
     if problems:
         # An alias brings the same mistake from the same place more than once.
         raise WrongRules(list(dict.fromkeys(problems)))
-    return replace(draft.rule_set(), fingerprint=_digest(sources))
-
-
-# ── Files to text ────────────────────────────────────────────────────────────────────────────────────────────────────
+    return replace(draft.rule_set(), fingerprint=short_digest(sources))
 
 
 def _files(path: Path) -> list[Path]:
@@ -134,6 +129,3 @@ def _text(file: Path) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise unusable(Place(str(file)), f"byte {error.start} is not UTF-8; save the file as UTF-8") from error
-
-
-# ── Checks across entries and files, and the runtime objects ─────────────────────────────────────────────────────────

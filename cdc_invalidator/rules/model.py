@@ -1,14 +1,14 @@
-"""What rule files say, checked: caches, rules, tests. Everything else of the program works with these."""
+"""A checked rule set: caches, rules and tests, as the rest of the program works with them. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from cdc_invalidator.rules.document import Place
-from cdc_invalidator.rules.format import Table
+from cdc_invalidator.rules.packed import pair
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Param, Template
+from cdc_invalidator.rules.wording import Place
 
 DEFAULT_VERSION_TTL = 30 * 86_400_000
 
@@ -43,31 +43,8 @@ class Cache:
 
     @property
     def bust_template(self) -> Template:
-        """What a bust names: a key, or a version's key; with ``bump_over`` both in one, see `Pair`."""
+        """What a bust names: a key, or a version's key; with ``bump_over`` both in one, see `packed.Pair`."""
         return self.sweep_template if self.bump_over is None or self.version is None else pair(self.version, self.key)
-
-
-class Pair(NamedTuple):
-    """A version's key and a key under it, which lacks the version, of a cache with ``bump_over``."""
-
-    version: bytes
-    rest: bytes
-
-    @classmethod
-    def split(cls, busted: bytes) -> Pair:
-        """Take apart what a template made by `pair` gives."""
-        version, _, rest = busted.partition(b"\0")
-        return cls(version, rest)
-
-    def key(self, version: bytes) -> bytes:
-        """Give the key under this version."""
-        return self.rest.replace(b"\0", version)
-
-
-def pair(version: Template, key: Template) -> Template:
-    """Give a template of both; NUL, which no text of PostgreSQL holds, stands between them and for the version."""
-    rest = [b"\0" if isinstance(part, Param) and part.name == "version" else part for part in key.parts]
-    return Template.of((*version.parts, b"\0", *rest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +64,7 @@ class Bust:
 
     ``template``: what a change gives, from the columns that ``columns`` names for its parameters. Without a ``query``
     that is what is busted. With one, it is the values that `Query.columns` and then ``given`` (parameter: column) ask
-    for, as `join_arguments` puts them: the query's rows give the parameters that are not in ``given``.
+    for, as `packed.join_arguments` puts them: the query's rows give the parameters that are not in ``given``.
     """
 
     cache: Cache
@@ -143,7 +120,7 @@ class Test:
 class RuleSet:
     """All rule files together; ``digest`` changes with the digest of a cache and with the names of caches and rules.
 
-    ``fingerprint``: of the files' names and texts, as `fingerprint` gives it.
+    ``fingerprint``: of the files' names and texts, as `load.fingerprint` gives it.
     """
 
     caches: Mapping[str, Cache] = field(hash=False)

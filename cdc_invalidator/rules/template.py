@@ -15,15 +15,16 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import reduce
 from hashlib import sha256
 from operator import itemgetter
 from typing import Self
 from urllib.parse import quote
 
-Row = Sequence[bytes | None]
-MakeKey = Callable[[Row], bytes | None]
+from cdc_invalidator.rules.wording import nearest, shown
+
+MakeKey = Callable[[Sequence[bytes | None]], bytes | None]
+"""From a row, its values by position, to a key; ``None`` where a parameter is NULL."""
 
 
 class TemplateError(ValueError):
@@ -211,7 +212,7 @@ def _of_none(form: bytes) -> MakeKey:
 
 
 def _of_one(form: bytes, at: int) -> MakeKey:
-    def make_key(row: Row) -> bytes | None:
+    def make_key(row: Sequence[bytes | None]) -> bytes | None:
         value = row[at]
         return None if value is None else form % value
 
@@ -219,7 +220,7 @@ def _of_one(form: bytes, at: int) -> MakeKey:
 
 
 def _of_two(form: bytes, first_at: int, second_at: int) -> MakeKey:
-    def make_key(row: Row) -> bytes | None:
+    def make_key(row: Sequence[bytes | None]) -> bytes | None:
         first = row[first_at]
         second = row[second_at]
         return None if first is None or second is None else form % (first, second)
@@ -230,7 +231,7 @@ def _of_two(form: bytes, first_at: int, second_at: int) -> MakeKey:
 def _of_many(form: bytes, at: Sequence[int]) -> MakeKey:
     pick = itemgetter(*at)
 
-    def make_key(row: Row) -> bytes | None:
+    def make_key(row: Sequence[bytes | None]) -> bytes | None:
         values = pick(row)
         return None if None in values else form % values
 
@@ -240,7 +241,7 @@ def _of_many(form: bytes, at: Sequence[int]) -> MakeKey:
 def _filtered(form: bytes, at: Sequence[int], params: Sequence[Param]) -> MakeKey:
     steps = [(position, param.change if param.filters else bytes) for position, param in zip(at, params, strict=True)]
 
-    def make_key(row: Row) -> bytes | None:
+    def make_key(row: Sequence[bytes | None]) -> bytes | None:
         values = []
         for position, change in steps:
             value = row[position]
@@ -341,8 +342,7 @@ def _param(content: str, offset: int) -> Param:
     at = offset + 1 + len(name) + 1
     for filter_name in filters:
         if filter_name not in FILTERS:
-            near = get_close_matches(filter_name, FILTERS, n=1)
-            remedy = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(FILTERS)}"
+            remedy = nearest(filter_name, FILTERS, f"there are {', '.join(FILTERS)}")
             raise TemplateError(f"there is no filter {shown(filter_name)}; {remedy}", at)
         at += len(filter_name) + 1
     return Param(name, tuple(filters))
@@ -353,9 +353,3 @@ def _refuse_unprintable(character: str, where: str, offset: int) -> None:
         raise TemplateError(
             f"{where} holds white space or a control character (U+{ord(character):04X}); remove it", offset
         )
-
-
-def shown(text: str, limit: int = 80) -> str:
-    """Text as an error quotes it: one printable line, between backticks, cut at ``limit`` characters."""
-    line = text if text.isprintable() else repr(text)[1:-1]
-    return f"`{line}`" if len(line) <= limit else f"`{line[:limit]}…`"

@@ -1,43 +1,23 @@
-"""The text form of values, and of what stands for several of them in one text. Pure."""
+"""Values of columns: as the stream has them, and as rule files and the command line write them. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Final, Literal, TypeAlias
 
 
-def join_arguments(values: Iterable[bytes | None]) -> bytes:
-    """Give one text of a query's arguments, which may be NULL; NUL, which no text of PostgreSQL holds, is between."""
-    return b"\0".join(b"-" if value is None else b"+" + value for value in values)
+class _Unchanged(Enum):
+    UNCHANGED = "unchanged TOAST value"
 
 
-def split_arguments(arguments: bytes) -> list[bytes | None]:
-    """Take apart what `join_arguments` gave."""
-    return [value[1:] if value.startswith(b"+") else None for value in arguments.split(b"\0")]
+UNCHANGED: Final = _Unchanged.UNCHANGED
+"""Stands for a TOAST value that the stream leaves out because it did not change."""
 
-
-def value_text(value: str | float | bool | None) -> str | None:
-    """Give a value of YAML or JSON as PostgreSQL shows it."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "t" if value else "f"
-    return repr(value)
-
-
-def value_types(*rows: Mapping[str, Any] | None) -> dict[str, int]:
-    """Give the pg_type OIDs (bool, int8, float8, text) of columns, as values of YAML or JSON speak for them."""
-    found: dict[str, set[type]] = {}
-    for row in rows:
-        for column, value in (row or {}).items():
-            found.setdefault(column, set()).update(() if value is None else [type(value)])
-    return {column: _OIDS.get(frozenset(types), _TEXT_OID) for column, types in found.items()}
-
+Value: TypeAlias = bytes | Literal[_Unchanged.UNCHANGED] | None
+Row: TypeAlias = list[Value]
 
 _TEXT_OID = 25
-
-
 _OIDS = {
     frozenset({bool}): 16,
     frozenset({int}): 20,
@@ -46,14 +26,24 @@ _OIDS = {
 }
 
 
-class _Unchanged(Enum):
-    UNCHANGED = "unchanged TOAST value"
+def value_text(value: str | float | bool | None) -> str | None:
+    """Return a value of YAML or JSON as PostgreSQL shows it."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "t" if value else "f"
+    return repr(value)
 
 
-UNCHANGED: Final = _Unchanged.UNCHANGED
+def row_texts(row: Mapping[str, Any] | None) -> dict[str, str | None] | None:
+    """Return a row of YAML or JSON, by column, with its values as PostgreSQL shows them."""
+    return None if row is None else {column: value_text(value) for column, value in row.items()}
 
 
-Value: TypeAlias = bytes | Literal[_Unchanged.UNCHANGED] | None
-
-
-Row: TypeAlias = list[Value]
+def value_types(*rows: Mapping[str, Any] | None) -> dict[str, int]:
+    """Return the pg_type OID of each column (bool, int8, float8 or text), judged by its values of YAML or JSON."""
+    found: dict[str, set[type]] = {}
+    for row in rows:
+        for column, value in (row or {}).items():
+            found.setdefault(column, set()).update(() if value is None else [type(value)])
+    return {column: _OIDS.get(frozenset(types), _TEXT_OID) for column, types in found.items()}

@@ -10,9 +10,9 @@ import psycopg
 from running import RunningDaemon, eventually, settled
 
 from cdc_invalidator.commands import explain, simulate
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import value_text
 
 if TYPE_CHECKING:

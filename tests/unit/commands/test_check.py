@@ -14,10 +14,10 @@ from running import command
 from cdc_invalidator.commands.check import Columns, offline
 from cdc_invalidator.commands.findings import Finding, Severity, in_order, report, table
 from cdc_invalidator.rules import overlap
-from cdc_invalidator.rules.document import Place
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.overlap import Language, Values, common, readings
 from cdc_invalidator.rules.template import Param, Template
+from cdc_invalidator.rules.wording import Place
 
 if TYPE_CHECKING:
     from pathlib import Path

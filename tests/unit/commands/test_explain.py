@@ -23,9 +23,9 @@ from cdc_invalidator.commands.explain import (
     read_key,
 )
 from cdc_invalidator.commands.simulate import Change, simulate
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Param, Template
 
 FILE = """

@@ -11,9 +11,9 @@ from example import DESIGN
 from cdc_invalidator.commands import trial
 from cdc_invalidator.commands.simulate import Change, Shape, Unanswered, Verdict, play, simulate
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import value_text, value_types
 
 CACHES = """

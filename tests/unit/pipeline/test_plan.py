@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.pgoutput import Delete, Insert, Update
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import UNCHANGED, Value
 
 # ── Images ───────────────────────────────────────────────────────────────────────────────────────────────────────────

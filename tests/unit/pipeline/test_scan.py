@@ -45,9 +45,10 @@ from cdc_invalidator.pipeline.assembly import Assembly
 from cdc_invalidator.pipeline.batch import Batch
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive
-from cdc_invalidator.rules.format import Table
 from cdc_invalidator.rules.load import parse_rules
-from cdc_invalidator.rules.model import Pair, RuleSet
+from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.packed import Pair
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import UNCHANGED
 
 if not scan.COMPILED:

@@ -40,8 +40,9 @@ print(*ours, sep="\\n")
 """
 # The pure modules that the reader shares with the daemon.
 SHARED = {
-    *("errors", "rules", "rules.condition", "rules.document", "rules.draft", "rules.format", "rules.load"),
-    *("rules.model", "rules.suffixes", "rules.template", "rules.values"),
+    *("errors", "rules", "rules.condition", "rules.document", "rules.draft", "rules.duration", "rules.format"),
+    *("rules.load", "rules.model", "rules.packed", "rules.suffixes", "rules.table", "rules.template", "rules.values"),
+    "rules.wording",
 }
 
 

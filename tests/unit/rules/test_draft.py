@@ -7,8 +7,10 @@ import json
 import pytest
 from rule_texts import A_DURATION, CACHES, GOOD, busting, changed, digests, mistakes, parse
 
-from cdc_invalidator.rules.format import RuleFile, Table
-from cdc_invalidator.rules.model import Pair, Query
+from cdc_invalidator.rules.format import RuleFile
+from cdc_invalidator.rules.model import Query
+from cdc_invalidator.rules.packed import Pair
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Param
 
 # ── What is right ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,10 +16,9 @@ from cdc_invalidator.commands.simulate import Change, Verdict
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.table import Table, read_table
 from cdc_invalidator.rules.template import Param, Template
-from cdc_invalidator.rules.values import row_texts, value_types
+from cdc_invalidator.rules.values import OPS, ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import nearest, shown
 
-OPS = ("insert", "update", "delete", "truncate")
 LOCK = b":lock"
 # Busts that are told of a cache.
 LAST = 10
@@ -320,7 +319,7 @@ def read_change(table: str, op: str, old: str | None, new: str | None) -> Change
     if op not in OPS:
         raise errors.WrongSettings(f"--op: {shown(op)} is no kind of change; {nearest(op, OPS)}")
     before, after = _json_row("--old", old), _json_row("--new", new)
-    wanted = {"insert": {"--new"}, "update": {"--old", "--new"}, "delete": {"--old"}, "truncate": set[str]()}[op]
+    wanted = {f"--{row}" for row in ROWS_OF[op]}
     for flag, row in (("--old", before), ("--new", after)):
         if (row is None) == (flag in wanted):
             what = f"needs {flag}; give its row as JSON" if row is None else f"has no {flag}; leave it out"

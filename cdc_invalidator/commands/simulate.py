@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 from cdc_invalidator.pipeline.assembly import Assembly
 from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
-from cdc_invalidator.pipeline.invalidation import Complaint, Invalidation
+from cdc_invalidator.pipeline.invalidation import Invalidation
+from cdc_invalidator.pipeline.plan import Complaint
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.model import Bust as RuleBust
@@ -21,6 +22,7 @@ from cdc_invalidator.rules.model import Cache, Rule, RuleSet
 from cdc_invalidator.rules.packed import Pair, split_arguments
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Template
+from cdc_invalidator.rules.values import ROWS_OF
 from cdc_invalidator.rules.values import Row as StreamRow
 
 Row = Mapping[str, str | None]
@@ -312,5 +314,5 @@ def _notes(rule: Rule, change: Change, relation: pgoutput.Relation, batches: Ite
             yield f"the old row does not tell {', '.join(sorted(unknown))}; `old_row: {rule.old_row}` lets its key be"
         for image, row, of in (("old", change.old, columns & carried), ("new", change.new, columns & there)):
             nulls = [] if row is None else sorted(column for column in of if row.get(column) is None)
-            if nulls and image in {"insert": {"new"}, "delete": {"old"}, "update": {"old", "new"}}[change.op]:
+            if nulls and image in ROWS_OF[change.op]:
                 yield f"the {image} row gives no key of cache {name}, because {', '.join(nulls)} is NULL"

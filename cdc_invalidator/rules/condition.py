@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cdc_invalidator.rules.values import UNCHANGED, Value
+from cdc_invalidator.rules.values import ROWS_OF, UNCHANGED, Value
 
 if TYPE_CHECKING:
     import cel
@@ -86,7 +86,7 @@ class Condition:
     def refuses(self, op: str) -> bool:
         """Tell whether it is false for all changes of this kind, whatever the rows hold."""
         # A row that is there stays undefined: what depends on it fails, and so is not false.
-        absent = {"insert": ("old",), "delete": ("new",), "truncate": ("old", "new")}.get(op, ())
+        absent = ROWS_OF["update"] - ROWS_OF[op]
         try:
             return self._program.execute(self._context({"op": op, **dict.fromkeys(absent)})) is False
         except Exception:  # noqa: BLE001  as when it is asked for a change

@@ -18,7 +18,7 @@ from cdc_invalidator.rules.format import CacheEntry, RuleEntry, TestEntry, entri
 from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test
 from cdc_invalidator.rules.packed import pair
 from cdc_invalidator.rules.template import Param, Template, TemplateError
-from cdc_invalidator.rules.values import row_texts, value_types
+from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
 
 LONGEST_AGAIN = 60_000
@@ -167,7 +167,7 @@ class Draft:
         if not any(rule.entry.table == change.table for rule in self._rules) and self._every_file:
             remedy = nearest(str(change.table), [str(rule.entry.table) for rule in self._rules], "write a rule for it")
             document.complain((*loc, "change", "table"), f"no rule names the table {change.table}; {remedy}")
-        wanted = {"insert": {"new"}, "update": {"old", "new"}, "delete": {"old"}, "truncate": set()}[change.op]
+        wanted = ROWS_OF[change.op]
         for name in ("old", "new"):
             if name not in wanted and getattr(change, name) is not None:
                 sentence = f"{_A_CHANGE[change.op]} has no `{name}` row; remove it"

@@ -27,6 +27,7 @@ from pydantic import (
 from cdc_invalidator.rules.document import Document, Loc
 from cdc_invalidator.rules.duration import read_duration
 from cdc_invalidator.rules.table import Table, read_table
+from cdc_invalidator.rules.values import OPS, Op
 from cdc_invalidator.rules.wording import nearest, shown
 
 if TYPE_CHECKING:
@@ -70,7 +71,6 @@ MappedBust = Annotated[dict[str, BustMapping], Field(min_length=1, max_length=1)
 BustEntry = Annotated[
     Annotated[str, Tag("<name>")] | Annotated[MappedBust, Tag("<mapping>")], Discriminator(_bust_kind)
 ]
-Op = Literal["insert", "update", "delete", "truncate"]
 VarName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$")]
 Scalar = Annotated[
     Any,
@@ -128,9 +128,7 @@ class RuleEntry(_Entry):
 
     name: Name = Field(description="Unique in all files; a label of metrics and events.")
     table: TableName = Field(description="`schema.table`; a partitioned table stands for its partitions.")
-    on: list[Op] = Field(
-        ["insert", "update", "delete", "truncate"], min_length=1, description="Which changes; all four by default."
-    )
+    on: list[Op] = Field(list(OPS), min_length=1, description="Which changes; all four by default.")
     columns: list[Column] | None = Field(
         None, min_length=1, description="An UPDATE that changes none of these busts nothing."
     )

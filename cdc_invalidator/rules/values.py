@@ -1,10 +1,20 @@
-"""Values of columns: as the stream has them, and as rule files and the command line write them. Pure."""
+"""The kinds of change, and values of columns: as the stream has them, and as rule files and the command line write them. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, get_args
+
+Op = Literal["insert", "update", "delete", "truncate"]
+OPS: Final[tuple[Op, ...]] = get_args(Op)
+ROWS_OF: Final[Mapping[str, frozenset[str]]] = {
+    "insert": frozenset({"new"}),
+    "update": frozenset({"old", "new"}),
+    "delete": frozenset({"old"}),
+    "truncate": frozenset(),
+}
+"""The rows that each kind of change has."""
 
 
 class _Unchanged(Enum):

@@ -303,8 +303,7 @@ def bust(
     """Bust by hand, through PostgreSQL's WAL: in order with all writes, and recorded like them."""
     import orjson
 
-    from cdc_invalidator.pipeline.invalidation import Invalidation
-    from cdc_invalidator.pipeline.receive import MESSAGE_PREFIX
+    from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
     from cdc_invalidator.postgres.connection import connect, translated
 
     order: dict[str, Any] = {"cache": cache}
@@ -314,7 +313,7 @@ def bust(
         order["params"] = dict(word.split("=", 1) for word in parameter)
     content = orjson.dumps(order)
     try:
-        Invalidation(_rules(given)).manual(content)
+        ManualBusts(_rules(given)).read(content)
     except errors.WrongMessage as error:
         raise errors.WrongSettings(str(error)) from error
 

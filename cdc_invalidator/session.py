@@ -25,6 +25,7 @@ from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.invalidation import Invalidation
+from cdc_invalidator.pipeline.manual import ManualBusts
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
@@ -152,6 +153,7 @@ class Session:
             self._replication,
             self._publication,
             Invalidation(self._rules),
+            ManualBusts(self._rules),
             lambda: tables.survey,
             backlog=self.backlog,
             checkpoint=self.checkpoint,

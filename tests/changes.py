@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from cdc_invalidator.pipeline.assembly import Assembly
 from cdc_invalidator.pipeline.batch import Batch
-from cdc_invalidator.pipeline.invalidation import Complaint, Invalidation
+from cdc_invalidator.pipeline.invalidation import Invalidation
+from cdc_invalidator.pipeline.plan import Complaint
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.pgoutput import Begin, Commit, Delete, Insert, Relation, Truncate, Update
 from cdc_invalidator.rules.load import parse_rules

@@ -15,6 +15,7 @@ from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.invalidation import Invalidation
+from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import UNCHANGED, Value
@@ -76,9 +77,7 @@ def relation(
     return Content(b"R", head + struct.pack(">H", len(columns)) + b"".join(shape))
 
 
-def message(
-    content: bytes, *, transactional: bool = True, lsn: int = 5, prefix: str = receive.MESSAGE_PREFIX
-) -> Content:
+def message(content: bytes, *, transactional: bool = True, lsn: int = 5, prefix: str = MESSAGE_PREFIX) -> Content:
     head = struct.pack(">BQ", transactional, lsn) + prefix.encode() + b"\0"
     return Content(b"M", head + struct.pack(">I", len(content)) + content)
 
@@ -156,6 +155,7 @@ class World:
 
     def __init__(self, rule_set: RuleSet) -> None:
         self.invalidation = Invalidation(rule_set)
+        self.manual = ManualBusts(rule_set)
         self.unknown = [table for table in (Table("public", "gone"),) if self.invalidation.names(table)]
 
     def known_as(self, _oid: int) -> list[Table]:
@@ -229,6 +229,7 @@ class Reader:
             stream,
             world,
             world.invalidation,
+            world.manual,
             lambda: world,
             backlog=backlog,
             checkpoint=self.checkpoint,

@@ -1,22 +1,47 @@
-"""The rules of one relation, compiled: from a row to the keys that it makes stale."""
+"""The rules of one relation, compiled: from a row change to the keys that it makes stale, the match. Pure.
+
+The rule that holds here: over-bust, never under-bust. Where a key can't be known (the replica identity does not carry
+its columns, a TOAST value is not sent, a column is gone) the cache is swept, unless the rule file says ``ignore``.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline import scan
 from cdc_invalidator.pipeline.batch import Batch, Target
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.rules.condition import Holds
-from cdc_invalidator.rules.values import UNCHANGED, Row
+from cdc_invalidator.rules.condition import Condition, Holds
+from cdc_invalidator.rules.condition import missing as condition_misses
+from cdc_invalidator.rules.model import Bust, Rule
+from cdc_invalidator.rules.packed import join_arguments
+from cdc_invalidator.rules.table import Table
+from cdc_invalidator.rules.values import OPS, UNCHANGED, Row
 
 Counts = defaultdict[tuple[str, str], int]
 
 
 KeyOf = Callable[[Sequence[bytes | None]], bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """Something about a relation that keeps a rule from naming its keys; its caches are swept instead."""
+
+    rule: str
+    sentence: str
+
+
+class PreparedRule(NamedTuple):
+    """A rule with what does not depend on a relation: the target of each of its busts, and its condition."""
+
+    rule: Rule
+    targets: tuple[Target, ...]
+    condition: Condition | None
 
 
 @dataclass(slots=True)
@@ -62,7 +87,7 @@ class Plan:
     __slots__ = ("_compares", "_counts", "_in_identity", "_name", "_rules", "table")
 
     def __init__(
-        self, in_identity: tuple[bool, ...], rules: dict[str, list[_RulePlan]], name: str, counts: Counts
+        self, in_identity: tuple[bool, ...], rules: Mapping[str, list[_RulePlan]], name: str, counts: Counts
     ) -> None:
         self._in_identity = in_identity
         self._rules = rules
@@ -214,6 +239,113 @@ def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
         for firing in rule.firings
         for column in firing.columns
     )
+
+
+def compile_plan(
+    relation: pgoutput.Relation, rules: Iterable[PreparedRule], name: str, counts: Counts
+) -> tuple[Plan, list[Complaint]]:
+    """Compile rules for a relation.
+
+    Args:
+        relation: its shape.
+        rules: those that match its changes.
+        name: what rules know it by.
+        counts: is counted up, by table and kind of change.
+
+    Returns:
+        The plan, and what keeps rules from naming their keys.
+    """
+    complaints: list[Complaint] = []
+    by_op: dict[str, list[_RulePlan]] = {op: [] for op in OPS}
+    for prepared in rules:
+        plan, of_rule = _compile(prepared, relation)
+        complaints += of_rule
+        for op in prepared.rule.on:
+            by_op[op].append(plan)
+    return _plan(relation, by_op, name, counts), complaints
+
+
+def compile_sweeps(relation: pgoutput.Relation, rules: Iterable[PreparedRule], counts: Counts) -> Plan:
+    """Compile a plan in which any change sweeps the caches of all these rules."""
+    firings = [_Firing(target, _no_key, (), None, "sweep", "sweep") for each in rules for target in each.targets]
+    every = [_RulePlan(firings, (), frozenset())]
+    by_op: dict[str, list[_RulePlan]] = {op: every for op in OPS}  # noqa: C420  shared, and never changed
+    return _plan(relation, by_op, "", counts)
+
+
+def _plan(relation: pgoutput.Relation, by_op: Mapping[str, list[_RulePlan]], name: str, counts: Counts) -> Plan:
+    return Plan(tuple(column.is_key for column in relation.columns), by_op, name, counts)
+
+
+def _compile(prepared: PreparedRule, relation: pgoutput.Relation) -> tuple[_RulePlan, list[Complaint]]:
+    rule, condition = prepared.rule, prepared.condition
+    index = {column.name: position for position, column in enumerate(relation.columns)}
+    carried = {column.name for column in relation.columns if column.is_key}
+    missing = sorted(
+        (rule.key_columns | set(rule.columns)) - index.keys()
+        | set(condition_misses(condition, index) if condition else ())
+    )
+    name = str(Table(relation.schema, relation.name))
+    complaints = []
+    if missing:
+        complaints.append(
+            Complaint(
+                rule.name,
+                f"{name} has no column {', '.join(missing)}; until the rule or the "
+                "table is put right, its caches are swept where a key needs it, and every UPDATE counts.",
+            )
+        )
+    firings = []
+    for target, bust in zip(prepared.targets, rule.busts, strict=True):
+        firing = _firing(rule, target, bust, index, carried)
+        firings.append(firing)
+        unknown = sorted(set(bust.columns.values()) & index.keys() - carried)
+        if rule.old_row == "require" and "sweep" in _old_modes(rule, firing) and not missing:
+            complaints.append(
+                Complaint(
+                    rule.name,
+                    f"the replica identity of {name} does not carry "
+                    f"{', '.join(unknown)}, so cache {bust.cache.name} is swept where the old row is needed; "
+                    f"run ALTER TABLE {name} REPLICA IDENTITY FULL.",
+                )
+            )
+    compared = tuple(index[name] for name in rule.columns if name in index)
+    holds = None
+    if condition is not None and not missing:
+        columns = relation.columns
+        holds = condition.bind([column.name for column in columns], [column.type_oid for column in columns])
+    return _RulePlan(firings, compared, rule.on, bool(missing), holds), complaints
+
+
+def _firing(rule: Rule, target: Target, bust: Bust, index: Mapping[str, int], carried: set[str]) -> _Firing:
+    needed = set(bust.columns.values())
+    unknown = "ignore" if rule.old_row == "ignore" else "sweep"
+    if needed <= carried:
+        old_of_update = old_of_delete = "given"
+    else:
+        old_of_update = "kept" if needed <= carried | rule.immutable else unknown
+        old_of_delete = unknown
+    if not needed <= index.keys():
+        return _Firing(target, _no_key, (), None, "sweep", "sweep")
+    at = {parameter: index[column] for parameter, column in bust.columns.items()}
+    columns = tuple(sorted(set(at.values())))
+    if bust.query is None:
+        key_of, plain = target.template.compile(at), target.template.plain(at)
+        return _Firing(target, key_of, columns, plain, old_of_update, old_of_delete)
+    # A query can be asked for NULL as well.
+    places = [at[column] for column in (*bust.query.columns, *bust.given.values())]
+    return _Firing(target, _arguments_of(places), columns, None, old_of_update, old_of_delete)
+
+
+def _arguments_of(places: Sequence[int]) -> KeyOf:
+    return lambda row: join_arguments([row[place] for place in places])
+
+
+def _old_modes(rule: Rule, firing: _Firing) -> Iterable[str]:
+    if "update" in rule.on:
+        yield firing.old_of_update
+    if "delete" in rule.on:
+        yield firing.old_of_delete
 
 
 def out_of_place(what: str) -> errors.MalformedMessage:

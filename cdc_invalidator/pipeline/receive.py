@@ -22,6 +22,7 @@ from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.invalidation import Invalidation
+from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive, Replication
@@ -33,8 +34,6 @@ _log = structlog.get_logger()
 # A confirmation says how much WAL PostgreSQL may drop: once a second is often enough, and it asks for the server's
 # position in return, which keeps the watermark of a quiet database moving.
 CONFIRM_SECONDS = 1.0
-# Of the logical messages that are manual busts; all others are none of ours.
-MESSAGE_PREFIX = "cdc_invalidator"
 
 _XLOGDATA = b"w"
 _LENGTH = struct.Struct(">I").unpack_from
@@ -47,6 +46,7 @@ class Receive:
         replication: a started stream.
         publication: to find the table above a partition.
         invalidation: the rules.
+        manual: reads manual busts.
         survey: gives the tables of the rules as they were seen last.
         backlog: where batches go.
         checkpoint: is told what is in flight and what has been received.
@@ -58,6 +58,7 @@ class Receive:
         replication: Replication,
         publication: Publication,
         invalidation: Invalidation,
+        manual: ManualBusts,
         survey: Callable[[], Survey],
         *,
         backlog: Backlog,
@@ -67,6 +68,7 @@ class Receive:
         self._replication = replication
         self._publication = publication
         self._invalidation = invalidation
+        self._manual = manual
         self._survey = survey
         self._assembly = Assembly()
         self._backlog = backlog
@@ -118,17 +120,17 @@ class Receive:
         if isinstance(message, pgoutput.Relation):
             await self._relation(message)
             return
-        batches = self._manual(message) if isinstance(message, pgoutput.Message) else self._assembly.feed(message)
+        batches = self._manual_bust(message) if isinstance(message, pgoutput.Message) else self._assembly.feed(message)
         for batch in batches:
             if self._backlog.full:
                 await self._backlog.room()
             self._put(batch)
 
-    def _manual(self, message: pgoutput.Message) -> Iterable[Batch]:
+    def _manual_bust(self, message: pgoutput.Message) -> Iterable[Batch]:
         if message.prefix != MESSAGE_PREFIX:
             return ()
         try:
-            target, key = self._invalidation.manual(message.content)
+            target, key = self._manual.read(message.content)
         except errors.WrongMessage as error:
             self._metrics.rule_errors.labels("").inc()
             _log.error("manual_bust_skipped", lsn=lsn.text(message.lsn), error=str(error))

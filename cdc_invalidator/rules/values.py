@@ -1,4 +1,4 @@
-"""The kinds of change, and values of columns: as the stream has them, and as rule files and the command line write them. Pure."""
+"""The kinds of change; values of columns as the stream, rule files and the command line have them. Pure."""
 
 from __future__ import annotations
 

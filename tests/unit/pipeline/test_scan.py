@@ -43,6 +43,7 @@ from cdc_invalidator import errors
 from cdc_invalidator.pipeline import receive, scan
 from cdc_invalidator.pipeline.assembly import Assembly
 from cdc_invalidator.pipeline.batch import Batch
+from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive
 from cdc_invalidator.rules.load import parse_rules
@@ -191,8 +192,8 @@ def by_reference(rule_set: RuleSet, data: bytes) -> Outcome:
                     assembly.relation(found, invalidation.compile_unknown(found, unknown) if unknown else None)
             elif not isinstance(found, pgoutput.Message):
                 given_now = list(assembly.feed(found))
-            elif found.prefix == receive.MESSAGE_PREFIX:
-                given_now = list(assembly.manual(found, *invalidation.manual(found.content)))
+            elif found.prefix == MESSAGE_PREFIX:
+                given_now = list(assembly.manual(found, *world.manual.read(found.content)))
             for batch in given_now:
                 batches.append(batch)
                 if batch.end_lsn is not None:

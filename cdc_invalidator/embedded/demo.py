@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from cdc_invalidator import errors
-from cdc_invalidator.embedded import shop
+from cdc_invalidator.embedded import shop, shoppers
 from cdc_invalidator.embedded.daemon import DaemonProcess
 from cdc_invalidator.embedded.process import HOST
 from cdc_invalidator.embedded.servers import Postgres, Valkey
@@ -77,7 +77,7 @@ def _show(console: Console, stack: contextlib.ExitStack, seconds: float, keep: b
     console.print(_verdict(without, with_daemon), soft_wrap=True)
     if keep:
         _stay(console, daemon, postgres, dsn, valkey.url)
-    return 0 if not with_daemon.look.stale else 1
+    return 0 if not with_daemon.audit.stale else 1
 
 
 def _console() -> Console:
@@ -160,16 +160,16 @@ def _bust(event: Mapping[str, Any]) -> SeenBust:
 class Figures:
     """What one phase has come to.
 
-    ``stale_now`` counts entries that were stale, and the same, in two looks in a row: those that are not just being
-    busted. ``look`` is the one after the phase, when all is settled.
+    ``stale_now`` counts entries that were stale, and the same, in two audits in a row: those that are not just being
+    busted. ``audit`` is the one after the phase, when all is settled.
     """
 
     with_daemon: bool
     seconds: float = 0.0
-    counts: shop.WorkCounts = field(default_factory=shop.WorkCounts)
+    counts: shoppers.WorkCounts = field(default_factory=shoppers.WorkCounts)
     busts: list[SeenBust] = field(default_factory=list)
     stale_now: int = 0
-    look: shop.Look = field(default_factory=lambda: shop.Look(0, []))
+    audit: shop.Audit = field(default_factory=lambda: shop.Audit(0, []))
 
     @property
     def hit_rate(self) -> float:
@@ -204,7 +204,7 @@ class _PhaseRunner:
         self._phases += 1
         figures = Figures(with_daemon=daemon is not None)
         first = len(daemon.busts) if daemon else 0
-        work = shop.Workload(self._dsn, self._url, environment=ENVIRONMENT, seed=100 * self._phases)
+        work = shoppers.Workload(self._dsn, self._url, environment=ENVIRONMENT, seed=100 * self._phases)
         with _Screen(self._console) as screen:
             before: set[tuple[str, str]] = set()
             started = time.monotonic()
@@ -218,15 +218,15 @@ class _PhaseRunner:
             if daemon:
                 daemon.settle()
             self._update(figures, work, before, daemon, first)
-            figures.look = self._look()
-            figures.stale_now = len(figures.look.stale)
+            figures.audit = self._audit()
+            figures.stale_now = len(figures.audit.stale)
             screen.show(figures)
         return figures
 
     def _update(
         self,
         figures: Figures,
-        work: shop.Workload,
+        work: shoppers.Workload,
         before: set[tuple[str, str]],
         daemon: _DemoDaemon | None,
         first: int,
@@ -236,14 +236,14 @@ class _PhaseRunner:
         if daemon:
             daemon.check()
             figures.busts = daemon.busts[first:]
-        look = self._look()
-        now = {(entry.key, entry.cached) for entry in look.stale}
+        audit = self._audit()
+        now = {(entry.key, entry.cached) for entry in audit.stale}
         figures.stale_now = len(now & before)
-        figures.look = look
+        figures.audit = audit
         return now
 
-    def _look(self) -> shop.Look:
-        return shop.look(self._dsn, self._url, environment=ENVIRONMENT)
+    def _audit(self) -> shop.Audit:
+        return shop.audit(self._dsn, self._url, environment=ENVIRONMENT)
 
 
 # What people see
@@ -290,7 +290,7 @@ def _line(figures: Figures) -> str:
             f"p50 {_ms(figures.lag_ms(0.5))}",
             f"p99 {_ms(figures.lag_ms(0.99))}",
         ]
-    parts.append(f"stale {figures.stale_now} of {figures.look.entries} entries")
+    parts.append(f"stale {figures.stale_now} of {figures.audit.entries} entries")
     return "  ".join(parts)
 
 
@@ -303,7 +303,7 @@ def _picture(figures: Figures) -> Table:
     table.add_column(justify="right")
     table.add_column(style="dim")
     table.add_column()
-    stale = f"[bold {'red' if figures.stale_now else 'green'}]{figures.stale_now}[/] of {figures.look.entries}"
+    stale = f"[bold {'red' if figures.stale_now else 'green'}]{figures.stale_now}[/] of {figures.audit.entries}"
     left = [
         ("seconds", f"{figures.seconds:.1f}"),
         ("commits", f"{counts.commits}"),
@@ -344,17 +344,17 @@ def _result(without: Figures, with_daemon: Figures) -> Table:
     table.add_row("commit to bust, p50", "", _ms(with_daemon.lag_ms(0.5)))
     table.add_row("commit to bust, p99", "", _ms(with_daemon.lag_ms(0.99)))
     table.add_section()
-    table.add_row("entries in the cache", *(str(each.look.entries) for each in both))
-    table.add_row("[bold]stale entries[/bold]", *(f"[bold]{len(each.look.stale)}[/bold]" for each in both))
+    table.add_row("entries in the cache", *(str(each.audit.entries) for each in both))
+    table.add_row("[bold]stale entries[/bold]", *(f"[bold]{len(each.audit.stale)}[/bold]" for each in both))
     return table
 
 
 def _verdict(without: Figures, with_daemon: Figures) -> str:
-    stale = with_daemon.look.stale
+    stale = with_daemon.audit.stale
     if stale:
         by_cache = ", ".join(f"{cache} {count}" for cache, count in Counter(each.cache for each in stale).items())
         return f"[bold red]{len(stale)} entries are stale with the daemon ({by_cache}): that is a bug.[/bold red]"
-    share = len(without.look.stale) / max(without.look.entries, 1)
+    share = len(without.audit.stale) / max(without.audit.entries, 1)
     return f"Without the daemon {share:.0%} of the cache was wrong; with it, nothing."
 
 

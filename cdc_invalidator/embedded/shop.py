@@ -1,28 +1,21 @@
 """A small shop on PostgreSQL and Redis, for the demo and the fault tests.
 
-Its tables, writers that know nothing of the cache, readers that keep the fill contract, and the count of stale entries.
-The rule that holds here: writers never touch Redis, and a reader stores only as the contract allows. What is stale in
-spite of that is the fault of the busts.
+Its tables, what it caches, and the count of stale entries; `shoppers` write to it and read it.
 
     shop.create(dsn)
-    with shop.Workload(dsn, url, seed=7):
+    with shoppers.Workload(dsn, url, seed=7):
         time.sleep(5)
-    assert not shop.look(dsn, url).stale
+    assert not shop.audit(dsn, url).stale
 """
 
 # ruff: noqa: S608 - the parts of these statements are constants; values are bound
 
 from __future__ import annotations
 
-import contextlib
-import random
 import re
-import secrets
-import threading
-import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 import psycopg
 import redis
@@ -30,12 +23,11 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
 ENVIRONMENT: Final = "prod"  # what the rule file takes for ${APP_ENV} when it is not set
 USERS: Final = 240  # ids run from 1 to this; some are always missing
 PRODUCTS: Final = 60
-RECONNECT_SECONDS: Final = 0.1
 
 SCHEMA: Final = """
 CREATE TABLE users (
@@ -58,18 +50,18 @@ ALTER TABLE users REPLICA IDENTITY FULL;
 ALTER TABLE orders REPLICA IDENTITY FULL;
 """
 
-_FILL_USERS: Final = f"""
+FILL_USERS: Final = f"""
 INSERT INTO users (id, name, email, plan)
 SELECT n, 'user ' || n, 'user' || n || '@shop.example', 'free' FROM generate_series(1, {USERS}) AS n WHERE n % 8 <> 0
 ON CONFLICT DO NOTHING"""
-_FILL_PRODUCTS: Final = f"""
+FILL_PRODUCTS: Final = f"""
 INSERT INTO products (id, name, price_cents)
 SELECT n, 'product ' || n, 100 * n FROM generate_series(1, {PRODUCTS}) AS n WHERE n % 8 <> 0
 ON CONFLICT DO NOTHING"""
-_FILL_ORDERS: Final = """
+FILL_ORDERS: Final = """
 INSERT INTO orders (user_id, product_id, quantity, status)
 SELECT users.id, 1 + users.id % 50, n, 'paid' FROM users, generate_series(1, 3) AS n"""
-_FILL_REVIEWS: Final = """
+FILL_REVIEWS: Final = """
 INSERT INTO reviews (product_id, stars, body)
 SELECT products.id, n, 'review ' || n FROM products, generate_series(1, 3) AS n"""
 
@@ -88,7 +80,7 @@ def create(dsn: str) -> None:
     """
     with psycopg.connect(dsn) as connection:
         connection.execute(SCHEMA)
-        for statement in (_FILL_USERS, _FILL_PRODUCTS, _FILL_ORDERS, _FILL_REVIEWS):
+        for statement in (FILL_USERS, FILL_PRODUCTS, FILL_ORDERS, FILL_REVIEWS):
             connection.execute(statement)
 
 
@@ -179,471 +171,16 @@ FAMILIES: Final = (
 )
 
 
-# The work
-
-
-@dataclass(slots=True)
-class WorkCounts:
-    """What the workers have done so far; each worker has its own, so that none needs a lock.
-
-    ``refused`` fills came after a bust and were dropped, as the contract has it; ``aborted`` transactions were rolled
-    back, a few of them on purpose; ``lost`` counts connections that broke and were made anew.
-    """
-
-    commits: int = 0
-    aborted: int = 0
-    reads: int = 0
-    hits: int = 0
-    fills: int = 0
-    refused: int = 0
-    lost: int = 0
-
-    def __add__(self, other: WorkCounts) -> WorkCounts:
-        return WorkCounts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    def __sub__(self, other: WorkCounts) -> WorkCounts:
-        return WorkCounts(*(getattr(self, each.name) - getattr(other, each.name) for each in fields(self)))
-
-
-class Writer:
-    """Changes the shop's rows and knows nothing of the cache.
-
-    Each `step` is one transaction: mostly one change, sometimes several, sometimes rolled back. What it does follows
-    from the seed alone; what comes of it also depends on the other writers.
-    """
-
-    def __init__(self, dsn: str, *, seed: int) -> None:
-        self.counts = WorkCounts()
-        self._dsn = dsn
-        self._dice = random.Random(seed)  # noqa: S311
-        self._connection: psycopg.Connection[tuple[object, ...]] | None = None
-        changes = (
-            (20, self._change_user),
-            (10, self._see_user),
-            (4, self._add_user),
-            (3, self._remove_user),
-            (3, self._renumber_user),
-            (15, self._add_order),
-            (20, self._change_order),
-            (10, self._move_order),
-            (12, self._remove_order),
-            (12, self._change_product),
-            (2, self._add_product),
-            (1, self._remove_product),
-            (2, self._renumber_product),
-            (6, self._add_review),
-            (6, self._change_review),
-            (1, self._remove_review),
-        )
-        self._weights, self._changes = zip(*changes, strict=True)
-
-    def step(self) -> None:
-        """Run one transaction.
-
-        Raises:
-            psycopg.OperationalError: The connection is lost; the next step makes a new one.
-        """
-        connection = self._connected()
-        try:
-            if self._dice.random() < 0.002:
-                self._empty_a_table(connection)
-            else:
-                self._transaction(connection)
-        except psycopg.Error:
-            # Writers get into each other's way (deadlocks, a number that is taken): the database's business.
-            self.counts.aborted += 1
-            if connection.closed:
-                raise
-
-    def close(self) -> None:
-        """Close the connection, if there is one."""
-        if self._connection:
-            self._connection.close()
-
-    def _connected(self) -> psycopg.Connection[tuple[object, ...]]:
-        if self._connection is None or self._connection.closed:
-            self._connection = psycopg.connect(self._dsn, autocommit=True, connect_timeout=5)
-        return self._connection
-
-    def _transaction(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        count = self._dice.randint(2, 6) if self._dice.random() < 0.15 else 1
-        changes = self._dice.choices(self._changes, self._weights, k=count)
-        undone = self._dice.random() < 0.05
-        with connection.transaction(force_rollback=undone):
-            for change in changes:
-                change(connection)
-        if undone:
-            self.counts.aborted += 1
-        else:
-            self.counts.commits += 1
-
-    def _empty_a_table(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """TRUNCATE a table, and fill it again in a transaction of its own."""
-        truncate, *refill = self._dice.choice(
-            (
-                ("TRUNCATE users CASCADE", _FILL_USERS, _FILL_ORDERS),
-                ("TRUNCATE orders", _FILL_ORDERS),
-                ("TRUNCATE products", _FILL_PRODUCTS),
-                ("TRUNCATE reviews", _FILL_REVIEWS),
-            ),
-        )
-        connection.execute(truncate)
-        with connection.transaction():
-            for statement in refill:
-                connection.execute(statement)
-        self.counts.commits += 2
-
-    # Each change is one statement; where its row does not exist, it changes nothing.
-
-    def _user(self) -> int:
-        return _hot(self._dice, USERS)
-
-    def _product(self) -> int:
-        return _hot(self._dice, PRODUCTS)
-
-    def _word(self) -> str:
-        return f"{self._dice.getrandbits(48):x}"
-
-    def _change_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        column = self._dice.choice(("name", "email", "plan"))
-        connection.execute(f"UPDATE users SET {column} = %s WHERE id = %s", [self._word(), self._user()])
-
-    def _see_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """Change the one column that no cache shows."""
-        connection.execute("UPDATE users SET last_seen = clock_timestamp() WHERE id = %s", [self._user()])
-
-    def _add_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        connection.execute(
-            "INSERT INTO users (id, name, email, plan) VALUES (%s, %s, 'new@shop.example', 'free')"
-            " ON CONFLICT DO NOTHING",
-            [self._user(), self._word()],
-        )
-
-    def _remove_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """Delete a user, and so (ON DELETE CASCADE) the orders."""
-        connection.execute("DELETE FROM users WHERE id = %s", [self._user()])
-
-    def _renumber_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """Change a primary key, and so (ON UPDATE CASCADE) the owner of the orders."""
-        connection.execute(
-            "UPDATE users SET id = %(new)s WHERE id = %(old)s AND NOT EXISTS (SELECT FROM users WHERE id = %(new)s)",
-            {"old": self._user(), "new": self._user()},
-        )
-
-    def _add_order(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        connection.execute(
-            "INSERT INTO orders (user_id, product_id, quantity, status)"
-            " SELECT id, %s, %s, 'new' FROM users WHERE id = %s",
-            [self._product(), self._dice.randint(1, 9), self._user()],
-        )
-
-    def _change_order(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        status = self._dice.choice(("new", "paid", "sent", "returned"))
-        self._on_an_order(connection, "UPDATE orders SET status = %(value)s, quantity = quantity + 1", status)
-
-    def _move_order(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """Give an order to another user; with an unknown one, the foreign key refuses."""
-        self._on_an_order(connection, "UPDATE orders SET user_id = %(value)s", self._user())
-
-    def _remove_order(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        self._on_an_order(connection, "DELETE FROM orders", None)
-
-    def _on_an_order(
-        self,
-        connection: psycopg.Connection[tuple[object, ...]],
-        statement: str,
-        value: object,
-    ) -> None:
-        connection.execute(
-            f"{statement} WHERE id = (SELECT max(id) FROM orders WHERE user_id = %(user)s)",
-            {"value": value, "user": self._user()},
-        )
-
-    def _change_product(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        connection.execute(
-            "UPDATE products SET price_cents = %s WHERE id = %s",
-            [self._dice.randint(100, 99_999), self._product()],
-        )
-
-    def _add_product(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        connection.execute(
-            "INSERT INTO products (id, name, price_cents) VALUES (%s, %s, 500) ON CONFLICT DO NOTHING",
-            [self._product(), self._word()],
-        )
-
-    def _remove_product(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        connection.execute("DELETE FROM products WHERE id = %s", [self._product()])
-
-    def _renumber_product(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        connection.execute(
-            "UPDATE products SET id = %(new)s"
-            " WHERE id = %(old)s AND NOT EXISTS (SELECT FROM products WHERE id = %(new)s)",
-            {"old": self._product(), "new": self._product()},
-        )
-
-    def _add_review(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        connection.execute(
-            "INSERT INTO reviews (product_id, stars, body) VALUES (%s, %s, %s)",
-            [self._product(), self._dice.randint(1, 5), self._word()],
-        )
-
-    def _change_review(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        self._on_a_review(connection, "UPDATE reviews SET body = %(value)s", self._word())
-
-    def _remove_review(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        self._on_a_review(connection, "DELETE FROM reviews", None)
-
-    def _on_a_review(
-        self,
-        connection: psycopg.Connection[tuple[object, ...]],
-        statement: str,
-        value: object,
-    ) -> None:
-        connection.execute(
-            f"{statement} WHERE id = (SELECT max(id) FROM reviews WHERE product_id = %(product)s)",
-            {"value": value, "product": self._product()},
-        )
-
-
-def _hot(dice: random.Random, count: int) -> int:
-    """Draw an id from 1 to count; a quarter of the draws falls on the first sixteenth."""
-    return 1 + int(count * dice.random() ** 2)
-
-
-# Stores only while the lease is still ours: a bust deletes the lease with the key.
-_FILL: Final = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-redis.call('DEL', KEYS[1])
-return 1
-"""
-
-
-class Reader:
-    """Reads the shop through its cache and keeps the fill contract to the letter.
-
-    Some loads are slow (the value is held for up to 0.3 s before it is stored), so that busts overtake fills.
-    """
-
-    def __init__(self, dsn: str, url: str, *, seed: int, environment: str = ENVIRONMENT) -> None:
-        self.counts = WorkCounts()
-        self._dsn = dsn
-        self._environment = environment
-        self._dice = random.Random(seed)  # noqa: S311
-        self._redis = _redis(url)
-        self._store = self._redis.register_script(_FILL)
-        self._connection: psycopg.Connection[tuple[object, ...]] | None = None
-
-    def step(self) -> None:
-        """Read one entry, whichever the dice say.
-
-        Raises:
-            psycopg.OperationalError, redis.RedisError: The connection is lost; the next step makes a new one.
-        """
-        family = self._dice.choice(FAMILIES)
-        try:
-            self.read(family, _hot(self._dice, family.ids) if family.ids else 0)
-        except psycopg.Error:  # the lease stays, and runs out
-            self.counts.aborted += 1
-            if self._connection is None or self._connection.closed:
-                raise
-
-    def read(self, family: Family, number: int) -> str:
-        """Return one value, from the cache or from the database."""
-        self.counts.reads += 1
-        return self._read_versioned(family, number) if family.version else self._read_deleted(family, number)
-
-    def close(self) -> None:
-        """Close both connections."""
-        self._redis.close()
-        if self._connection:
-            self._connection.close()
-
-    def _read_deleted(self, family: Family, number: int) -> str:
-        key = family.key_of(self._environment, number)
-        lock = f"{key}:lock"
-        for _ in range(5):
-            value = self._redis.get(key)
-            if value is not None:
-                self.counts.hits += 1
-                return str(value)
-            token = secrets.token_hex(8)
-            if self._redis.set(lock, token, nx=True, px=10_000):
-                value = self._load(family, number)
-                self._count_fill(bool(self._store(keys=[lock, key], args=[token, value, self._ttl_ms(family)])))
-                return value
-            time.sleep(0.02)  # somebody else is loading it
-        return self._load(family, number)  # without storing: we hold no lease
-
-    def _read_versioned(self, family: Family, number: int) -> str:
-        version = self._version(family, number)
-        key = family.key_of(self._environment, number, version)
-        value = self._redis.get(key)
-        if value is not None:
-            self.counts.hits += 1
-            return str(value)
-        # The version was read before the load: if a bump overtakes us, this goes to a key that nobody reads.
-        value = self._load(family, number)
-        self._redis.set(key, value, px=self._ttl_ms(family))
-        self._count_fill(stored=True)
-        return value
-
-    def _version(self, family: Family, number: int) -> str:
-        """Return the current version; a missing one is created from Redis's clock, so that it never repeats."""
-        key = family.version_key(self._environment, number)
-        while (version := self._redis.get(key)) is None:
-            seconds, microseconds = self._redis.time()
-            self._redis.set(key, seconds * 1_000_000 + microseconds, nx=True, ex=family.version_ttl)
-        return str(version)
-
-    def _load(self, family: Family, number: int) -> str:
-        if self._connection is None or self._connection.closed:
-            self._connection = psycopg.connect(self._dsn, autocommit=True, connect_timeout=5)
-        row = self._connection.execute(f"SELECT ({family.select.format(id='%(id)s')})", {"id": number}).fetchone()
-        assert row
-        luck = self._dice.random()
-        if luck < 0.1:
-            time.sleep(0.3 if luck < 0.005 else luck / 2)
-        return "null" if row[0] is None else str(row[0])
-
-    def _ttl_ms(self, family: Family) -> int:
-        return int(1000 * family.ttl * self._dice.uniform(1, 1.1))
-
-    def _count_fill(self, stored: bool) -> None:
-        if stored:
-            self.counts.fills += 1
-        else:
-            self.counts.refused += 1
-
-
 def _redis(url: str) -> redis.Redis:
     """Connect without the driver's retries: what is retried, and when, is the worker's business."""
     return redis.Redis.from_url(url, decode_responses=True, socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
 
-class Workload:
-    """Writers and readers in threads, until `stop`.
-
-    Args:
-        dsn: The shop's database; see `create`.
-        url: Its Redis.
-        environment: The ``${APP_ENV}`` of the keys.
-        seed: What the workers do follows from it (when they do it does not).
-        writers: How many threads write.
-        readers: How many threads read.
-        commits_per_second: About how many transactions all writers together make; as many as go, for 0.
-        reads_per_second: About how many reads all readers together make; as many as go, for 0.
-        survive: Whether workers reconnect when a server goes away; else they end, and `check` tells.
-    """
-
-    def __init__(
-        self,
-        dsn: str,
-        url: str,
-        *,
-        environment: str = ENVIRONMENT,
-        seed: int = 1,
-        writers: int = 2,
-        readers: int = 4,
-        commits_per_second: float = 150,
-        reads_per_second: float = 600,
-        survive: bool = False,
-    ) -> None:
-        self._survive = survive
-        self._failures: list[Exception] = []
-        self._writers = _Crew([Writer(dsn, seed=seed + n) for n in range(writers)], commits_per_second, self._run)
-        self._readers = _Crew(
-            [Reader(dsn, url, seed=seed + 1000 + n, environment=environment) for n in range(readers)],
-            reads_per_second,
-            self._run,
-        )
-
-    @property
-    def counts(self) -> WorkCounts:
-        """What all workers have done so far."""
-        return sum((worker.counts for crew in (self._writers, self._readers) for worker in crew.workers), WorkCounts())
-
-    def start(self) -> None:
-        """Set all workers to work."""
-        self._readers.start()
-        self._writers.start()
-
-    def stop_writers(self) -> None:
-        """Stop the writers; returns when the last transaction has ended.
-
-        Raises:
-            Exception: What a worker failed with.
-        """
-        self._writers.stop()
-        self.check()
-
-    def stop(self) -> None:
-        """Stop all workers, writers first; returns when the last fill has been stored or dropped.
-
-        Raises:
-            Exception: What a worker failed with.
-        """
-        self._writers.stop()
-        self._readers.stop()
-        self.check()
-
-    def check(self) -> None:
-        """Raise what a worker failed with, if one did."""
-        if self._failures:
-            raise self._failures[0]
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._writers.stop()
-        self._readers.stop()
-        if kind is None:
-            self.check()
-
-    def _run(self, worker: Writer | Reader, stopped: threading.Event, pause: float) -> None:
-        dice = random.Random()  # noqa: S311
-        with contextlib.closing(worker):
-            while not stopped.wait(dice.expovariate(1 / pause) if pause else 0):
-                try:
-                    worker.step()
-                except (psycopg.Error, redis.RedisError) as lost:
-                    if not self._survive:
-                        self._failures.append(lost)
-                        return
-                    worker.counts.lost += 1
-                    stopped.wait(RECONNECT_SECONDS)
-
-
-@dataclass(slots=True)
-class _Crew:
-    """Workers of one kind and their threads."""
-
-    workers: list[Writer] | list[Reader]
-    steps_per_second: float
-    run: Callable[[Writer | Reader, threading.Event, float], None]
-    _stopped: threading.Event = field(default_factory=threading.Event)
-    _threads: list[threading.Thread] = field(default_factory=list)
-
-    def start(self) -> None:
-        pause = len(self.workers) / self.steps_per_second if self.steps_per_second else 0.0
-        for worker in self.workers:
-            thread = threading.Thread(target=self.run, args=(worker, self._stopped, pause), daemon=True)
-            self._threads.append(thread)
-            thread.start()
-
-    def stop(self) -> None:
-        self._stopped.set()
-        for thread in self._threads:
-            thread.join()
-
-
-# The truth
+# What is stale
 
 
 @dataclass(frozen=True, slots=True)
-class Stale:
+class StaleEntry:
     """An entry that readers would get from the cache, and that is not what the database says."""
 
     cache: str
@@ -653,14 +190,14 @@ class Stale:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Audit:
     """All reachable entries of the cache, compared with the database."""
 
     entries: int
-    stale: list[Stale]
+    stale: list[StaleEntry]
 
 
-def look(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> Look:
+def audit(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> Audit:
     """Compare every entry that readers can reach with the database.
 
     With a version, that is the entry under the current version. Entries of caches that live by their TTL alone are
@@ -670,7 +207,7 @@ def look(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> Look:
         psycopg.Error, redis.RedisError: A server cannot be reached.
     """
     entries = 0
-    stale: list[Stale] = []
+    stale: list[StaleEntry] = []
     with psycopg.connect(dsn, autocommit=True) as connection, _redis(url) as client:
         for family in FAMILIES:
             if family.ttl_only:
@@ -680,13 +217,8 @@ def look(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> Look:
             for number, actual in _actual(connection, family, cached):
                 key, value = cached[number]
                 if value != actual:
-                    stale.append(Stale(family.name, key, value, actual))
-    return Look(entries, stale)
-
-
-def stale_entries(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> list[Stale]:
-    """Return the stale ones of all entries that readers can reach; see `look`."""
-    return look(dsn, url, environment=environment).stale
+                    stale.append(StaleEntry(family.name, key, value, actual))
+    return Audit(entries, stale)
 
 
 def _cached(client: redis.Redis, family: Family, environment: str) -> dict[int, tuple[str, str]]:

@@ -20,7 +20,7 @@ import redis
 from proxy import Proxy
 from running import RunningDaemon, confirmed, eventually, execute, settled, watermark
 
-from cdc_invalidator.embedded import shop
+from cdc_invalidator.embedded import shop, shoppers
 from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def test_random_faults_leave_no_stale_entry(scene: Scene, seed: int) -> None:
     print(f"seed {seed}")
     scene.dice.seed(seed)
     dsn, url = scene.postgres.dsn, scene.valkey.url
-    workload = shop.Workload(dsn, url, seed=seed, writers=3, survive=True)
+    workload = shoppers.Workload(dsn, url, seed=seed, writers=3, survive=True)
     with workload:
         deadline = time.monotonic() + SECONDS_OF_FAULTS
         while time.monotonic() < deadline:
@@ -223,7 +223,7 @@ def test_random_faults_leave_no_stale_entry(scene: Scene, seed: int) -> None:
     with redis.Redis.from_url(url) as client:
         settled(dsn, client, SLOT)
     scene.assert_nothing_confirmed_too_early()
-    seen = shop.look(dsn, url)
+    seen = shop.audit(dsn, url)
     print(f"  {seen.entries} entries, {workload.counts}")
     assert seen.stale == []
     assert seen.entries > 0

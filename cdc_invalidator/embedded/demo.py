@@ -197,6 +197,7 @@ class _PhaseRunner:
         self._console = console
         self._dsn = dsn
         self._url = url
+        self._auditor = shop.Auditor(dsn, url, environment=ENVIRONMENT)
         self._phases = 0
 
     def run(self, seconds: float, daemon: _DemoDaemon | None = None) -> Figures:
@@ -237,13 +238,13 @@ class _PhaseRunner:
             daemon.check()
             figures.busts = daemon.busts[first:]
         audit = self._audit()
-        now = {(entry.key, entry.cached) for entry in audit.stale}
+        now = {(entry.key, str(entry.cached)) for entry in audit.stale}
         figures.stale_now = len(now & before)
         figures.audit = audit
         return now
 
     def _audit(self) -> shop.Audit:
-        return shop.audit(self._dsn, self._url, environment=ENVIRONMENT)
+        return self._auditor.audit()
 
 
 # What people see

@@ -12,18 +12,24 @@ Its tables, what it caches, and the count of stale entries; `shoppers` write to 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import psycopg
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cdc_invalidator.reader.envelope import Envelope
+from cdc_invalidator.reader.keys import NUL, Keys
+from cdc_invalidator.reader.options import JSON, Options
+from cdc_invalidator.rules.load import load_rules
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from cdc_invalidator.rules.model import Cache
 
 ENVIRONMENT: Final = "prod"  # what the rule file takes for ${APP_ENV} when it is not set
 USERS: Final = 240  # ids run from 1 to this; some are always missing
@@ -88,92 +94,72 @@ def create(dsn: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
-    """One cache of shop.yaml, as the application's readers know it.
+class CachedQuery:
+    """A cache of shop.yaml, and the query whose result its entries hold.
 
-    ``select`` is a SQL expression of type text, the cached value of ``{id}``; NULL (no such row) is cached as
-    ``null``. ``ttl`` and ``version_ttl`` are in seconds. ``ids``: parameters run from 1 to this; 0 for none.
+    ``select`` is a SQL expression of type json, with ``{id}`` for the parameter; NULL means that there is no such row.
+    ``param`` is the parameter's name in the rule file, and ``ids`` its highest value (the lowest is 1); a cache without
+    a parameter has neither.
     """
 
-    name: str
-    key: str
+    cache: str
     select: str
-    ttl: int
+    param: str | None = None
     ids: int = 0
-    version: str | None = None
-    version_ttl: int = 30 * 86_400
-    ttl_only: bool = False
 
-    def key_of(self, environment: str, number: int, version: str = "") -> str:
-        """Return the Redis key of one entry."""
-        return self.key.format(env=environment, id=number, version=version)
+    def params(self, number: int) -> dict[str, int]:
+        """Return the parameters of one entry, as a read takes them."""
+        return {self.param: number} if self.param else {}
 
-    def version_key(self, environment: str, number: int) -> str:
-        """Return the Redis key of the version that stands for this entry."""
-        assert self.version
-        return self.version.format(env=environment, id=number)
+    def numbers(self) -> Sequence[int]:
+        """Return all values of the parameter; of a cache without one, just 0."""
+        return range(1, self.ids + 1) if self.param else (0,)
 
 
-FAMILIES: Final = (
-    Family(
+QUERIES: Final = (
+    CachedQuery(
         "user",
-        "shop:{env}:user:{id}",
-        "SELECT json_build_array(id, name, email, plan)::text FROM users WHERE id = {id}",
-        ttl=300,
+        "SELECT json_build_array(id, name, email, plan) FROM users WHERE id = {id}",
+        param="id",
         ids=USERS,
     ),
-    Family(
+    CachedQuery(
         "user-orders",
-        "shop:{env}:user:{id}:orders",
-        "SELECT json_agg(json_build_array(id, product_id, quantity, status) ORDER BY id)::text"
+        "SELECT coalesce(json_agg(json_build_array(id, product_id, quantity, status) ORDER BY id), '[]')"
         " FROM orders WHERE user_id = {id}",
-        ttl=300,
+        param="user_id",
         ids=USERS,
     ),
-    Family(
+    CachedQuery(
         "product",
-        "shop:{env}:product:{id}",
-        "SELECT json_build_array(id, name, price_cents)::text FROM products WHERE id = {id}",
-        ttl=3600,
+        "SELECT json_build_array(id, name, price_cents) FROM products WHERE id = {id}",
+        param="id",
         ids=PRODUCTS,
     ),
-    Family(
+    CachedQuery(
         "product-reviews",
-        "shop:{env}:product:{id}:reviews",
-        "SELECT json_agg(json_build_array(id, stars, body) ORDER BY id)::text FROM reviews WHERE product_id = {id}",
-        ttl=600,
+        "SELECT coalesce(json_agg(json_build_array(id, stars, body) ORDER BY id), '[]')"
+        " FROM reviews WHERE product_id = {id}",
+        param="product_id",
         ids=PRODUCTS,
     ),
-    Family(
+    CachedQuery(
         "dashboard",
-        "shop:{env}:user:{id}:dash:v{version}",
         "SELECT json_build_array(name, plan, (SELECT json_object_agg(status, n ORDER BY status) FROM"
-        " (SELECT status, count(*) AS n FROM orders WHERE user_id = {id} GROUP BY status) AS by_status))::text"
+        " (SELECT status, count(*) AS n FROM orders WHERE user_id = {id} GROUP BY status) AS by_status))"
         " FROM users WHERE id = {id}",
-        ttl=600,
+        param="id",
         ids=USERS,
-        version="shop:{env}:user:{id}:dash:ver",
     ),
-    Family(
+    CachedQuery(
         "catalog",
-        "shop:{env}:catalog:v{version}",
-        "SELECT json_agg(json_build_array(id, name, price_cents) ORDER BY id)::text FROM products",
-        ttl=600,
-        version="shop:{env}:catalog:ver",
+        "SELECT coalesce(json_agg(json_build_array(id, name, price_cents) ORDER BY id), '[]') FROM products",
     ),
-    Family(
+    CachedQuery(
         "counts",
-        "shop:{env}:counts",
-        "SELECT json_build_array((SELECT count(*) FROM users), (SELECT count(*) FROM orders))::text",
-        ttl=60,
-        ttl_only=True,
+        "SELECT json_build_array((SELECT count(*) FROM users), (SELECT count(*) FROM orders))",
     ),
 )
-
-
-def _redis(url: str) -> redis.Redis:
-    """Connect without the driver's retries: what is retried, and when, is the worker's business."""
-    return redis.Redis.from_url(url, decode_responses=True, socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
 
 # What is stale
@@ -181,82 +167,125 @@ def _redis(url: str) -> redis.Redis:
 
 @dataclass(frozen=True, slots=True)
 class StaleEntry:
-    """An entry that readers would get from the cache, and that is not what the database says."""
+    """An entry that readers would get from the cache, and that is not what the database says.
+
+    ``cached`` and ``actual`` are JSON values; None for: there is no such row.
+    """
 
     cache: str
     key: str
-    cached: str
-    actual: str
+    cached: Any
+    actual: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """All reachable entries of the cache, compared with the database."""
+    """The number of entries that readers can reach, and the stale ones among them."""
 
     entries: int
     stale: list[StaleEntry]
 
 
-def audit(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> Audit:
-    """Compare every entry that readers can reach with the database.
+class Auditor:
+    """Compares the cache with the database.
 
-    With a version, that is the entry under the current version. Entries of caches that live by their TTL alone are
-    left out. While writers write, an entry may look stale only because its row changed between the two reads.
-
-    Raises:
-        psycopg.Error, redis.RedisError: A server cannot be reached.
+    Args:
+        dsn: The shop's database.
+        url: Its Redis.
+        environment: The ``${APP_ENV}`` of the keys.
     """
-    entries = 0
-    stale: list[StaleEntry] = []
-    with psycopg.connect(dsn, autocommit=True) as connection, _redis(url) as client:
-        for family in FAMILIES:
-            if family.ttl_only:
-                continue
-            cached = _cached(client, family, environment)
-            entries += len(cached)
-            for number, actual in _actual(connection, family, cached):
-                key, value = cached[number]
-                if value != actual:
-                    stale.append(StaleEntry(family.name, key, value, actual))
-    return Audit(entries, stale)
+
+    def __init__(self, dsn: str, url: str, *, environment: str = ENVIRONMENT) -> None:
+        self._dsn = dsn
+        self._url = url
+        caches = load_rules(rules_file(), {"APP_ENV": environment}, conditions=False).caches
+        self._entries = [
+            _Entries.of(query, caches[query.cache]) for query in QUERIES if not caches[query.cache].ttl_only
+        ]
+
+    def audit(self) -> Audit:
+        """Compare every entry that readers can reach with the database.
+
+        With a version, that is the entry under the current version. Entries of caches that live by their TTL alone are
+        left out. While writers write, an entry may look stale only because its row changed between the two reads.
+
+        Raises:
+            psycopg.Error, redis.RedisError: A server cannot be reached.
+        """
+        entries = 0
+        stale: list[StaleEntry] = []
+        with psycopg.connect(self._dsn, autocommit=True) as connection, connect_redis(self._url) as client:
+            for each in self._entries:
+                cached = each.cached(client)
+                entries += len(cached)
+                for number, actual in _actual(connection, each.query, cached):
+                    key, value = cached[number]
+                    if value != actual:
+                        stale.append(StaleEntry(each.query.cache, key, value, actual))
+        return Audit(entries, stale)
 
 
-def _cached(client: redis.Redis, family: Family, environment: str) -> dict[int, tuple[str, str]]:
-    """Give the key and the value of each reachable entry, by its parameter (0 for none)."""
-    if not family.version:
-        keys = _scan(client, family.key, environment)
-    else:
-        versions = _values(client, _scan(client, family.version, environment))
-        keys = {number: family.key_of(environment, number, version) for number, (_, version) in versions.items()}
-    return _values(client, keys)
+def audit(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> Audit:
+    """Compare the cache with the database once; see `Auditor.audit`."""
+    return Auditor(dsn, url, environment=environment).audit()
 
 
-def _scan(client: redis.Redis, template: str, environment: str) -> dict[int, str]:
-    """Find the keys of a template; gives them by their parameter."""
-    exact = re.compile(re.escape(template.format(env=environment, id="\0")).replace("\0", r"(\d+)"))
-    keys = client.scan_iter(match=template.format(env=environment, id="*"), count=1000)
-    matches = (match for match in map(exact.fullmatch, keys) if match)
-    return {int(match[1]) if exact.groups else 0: match[0] for match in matches}
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """All entries that one cache can have.
+
+    ``keys`` and ``version_keys`` are by the parameter (0 for none). A key with a version has NUL in its place; a cache
+    without a version has no version keys.
+    """
+
+    query: CachedQuery
+    keys: dict[int, bytes]
+    version_keys: dict[int, bytes]
+
+    @classmethod
+    def of(cls, query: CachedQuery, cache: Cache) -> Self:
+        keys = Keys(cache)
+        both = {number: keys.of(query.params(number)) for number in query.numbers()}
+        versions = {number: version for number, (_, version) in both.items() if version}
+        return cls(query, {number: key for number, (key, _) in both.items()}, versions)
+
+    def cached(self, client: redis.Redis) -> dict[int, tuple[str, Any]]:
+        """Return key and value of each entry that readers can reach now."""
+        keys = self.keys
+        if self.version_keys:
+            versions = _present(client, self.version_keys)
+            keys = {number: self.keys[number].replace(NUL, version) for number, version in versions.items()}
+        values: dict[int, tuple[str, Any]] = {}
+        for number, entry in _present(client, keys).items():
+            payload = _ENVELOPE.payload(entry)
+            if payload is not None:
+                values[number] = keys[number].decode(), JSON.loads(payload) if payload else None
+        return values
 
 
-def _values(client: redis.Redis, keys: dict[int, str]) -> dict[int, tuple[str, str]]:
-    if not keys:
-        return {}
-    values = client.mget(list(keys.values()))
-    pairs = zip(keys.items(), values, strict=True)
-    return {number: (key, str(value)) for (number, key), value in pairs if value is not None}
+_ENVELOPE: Final = Envelope(Options[Any]().schema)
+
+
+def _present(client: redis.Redis, keys: Mapping[int, bytes]) -> dict[int, bytes]:
+    """Return the values of those keys that exist."""
+    values: list[Any] = client.mget(list(keys.values())) if keys else []
+    return {number: value for number, value in zip(keys, values, strict=True) if value is not None}
 
 
 def _actual(
-    connection: psycopg.Connection[tuple[object, ...]],
-    family: Family,
+    connection: psycopg.Connection[tuple[Any, ...]],
+    query: CachedQuery,
     numbers: Iterable[int],
-) -> Iterator[tuple[int, str]]:
-    """Give what the database says now, by parameter, in one statement and so in one snapshot."""
-    select = family.select.format(id="wanted.id")
+) -> Iterator[tuple[int, Any]]:
+    """Return what the database says now, by parameter; one statement sees one snapshot."""
+    select = query.select.format(id="wanted.id")
     rows = connection.execute(
-        f"SELECT wanted.id, coalesce(({select}), 'null') FROM unnest(%s::bigint[]) AS wanted (id)",
+        f"SELECT wanted.id, ({select}) FROM unnest(%s::bigint[]) AS wanted (id)",
         [list(numbers)],
     )
-    for number, value in rows:
-        yield int(str(number)), str(value)
+    yield from rows
+
+
+def connect_redis(url: str) -> redis.Redis:
+    """Connect without the driver's own retries."""
+    return redis.Redis.from_url(url, socket_timeout=5, retry=Retry(NoBackoff(), 0))

@@ -1,7 +1,6 @@
-"""Who uses the shop: writers that know nothing of the cache, and readers that keep the fill contract.
+"""Who uses the shop: writers that know nothing of the cache, and readers that read through `cdc_invalidator.reader`.
 
-The rule that holds here: writers never touch Redis, and a reader stores only as the contract allows. What is stale in
-spite of that is the fault of the busts.
+The rule that holds here: writers never touch Redis, and readers only through the library.
 """
 
 # ruff: noqa: S608 - the parts of these statements are constants; values are bound
@@ -10,27 +9,29 @@ from __future__ import annotations
 
 import contextlib
 import random
-import secrets
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import psycopg
-import redis
+from prometheus_client import CollectorRegistry
 
 from cdc_invalidator.embedded.shop import (
     ENVIRONMENT,
-    FAMILIES,
     FILL_ORDERS,
     FILL_PRODUCTS,
     FILL_REVIEWS,
     FILL_USERS,
     PRODUCTS,
+    QUERIES,
     USERS,
-    Family,
-    _redis,
+    CachedQuery,
+    connect_redis,
+    rules_file,
 )
+from cdc_invalidator.reader.sync import Caches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,10 +42,10 @@ RECONNECT_SECONDS: Final = 0.1
 
 @dataclass(slots=True)
 class WorkCounts:
-    """What the workers have done so far; each worker has its own, so that none needs a lock.
+    """What the workers have done so far.
 
-    ``refused`` fills came after a bust and were dropped, as the contract has it; ``aborted`` transactions were rolled
-    back, a few of them on purpose; ``lost`` counts connections that broke and were made anew.
+    ``refused`` fills were not stored, because a bust came during the load; ``aborted`` transactions were rolled back, a
+    few of them on purpose; ``lost`` counts database connections that broke and were replaced.
     """
 
     commits: int = 0
@@ -57,9 +58,6 @@ class WorkCounts:
 
     def __add__(self, other: WorkCounts) -> WorkCounts:
         return WorkCounts(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    def __sub__(self, other: WorkCounts) -> WorkCounts:
-        return WorkCounts(*(getattr(self, each.name) - getattr(other, each.name) for each in fields(self)))
 
 
 class Writer:
@@ -267,110 +265,52 @@ def _hot(dice: random.Random, count: int) -> int:
     return 1 + int(count * dice.random() ** 2)
 
 
-# Stores only while the lease is still ours: a bust deletes the lease with the key.
-_FILL: Final = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
-redis.call('DEL', KEYS[1])
-return 1
-"""
-
-
 class Reader:
-    """Reads the shop through its cache and keeps the fill contract to the letter.
+    """Reads the shop through its cache.
 
     Some loads are slow (the value is held for up to 0.3 s before it is stored), so that busts overtake fills.
     """
 
-    def __init__(self, dsn: str, url: str, *, seed: int, environment: str = ENVIRONMENT) -> None:
+    def __init__(self, dsn: str, caches: Caches, *, seed: int) -> None:
         self.counts = WorkCounts()
         self._dsn = dsn
-        self._environment = environment
+        self._caches = caches
         self._dice = random.Random(seed)  # noqa: S311
-        self._redis = _redis(url)
-        self._store = self._redis.register_script(_FILL)
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
 
     def step(self) -> None:
         """Read one entry, whichever the dice say.
 
         Raises:
-            psycopg.OperationalError, redis.RedisError: The connection is lost; the next step makes a new one.
+            psycopg.OperationalError: The connection is lost; the next step makes a new one.
         """
-        family = self._dice.choice(FAMILIES)
+        query = self._dice.choice(QUERIES)
         try:
-            self.read(family, _hot(self._dice, family.ids) if family.ids else 0)
-        except psycopg.Error:  # the lease stays, and runs out
+            self.read(query, _hot(self._dice, query.ids) if query.param else 0)
+        except psycopg.Error:
             self.counts.aborted += 1
             if self._connection is None or self._connection.closed:
                 raise
 
-    def read(self, family: Family, number: int) -> str:
-        """Return one value, from the cache or from the database."""
+    def read(self, query: CachedQuery, number: int) -> Any:
+        """Return one value, from the cache or from the database; None where there is no such row."""
         self.counts.reads += 1
-        return self._read_versioned(family, number) if family.version else self._read_deleted(family, number)
+        return self._caches[query.cache].get(query.params(number), load=lambda **_: self._load(query, number))
 
     def close(self) -> None:
-        """Close both connections."""
-        self._redis.close()
+        """Close the connection, if there is one."""
         if self._connection:
             self._connection.close()
 
-    def _read_deleted(self, family: Family, number: int) -> str:
-        key = family.key_of(self._environment, number)
-        lock = f"{key}:lock"
-        for _ in range(5):
-            value = self._redis.get(key)
-            if value is not None:
-                self.counts.hits += 1
-                return str(value)
-            token = secrets.token_hex(8)
-            if self._redis.set(lock, token, nx=True, px=10_000):
-                value = self._load(family, number)
-                self._count_fill(bool(self._store(keys=[lock, key], args=[token, value, self._ttl_ms(family)])))
-                return value
-            time.sleep(0.02)  # somebody else is loading it
-        return self._load(family, number)  # without storing: we hold no lease
-
-    def _read_versioned(self, family: Family, number: int) -> str:
-        version = self._version(family, number)
-        key = family.key_of(self._environment, number, version)
-        value = self._redis.get(key)
-        if value is not None:
-            self.counts.hits += 1
-            return str(value)
-        # The version was read before the load: if a bump overtakes us, this goes to a key that nobody reads.
-        value = self._load(family, number)
-        self._redis.set(key, value, px=self._ttl_ms(family))
-        self._count_fill(stored=True)
-        return value
-
-    def _version(self, family: Family, number: int) -> str:
-        """Return the current version; a missing one is created from Redis's clock, so that it never repeats."""
-        key = family.version_key(self._environment, number)
-        while (version := self._redis.get(key)) is None:
-            seconds, microseconds = self._redis.time()
-            self._redis.set(key, seconds * 1_000_000 + microseconds, nx=True, ex=family.version_ttl)
-        return str(version)
-
-    def _load(self, family: Family, number: int) -> str:
+    def _load(self, query: CachedQuery, number: int) -> Any:
         if self._connection is None or self._connection.closed:
             self._connection = psycopg.connect(self._dsn, autocommit=True, connect_timeout=5)
-        row = self._connection.execute(f"SELECT ({family.select.format(id='%(id)s')})", {"id": number}).fetchone()
+        row = self._connection.execute(f"SELECT ({query.select.format(id='%(id)s')})", {"id": number}).fetchone()
         assert row
         luck = self._dice.random()
         if luck < 0.1:
             time.sleep(0.3 if luck < 0.005 else luck / 2)
-        return "null" if row[0] is None else str(row[0])
-
-    def _ttl_ms(self, family: Family) -> int:
-        return int(1000 * family.ttl * self._dice.uniform(1, 1.1))
-
-    def _count_fill(self, stored: bool) -> None:
-        if stored:
-            self.counts.fills += 1
-        else:
-            self.counts.refused += 1
+        return row[0]
 
 
 class Workload:
@@ -402,10 +342,18 @@ class Workload:
         survive: bool = False,
     ) -> None:
         self._survive = survive
+        self._registry = CollectorRegistry()
+        self._redis = connect_redis(url)
+        caches = Caches.from_rules(
+            rules_file(),
+            self._redis,
+            env={"APP_ENV": environment},
+            registry=self._registry,
+        )
         self._failures: list[Exception] = []
         self._writers = _Crew([Writer(dsn, seed=seed + n) for n in range(writers)], commits_per_second, self._run)
         self._readers = _Crew(
-            [Reader(dsn, url, seed=seed + 1000 + n, environment=environment) for n in range(readers)],
+            [Reader(dsn, caches, seed=seed + 1000 + n) for n in range(readers)],
             reads_per_second,
             self._run,
         )
@@ -413,7 +361,8 @@ class Workload:
     @property
     def counts(self) -> WorkCounts:
         """What all workers have done so far."""
-        return sum((worker.counts for crew in (self._writers, self._readers) for worker in crew.workers), WorkCounts())
+        counts = (worker.counts for crew in (self._writers, self._readers) for worker in crew.workers)
+        return sum(counts, _counted(self._registry))
 
     def start(self) -> None:
         """Set all workers to work."""
@@ -435,8 +384,7 @@ class Workload:
         Raises:
             Exception: What a worker failed with.
         """
-        self._writers.stop()
-        self._readers.stop()
+        self._stop()
         self.check()
 
     def check(self) -> None:
@@ -449,10 +397,14 @@ class Workload:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._writers.stop()
-        self._readers.stop()
+        self._stop()
         if kind is None:
             self.check()
+
+    def _stop(self) -> None:
+        self._writers.stop()
+        self._readers.stop()
+        self._redis.close()
 
     def _run(self, worker: Writer | Reader, stopped: threading.Event, pause: float) -> None:
         dice = random.Random()  # noqa: S311
@@ -460,12 +412,23 @@ class Workload:
             while not stopped.wait(dice.expovariate(1 / pause) if pause else 0):
                 try:
                     worker.step()
-                except (psycopg.Error, redis.RedisError) as lost:
+                except psycopg.Error as lost:
                     if not self._survive:
                         self._failures.append(lost)
                         return
                     worker.counts.lost += 1
                     stopped.wait(RECONNECT_SECONDS)
+
+
+def _counted(registry: CollectorRegistry) -> WorkCounts:
+    """Return what the reader's metrics say of all caches."""
+    sums: Counter[str] = Counter()
+    for metric in registry.collect():
+        sums[metric.name.removeprefix("cdc_invalidator_reader_")] += sum(
+            int(sample.value) for sample in metric.samples if sample.name.endswith("_total")
+        )
+    hits = sums["hits"] + sums["negative_hits"]
+    return WorkCounts(hits=hits, fills=sums["fills"], refused=sums["dropped_fills"])
 
 
 @dataclass(slots=True)

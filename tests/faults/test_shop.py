@@ -184,7 +184,7 @@ class Scene:
 
     def trusted(self) -> bool:
         """Whether the watermark speaks for all caches, none of which waits to be swept."""
-        caches = {family.name for family in shop.FAMILIES}
+        caches = {query.cache for query in shop.QUERIES}
         return caches <= set(json.loads(self.watermark().get(b"rules", b"{}")))
 
 

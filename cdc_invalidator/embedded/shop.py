@@ -47,6 +47,7 @@ CREATE TABLE orders (
     product_id bigint NOT NULL,
     quantity integer NOT NULL, status text NOT NULL);
 CREATE INDEX ON orders (user_id);
+CREATE INDEX ON orders (product_id);
 CREATE TABLE reviews (
     id bigserial PRIMARY KEY, product_id bigint NOT NULL, stars integer NOT NULL, body text NOT NULL);
 CREATE INDEX ON reviews (product_id);
@@ -154,6 +155,27 @@ QUERIES: Final = (
     CachedQuery(
         "catalog",
         "SELECT coalesce(json_agg(json_build_array(id, name, price_cents) ORDER BY id), '[]') FROM products",
+    ),
+    CachedQuery(
+        "order-history",
+        "SELECT coalesce(json_agg(json_build_array(orders.id, quantity, products.name) ORDER BY orders.id), '[]')"
+        " FROM orders LEFT JOIN products ON products.id = product_id WHERE user_id = {id}",
+        param="user_id",
+        ids=USERS,
+    ),
+    CachedQuery(
+        "product-stats",
+        "SELECT json_build_array(name, (SELECT sum(quantity) FROM orders WHERE product_id = {id}),"
+        " (SELECT json_build_array(count(*), sum(stars)) FROM reviews WHERE product_id = {id}))"
+        " FROM products WHERE id = {id}",
+        param="product_id",
+        ids=PRODUCTS,
+    ),
+    CachedQuery(
+        "product-page",
+        "SELECT json_build_object('id', id, 'name', name, 'price_cents', price_cents) FROM products WHERE id = {id}",
+        param="id",
+        ids=PRODUCTS,
     ),
     CachedQuery(
         "counts",

@@ -1,4 +1,4 @@
--- The shop's tables, as cdc_invalidator/shop.py makes them.
+-- The shop's tables, as cdc_invalidator/embedded/shop.py makes them.
 CREATE TABLE users (
     id bigint PRIMARY KEY, name text NOT NULL, email text NOT NULL, plan text NOT NULL,
     last_seen timestamptz NOT NULL DEFAULT now());

@@ -133,11 +133,7 @@ class Daemon:
     def _check_hash_tags(self) -> None:
         if self._options.redis.kind != "cluster":
             return
-        untagged = [
-            cache.name
-            for cache in self._rules.caches.values()
-            if not (cache.version and not cache.bump_over) and not cache.key.tagged
-        ]
+        untagged = [cache.name for cache in self._rules.caches.values() if cache.lacks_hash_tag]
         if untagged:
             _log.warning(
                 "no_hash_tag",

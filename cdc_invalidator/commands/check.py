@@ -124,7 +124,7 @@ def _of_cache(cache: Cache, *, busted: bool, cluster: bool) -> Iterator[Finding]
                 f"the `{of}` of cache {cache.name} does not begin with an application and an environment, so that "
                 "others may use, or a sweep may delete, the same keys; write it as `shop:${APP_ENV:-prod}:…`.",
             )
-    if cluster and cache.version is None and not cache.key.tagged:
+    if cluster and cache.lacks_hash_tag:
         yield warning(
             "no_hash_tag",
             f"in a cluster, a key of cache {cache.name} and its lock lie in different slots, so that a reader's fill "

@@ -14,33 +14,44 @@ from typing import Any, Literal, NamedTuple
 from cdc_invalidator import errors
 from cdc_invalidator.commands.simulate import Change, Verdict
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX, split_suffix
 from cdc_invalidator.rules.table import Table, read_table
 from cdc_invalidator.rules.template import Param, Template
 from cdc_invalidator.rules.values import OPS, ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import nearest, shown
 
-LOCK = b":lock"
 # Busts that are told of a cache.
 LAST = 10
 _NUMBER = re.compile(rb"[0-9]+")
 Form = Literal["text", "json"]
+What = Literal["key", "lock", "old_value", "version", "old_version"]
+_BESIDE_KEY: dict[bytes, What] = {LOCK_SUFFIX: "lock", STALE_SUFFIX: "old_value"}
 
 
 # ── A key ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Reading(NamedTuple):
-    """A cache that a key is of, and as what: a ``key``, its ``lock``, or a ``version``; ``params`` as they read."""
+    """A cache that a key is of, and as what; ``params`` as they read.
+
+    ``what``: a key, its ``lock``, its ``old_value`` (see ``stale_for``), a ``version``, or the ``old_version`` that a
+    bump has left.
+    """
 
     cache: Cache
-    what: Literal["key", "lock", "version"]
+    what: What
     params: Mapping[str, str]
 
     @property
+    def of_version(self) -> bool:
+        """Whether it is a version, not a key."""
+        return self.what in {"version", "old_version"}
+
+    @property
     def template(self) -> Template:
-        """What the key was read by."""
+        """The template that the key was read by."""
         version = self.cache.version
-        return version if self.what == "version" and version is not None else self.cache.key
+        return version if self.of_version and version is not None else self.cache.key
 
     @property
     def version_key(self) -> str | None:
@@ -67,12 +78,16 @@ def read_key(rules: RuleSet, key: str) -> list[Reading]:
 
 
 def _read(cache: Cache, key: bytes) -> Iterator[Reading]:
-    lock = _params(cache, key.removesuffix(LOCK)) if key.endswith(LOCK) else None
-    if lock is not None:
-        yield Reading(cache, "lock", lock)
+    base, suffix = split_suffix(key)
+    if suffix and (params := _params(cache, base)) is not None:
+        yield Reading(cache, _BESIDE_KEY[suffix], params)
     elif (params := _params(cache, key)) is not None:
         yield Reading(cache, "key", params)
-    if cache.version is not None and (found := cache.version.match(key)) is not None:
+    if cache.version is None:
+        return
+    if suffix == STALE_SUFFIX and (found := cache.version.match(base)) is not None:
+        yield Reading(cache, "old_version", _texts(found))
+    elif (found := cache.version.match(key)) is not None:
         yield Reading(cache, "version", _texts(found))
 
 
@@ -158,12 +173,11 @@ class LastBusts:
             return True
         if action == "bump":
             version = reading.version_key
-            wanted = self._key if reading.what == "version" else None if version is None else version.encode()
-        elif reading.what == "version":
+            wanted = self._base(reading) if reading.of_version else None if version is None else version.encode()
+        elif reading.of_version:
             return False
         else:
-            key = self._key.removesuffix(LOCK) if reading.what == "lock" else self._key
-            wanted = None if reading.params.get("version") == "{version}" else key
+            wanted = None if reading.params.get("version") == "{version}" else self._base(reading)
         if wanted is None:
             return None
         if "raw_keys" in event:
@@ -171,6 +185,10 @@ class LastBusts:
         if "key_hashes" in event and self._hashed is not None:
             return self._hashed(wanted) in event["key_hashes"]
         return None
+
+    def _base(self, reading: Reading) -> bytes:
+        """Return the key or version that the key is, or stands beside."""
+        return self._key if reading.what in {"key", "version"} else split_suffix(self._key)[0]
 
 
 def _others(bust: Mapping[str, Any]) -> bool:
@@ -231,10 +249,19 @@ def _pattern(template: Template) -> str:
     )
 
 
+_WHAT: dict[What, str] = {
+    "key": "a key",
+    "lock": "the lock of a key",
+    "old_value": "the old value of a key",
+    "version": "a version",
+    "old_version": "the old value of a version",
+}
+
+
 def key_lines(told: Mapping[str, Any]) -> Iterator[str]:
     """Give what `explain_key` tells as lines of text."""
     for cache in told["caches"]:
-        what = {"key": "a key", "lock": "the lock of a key", "version": "a version"}[cache["is"]]
+        what = _WHAT[cache["is"]]
         yield f"{told['key']} is {what} of cache {cache['cache']} ({cache['defined_at']})"
         for name, value in cache["params"].items():
             yield f"  {name} = {value}{' (after its filters)' if name in cache['filtered'] else ''}"

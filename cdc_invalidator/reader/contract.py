@@ -26,7 +26,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.freshness import Demand, Feed
-from cdc_invalidator.reader.keys import NUL, Keys, same_slot
+from cdc_invalidator.reader.keys import NUL, Keys
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.metrics import CacheMetrics
 from cdc_invalidator.reader.options import Options
@@ -169,8 +169,7 @@ class Contract(Generic[T]):
     ) -> None:
         if cache.ttl is None:
             raise ValueError(f"cache {cache.name} has no `ttl`, so what is stored would stay for ever; add one to it")
-        needs_tag = cache.version is None or cache.bump_over is not None
-        if world.cluster and needs_tag and not cache.key.tagged:
+        if world.cluster and cache.lacks_hash_tag:
             raise ValueError(
                 f"in a cluster, a key of cache {cache.name} and its lock lie in different slots; give the key a hash "
                 "tag, such as `user:{{{id}}}:profile`"
@@ -187,8 +186,8 @@ class Contract(Generic[T]):
         self._lease = max(1, int(options.lease * 1000))
         self._ttl, self._jitter = cache.ttl, cache.jitter
         self._versioned = cache.version is not None
-        self._one_hash_slot = not world.cluster or same_slot(cache)
-        self._locks_beside = not world.cluster or cache.key.tagged
+        self._one_hash_slot = not world.cluster or cache.one_hash_slot
+        self._locks_beside = not world.cluster or bool(cache.key.hash_tag)
         # The versions of the last reads: the key can then be asked for together with its version.
         self._versions: dict[bytes, bytes] = {}
         # When what Redis refuses with is told again.

@@ -95,32 +95,6 @@ class Keys:
         return TypeError(f"cache {self._cache_name} has the parameters {wanted}, and was given {given}")
 
 
-def same_slot(cache: Cache) -> bool:
-    """Whether a cluster keeps a key and its version in one slot, which their hash tags tell."""
-    return cache.version is None or _tag(cache.key) == _tag(cache.version) != ()
-
-
-def _tag(template: Template) -> tuple[bytes | Param, ...]:
-    """Give the parts between the first ``{`` and the first ``}`` behind it; nothing if there is no tag."""
-    tag: list[bytes | Param] = []
-    inside = False
-    for part in template.parts:
-        if isinstance(part, Param):
-            if inside:
-                tag.append(part)
-            continue
-        text = part
-        if not inside:
-            _, opened, text = part.partition(b"{")
-            inside = bool(opened)
-        if inside:
-            text, closed, _ = text.partition(b"}")
-            tag += [text] if text else []
-            if closed:
-                return tuple(tag)
-    return ()
-
-
 def _is_version(part: bytes | Param) -> bool:
     return isinstance(part, Param) and part.name == "version" and not part.filters
 

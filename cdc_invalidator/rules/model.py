@@ -46,6 +46,20 @@ class Cache:
         """What a bust names: a key, or a version's key; with ``bump_over`` both in one, see `packed.Pair`."""
         return self.sweep_template if self.bump_over is None or self.version is None else pair(self.version, self.key)
 
+    @property
+    def lacks_hash_tag(self) -> bool:
+        """Whether a cluster may keep a key and its lock in different hash slots, where a reader's fill fails.
+
+        Keys that no bust deletes need no hash tag: with a version and without ``bump_over``, busts only bump the
+        version, and readers name the lock so that it lies in the key's hash slot.
+        """
+        return (self.version is None or self.bump_over is not None) and not self.key.hash_tag
+
+    @property
+    def one_hash_slot(self) -> bool:
+        """Whether a cluster keeps a key and its version in one hash slot, so that one script may read both."""
+        return self.version is None or self.key.hash_tag == self.version.hash_tag != ()
+
 
 @dataclass(frozen=True, slots=True)
 class Query:

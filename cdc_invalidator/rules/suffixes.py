@@ -1,4 +1,4 @@
-"""What the daemon and the readers of a cache both know: the names of the keys beside a key. Pure.
+"""The names of the keys beside a key, which the daemon and the readers of a cache both use. Pure.
 
 For a key ``K``: ``K:lock`` is the lease of whoever loads it, which a bust deletes with ``K`` or before it, so that a
 fill that was overtaken can't be stored. ``K:stale`` is the value that a bust has left for `stale_for`, to those who
@@ -10,3 +10,11 @@ from __future__ import annotations
 
 LOCK_SUFFIX = b":lock"
 STALE_SUFFIX = b":stale"
+
+
+def split_suffix(key: bytes) -> tuple[bytes, bytes]:
+    """Split a key into the key or version that it stands beside, and its suffix; the suffix is empty if it has none."""
+    for suffix in (LOCK_SUFFIX, STALE_SUFFIX):
+        if key.endswith(suffix):
+            return key.removesuffix(suffix), suffix
+    return key, b""

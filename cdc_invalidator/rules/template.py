@@ -108,15 +108,29 @@ class Template:
         return self.parts[0] if self.parts and isinstance(self.parts[0], bytes) else b""
 
     @property
-    def tagged(self) -> bool:
-        """Whether keys have a hash tag (``user:{{{id}}}:name``): a key of Redis Cluster is then in its lock's slot.
+    def hash_tag(self) -> tuple[bytes | Param, ...]:
+        """The hash tag (``user:{{{id}}}:name``), by which Redis Cluster keeps keys in one hash slot; empty for none.
 
-        What is hashed is the text between the first ``{`` and the first ``}`` after it, if there is any; so a value
-        that is empty, or holds braces itself, may still leave a key without one.
+        Redis hashes the text between the first ``{`` and the first ``}`` after it, if there is any; so a value that is
+        empty, or holds braces itself, may still leave a key without one.
         """
-        shape = b"".join(part if isinstance(part, bytes) else b"?" for part in self.parts)
-        tag, closed, _ = shape.partition(b"{")[2].partition(b"}")
-        return bool(tag and closed)
+        tag: list[bytes | Param] = []
+        inside = False
+        for part in self.parts:
+            if isinstance(part, Param):
+                if inside:
+                    tag.append(part)
+                continue
+            text = part
+            if not inside:
+                _, opened, text = part.partition(b"{")
+                inside = bool(opened)
+            if inside:
+                text, closed, _ = text.partition(b"}")
+                tag += [text] if text else []
+                if closed:
+                    return tuple(tag)
+        return ()
 
     def glob(self) -> bytes:
         r"""The pattern for ``SCAN … MATCH`` that finds every key of this template.

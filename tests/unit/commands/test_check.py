@@ -112,6 +112,12 @@ def test_in_a_cluster_a_key_needs_a_hash_tag_unless_it_has_a_version() -> None:
     assert found(versioned, cluster=True) == []
 
 
+def test_in_a_cluster_a_key_that_is_deleted_below_bump_over_needs_a_hash_tag() -> None:
+    both = "  user: {key: 'app:env:u:%s:v{version}', version: 'app:env:u:ver', bump_over: 10, ttl: 5m}\n"
+    assert codes(found(both % "{id}", cluster=True)) == ["no_hash_tag"]
+    assert found(both % "{{{id}}}", cluster=True) == []
+
+
 # Keys that are two things
 
 

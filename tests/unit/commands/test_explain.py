@@ -67,11 +67,14 @@ def parse(text: str) -> RuleSet:
     [
         ("shop:user:42", "user", "key", {"id": "42"}),
         ("shop:user:42:lock", "user", "lock", {"id": "42"}),
+        ("shop:user:42:stale", "user", "old_value", {"id": "42"}),
         ("shop:user:a:b", "user", "key", {"id": "a:b"}),
         ("shop:dash:42:v7", "dash", "key", {"id": "42", "version": "7"}),
         ("shop:dash:42:v7:lock", "dash", "lock", {"id": "42", "version": "7"}),
+        ("shop:dash:42:v7:stale", "dash", "old_value", {"id": "42", "version": "7"}),
         ("shop:dash:a:v1:v7", "dash", "key", {"id": "a:v1", "version": "7"}),
         ("shop:dash:42:ver", "dash", "version", {"id": "42"}),
+        ("shop:dash:42:ver:stale", "dash", "old_version", {"id": "42"}),
         ("shop:product:42:v{version}", "product", "key", {"id": "42", "version": "{version}"}),
         ("shop:catalog:ver", "product", "version", {}),
         ("shop:alone", "alone", "key", {}),
@@ -81,6 +84,19 @@ def parse(text: str) -> RuleSet:
 def test_a_key_is_read_back(key: str, cache: str, what: str, params: dict[str, str]) -> None:
     (reading,) = read_key(RULES, key)
     assert (reading.cache.name, reading.what, reading.params) == (cache, what, params)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("shop:user:42:lock", "the lock of a key of cache user"),
+        ("shop:user:42:stale", "the old value of a key of cache user"),
+        ("shop:dash:42:ver", "a version of cache dash"),
+        ("shop:dash:42:ver:stale", "the old value of a version of cache dash"),
+    ],
+)
+def test_what_stands_beside_a_key_is_told_in_words(key: str, told: str) -> None:
+    assert next(iter(key_lines(explain_key(RULES, key)))).startswith(f"{key} is {told} (")
 
 
 def test_a_key_that_two_caches_may_have_is_told_of_both_the_likeliest_first() -> None:
@@ -347,6 +363,7 @@ def hashed(key: bytes) -> str:
         ("shop:user:42", bust("user", key_hashes=["hash of shop:user:41", "hash of shop:user:42"]), True),
         ("shop:user:42", bust("user", key_hashes=["hash of shop:user:4"]), False),
         ("shop:user:42:lock", bust("user", key_hashes=["hash of shop:user:42"]), True),
+        ("shop:user:42:stale", bust("user", key_hashes=["hash of shop:user:42"]), True),
         ("shop:user:42", bust("user", raw_keys=["shop:user:42"]), True),
         ("shop:user:42", bust("user", raw_keys=["shop:user:4"]), False),
         ("shop:user:42", bust("user"), None),
@@ -355,6 +372,8 @@ def hashed(key: bytes) -> str:
         ("shop:dash:42:v7", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
         ("shop:dash:42:v7:lock", bust("dash", "bump", raw_keys=["shop:dash:42:ver"]), True),
         ("shop:dash:42:ver", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
+        ("shop:dash:42:ver:stale", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
+        ("shop:dash:42:ver:stale", bust("dash", key_hashes=["hash of shop:dash:42:ver"]), False),
         ("shop:dash:42:v7", bust("dash", "bump", key_hashes=["hash of shop:dash:41:ver"]), False),
         ("shop:product:42:v7", bust("product", key_hashes=["hash of shop:product:42:v7"]), True),
         ("shop:product:42:v{version}", bust("product", key_hashes=["hash of shop:product:42:v7"]), None),

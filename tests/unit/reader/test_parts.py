@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.handle import in_order
-from cdc_invalidator.reader.keys import Keys, NoKey, same_slot
+from cdc_invalidator.reader.keys import Keys, NoKey
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.local import Local, Pulse
 from cdc_invalidator.rules.load import parse_rules
@@ -83,21 +83,6 @@ def test_of_a_version_both_keys_are_given_and_text_may_be_long_where_it_is_hashe
     for value, reason in (("x" * 513, "unbounded"), (None, "null"), ("a\0", "unprintable"), ("\ud800", "unprintable")):
         with pytest.raises(NoKey, match=reason):
             keys.of({"q": "", "team": value})
-
-
-@pytest.mark.parametrize(
-    ("key", "version", "same"),
-    [
-        ("t:{{{id}}}:{version}", "t:{{{id}}}:ver", True),
-        ("t:{{a{id}}}:{version}", "t:{{a{id}}}:ver", True),
-        ("t:{{a{id}}}:{version}", "t:{{{id}}}:ver", False),
-        ("t:{{all}}:{id}:{version}", "t:{{all}}:ver", True),
-        ("t:{id}:{version}", "t:{id}:ver", False),
-        ("t:{{}}{id}:{version}", "t:{{}}{id}:ver", False),
-    ],
-)
-def test_whether_a_version_lies_beside_its_keys_is_read_off_the_templates(key: str, version: str, same: bool) -> None:
-    assert same_slot(cache(key=key, version=version)) is same
 
 
 # ── Entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────

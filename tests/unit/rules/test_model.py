@@ -1,9 +1,11 @@
-"""The digests of a rule set."""
+"""The digests of a rule set, and what a cluster needs of a cache."""
 
 from __future__ import annotations
 
 import pytest
 from rule_texts import GOOD, changed, digests, parse
+
+from cdc_invalidator.rules.model import Cache
 
 # ── Digests ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -56,3 +58,40 @@ def test_a_digest_does_not_know_the_order_of_files_and_rules() -> None:
     assert parse(GOOD, one, two).digest == parse(two, GOOD, one).digest
     assert parse(GOOD, one, two).caches["user"].digest == parse(two, one, GOOD).caches["user"].digest
     assert parse(GOOD, one).caches["user"].digest != parse(GOOD).caches["user"].digest
+
+
+# ── Hash tags ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cache_of(fields: str) -> Cache:
+    return parse(f"version: 1\ncaches:\n  one: {fields}\n").caches["one"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "lacks"),
+    [
+        ("{key: 't:{id}'}", True),
+        ("{key: 't:{{{id}}}'}", False),
+        ("{key: 't:{id}', ttl_only: true}", True),
+        ("{key: 't:{id}:{version}', version: 't:{id}:ver'}", False),
+        ("{key: 't:{id}:{version}', version: 't:{id}:ver', bump_over: 10}", True),
+        ("{key: 't:{{{id}}}:{version}', version: 't:{id}:ver', bump_over: 10}", False),
+    ],
+)
+def test_a_key_needs_a_hash_tag_unless_busts_only_bump_its_version(fields: str, lacks: bool) -> None:
+    assert cache_of(fields).lacks_hash_tag is lacks
+
+
+@pytest.mark.parametrize(
+    ("key", "version", "same"),
+    [
+        ("t:{{{id}}}:{version}", "t:{{{id}}}:ver", True),
+        ("t:{{a{id}}}:{version}", "t:{{a{id}}}:ver", True),
+        ("t:{{a{id}}}:{version}", "t:{{{id}}}:ver", False),
+        ("t:{{all}}:{id}:{version}", "t:{{all}}:ver", True),
+        ("t:{id}:{version}", "t:{id}:ver", False),
+        ("t:{{}}{id}:{version}", "t:{{}}{id}:ver", False),
+    ],
+)
+def test_whether_a_version_lies_beside_its_keys_is_read_off_the_templates(key: str, version: str, same: bool) -> None:
+    assert cache_of(f"{{key: '{key}', version: '{version}'}}").one_hash_slot is same

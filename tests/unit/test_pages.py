@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cdc_invalidator import settings
+from cdc_invalidator.cli import app
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("cdc_invalidator", "deploy", "rules", "tests")
 PAGES = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
@@ -43,3 +46,50 @@ def test_each_page_is_linked_from_another() -> None:
 
 def test_the_front_page_stays_a_front_page() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def rows(page: Path, section: str) -> list[list[str]]:
+    """Give the cells of the first table of a section."""
+    text = page.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    table = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table]
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_the_table_of_settings_has_each_with_its_default() -> None:
+    shown: dict[str, str] = {}
+    for names, defaults, _ in rows(ROOT / "deploy" / "README.md", "Settings"):
+        values = code(defaults) or [defaults] * len(code(names))
+        shown |= dict(zip(code(names), values, strict=True))
+    fields = {
+        settings.PREFIX + name.upper(): field
+        for name, field in settings.Settings.model_fields.items()
+        if name not in settings.RENAMED
+    }
+    assert shown.keys() == fields.keys()
+    for name, field in fields.items():
+        if shown[name] == "(required)":
+            assert field.is_required(), name
+        elif shown[name] in {"(none)", "(random)"}:
+            assert not field.default or not field.default.get_secret_value(), name
+        elif name == "CDC_MAX_RETAINED_WAL":
+            assert field.default.human_readable() == "1.0" + shown[name].removeprefix("1")
+        else:
+            assert str(field.default).removesuffix(".0") == shown[name].removesuffix(".0"), name
+
+
+def test_the_table_of_commands_has_each() -> None:
+    shown = [name.split()[0] for cells in rows(ROOT / "README.md", "Commands") for name in code(cells[0])]
+    assert sorted(set(shown)) == sorted(
+        command.name or command.callback.__name__ for command in app.registered_commands if command.callback
+    )
+
+
+def test_the_figures_of_the_front_page_are_those_that_were_measured() -> None:
+    measured = " ".join((ROOT / "tests" / name / "README.md").read_text() for name in ("bench", "consistency"))
+    for what, figure, than in rows(ROOT / "README.md", "Speed and consistency"):
+        for number in re.findall(r"\d[\d.,]*\d", f"{what} {figure} {than}"):
+            assert number in measured, number

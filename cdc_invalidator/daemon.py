@@ -26,7 +26,8 @@ from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
-from cdc_invalidator.session import STANDBY_SECONDS, Role, Session, SessionOptions
+from cdc_invalidator.session import STANDBY_SECONDS, Opened, Role, Session, SessionOptions
+from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
 
@@ -69,6 +70,8 @@ class Daemon:
         self._unsettled: set[Table] = set()
         self._role: Role = "connecting"
         self._session: Session | None = None
+        # Of that session, once the slot is ours.
+        self._opened: Opened | None = None
         self._last_error: str | None = None
         self._recent = Recent()
         self._standbys = standbys
@@ -91,7 +94,7 @@ class Daemon:
             errors.ServerRefuses: a server says no for good.
         """
         pages = http.Pages(self._metrics.shown(self._options.slot), self.status, lambda: self._role != "connecting")
-        with _signals(self._told, self._reload.ask):
+        with _signals(self._ask_to_stop, self._reload.ask):
             async with http.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
                 self._check_hash_tags()
@@ -108,7 +111,7 @@ class Daemon:
                     await asyncio.wait({reloading})
         _log.info("stopped")
 
-    def _told(self) -> None:
+    def _ask_to_stop(self) -> None:
         if self._stop.is_set():
             # The operator insists: nothing is lost, what was not confirmed is received again.
             os._exit(errors.InvalidatorError.exit_code)
@@ -144,12 +147,14 @@ class Daemon:
 
     async def _attempt(self) -> None:
         self._over.clear()
+        self._opened = None
         session = self._session = Session(
             self._options,
             self._rules,
             self._metrics,
             self._events,
             self._be,
+            self._lead,
             recent=self._recent,
             standbys=self._standbys,
             strict=not self._proven,
@@ -197,26 +202,25 @@ class Daemon:
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but not longer than until we are told to stop, or have other rules to begin with."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._over.wait()
-        except TimeoutError:
-            return
+        await within(seconds, self._over)
+
+    def _lead(self, opened: Opened) -> None:
+        self._be("leader")
+        self._opened = opened
+        self._proven = True
+        self._last_error = None
 
     def _be(self, role: Role) -> None:
         if role != self._role:
             _log.info("role", role=role)
-        if role == "leader":
-            self._proven = True
-            self._last_error = None
         self._role = role
         self._metrics.leader.set(role == "leader")
 
     def status(self) -> dict[str, Any]:
         """Give what /status shows."""
-        session = self._session
-        checkpoint = session.checkpoint if session else None
-        apply = session.apply if session else None
+        session, opened = self._session, self._opened
+        checkpoint = opened.checkpoint if opened else None
+        apply = opened.apply if opened else None
         recorded_at = apply.recorded_at if apply else None
         return {
             "role": self._role,
@@ -228,7 +232,7 @@ class Daemon:
             "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
             "backlog_keys": session.backlog.weight if session else 0,
             "dropped_standbys": self._standbys.dropped,
-            "unpublished_tables": [str(table) for table in session.unpublished] if session else [],
+            "unpublished_tables": [str(table) for table in session.unpublished()] if session else [],
             "rules": {
                 "digest": self._rules.digest,
                 "caches": len(self._rules.caches),
@@ -240,10 +244,10 @@ class Daemon:
 
 
 @contextmanager
-def _signals(told: Callable[[], None], asked: Callable[[], None]) -> Iterator[None]:
-    """Call ``told`` at each SIGTERM or SIGINT, and ``asked`` at each SIGHUP; in the end, remove the handlers."""
+def _signals(stop: Callable[[], None], reload: Callable[[], None]) -> Iterator[None]:
+    """Call ``stop`` at each SIGTERM or SIGINT, and ``reload`` at each SIGHUP; in the end, remove the handlers."""
     loop = asyncio.get_running_loop()
-    handlers = {signal.SIGTERM: told, signal.SIGINT: told, signal.SIGHUP: asked}
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGHUP: reload}
     for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
     try:

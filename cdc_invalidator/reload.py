@@ -29,6 +29,7 @@ from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication, rehearse
 from cdc_invalidator.rules.load import fingerprint, load_rules
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.waiting import within
 
 if TYPE_CHECKING:
     from watchfiles import Change
@@ -186,14 +187,10 @@ class Reload:
         backoff = Backoff(first=1.0, most=MOST_SECONDS)
         again: float | None = None
         while True:
-            asked = True
-            try:
-                async with asyncio.timeout(again):
-                    await self._asked.wait()
+            # Else, what could not be found out is tried once more.
+            asked = await within(again, self._asked)
+            if asked:
                 backoff.reset()
-            except TimeoutError:
-                # What could not be found out is tried once more.
-                asked = False
             self._asked.clear()
             again = None
             try:

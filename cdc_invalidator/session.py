@@ -7,12 +7,11 @@ Redis has had. Then the named tasks run: receive, apply, confirm, and watch, whi
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-import psycopg
 import structlog
 
 from cdc_invalidator import errors, lsn
@@ -30,7 +29,7 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
-from cdc_invalidator.postgres.slot import ServerInfo, Slot, SlotState
+from cdc_invalidator.postgres.slot import Slot
 from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
@@ -39,16 +38,12 @@ from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
+from cdc_invalidator.watch import Watch, show
 
 _log = structlog.get_logger()
 
-# How often a standby looks whether the leader is gone, and how often the leader looks at its slot.
+# How often a standby looks whether the leader is gone.
 STANDBY_SECONDS = 0.25
-WATCH_SECONDS = 3.0
-# A server that has not answered for so long is not going to; statements of ours end sooner by themselves.
-SILENCE_SECONDS = 60.0
-# A Redis that is away for so long while WAL piles up has its position given up.
-AWAY_SECONDS = 2.0
 # How long the walsender may take to notice that we are gone.
 GIVE_UP_SECONDS = 10.0
 # SIGTERM: what has been received is applied within this time, or is received again at the next start.
@@ -56,6 +51,7 @@ DRAIN_SECONDS = 1.5
 FAREWELL_SECONDS = 0.3
 
 Role = Literal["connecting", "leader", "standby"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +68,30 @@ class SessionOptions:
     max_retained_wal: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """All that is open once the slot is ours: what the stream comes from and what works on it."""
+
+    slot: Slot
+    publication: Publication
+    tables: Tables
+    snapshots: Snapshots
+    replication: Replication
+    system_id: str
+    checkpoint: Checkpoint
+    apply: Apply
+
+
 class Session:
-    """Made anew for each attempt; holds all that an attempt holds.
+    """Made anew for each attempt; closes all that an attempt opened.
 
     Args:
         options: where to connect.
         rules: what to bust.
         metrics: what to count.
         events: where busts are told.
-        be: is told the role.
+        be: is told the role, until it is the leader's.
+        lead: is told what is open, once the slot is ours.
         recent: remembers what was applied, across sessions.
         standbys: the standbys that busts wait for.
         strict: refuse rules that this database can't keep; else keep those that it can.
@@ -94,6 +105,7 @@ class Session:
         metrics: Metrics,
         events: Events,
         be: Callable[[Role], None],
+        lead: Callable[[Opened], None],
         *,
         recent: Recent,
         standbys: Standbys,
@@ -105,28 +117,20 @@ class Session:
         self._metrics = metrics
         self._events = events
         self._be = be
+        self._lead = lead
         self._recent = recent
         self._standbys = standbys
         self._strict = strict
         self._unsettled = unsettled
-        self._system_id = ""
         self._queries = Queries(options.postgres_dsn, metrics)
-        self._watched_at = 0.0
-        self._connection: psycopg.AsyncConnection[Any] | None = None
-        self._slot: Slot | None = None
-        self._publication: Publication | None = None
-        self._tables: Tables | None = None
-        self._snapshots: Snapshots | None = None
-        self._replication: Replication | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[Any]] = []
+        # Closed in the opposite order: the stream first.
+        self._connections = ExitStack()
+        self._connections.callback(self._queries.close)
+        self._connections.callback(standbys.close)
         self.backlog = Backlog()
-        self.checkpoint: Checkpoint | None = None
-        self.apply: Apply | None = None
-
-    @property
-    def unpublished(self) -> list[Table]:
-        """Tables of rules whose changes are not seen: they don't exist, or can't be published."""
-        return self._tables.unseen if self._tables else []
+        # Gives the tables of rules whose changes are not seen: they don't exist, or can't be published.
+        self.unpublished: Callable[[], list[Table]] = list
 
     async def run(self, stop: asyncio.Event) -> None:
         """Open, stream until told to stop, drain.
@@ -138,36 +142,37 @@ class Session:
         stopping = self._start(_wait(stop), "stop")
         opening = self._start(self._open(), "open")
         await asyncio.wait({opening, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not opening.done():
-            return
-        opening.result()
-        assert self._slot is not None
-        assert self._publication is not None
-        assert self._tables is not None
-        assert self._replication is not None
-        assert self._snapshots is not None
-        assert self.apply is not None
-        assert self.checkpoint is not None
-        tables = self._tables
+        if opening.done():
+            await self._stream(opening.result(), stopping)
+
+    async def _stream(self, opened: Opened, stopping: asyncio.Task[None]) -> None:
         receiver = receive.Receive(
-            self._replication,
-            self._publication,
+            opened.replication,
+            opened.publication,
             Invalidation(self._rules),
             ManualBusts(self._rules),
-            lambda: tables.survey,
+            lambda: opened.tables.survey,
             backlog=self.backlog,
-            checkpoint=self.checkpoint,
+            checkpoint=opened.checkpoint,
+            metrics=self._metrics,
+        )
+        watch = Watch(
+            opened.slot,
+            opened.tables,
+            opened.snapshots,
+            opened.apply,
+            walsender_pid=opened.replication.backend_pid,
+            max_retained_wal=self._options.max_retained_wal,
             metrics=self._metrics,
         )
         receiving = self._start(receiver.run(), "receive")
-        applying = self._start(self.apply.run(), "apply")
+        applying = self._start(opened.apply.run(), "apply")
         confirming = self._start(
-            receive.confirm(self._replication, self.checkpoint, self._metrics, self._snapshots.written), "confirm"
+            receive.confirm(opened.replication, opened.checkpoint, self._metrics, opened.snapshots.written), "confirm"
         )
-        self._watched_at = time.monotonic()
-        watching = self._start(self._watch(self._slot, self._tables, self.apply), "watch")
-        alarm = self._start(self._alarm(), "alarm")
-        following = self._start(self._follow(self.checkpoint), "standbys")
+        watching = self._start(watch.run(), "watch")
+        alarm = self._start(watch.alarm(), "alarm")
+        following = self._start(self._follow(opened), "standbys")
         done, _ = await asyncio.wait(
             {receiving, applying, confirming, watching, alarm, following, stopping},
             return_when=asyncio.FIRST_COMPLETED,
@@ -175,38 +180,31 @@ class Session:
         for task in done:
             task.result()
         receiving.cancel()
-        self.apply.finish()
+        opened.apply.finish()
         await asyncio.wait({applying}, timeout=DRAIN_SECONDS)
         if applying.done():
             applying.result()
         else:
             _log.warning("not_drained", error="Not all was busted in time; the next start receives the rest again.")
-        await self._farewell(self._replication, self.checkpoint, receiving)
+        await self._farewell(opened.replication, opened.checkpoint, receiving)
 
-    def _start(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
+    def _start(self, work: Coroutine[None, None, Result], name: str) -> asyncio.Task[Result]:
         task = asyncio.create_task(work, name=name)
         self._tasks.append(task)
         return task
 
-    async def _follow(self, checkpoint: Checkpoint) -> None:
+    async def _follow(self, opened: Opened) -> None:
         await self._standbys.run(
-            system_id=self._system_id,
-            position=lambda: checkpoint.position,
-            received=lambda: checkpoint.received_lsn,
+            system_id=opened.system_id,
+            position=lambda: opened.checkpoint.position,
+            received=lambda: opened.checkpoint.received_lsn,
             wake=self.backlog.wake,
         )
 
     async def close(self) -> None:
-        """End everything that the session began."""
+        """End everything that the session began, however far it came."""
         # Connections first: a task that is cancelled in the middle of a query would wait for the server.
-        if self._replication is not None:
-            self._replication.close()
-        if self._connection is not None:
-            self._connection.pgconn.finish()
-        if self._snapshots is not None:
-            self._snapshots.close()
-        self._standbys.close()
-        self._queries.close()
+        self._connections.close()
         # Told again until they end: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it
         # returns, and the driver of Redis uses it.
         pending = set(self._tasks)
@@ -216,47 +214,33 @@ class Session:
             _, pending = await asyncio.wait(pending, timeout=0.1)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _open(self) -> None:
+    async def _open(self) -> Opened:
         options = self._options
-        connection = self._connection = await connect(options.postgres_dsn, "cdc-invalidator catalogs")
+        connection = await connect(options.postgres_dsn, "cdc-invalidator catalogs")
+        self._connections.callback(connection.pgconn.finish)
         self._metrics.postgres_up.set(1)
-        slot = self._slot = Slot(connection, options.slot)
-        publication = self._publication = Publication(connection, options.publication)
-        tables = self._tables = Tables(
-            connection, publication, self._rules, strict=self._strict, unsettled=self._unsettled
-        )
-        server = await slot.server()
-        while True:
-            before, survey = await tables.publish()
-            # Who stands by may publish long before it leads.
-            self._unsettled.update(survey.published_since(before))
-            state = await slot.state()
-            self._show(state)
-            if state is None or not state.active:
-                break
-            # What the catalogs said may be hours old once it is our turn: they are asked again then.
-            await self._stand_by(slot)
-        new_slot = await self._streamable(slot, state, server, new_publication=not before.exists)
-        if new_slot:
-            # Making a slot waits for all transactions, so that nothing is left to settle.
-            self._unsettled.clear()
-        added = [table for table in survey.published if table in self._unsettled]
-        snapshots = self._snapshots = await Snapshots.open(options.postgres_dsn)
-        replication = self._replication = await Replication.open(options.postgres_dsn)
+        slot = Slot(connection, options.slot)
+        publication = Publication(connection, options.publication)
+        tables = Tables(connection, publication, self._rules, strict=self._strict, unsettled=self._unsettled)
+        self.unpublished = lambda: tables.unseen
+        new_slot, added = await self._have_slot(slot, tables)
+        snapshots = await Snapshots.open(options.postgres_dsn)
+        self._connections.callback(snapshots.close)
+        replication = await Replication.open(options.postgres_dsn)
+        self._connections.callback(replication.close)
         system = await replication.identify()
-        self._system_id = system.system_id
         await replication.start(options.slot, options.publication)
         # From here on the slot is ours: nobody else moves it.
         state = await slot.state()
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
         gap = await tables.settled(added, snapshots)
-        self.checkpoint = Checkpoint(state.confirmed)
-        self.apply = Apply(
+        checkpoint = Checkpoint(state.confirmed)
+        apply = Apply(
             lambda: cache_server(options.redis, options.slot),
             snapshots.hidden,
             backlog=self.backlog,
-            checkpoint=self.checkpoint,
+            checkpoint=checkpoint,
             recent=self._recent,
             standbys=self._standbys,
             queries=self._queries,
@@ -274,32 +258,56 @@ class Session:
             metrics=self._metrics,
             events=self._events,
         )
-        self.apply.gap(gap)
+        apply.gap(gap)
+        opened = Opened(
+            slot=slot,
+            publication=publication,
+            tables=tables,
+            snapshots=snapshots,
+            replication=replication,
+            system_id=system.system_id,
+            checkpoint=checkpoint,
+            apply=apply,
+        )
         self._metrics.postgres_connects.inc()
-        self._be("leader")
+        self._lead(opened)
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
+        return opened
+
+    async def _have_slot(self, slot: Slot, tables: Tables) -> tuple[bool, list[Table]]:
+        """Wait until nobody streams from the slot, and make it if need be.
+
+        Returns:
+            Whether it is new, and the tables that may be in the stream with only a part of their changes.
+        """
+        server = await slot.server()
+        while True:
+            before, survey = await tables.publish()
+            # Who stands by may publish long before it leads.
+            self._unsettled.update(survey.published_since(before))
+            state = await slot.state()
+            show(state, self._metrics)
+            if state is None or not state.active:
+                break
+            # What the catalogs said may be hours old once it is our turn: they are asked again then.
+            await self._stand_by(slot)
+        statements = slot.statements(state, server, new_publication=not before.exists)
+        if statements:
+            # A slot holds WAL back: none is made for a Redis that is not there to take the busts.
+            await self._redis_there()
+            await tables.set_up(statements)
+            # Making a slot waits for all transactions, so that nothing is left to settle.
+            self._unsettled.clear()
+        return bool(statements), [table for table in survey.published if table in self._unsettled]
 
     async def _stand_by(self, slot: Slot) -> None:
         self._be("standby")
         while True:
             await asyncio.sleep(STANDBY_SECONDS)
             state = await slot.state()
-            self._show(state)
+            show(state, self._metrics)
             if state is None or not state.active:
                 return
-
-    async def _streamable(
-        self, slot: Slot, state: SlotState | None, server: ServerInfo, *, new_publication: bool
-    ) -> bool:
-        """Make the slot if there is none, or anew if it can't be streamed from; True if it is new."""
-        statements = slot.statements(state, server, new_publication=new_publication)
-        if not statements:
-            return False
-        # A slot holds WAL back: none is made for a Redis that is not there to take the busts.
-        await self._redis_there()
-        assert self._tables is not None
-        await self._tables.set_up(statements)
-        return True
 
     async def _redis_there(self) -> None:
         backoff = Backoff()
@@ -315,53 +323,6 @@ class Session:
                 return
             finally:
                 await server.close()
-
-    # Watch: what happens to slot, publication and tables while we stream.
-
-    async def _watch(self, slot: Slot, tables: Tables, apply: Apply) -> None:
-        assert self._replication is not None
-        tables.relent()
-        while True:
-            state = await slot.state()
-            if state is None or state.active_pid != self._replication.backend_pid:
-                # Our walsender is gone, whether we have heard of it or not; somebody else may lead by now.
-                raise errors.PostgresUnavailable(f"Slot {self._options.slot} is not ours any more.")
-            self._show(state)
-            if state.retained > self._options.max_retained_wal and _long_ago(apply.away_since):
-                raise errors.PositionGivenUp
-            apply.hurry(much_wal=state.retained > self._options.max_retained_wal)
-            activity = await slot.activity()
-            self._metrics.database_commits.set(activity.commits)
-            self._metrics.database_rollbacks.set(activity.rollbacks)
-            await self._look_at(tables, apply)
-            self._metrics.watches.inc()
-            self._watched_at = time.monotonic()
-            await asyncio.sleep(WATCH_SECONDS)
-
-    async def _alarm(self) -> None:
-        """End the session when the watch has not come round for long: the server is frozen, or the network deaf."""
-        while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            if time.monotonic() - self._watched_at > SILENCE_SECONDS:
-                raise errors.PostgresUnavailable(f"PostgreSQL has not answered for {SILENCE_SECONDS:.0f} s.")
-
-    async def _look_at(self, tables: Tables, apply: Apply) -> None:
-        assert self._snapshots is not None
-        before = tables.digests()
-        broken = await tables.look(self._snapshots, sweeping=apply.sweeps_a_gap)
-        digests = tables.digests()
-        if broken or digests != before:
-            apply.redigest(digests, broken)
-
-    def _show(self, state: SlotState | None) -> None:
-        self._metrics.slot_wal_status.clear()
-        if state is None:
-            self._metrics.slot_active.set(0)
-            self._metrics.retained_wal.set(0)
-        else:
-            self._metrics.slot_active.set(state.active)
-            self._metrics.retained_wal.set(state.retained)
-            self._metrics.slot_wal_status.labels(state.wal_status).set(1)
 
     async def give_up(self, reason: errors.PositionGivenUp) -> None:
         """Drop the slot, so that PostgreSQL may drop the WAL: the next session makes a new one and sweeps.
@@ -389,10 +350,6 @@ class Session:
                 await replication.finish()
         except (errors.Retryable, TimeoutError) as error:
             _log.warning("not_confirmed", error=str(error) or "PostgreSQL did not answer in time.")
-
-
-def _long_ago(since: float | None) -> bool:
-    return since is not None and time.monotonic() - since > AWAY_SECONDS
 
 
 async def _wait(event: asyncio.Event) -> None:

@@ -53,11 +53,11 @@ class Slot:
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], name: str) -> None:
         self._connection = connection
-        self._name = name
+        self.name = name
 
     async def _rows(self, query: str) -> list[Any]:
         with translated():
-            cursor = await self._connection.execute(query, {"slot": self._name})
+            cursor = await self._connection.execute(query, {"slot": self.name})
             return await cursor.fetchall()
 
     async def server(self) -> ServerInfo:
@@ -89,7 +89,7 @@ class Slot:
         (row,) = rows
         if row.plugin != "pgoutput" or not row.here:
             raise errors.ServerRefuses(
-                f"Slot {self._name} belongs to another database or plugin; set CDC_SLOT to a name of your own."
+                f"Slot {self.name} belongs to another database or plugin; set CDC_SLOT to a name of your own."
             )
         return SlotState(row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
 
@@ -98,7 +98,7 @@ class Slot:
 
         A slot that stands before the publication was made can't: PostgreSQL before 18 fails to decode from there.
         """
-        name = sql.Literal(self._name).as_string(None)
+        name = sql.Literal(self.name).as_string(None)
         drop = [f"SELECT pg_drop_replication_slot({name});"]
         # A slot that is synchronized to the standbys survives a failover; a standby's own can't be.
         more = ", failover => true" if server.version >= 170000 and not server.in_recovery else ""
@@ -116,7 +116,7 @@ class Slot:
         """
         if await self.state() is None:
             return []
-        statement = f"SELECT pg_drop_replication_slot({sql.Literal(self._name).as_string(None)});"
+        statement = f"SELECT pg_drop_replication_slot({sql.Literal(self.name).as_string(None)});"
         await self._rows(statement)
         return [statement]
 

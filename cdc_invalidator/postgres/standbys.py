@@ -21,6 +21,7 @@ from cdc_invalidator import errors, lsn
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.postgres.connection import check_dsn, connect, translated
+from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
 
@@ -159,7 +160,7 @@ class Standbys:
         passed = 0
         try:
             while True:
-                await _within(REST_SECONDS, standby.wanted)
+                await within(REST_SECONDS, standby.wanted)
                 try:
                     if standby.connection is None:
                         standby.connection = await self._connect(standby)
@@ -241,15 +242,6 @@ def _close(standby: _Standby) -> None:
     standby.replayed = 0
     if connection is not None:
         connection.pgconn.finish()
-
-
-async def _within(seconds: float, event: asyncio.Event) -> None:
-    """Wait for an event, at most so many seconds."""
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return
 
 
 _WHO = """

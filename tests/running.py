@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
+import nursery
 import psycopg
 
 from cdc_invalidator.embedded.process import free_port
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     import redis
 
+COMMAND_SECONDS = 60.0
 SECONDS = 30.0
 """A generous deadline: these machines are slow and shared, and no test fails for that."""
 
@@ -44,21 +46,33 @@ def command(*words: str, **settings: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line with these settings and no others."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")}
     env |= {f"CDC_{name.upper()}": str(value) for name, value in settings.items()}
+    if nursery.can_fork(env):
+        with nursery.Forked(words, env) as process:
+            stdout, stderr = process.communicate(COMMAND_SECONDS)
+            return subprocess.CompletedProcess(process.args, process.wait(), stdout, stderr)
     return subprocess.run(
         [sys.executable, "-m", "cdc_invalidator", *words],
         env=env,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=COMMAND_SECONDS,
         check=False,
     )
 
 
+_RUN = [sys.executable, "-m", "cdc_invalidator", "run"]
+
+
 class RunningDaemon:
-    """``python -m cdc_invalidator run`` with its output collected; use it as a context manager."""
+    """``python -m cdc_invalidator run`` with its output collected; use it as a context manager.
+
+    It is forked from the nursery, unless ``command`` is another.
+    """
+
+    forked = True
 
     def __init__(self, *, dsn: str, redis_url: str, rules: Path, slot: str, **settings: str) -> None:
-        self.command = [sys.executable, "-m", "cdc_invalidator", "run"]
+        self.command = _RUN
         self.slot = slot
         self.port = int(settings.get("http_port", free_port()))
         self._env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")} | {
@@ -73,18 +87,12 @@ class RunningDaemon:
         }
         self.events: list[dict[str, Any]] = []
         self.errors: list[str] = []
-        self._process: subprocess.Popen[str] | None = None
+        self._process: nursery.Forked | subprocess.Popen[str] | None = None
         self._threads: list[threading.Thread] = []
 
     def start(self) -> Self:
         """Start it, or start it again."""
-        process = self._process = subprocess.Popen(
-            self.command,
-            env=self._env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = self._process = self._started()
         self._threads = [
             threading.Thread(target=self._collect_events, args=[process.stdout]),
             threading.Thread(target=self._collect_errors, args=[process.stderr]),
@@ -92,6 +100,11 @@ class RunningDaemon:
         for thread in self._threads:
             thread.start()
         return self
+
+    def _started(self) -> nursery.Forked | subprocess.Popen[str]:
+        if self.command == _RUN and self.forked and nursery.can_fork(self._env):
+            return nursery.Forked(["run"], self._env)
+        return subprocess.Popen(self.command, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def _collect_events(self, lines: Any) -> None:
         for line in lines:
@@ -104,7 +117,7 @@ class RunningDaemon:
         lines.close()
 
     @property
-    def process(self) -> subprocess.Popen[str]:
+    def process(self) -> nursery.Forked | subprocess.Popen[str]:
         assert self._process is not None
         return self._process
 
@@ -184,6 +197,12 @@ class RunningDaemon:
             if metric == name and all(f'{label}="{text}"' in rest for label, text in labels.items()):
                 total += float(value)
         return total
+
+
+class SpawnedDaemon(RunningDaemon):
+    """A daemon in an interpreter of its own, for tests of how it starts and what it takes."""
+
+    forked = False
 
 
 def wal_position(dsn: str) -> int:

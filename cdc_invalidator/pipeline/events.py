@@ -18,7 +18,8 @@ from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
 from cdc_invalidator.pipeline.batch import BustEvent, Target
 from cdc_invalidator.pipeline.eventstream import EventStream
 from cdc_invalidator.pipeline.sweep import Sweep
-from cdc_invalidator.redis.server import BUMP_MISSING, BustReply
+from cdc_invalidator.redis.scripts import BUMP_MISSING
+from cdc_invalidator.redis.server import BustReply
 
 try:
     from cdc_invalidator.compiled import _tell

@@ -1,13 +1,13 @@
-"""The edge to a Redis or Valkey Cluster: which node has which slot, and where a command goes when that has changed.
+"""A Redis or Valkey Cluster: commands go to the node that has the key's hash slot, and follow the slot when it moves.
 
-Every command here has one key, so that a slot may move while it is on its way: MOVED and ASK are followed at once. All
-locks are deleted, and acknowledged, before the first key is: the two may lie on different nodes.
+Every command has one key, so that a hash slot may move while it is on its way: MOVED and ASK are followed at once. All
+locks are deleted, and acknowledged, before the first key is, because the two may lie on different nodes.
 
-Each master has a watermark of its own, in a slot of its own, since each can fail over to a replica of its own that
-lagged. A mark is written only after all nodes have acknowledged what it covers; the one that readers know is written
-last. So whatever data set holds a mark, wherever it was moved or copied to, has had all busts up to it.
+Each master has a watermark of its own, in one of its hash slots, because each can fail over to a replica that lagged. A
+watermark is written only after all nodes have acknowledged what it covers, and the one that readers know is written
+last. So whatever data set holds a watermark, wherever that was moved or copied to, has had all busts up to it.
 
-A node that is lost, or that appears with slots, ends the whole connection: everything is opened, and compared, anew.
+When a node is lost, or a new one appears with hash slots, all connections are opened again and all watermarks compared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from redis.crc import key_slot
 from cdc_invalidator import errors
 from cdc_invalidator.redis import node, replies
 from cdc_invalidator.redis.endpoint import Address, Endpoint
+from cdc_invalidator.redis.hashslots import View, read_view
 from cdc_invalidator.redis.node import Command, Node, end
+from cdc_invalidator.redis.scripts import watermark_id, watermark_written
 from cdc_invalidator.redis.server import (
     INFO,
     NO_GRACES,
@@ -31,21 +33,17 @@ from cdc_invalidator.redis.server import (
     BustReply,
     CacheServer,
     Cursor,
-    bumping,
-    marked,
-    marking,
     read_info,
-    read_mark,
     read_size,
-    refusable,
-    scanning,
-    seal,
+    read_watermark,
+    reply_or_refusal,
+    scan_command,
 )
 from cdc_invalidator.redis.watermark import Watermark
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX
 
-# How often the nodes are asked who has which slot, how long the first one may take to tell, and how often a command is
-# sent on before that counts as a failure.
+# How often the nodes are asked who has which hash slot, how long the first one may take to answer, and how often a
+# command is redirected before that counts as a failure.
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 2.0
 HOPS = 5
@@ -53,25 +51,11 @@ HOPS = 5
 PASSES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """The cluster as one node sees it; of several, the one with the highest ``epoch`` is right.
-
-    ``owners``: for each of the 16,384 slots, its master; ``idle``: masters without slots;
-    ``moving``: slots that the node that was asked is giving away or taking in.
-    """
-
-    epoch: int
-    owners: list[Address | None]
-    idle: frozenset[Address]
-    moving: frozenset[int]
-
-
 @dataclass(slots=True)
 class _Search:
     """Where a search for keys stands: the nodes that are still to be searched, and a cursor in the first of them."""
 
-    left: list[Address]
+    nodes: list[Address]
     cursor: int = 0
     passes: int = 1
     moves: int = 0
@@ -106,11 +90,11 @@ class Cluster(CacheServer):
         self._nodes: dict[Address, Node] = {}
         self._view: View | None = None
         # Of each node's watermark: what was read or written last, and for which count of moves the keys hold.
-        self._sealed: dict[bytes, str] = {}
-        self._mark_keys: tuple[int, list[bytes]] = (-1, [])
+        self._last_watermark_ids: dict[bytes, str] = {}
+        self._known_watermark_keys: tuple[int, list[bytes]] = (-1, [])
         # Counted up whenever slots have moved, or may have.
         self._moves = 0
-        self._left: str | None = None
+        self._why_lost: str | None = None
         self._turn = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
 
@@ -125,7 +109,7 @@ class Cluster(CacheServer):
         await _all(self._open(opened) for opened in self._nodes.values())
         for address in view.idle:
             await self._join(address)
-        self._looking = asyncio.create_task(self._look_on(), name="cluster")
+        self._looking = asyncio.create_task(self._look_again(), name="cluster")
 
     async def _open(self, opened: Node) -> None:
         await opened.connect()
@@ -138,7 +122,7 @@ class Cluster(CacheServer):
         for opened in (*self._nodes.values(), *self._seeds):
             await opened.close()
 
-    # Who has which slot.
+    # Who has which hash slot.
 
     async def _discover(self) -> View:
         answers = await asyncio.gather(*map(self._first_view, self._seeds))
@@ -158,13 +142,13 @@ class Cluster(CacheServer):
         finally:
             await seed.close()
 
-    async def _look_on(self) -> None:
-        while self._left is None:
+    async def _look_again(self) -> None:
+        while self._why_lost is None:
             await asyncio.sleep(LOOK_SECONDS)
             await self._look()
 
     async def _look(self) -> None:
-        """Ask all nodes who has which slot; what has changed beyond a move of slots is found in ``_left``."""
+        """Ask all nodes who has which hash slot; set ``_why_lost`` if more has changed than that."""
         async with self._turn:
             await self._look_once()
 
@@ -173,7 +157,7 @@ class Cluster(CacheServer):
         views = [answer for answer in answers if isinstance(answer, View)]
         for answer in answers:
             if isinstance(answer, errors.RedisUnavailable):
-                self._left = f"A node of the cluster is lost: {answer}"
+                self._why_lost = f"A node of the cluster is lost: {answer}"
             elif isinstance(answer, BaseException):
                 raise answer
         known = self._view
@@ -181,10 +165,10 @@ class Cluster(CacheServer):
         latest = max(views, key=_epoch, default=known)
         if latest.epoch < known.epoch:
             return
-        moving = frozenset(slot for view in views for slot in view.moving)
+        moving = frozenset(hash_slot for view in views for hash_slot in view.moving)
         owners = {owner for owner in latest.owners if owner}
         if owners - self._nodes.keys() or self._nodes.keys() - owners - latest.idle:
-            self._left = "A master of the cluster was replaced; all are looked for again."
+            self._why_lost = "A master of the cluster was replaced; all are looked for again."
             return
         for address in latest.idle - self._nodes.keys():
             # It is empty, and by holding on to it we know what it is given.
@@ -208,7 +192,7 @@ class Cluster(CacheServer):
     async def _ask(self, commands: Sequence[tuple[bytes, Command]], *, refusals: bool = False) -> list[Any]:
         """Send each command to the node that has its key, and give the replies in order.
 
-        With ``refusals``, error replies that `refusable` gives are among them.
+        With ``refusals``, error replies that `reply_or_refusal` gives are among them.
         """
         self._check()
         replies_: list[Any] = [None] * len(commands)
@@ -222,9 +206,9 @@ class Cluster(CacheServer):
             for some, answers in await _all(rounds):
                 for item, answer in zip(some, answers, strict=True):
                     if node.redirection(answer) is not None or (isinstance(answer, Exception) and not refusals):
-                        items.append(self._sent_on(item, answer))
+                        items.append(self._redirected(item, answer))
                     else:
-                        replies_[item.number] = refusable(item.command, answer)
+                        replies_[item.number] = reply_or_refusal(item.command, answer)
             if not items:
                 return replies_
         raise errors.RedisUnavailable(
@@ -247,7 +231,7 @@ class Cluster(CacheServer):
         answers = await opened.send(commands)
         return items, [answers[place] for place in places]
 
-    def _sent_on(self, item: _Item, answer: Exception) -> _Item:
+    def _redirected(self, item: _Item, answer: Exception) -> _Item:
         """Give the command as it is sent on after an error; raise what no sending on mends."""
         where = node.redirection(answer)
         if where is None or replies.of(where.code).does is not replies.Does.REDIRECT:
@@ -271,10 +255,10 @@ class Cluster(CacheServer):
         return owner
 
     def _check(self) -> None:
-        if self._looking is not None and self._looking.done() and self._left is None:
+        if self._looking is not None and self._looking.done() and self._why_lost is None:
             self._looking.result()
-        if self._left is not None:
-            raise errors.RedisUnavailable(self._left, code="MOVED_AWAY")
+        if self._why_lost is not None:
+            raise errors.RedisUnavailable(self._why_lost, code="MOVED_AWAY")
 
     async def bust(
         self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
@@ -283,14 +267,14 @@ class Cluster(CacheServer):
         keys = [key for group in deletes for key in group]
         await self._ask([(lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for key in keys])
         unlinked = [(key, self._unlinking(key, graces)) for key in keys]
-        bumped = [(key, bumping(self.scripts, [key], bumps, graces)) for key in bumps]
+        bumped = [(key, self.scripts.to_bump([key], bumps, graces)) for key in bumps]
         answers = iter(await self._ask([*unlinked, *bumped]))
         existed = [sum(next(answers) for _ in group) for group in deletes]
         return BustReply(existed, {key: next(answers)[0] for key in bumps})
 
     def _unlinking(self, key: bytes, graces: Mapping[bytes, int]) -> Command:
         grace = graces.get(key)
-        return ("UNLINK", key) if grace is None else ("EVALSHA", self.scripts.keep, 1, key, grace, STALE_SUFFIX)
+        return ("UNLINK", key) if grace is None else self.scripts.to_keep([key], grace)
 
     async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
         """See `CacheServer`."""
@@ -309,11 +293,11 @@ class Cluster(CacheServer):
         self._check()
         search = cursor or _Search(sorted(self._nodes), moves=self._moves)
         assert isinstance(search, _Search)
-        (answer,) = await self._nodes[search.left[0]].ask(scanning(search.cursor, pattern, count))
+        (answer,) = await self._nodes[search.nodes[0]].ask(scan_command(search.cursor, pattern, count))
         search.cursor = int(answer[0])
         if not search.cursor:
-            search.left.pop(0)
-        if search.left:
+            search.nodes.pop(0)
+        if search.nodes:
             return search, list(answer[1])
         await self._look()
         if search.moves != self._moves and search.passes < PASSES:
@@ -340,49 +324,51 @@ class Cluster(CacheServer):
 
     async def read_watermarks(self) -> list[Watermark | None]:
         """See `CacheServer`."""
-        keys = self._keys_of_marks()
+        keys = self._watermark_keys()
         answers = await self._ask([(key, ("HGETALL", key)) for key in keys])
         found: list[Watermark | None] = []
         for key, fields in zip(keys, answers, strict=True):
-            found.append(read_mark(fields))
-            self._sealed[key] = seal(found[-1])
+            found.append(read_watermark(fields))
+            self._last_watermark_ids[key] = watermark_id(found[-1])
         return found
 
     async def write_watermark(self, watermark: Watermark) -> bool:
         """See `CacheServer`."""
-        *others, public = self._keys_of_marks()
-        return await self._mark(others, watermark) and await self._mark([public], watermark)
+        *others, public = self._watermark_keys()
+        return await self._write_watermarks(others, watermark) and await self._write_watermarks([public], watermark)
 
-    async def _mark(self, keys: Sequence[bytes], watermark: Watermark) -> bool:
-        sealed = self._sealed
-        answers = await self._ask([(key, marking(self.scripts, key, sealed.get(key, ""), watermark)) for key in keys])
-        stored = [marked(answer) for answer in answers]
+    async def _write_watermarks(self, keys: Sequence[bytes], watermark: Watermark) -> bool:
+        last_ids = self._last_watermark_ids
+        answers = await self._ask(
+            [(key, self.scripts.to_write_watermark(key, last_ids.get(key, ""), watermark)) for key in keys]
+        )
+        stored = [watermark_written(answer) for answer in answers]
         for key, done in zip(keys, stored, strict=True):
             if done:
-                sealed[key] = seal(watermark)
+                last_ids[key] = watermark_id(watermark)
         return all(stored)
 
-    def _keys_of_marks(self) -> list[bytes]:
+    def _watermark_keys(self) -> list[bytes]:
         """Give the key of each node's watermark; the last one is that which readers know, on whatever node it lies."""
-        moves, keys = self._mark_keys
+        moves, keys = self._known_watermark_keys
         if moves != self._moves:
-            keys = self._find_keys_of_marks()
-            self._mark_keys = (self._moves, keys)
+            keys = self._find_watermark_keys()
+            self._known_watermark_keys = (self._moves, keys)
         return keys
 
-    def _find_keys_of_marks(self) -> list[bytes]:
+    def _find_watermark_keys(self) -> list[bytes]:
         view, public = self._view, self.watermark_key
         assert view is not None
         without = {owner for owner in view.owners if owner} - {self._owner(public)}
         found: dict[Address, bytes] = {}
         number = 0
         while without:
-            # A tag that hashes to a slot of the node: the same one each time, as long as the slots stay. A slot on
-            # the move may have left its mark at the other end; if all are on the move, any will do.
+            # The first hash tag in a slot of the node: the same each time, as long as slots stay. A slot on the move
+            # may have left its watermark at the other end; if all are on the move, any will do.
             key = b"%b:{%d}" % (public, number)
-            slot, number = key_slot(key), number + 1
-            owner = view.owners[slot]
-            if owner in without and (slot not in view.moving or number > 2 * len(view.owners)):
+            hash_slot, number = key_slot(key), number + 1
+            owner = view.owners[hash_slot]
+            if owner in without and (hash_slot not in view.moving or number > 2 * len(view.owners)):
                 assert owner is not None
                 found[owner] = key
                 without.remove(owner)
@@ -409,31 +395,8 @@ async def _view(asked: Node) -> View:
     """
     answers = await asked.ask(("CLUSTER INFO",), ("CLUSTER SLOTS",), ("CLUSTER NODES",))
     try:
-        return _read_view(asked.host, *answers)
+        return read_view(asked.host, *answers)
     except (ValueError, KeyError, TypeError) as error:
         raise errors.RedisUnavailable(
             "A node describes the cluster in a way that can't be read; it is asked again.", code="GARBLED", report=True
         ) from error
-
-
-def _read_view(asked: str, info: bytes, slots: Any, nodes: bytes) -> View:
-    owners: list[Address | None] = [None] * 16384
-    for first, last, (host, port, *_), *_ in slots:
-        # No host, or an empty one: the node that is asked does not know how others reach it.
-        owner = Address(host.decode() if host else asked, int(port))
-        owners[first : last + 1] = [owner] * (last + 1 - first)
-    idle: set[Address] = set()
-    moving: set[int] = set()
-    for line in nodes.splitlines():
-        _, address, flags, _, _, _, _, _, *ranges = line.split(b" ")
-        names = flags.split(b",")
-        if b"myself" in names:
-            # [slot->-node or [slot-<-node: it is giving the slot away, or taking it in.
-            moving |= {int(part[1:].split(b"-", 1)[0]) for part in ranges if part.startswith(b"[")}
-        if b"master" in names and not ranges and not {b"fail", b"noaddr", b"handshake"} & set(names):
-            # As in ip:port@bus,hostname; an IPv6 address is not in brackets here, and a lone node has none.
-            host, _, port = address.split(b"@", 1)[0].rpartition(b":")
-            idle.add(Address(host.decode() or asked, int(port)))
-    facts = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
-    epoch = int(facts[b"cluster_current_epoch"])
-    return View(epoch, owners, frozenset(idle), frozenset(moving))

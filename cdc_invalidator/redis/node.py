@@ -1,7 +1,9 @@
-"""The edge to one Redis or Valkey server: one connection, commands out, every reply looked at.
+"""One connection to one Redis or Valkey server: commands out, every reply looked at, errors of the driver made ours.
 
-When the connection is gone, it is gone: the driver's pool and its retries are not used, since they would put another
-server, or an older snapshot, in its place without a word. Nothing else imports the driver.
+A failure goes through `failed`: `code` finds its row in `replies.TABLE`, which decides what happens.
+
+A lost connection stays lost. The driver's pool and its retries are not used, because they would silently put another
+server, or an older snapshot, in its place. Of the daemon, only this module uses the driver's connections and errors.
 """
 
 from __future__ import annotations

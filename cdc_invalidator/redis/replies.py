@@ -1,7 +1,7 @@
-"""What is done about each way in which Redis fails: one table, and nothing else decides it. Pure.
+"""What happens when Redis fails: `TABLE` has a row for each kind of failure. Pure.
 
-The rule that holds here: nothing that failed counts as done. Whatever a row says, the busts concerned are applied
-again; the rows differ in where, how soon, and who is told.
+`node.code` finds the row of an error. The rule that holds here: nothing that failed counts as done. Whatever a row
+says, the busts concerned are applied again; rows differ in where, how soon, and who is told.
 """
 
 from __future__ import annotations

@@ -1,13 +1,23 @@
-"""What Redis runs for us: each script in one place, with what it takes and gives."""
+"""The scripts that Redis runs for the daemon: each with what it takes and gives, and the command that runs it."""
 
 from __future__ import annotations
 
-from cdc_invalidator.redis.node import Node
+from collections.abc import Mapping, Sequence
+
+from cdc_invalidator import errors
+from cdc_invalidator.redis.node import Command, Node
+from cdc_invalidator.redis.watermark import Watermark
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+
+BUMP_MISSING = 0
+BUMP_DELETED = -1
+_WATERMARK_WRITTEN = 1
+_OTHER_WATERMARK = 0
 
 # KEYS: the locks of all keys, then the keys. ARGV: how many keys belong to each group, in order; none where each is a
 # group of its own. The locks go first, so that a fill that was overtaken can't store after its key was deleted. Gives,
 # for each group, how many of its keys were there. UNLINK is allowed when memory is full.
-_DELETE = """
+DELETE = """
 local half = #KEYS / 2
 redis.call('UNLINK', unpack(KEYS, 1, half))
 local existed = {}
@@ -24,11 +34,10 @@ end
 return existed
 """
 
-
 # KEYS: keys whose old values may be shown for a while; their locks are gone. ARGV: for how many milliseconds, and under
 # which suffix. The time runs from the bust on, and ends it whatever comes later. Where Redis refuses to move a value
 # (there is no right to, or the suffix is in another slot) it is deleted as any other. Gives how many were there.
-_KEEP = """
+KEEP = """
 local existed = 0
 for _, key in ipairs(KEYS) do
   local bound = redis.pcall('PEXPIRE', key, ARGV[1])
@@ -42,14 +51,13 @@ end
 return existed
 """
 
-
 # KEYS: version counters. ARGV: for each, the milliseconds that it is kept; then, for each, for how many milliseconds
 # the version before it is left under a suffix (0: not at all), and the suffix.
 # A version becomes the larger of current + 1 and Redis TIME in microseconds: it never repeats, not even after it was
 # evicted and created anew. A missing one needs no bump: the next reader creates it before it loads. Where the write is
 # refused (memory is full, or the key holds something else) the counter is deleted instead, which serves as well.
 # Gives the new version, 0 for one that was missing, -1 for one that was deleted.
-_BUMP = """
+BUMP = """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 local versions = {}
@@ -74,14 +82,13 @@ end
 return versions
 """
 
-
-# KEYS: the watermark. ARGV: what `seal` gave of the one that was read or written last (empty: whatever is there), a
-# field that is not there any more, then fields and values.
+# KEYS: the watermark. ARGV: the `watermark_id` of the one that was read or written last (empty: whatever is there),
+# a field to remove, then fields and values.
 # What is there must be what we left there, else this is another data set than the one that has had the busts: a
 # snapshot was loaded, or another daemon leads. The time is looked at as well, since the LSN may stand for long. A
 # missing one may have been evicted; the connection tells that the server is the same.
 # Gives 1; 0 when another watermark is there; -1 when memory is full.
-_MARK = """
+WRITE_WATERMARK = """
 local found = redis.call('HMGET', KEYS[1], 'lsn', 'at')
 if found[1] and ARGV[1] ~= '' and found[1] .. ':' .. (found[2] or '') ~= ARGV[1] then return 0 end
 local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, 3))
@@ -93,10 +100,9 @@ if string.find(stored.err, 'OOM', 1, true) then return -1 end
 return redis.error_reply(stored.err)
 """
 
-
 # KEYS: the event stream. ARGV: about how many entries it keeps, then the events, in order. By a script, since a reply
 # to each of them would cost us more than all the rest; trimmed once, with the last, for a fourth of Redis's time.
-_APPEND = """
+APPEND = """
 local call, key, last = redis.call, KEYS[1], #ARGV
 for at = 2, last - 1 do call('XADD', key, '*', 'event', ARGV[at]) end
 call('XADD', key, 'MAXLEN', '~', ARGV[1], '*', 'event', ARGV[last])
@@ -105,11 +111,60 @@ return last - 1
 
 
 class ScriptDigests:
-    """The digests that a server knows our scripts by; they are the same everywhere."""
+    """The digests that servers know our scripts by, the same on each server; and the commands that run the scripts."""
 
-    delete = keep = bump = mark = append = ""
+    delete = keep = bump = write_watermark = append = ""
 
     async def load(self, node: Node) -> None:
-        """Load them into a server, which forgets them when it ends."""
-        loaded = await node.ask(*(("SCRIPT LOAD", script) for script in (_DELETE, _KEEP, _BUMP, _MARK, _APPEND)))
-        self.delete, self.keep, self.bump, self.mark, self.append = (str(reply, "ascii") for reply in loaded)
+        """Load the scripts into a server, which forgets them when it ends."""
+        scripts = (DELETE, KEEP, BUMP, WRITE_WATERMARK, APPEND)
+        loaded = await node.ask(*(("SCRIPT LOAD", script) for script in scripts))
+        self.delete, self.keep, self.bump, self.write_watermark, self.append = (str(reply, "ascii") for reply in loaded)
+
+    def to_delete(self, keys: Sequence[bytes], group_sizes: Sequence[int]) -> Command:
+        """Return the command that deletes keys with their locks, and counts how many of each group were there.
+
+        Args:
+            keys: of all groups, one group after the other.
+            group_sizes: how many keys each group has; empty where each key is a group of its own.
+        """
+        locks = [key + LOCK_SUFFIX for key in keys]
+        return ("EVALSHA", self.delete, 2 * len(keys), *locks, *keys, *group_sizes)
+
+    def to_keep(self, keys: Sequence[bytes], grace: int) -> Command:
+        """Return the command that leaves the old values of deleted keys for ``grace`` ms; it counts the keys there."""
+        return ("EVALSHA", self.keep, len(keys), *keys, grace, STALE_SUFFIX)
+
+    def to_bump(self, counters: Sequence[bytes], bumps: Mapping[bytes, int], graces: Mapping[bytes, int]) -> Command:
+        """Return the command that bumps some of ``bumps`` and gives their new versions."""
+        graces_of = [graces.get(key, 0) for key in counters]
+        times = [bumps[key] for key in counters]
+        return ("EVALSHA", self.bump, len(counters), *counters, *times, *graces_of, STALE_SUFFIX)
+
+    def to_write_watermark(self, key: bytes, last_id: str, watermark: Watermark) -> Command:
+        """Return the command that writes a watermark over the one with that `watermark_id`; if empty, over any.
+
+        `watermark_written` reads its reply.
+        """
+        pairs = [part for item in watermark.fields().items() for part in item]
+        removed = "" if watermark.standbys else "standbys"
+        return ("EVALSHA", self.write_watermark, 1, key, last_id, removed, *pairs)
+
+
+def watermark_id(watermark: Watermark | None) -> str:
+    """Return what a watermark is recognised by when the next one is written over it; empty for none."""
+    return f"{watermark.lsn}:{watermark.at}" if watermark else ""
+
+
+def watermark_written(answer: int) -> bool:
+    """Read the reply to `ScriptDigests.to_write_watermark`: False when memory is full.
+
+    Raises:
+        errors.RedisUnavailable: somebody else's watermark is there.
+    """
+    if answer == _OTHER_WATERMARK:
+        raise errors.RedisUnavailable(
+            "Redis holds another watermark than the one written last, so its data are others; they are compared anew.",
+            code="OTHER_DATA",
+        )
+    return answer == _WATERMARK_WRITTEN

@@ -1,8 +1,8 @@
-"""The edge to Redis Sentinel: who is the master now, and whether that is still the one that we talk to.
+"""Redis Sentinel: which server is the master, and whether it still is.
 
 The rule that holds here: of several answers, the one with the highest configuration epoch is right. A Sentinel that is
-cut off goes on naming the old master, and an old master that is cut off goes on taking writes: so all Sentinels are
-asked, and go on being asked while the connection stands.
+cut off goes on naming the old master, and an old master that is cut off goes on taking writes. So all Sentinels are
+asked, again and again while the connection stands.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Sentinels:
         self._timeout = timeout
         self._asked: dict[Address, Node] = {}
         self._known = _Answer(-1, endpoint.addresses[0])
-        self._left: str | None = None
+        self._why_lost: str | None = None
         self._silence = ""
         self._looking: asyncio.Task[None] | None = None
 
@@ -70,11 +70,11 @@ class Sentinels:
         self._looking = asyncio.create_task(self._look(), name="sentinel")
         return node
 
-    def left(self) -> str | None:
+    def why_lost(self) -> str | None:
         """Tell why the master that was opened is not the one any more; ``None`` while it is."""
-        if self._looking is not None and self._looking.done() and self._left is None:
+        if self._looking is not None and self._looking.done() and self._why_lost is None:
             self._looking.result()
-        return self._left
+        return self._why_lost
 
     async def close(self) -> None:
         """Drop the connections."""
@@ -84,12 +84,12 @@ class Sentinels:
             await node.close()
 
     async def _look(self) -> None:
-        while self._left is None:
+        while self._why_lost is None:
             await asyncio.sleep(LOOK_SECONDS)
             # That no Sentinel answers is no reason to stop: the master does.
             answer = await self._ask_all()
             if answer is not None and answer.epoch >= self._known.epoch and answer.address != self._known.address:
-                self._left = f"Sentinel names {answer.address} as the master now, no longer {self._known.address}."
+                self._why_lost = f"Sentinel names {answer.address} as the master now, no longer {self._known.address}."
 
     async def _ask_all(self) -> _Answer | None:
         answers = await asyncio.gather(*map(self._ask, self._endpoint.addresses))

@@ -1,4 +1,4 @@
-"""Which kind of Redis CDC_REDIS_URL names, and the `CacheServer` for it."""
+"""The `CacheServer` for the kind of Redis that CDC_REDIS_URL names: one server, a master behind Sentinel, a cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from cdc_invalidator.redis.cluster import Cluster
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Node
 from cdc_invalidator.redis.sentinel import Sentinels
-from cdc_invalidator.redis.server import CacheServer, Single
+from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.redis.single import Single
 
 # Seconds until a server that does not answer counts as lost.
 TIMEOUT = 5.0
@@ -24,7 +25,7 @@ def cache_server(endpoint: Endpoint, slot: str, *, timeout: float = TIMEOUT) -> 
         # The driver reads its options when it is made: what is wrong with them is told now.
         Node(endpoint.at(endpoint.addresses[0]))
         sentinels = Sentinels(endpoint, timeout=timeout)
-        return Single(slot, sentinels.open_master, left=sentinels.left, close=sentinels.close)
+        return Single(slot, sentinels.open_master, why_lost=sentinels.why_lost, close=sentinels.close)
 
     node = Node(endpoint.url, timeout=timeout)
 

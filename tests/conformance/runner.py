@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import redis
 from resp import NONE, RespProxy
 
-from cdc_invalidator.redis.scripts import _BUMP
+from cdc_invalidator.redis.scripts import BUMP
 from cdc_invalidator.rules.suffixes import STALE_SUFFIX
 
 if TYPE_CHECKING:
@@ -310,7 +310,7 @@ class _Scene:
 
     def _bump(self) -> None:
         assert self._counter is not None
-        self._server.eval(_BUMP, 1, self._counter, str(self._version_ttl), "0", STALE_SUFFIX.decode())
+        self._server.eval(BUMP, 1, self._counter, str(self._version_ttl), "0", STALE_SUFFIX.decode())
 
     def _evict(self) -> None:
         assert self._counter is not None

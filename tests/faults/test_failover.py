@@ -27,7 +27,8 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis import sentinel
 from cdc_invalidator.redis.endpoint import Endpoint
-from cdc_invalidator.redis.server import CacheServer, Single
+from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.redis.single import Single
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
 
@@ -184,7 +185,7 @@ async def _cancelled_while_connecting(sentinels: Sentinels) -> None:
             found.set()
             return node
 
-        return Single("s", find, left=looking.left, close=looking.close)
+        return Single("s", find, why_lost=looking.why_lost, close=looking.close)
 
     applying = asyncio.create_task(_apply(open_server).run())
     try:

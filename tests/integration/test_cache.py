@@ -12,7 +12,8 @@ from cdc_invalidator import errors
 from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.pipeline.sweep import Sweep
 from cdc_invalidator.redis.endpoint import Endpoint
-from cdc_invalidator.redis.server import BUMP_DELETED, BUMP_MISSING, KEYS_A_COMMAND, CacheServer
+from cdc_invalidator.redis.scripts import BUMP_DELETED, BUMP_MISSING
+from cdc_invalidator.redis.server import KEYS_A_COMMAND, CacheServer
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.rules.load import parse_rules

@@ -19,7 +19,8 @@ from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
 from cdc_invalidator.pipeline import apply, events
 from cdc_invalidator.pipeline.batch import KEYS_AN_EVENT, Batch, BustEvent, PlainBatch, Target
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.redis.server import BUMP_DELETED, BUMP_MISSING, BustReply
+from cdc_invalidator.redis.scripts import BUMP_DELETED, BUMP_MISSING
+from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.rules.load import parse_rules
 
 if not events.COMPILED:

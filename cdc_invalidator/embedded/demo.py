@@ -73,7 +73,7 @@ def _show(console: Console, stack: contextlib.ExitStack, seconds: float, keep: b
     with_daemon = phases.run(seconds, daemon)
 
     console.print()
-    console.print(_result(without, with_daemon))
+    console.print(_result_table(without, with_daemon))
     console.print(_verdict(without, with_daemon))
     if keep:
         _stay(console, daemon, postgres, dsn, valkey.url)
@@ -212,8 +212,8 @@ class _PhaseRunner:
             before: set[tuple[str, str]] = set()
             started = time.monotonic()
             with work:
-                while (left := started + seconds - time.monotonic()) > 0:
-                    time.sleep(min(left, screen.pause))
+                while (remaining := started + seconds - time.monotonic()) > 0:
+                    time.sleep(min(remaining, screen.pause))
                     work.check()
                     before = self._update(figures, work, before, daemon, first)
                     figures.seconds = time.monotonic() - started
@@ -275,12 +275,12 @@ class _Screen:
     def show(self, figures: Figures) -> None:
         """Show the figures as they are now."""
         if self._live:
-            self._live.update(_picture(figures), refresh=True)
+            self._live.update(_live_table(figures), refresh=True)
         else:
-            self._console.print(_line(figures), soft_wrap=True)
+            self._console.print(_progress_line(figures), soft_wrap=True)
 
 
-def _line(figures: Figures) -> str:
+def _progress_line(figures: Figures) -> str:
     counts = figures.counts
     parts = [
         f"{figures.seconds:5.1f} s",
@@ -294,7 +294,7 @@ def _line(figures: Figures) -> str:
     return "  ".join(parts)
 
 
-def _picture(figures: Figures) -> Table:
+def _live_table(figures: Figures) -> Table:
     from rich.table import Table  # noqa: PLC0415 - an optional dependency
 
     counts = figures.counts
@@ -328,7 +328,7 @@ def _stale(count: int, figures: Figures) -> str:
     return f"[bold {'red' if count else 'green'}]{count}[/] of {figures.audit.entries}"
 
 
-def _result(without: Figures, with_daemon: Figures) -> Table:
+def _result_table(without: Figures, with_daemon: Figures) -> Table:
     from rich.table import Table  # noqa: PLC0415 - an optional dependency
 
     table = Table()

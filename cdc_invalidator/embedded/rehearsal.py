@@ -142,8 +142,8 @@ class _TestRunner:
             return compare(test, (), [f"the change can't be made: {first_line(error)}"])
         self._daemon.settle(SETTLE_SECONDS)
         faults = [] if rows else ["the change finds no row; a trigger or a rule of the database may be the cause"]
-        told = list(self._told(xid))
-        found = [*told, *(bust for bust in self._gone(keys, versions) if bust not in told)]
+        logged = list(self._logged(xid))
+        found = [*logged, *(bust for bust in self._seen(keys, versions) if bust not in logged)]
         self._client.delete(_SAVED, *keys, *versions)
         return compare(test, found, faults)
 
@@ -204,11 +204,11 @@ class _TestRunner:
             elif not bust.startswith("sweep "):
                 keys[bust.replace("{version}", VERSION)] = bust
                 # Which keys a change of a cache with `bump_over` deletes is told by the version.
-                told = [reading.version_key for reading in read_key(self._rules, bust)]
-                versions |= {name: f"bump {name}" for name in told if name is not None and name not in versions}
+                found = [reading.version_key for reading in read_key(self._rules, bust)]
+                versions |= {name: f"bump {name}" for name in found if name is not None and name not in versions}
         return keys, versions
 
-    def _told(self, xid: int) -> Iterator[str]:
+    def _logged(self, xid: int) -> Iterator[str]:
         """Give what the daemon says that it has busted for a transaction."""
         for event in self._daemon.events:
             if event.get("event") != "bust" or event.get("xid") != xid:
@@ -219,7 +219,7 @@ class _TestRunner:
                 yield f"bump {key}" if event["action"] == "bump" else key.replace(VERSION, "{version}")
         self._daemon.events.clear()
 
-    def _gone(self, keys: dict[str, str], versions: dict[str, str]) -> Iterable[str]:
+    def _seen(self, keys: dict[str, str], versions: dict[str, str]) -> Iterable[str]:
         """Give the busts that Valkey shows."""
         gone = [bust for key, bust in keys.items() if not self._client.exists(key)]
         bumped = [bust for key, bust in versions.items() if self._client.get(key) != VERSION.encode()]

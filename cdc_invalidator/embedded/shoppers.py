@@ -351,8 +351,10 @@ class Workload:
             registry=self._registry,
         )
         self._failures: list[Exception] = []
-        self._writers = _Crew([Writer(dsn, seed=seed + n) for n in range(writers)], commits_per_second, self._run)
-        self._readers = _Crew(
+        self._writers = _WorkerThreads(
+            [Writer(dsn, seed=seed + n) for n in range(writers)], commits_per_second, self._run
+        )
+        self._readers = _WorkerThreads(
             [Reader(dsn, caches, seed=seed + 1000 + n) for n in range(readers)],
             reads_per_second,
             self._run,
@@ -361,8 +363,8 @@ class Workload:
     @property
     def counts(self) -> WorkCounts:
         """What all workers have done so far."""
-        counts = (worker.counts for crew in (self._writers, self._readers) for worker in crew.workers)
-        return sum(counts, _counted(self._registry))
+        counts = (worker.counts for threads in (self._writers, self._readers) for worker in threads.workers)
+        return sum(counts, _reader_counts(self._registry))
 
     def start(self) -> None:
         """Set all workers to work."""
@@ -420,7 +422,7 @@ class Workload:
                     stopped.wait(RECONNECT_SECONDS)
 
 
-def _counted(registry: CollectorRegistry) -> WorkCounts:
+def _reader_counts(registry: CollectorRegistry) -> WorkCounts:
     """Return what the reader's metrics say of all caches."""
     sums: Counter[str] = Counter()
     for metric in registry.collect():
@@ -432,7 +434,7 @@ def _counted(registry: CollectorRegistry) -> WorkCounts:
 
 
 @dataclass(slots=True)
-class _Crew:
+class _WorkerThreads:
     """Workers of one kind and their threads."""
 
     workers: list[Writer] | list[Reader]

@@ -1,6 +1,6 @@
-"""``cdc-invalidator run`` as a child process beside embedded servers, for the demo and for `test --live`.
+"""``cdc-invalidator run`` as a child process beside embedded servers, for the demo and `test --live`.
 
-Whoever starts it also stops it; what it logs is read as events, in order.
+Its log is read as events, in order.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ STOP_SECONDS: Final = 15.0
 
 
 class DaemonProcess:
-    """A daemon in a process of its own.
+    """A daemon in a child process; leave the ``with`` block to stop it.
 
     Args:
         dsn: The database.
-        url: Redis.
-        rules: The rule file, or the directory.
-        environment: What goes before our own environment, such as ``CDC_…`` settings.
+        url: The Redis.
+        rules: The rule file, or the directory of rule files.
+        environment: Variables over our own environment, such as ``CDC_…`` settings.
     """
 
     def __init__(self, dsn: str, url: str, rules: Path, environment: Mapping[str, str]) -> None:
@@ -59,14 +59,14 @@ class DaemonProcess:
         )
 
     def _environment(self, rules: Path) -> dict[str, str]:
-        # The user's own CDC_… settings speak of other servers.
+        # The user's own CDC_… settings are for other servers.
         plain = {name: value for name, value in plain_environment().items() if not name.startswith("CDC_")}
         checkout = str(Path(__file__).parents[2])
         return plain | {
             "PYTHONPATH": os.pathsep.join(filter(None, [checkout, plain.get("PYTHONPATH")])),
             "CDC_POSTGRES_DSN": self._dsn,
             "CDC_REDIS_URL": self._url,
-            # Its working folder is another.
+            # Absolute, because the daemon runs in another folder.
             "CDC_RULES": str(rules.absolute()),
             "CDC_HTTP_HOST": HOST,
             "CDC_HTTP_PORT": str(self.port),
@@ -93,7 +93,7 @@ class DaemonProcess:
         """Wait until the daemon streams.
 
         Raises:
-            errors.InvalidatorError: It ended, or is not ready in time; the message has its log's tail.
+            errors.InvalidatorError: It ended, or is not ready in time; the message ends with its log's tail.
         """
         deadline = time.monotonic() + READY_SECONDS
         while not self._ready():
@@ -103,7 +103,7 @@ class DaemonProcess:
             time.sleep(0.02)
 
     def settle(self, seconds: float = SETTLE_SECONDS) -> None:
-        """Wait until the watermark has passed all that is committed by now, and read what was logged until then.
+        """Wait until the watermark has passed all commits made so far, and read what was logged until then.
 
         Raises:
             errors.InvalidatorError: The daemon has ended, or the watermark does not get there in time.
@@ -121,10 +121,10 @@ class DaemonProcess:
         self.check()
 
     def check(self) -> None:
-        """Read what the daemon has logged since the last time.
+        """Append what the daemon has logged since the last call to `events`.
 
         Raises:
-            errors.InvalidatorError: It has ended; the message has its log's tail.
+            errors.InvalidatorError: It has ended; the message ends with its log's tail.
         """
         *lines, self._rest = (self._rest + self._lines.read()).split(b"\n")
         self.events += [event for line in lines if (event := _event(line)) is not None]
@@ -146,13 +146,13 @@ class DaemonProcess:
 
 
 def _tail(text: str, lines: int = 20) -> str:
-    """Return the last lines that are not busts: what went wrong stands between them."""
+    """Return the last lines that are not busts: the error is among them."""
     kept = [line for line in text.splitlines() if (_event(line.encode()) or {}).get("event") != "bust"]
     return "\n".join(kept[-lines:])
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """Read a log line; None when it is none of an event."""
+    """Return the event of a log line, or None."""
     try:
         event = json.loads(line)
     except ValueError:

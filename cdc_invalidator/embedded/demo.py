@@ -1,7 +1,7 @@
-"""``cdc-invalidator demo``: a shop with a cache, first without the daemon, then with it, and the stale entries of both.
+"""``cdc-invalidator demo``: a shop with a cache, first without the daemon, then with it; counts stale entries.
 
-Everything runs here: PostgreSQL and Valkey from wheels, the daemon as a process of its own. Whatever the demo starts it
-also stops, and it leaves no file behind.
+PostgreSQL and Valkey come from wheels, and the daemon is a child process. The demo stops all that it starts, and
+leaves no file behind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 ENVIRONMENT: Final = "demo"  # ${APP_ENV} of the keys
-LIVE_SECONDS: Final = 0.25  # between two pictures on a terminal
+LIVE_SECONDS: Final = 0.25  # between two updates on a terminal
 LINE_SECONDS: Final = 1.0  # between two lines elsewhere
 
 
@@ -38,10 +38,10 @@ def run(seconds: float, keep: bool) -> int:
 
     Args:
         seconds: How long the shop works in each of the two phases.
-        keep: Stay up afterwards, until Ctrl-C.
+        keep: Keep servers and daemon running afterwards, until Ctrl-C.
 
     Returns:
-        The exit code: 0 when no entry was stale with the daemon, 1 when some were, 128 + signal when stopped early.
+        The exit code: 0 if no entry was stale with the daemon, 1 if some were, 128 + signal if a signal ended it early.
 
     Raises:
         errors.InvalidatorError: A wheel is missing, a server does not start, or the daemon fails.
@@ -50,7 +50,7 @@ def run(seconds: float, keep: bool) -> int:
     try:
         with _ended_by_signals(), contextlib.ExitStack() as stack:
             return _show(console, stack, seconds, keep)
-    except SystemExit as ended:  # by _ended_by_signals, and all is stopped by now
+    except SystemExit as ended:  # by _ended_by_signals; all is stopped by now
         console.print("Stopped.")
         return int(ended.code or 0)
 
@@ -94,7 +94,7 @@ def _console() -> Console:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into SystemExit(128 + its number); more of them don't disturb the stopping."""
+    """Turn the first SIGINT or SIGTERM into SystemExit(128 + its number), and ignore further ones."""
     numbers = (signal.SIGINT, signal.SIGTERM)
 
     def end(number: int, _frame: FrameType | None) -> None:
@@ -110,11 +110,14 @@ def _ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# The daemon, as a process
+# The daemon
 
 
 class SeenBust(NamedTuple):
-    """What the demo needs of one bust event; ``keys`` is a count, ``lag_ms`` is from commit to acknowledged bust."""
+    """The parts of a bust event that the demo shows.
+
+    ``keys`` is a number; ``lag_ms`` is the time from commit to acknowledged bust.
+    """
 
     rule: str | None
     cache: str
@@ -126,17 +129,17 @@ class SeenBust(NamedTuple):
 
 
 class _DemoDaemon(DaemonProcess):
-    """The daemon of the demo, and its busts."""
+    """The daemon of the demo; collects its busts."""
 
     def __init__(self, dsn: str, url: str) -> None:
         super().__init__(dsn, url, shop.rules_file(), {"APP_ENV": ENVIRONMENT})
         self.busts: list[SeenBust] = []
 
     def check(self) -> None:
-        """Read what the daemon has logged since the last time.
+        """Append the busts that the daemon has logged since the last call to `busts`.
 
         Raises:
-            errors.InvalidatorError: It has ended; the message has its log's tail.
+            errors.InvalidatorError: It has ended; the message ends with its log's tail.
         """
         super().check()
         self.busts += [_bust(event) for event in self.events if event.get("event") == "bust"]
@@ -155,15 +158,15 @@ def _bust(event: Mapping[str, Any]) -> SeenBust:
     )
 
 
-# A phase, and its figures
+# A phase: half of the demo, without the daemon or with it
 
 
 @dataclass(slots=True)
 class Figures:
-    """What one phase has come to.
+    """The figures of one phase.
 
-    ``stale_now`` counts the stale entries; with the daemon, those that two audits in a row found: the bust of others is
-    on its way. ``audit`` is the latest one; after the phase, all busts are done before it.
+    ``stale_now`` counts stale entries; with the daemon, only those that two audits in a row found, since a bust may be
+    on its way. ``audit`` is the latest audit; the last one waits until all busts are done.
     """
 
     with_daemon: bool
@@ -175,11 +178,11 @@ class Figures:
 
     @property
     def hit_rate(self) -> float:
-        """Hits of all reads, 0 to 1."""
+        """The share of reads that the cache answered, 0 to 1."""
         return self.counts.hits / self.counts.reads if self.counts.reads else 0.0
 
     def busted_keys(self) -> Counter[str]:
-        """Count the keys deleted and the versions bumped because of changed rows, by cache; without sweeps."""
+        """Count the keys deleted and versions bumped because of changed rows, by cache; sweeps don't count."""
         counts: Counter[str] = Counter()
         for bust in self.busts:
             if bust.reason == "change" and bust.action != "sweep":
@@ -187,13 +190,13 @@ class Figures:
         return counts
 
     def lag_ms(self, share: float) -> float | None:
-        """Return a percentile (share: 0 to 1) of commit-to-bust, of busts by streamed changes; None without any."""
+        """Return a percentile (share: 0 to 1) of the times from commit to bust; None if no row changed."""
         lags = sorted(bust.lag_ms for bust in self.busts if bust.reason == "change" and bust.lag_ms is not None)
         return lags[min(int(share * len(lags)), len(lags) - 1)] if lags else None
 
 
 class _PhaseRunner:
-    """Plays phases on the same database and Redis, and shows how they go."""
+    """Runs phases on one database and one Redis, and shows their figures."""
 
     def __init__(self, console: Console, dsn: str, url: str) -> None:
         self._console = console
@@ -203,7 +206,7 @@ class _PhaseRunner:
         self._phases = 0
 
     def run(self, seconds: float, daemon: _DemoDaemon | None = None) -> Figures:
-        """Let the shop work for so many seconds, wait until all busts are in, and count what is stale."""
+        """Let the shop work for so many seconds, wait until all busts are done, and count the stale entries."""
         self._phases += 1
         figures = Figures(with_daemon=daemon is not None)
         first = len(daemon.busts) if daemon else 0
@@ -235,7 +238,7 @@ class _PhaseRunner:
         daemon: _DemoDaemon | None,
         first: int,
     ) -> set[tuple[str, str]]:
-        """Bring the figures up to date; gives the entries that look stale now."""
+        """Update the figures; return the entries that look stale now."""
         figures.counts = work.counts
         if daemon:
             daemon.check()
@@ -250,11 +253,11 @@ class _PhaseRunner:
         return self._auditor.audit()
 
 
-# What people see
+# What the demo prints
 
 
 class _Screen:
-    """A picture that moves on a terminal; elsewhere a line now and then."""
+    """A table that is updated in place on a terminal; elsewhere, a line each second."""
 
     def __init__(self, console: Console) -> None:
         from rich.live import Live  # noqa: PLC0415 - an optional dependency
@@ -365,7 +368,7 @@ def _ms(value: float | None) -> str:
 
 
 def _stay(console: Console, daemon: _DemoDaemon, postgres: Postgres, dsn: str, url: str) -> None:
-    """Stay up, and show each bust, until a signal ends it."""
+    """Print each bust until a signal ends the demo."""
     psql = shutil.which("psql") or postgres.bin_dir / "psql"
     for line in (
         "\n[bold]All stays up until Ctrl-C. The shop is idle: change a row, and see its busts here.[/bold]",
@@ -375,7 +378,7 @@ def _stay(console: Console, daemon: _DemoDaemon, postgres: Postgres, dsn: str, u
         "  try: UPDATE users SET name = 'Grace' WHERE id = 42;\n",
     ):
         console.print(line, soft_wrap=True)
-    with contextlib.suppress(SystemExit):  # the way to end it
+    with contextlib.suppress(SystemExit):  # Ctrl-C is the way to end it
         shown = len(daemon.busts)
         while True:
             daemon.check()

@@ -1,4 +1,10 @@
-"""ChildProcess processes on loopback."""
+"""Child processes that never outlive this one, and what they need: folders, ports, an unprivileged user.
+
+All folders are inside one scratch folder, which is removed when this process ends. If this process is killed, a
+guardian stops each child.
+
+PostgreSQL refuses to run as root, so root starts it as uid 65534, without creating a user.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +38,16 @@ START_SECONDS: Final = 60.0
 
 @functools.cache
 def scratch() -> Path:
-    """Make this process's scratch folder; it is removed with all it holds when the process ends."""
+    """Create this process's scratch folder, once; it is removed when the process ends."""
     parent = Path(tempfile.gettempdir())
     if is_root() and not nobody_can_reach(parent):
-        parent = Path("/tmp")  # noqa: S108 - mkdtemp makes the name; root's own TMPDIR is closed to uid 65534
+        parent = Path("/tmp")  # noqa: S108 - mkdtemp makes the name; uid 65534 cannot enter root's own TMPDIR
     folder = Path(tempfile.mkdtemp(prefix="cdc-invalidator-", dir=parent))
-    folder.chmod(0o711)  # its parts close themselves; uid 65534 has to pass
+    folder.chmod(0o711)  # uid 65534 must pass; the folders inside are private
     owner = os.getpid()
 
     def remove() -> None:
-        if os.getpid() == owner:  # not a forked copy of us
+        if os.getpid() == owner:  # not in a forked copy of this process
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
@@ -49,12 +55,12 @@ def scratch() -> Path:
 
 
 def is_root() -> bool:
-    """Whether we are root, and so start PostgreSQL as uid 65534."""
+    """Return whether this process runs as root, and so starts PostgreSQL as uid 65534."""
     return os.geteuid() == 0
 
 
 def nobody_can_reach(folder: Path) -> bool:
-    """Tell whether uid 65534 can pass through the folder and all above it."""
+    """Return whether uid 65534 can enter the folder and all folders above it."""
     folder = folder.resolve()
     for step in (folder, *folder.parents):
         status = step.stat()
@@ -65,7 +71,7 @@ def nobody_can_reach(folder: Path) -> bool:
 
 
 def give_to_nobody(folder: Path) -> None:
-    """Give a folder to the user that PostgreSQL runs under."""
+    """When root, make uid 65534 the owner of a folder and of all that is in it."""
     if not is_root():
         return
     os.chown(folder, NOBODY, NOBODY)
@@ -75,7 +81,7 @@ def give_to_nobody(folder: Path) -> None:
 
 
 def as_nobody() -> dict[str, object]:
-    """Give Popen's arguments that make a child run unprivileged; none when we are unprivileged ourselves."""
+    """Return the arguments by which Popen starts a child as uid 65534 when we are root; none otherwise."""
     return {"user": NOBODY, "group": NOBODY, "extra_groups": []} if is_root() else {}
 
 
@@ -83,10 +89,10 @@ def as_nobody() -> dict[str, object]:
 
 
 def free_port() -> int:
-    """Find a TCP port on loopback that nobody listens on now.
+    """Return a TCP port on loopback that nobody listens on now.
 
-    It lies below the ephemeral range: a client that keeps trying a closed ephemeral port can end up connected to
-    itself, and then the server that comes back finds its port taken.
+    It lies below the ephemeral range: a client that keeps trying a closed ephemeral port can connect to itself, and the
+    server that restarts then finds its port taken.
     """
     for _ in range(200):
         port = random.randint(15_000, 32_000)  # noqa: S311
@@ -98,26 +104,26 @@ def free_port() -> int:
     raise errors.InvalidatorError("No free TCP port on 127.0.0.1 between 15000 and 32000; end what listens there.")
 
 
-# Reads a pipe that only we hold: its end means that we are gone, whatever the cause, and the server has to go too.
-# CONT, because the server may be paused.
+# Reads a pipe that only this process writes to. When it ends, this process is gone, and the child must go too.
+# CONT, because the child may be paused.
 _GUARDIAN: Final = 'cat >/dev/null; kill -"$2" "$1"; kill -CONT "$1"'
 
 
 def plain_environment() -> dict[str, str]:
-    """Return our environment without what steers PostgreSQL's programs and libpq, and in the C locale."""
+    """Return our environment in the C locale, without the variables that PostgreSQL's programs and libpq read."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "LC_", "LANG"))}
     return ours | {"LC_ALL": "C"}
 
 
 class ChildProcess:
-    """One process of ours: its log, its guardian, its family. Its folder is the one where its log lies.
+    """A child process with a log and a guardian. It runs in the folder of its log.
 
     Args:
         command: The program and its arguments.
-        log: Where its output goes; it is appended.
-        orphaned: The signal that it gets when we are gone.
+        log: The file to which its output is appended.
+        orphaned: The signal that it gets when this process is gone.
         unprivileged: Whether it runs as uid 65534 when we are root.
-        environment: Its variables; ours without those that PostgreSQL's programs read, unless given.
+        environment: Its environment variables; `plain_environment` by default.
     """
 
     def __init__(
@@ -140,7 +146,7 @@ class ChildProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal is for us; we stop our servers in order
+                start_new_session=True,  # Ctrl-C in the terminal must not reach it: we stop it in order
                 **user,
             )
         self._guardian = subprocess.Popen(  # noqa: S603
@@ -152,34 +158,34 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """Whether it still runs."""
         return self._process.poll() is None
 
     def said(self) -> str:
-        """Return what the process wrote to its log since it was started."""
+        """Return what it has written to its log since it started."""
         with self.log.open("rb") as lines:
             lines.seek(self._log_start)
             return lines.read().decode(errors="replace")
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal; does nothing when it has ended."""
+        """Send it a signal, unless it has ended."""
         if self.alive:
             self._process.send_signal(number)
 
     def family(self) -> list[int]:
-        """List the pids of the process and its children."""
+        """Return the pids of the process and of its children."""
         return [self.pid, *(pid for pid, parent in _processes() if parent == self.pid)]
 
     def stop(self, number: signal.Signals, seconds: float) -> int:
-        """Ask the process to end; kill it with its children when it has not done so in time.
+        """Send a signal and wait for the end; after so many seconds, kill the process and its children.
 
         Returns:
-            Its exit code, negative for a signal.
+            Its exit code; minus the signal's number when a signal ended it.
         """
         self.send(number)
         try:
@@ -190,8 +196,8 @@ class ChildProcess:
         return self._process.wait()
 
     def kill(self) -> None:
-        """SIGKILL the process and its children; returns when all are gone."""
-        self.send(signal.SIGSTOP)  # so that it has no more children while we count them
+        """SIGKILL the process and its children, and wait until all are gone."""
+        self.send(signal.SIGSTOP)  # so that it starts no child while we list them
         family = self.family()
         for pid in family:
             with contextlib.suppress(ProcessLookupError):
@@ -201,8 +207,8 @@ class ChildProcess:
         self._dismiss_guardian()
 
     def _dismiss_guardian(self) -> None:
-        # Its whole session: the shell and the `cat` that it waits for. It is our child and not yet reaped, so that
-        # the number cannot belong to anybody else.
+        # Its whole session: the shell, and the `cat` that it waits for. Until we reap it, its number cannot belong to
+        # another process.
         if self._guardian.poll() is None:
             os.killpg(self._guardian.pid, signal.SIGKILL)
         self._guardian.wait()
@@ -211,14 +217,14 @@ class ChildProcess:
 
 
 def _processes() -> Iterator[tuple[int, int]]:
-    """List (pid, parent's pid) of all running processes; those that only wait to be reaped are left out."""
+    """Return (pid, parent's pid) of all running processes, without zombies."""
     for pid, state, parent in _linux_processes() if Path("/proc/self/stat").exists() else _other_processes():
         if not state.startswith("Z"):
             yield int(pid), int(parent)
 
 
 def _linux_processes() -> Iterator[tuple[str, str, str]]:
-    """List (pid, state, parent's pid) from proc(5): small images have no ``ps``."""
+    """Return (pid, state, parent's pid) from proc(5), since small images have no ``ps``."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended meanwhile
             # pid (name) state parent ...; the name may hold anything, but nothing after it holds a parenthesis
@@ -234,15 +240,15 @@ def _other_processes() -> Iterator[tuple[str, str, str]]:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = START_SECONDS) -> None:
-    """Wait until a condition holds.
+    """Wait until a condition is true.
 
     Args:
-        condition: Asked every 10 ms.
-        what: What it means, as the error says it.
+        condition: Called every 10 ms.
+        what: The condition in words, for the error.
         seconds: How long to wait.
 
     Raises:
-        errors.InvalidatorError: It does not hold in time.
+        errors.InvalidatorError: It is not true in time.
     """
     deadline = time.monotonic() + seconds
     while not condition():

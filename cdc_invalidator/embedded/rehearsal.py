@@ -1,8 +1,8 @@
-"""``cdc-invalidator test --live``: the tests of rule files through the real line, on an embedded PostgreSQL and Valkey.
+"""``cdc-invalidator test --live``: runs the tests of rule files with a real daemon, PostgreSQL and Valkey.
 
-One database and one daemon serve all tests. Before each, the tables get back the rows that the schema file gave them,
-and the test's old row; then its change is executed as SQL, and what the daemon busts for that transaction counts. What
-`via` queries give is what the database says.
+One database and one daemon serve all tests. Before each test, the tables get the rows of the schema file again, and the
+test's old row. Then the change is executed as SQL, and the busts of that transaction are compared with those that the
+test expects. `via` queries run on that database.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.postgres.connection import first_line
 from cdc_invalidator.rules.model import RuleSet, Test
 
-# Busts wait up to a minute for `debounce` and `again_after`.
+# `debounce` and `again_after` delay busts by up to a minute.
 SETTLE_SECONDS: Final = 150.0
-# What versions are before a test: no other number in a key looks like it, and a bump makes it larger.
+# The value of versions before a test: no other number in a key equals it, and a bump makes it larger.
 VERSION: Final = "7318220946"
 _SAVED: Final = "cdc_invalidator_saved"
 
@@ -41,8 +41,8 @@ def run(rules: RuleSet, path: Path, schema: Path) -> Iterator[Outcome]:
 
     Args:
         rules: What ``path`` holds.
-        path: The rule file, or the directory.
-        schema: SQL that makes the tables, and rows that the tests need; psql runs it.
+        path: The rule file, or the directory of rule files.
+        schema: A file of SQL that creates the tables, and rows that the tests need; psql runs it.
 
     Raises:
         errors.InvalidatorError: A wheel is missing, the schema has a mistake, or the daemon does not start with it.
@@ -64,7 +64,7 @@ def run(rules: RuleSet, path: Path, schema: Path) -> Iterator[Outcome]:
             yield runner.run(test)
 
 
-# The database, and its rows as the schema file left them
+# The database, and the rows of the schema file
 
 
 def _load(server: Postgres, schema: Path) -> None:
@@ -83,7 +83,7 @@ def _load(server: Postgres, schema: Path) -> None:
 
 
 class _SavedTable(NamedTuple):
-    """A table, the copy of its rows, and its columns that can be written."""
+    """A table, the copy of its rows, and those of its columns that are not generated."""
 
     table: sql.Identifier
     copy: sql.Identifier
@@ -91,7 +91,7 @@ class _SavedTable(NamedTuple):
 
 
 def _save(connection: Connection) -> list[_SavedTable]:
-    """Keep a copy of all rows."""
+    """Copy the rows of all tables."""
     connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(_SAVED)))
     tables = []
     for number, (schema, name, columns) in enumerate(connection.execute(_TABLES).fetchall()):
@@ -111,7 +111,7 @@ GROUP BY n.nspname, c.relname ORDER BY n.nspname, c.relname
 
 
 class _TestRunner:
-    """The servers and the daemon, on which one test after the other is played."""
+    """Runs one test after the other on the same servers and daemon."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class _TestRunner:
         self._tables = tables
 
     def run(self, test: Test) -> Outcome:
-        """Play one test."""
+        """Run one test."""
         try:
             self._prepare(test)
         except psycopg.Error as error:
@@ -147,11 +147,11 @@ class _TestRunner:
         self._client.delete(_SAVED, *keys, *versions)
         return compare(test, found, faults)
 
-    # PostgreSQL: rows before, and the change
+    # PostgreSQL: the rows before the change, and the change
 
     def _prepare(self, test: Test) -> None:
         with self._connection.transaction():
-            # Neither triggers nor foreign keys have a say in how things were before.
+            # No triggers and no foreign keys while the rows before the change are stored.
             self._connection.execute("SET LOCAL session_replication_role = replica")
             if self._tables:
                 names = sql.SQL(", ").join(table for table, _, _ in self._tables)
@@ -164,7 +164,7 @@ class _TestRunner:
                 self._connection.execute(_insert(test, test.old))
 
     def _change(self, test: Test) -> tuple[int, int]:
-        """Execute the change; give its transaction's id and how many rows it found."""
+        """Execute the change; return its transaction's id (32 bits) and the number of rows it found."""
         table, old, new = _identifier(test), test.old or {}, test.new or {}
         statement: sql.Composed
         if test.op == "insert":
@@ -182,7 +182,7 @@ class _TestRunner:
         return int(found[0]) & 0xFFFFFFFF, rows
 
     def _where(self, test: Test, row: Row) -> sql.Composable:
-        """Find the row by its primary key, or by all that is given where that is not."""
+        """Return the condition that finds a row: by its primary key, or else by all given columns."""
         found = self._connection.execute(_KEY, [str(test.table)]).fetchone()
         key = [name for name in (found[0] if found else None) or () if name in row]
         complete = found is not None and found[0] is not None and len(key) == len(found[0])
@@ -190,10 +190,10 @@ class _TestRunner:
         same = (sql.SQL("{} IS NOT DISTINCT FROM {}").format(sql.Identifier(n), _value(row[n])) for n in names)
         return sql.SQL(" AND ").join(same) if names else sql.SQL("true")
 
-    # Valkey: keys before, and what has become of them
+    # Valkey: the keys before the change, and after
 
     def _named(self, test: Test) -> tuple[dict[str, str], dict[str, str]]:
-        """Give the keys and the versions that the test names or the rules give, and how a test writes their busts."""
+        """Return the keys and the versions' keys that test and rules name, each with its bust as tests write it."""
         change = Change(test.table, test.op, test.old, test.new, test.types)
         given = [str(bust) for verdict in simulate(self._rules, change, test.via) for bust in verdict.busts]
         keys: dict[str, str] = {}
@@ -203,13 +203,13 @@ class _TestRunner:
                 versions[bust.removeprefix("bump ")] = bust
             elif not bust.startswith("sweep "):
                 keys[bust.replace("{version}", VERSION)] = bust
-                # Which keys a change of a cache with `bump_over` deletes is told by the version.
+                # A cache with `bump_over` deletes keys under the current version, so the version must exist.
                 found = [reading.version_key for reading in read_key(self._rules, bust)]
                 versions |= {name: f"bump {name}" for name in found if name is not None and name not in versions}
         return keys, versions
 
     def _logged(self, xid: int) -> Iterator[str]:
-        """Give what the daemon says that it has busted for a transaction."""
+        """Return the busts of a transaction that the daemon has logged, as tests write them."""
         for event in self._daemon.events:
             if event.get("event") != "bust" or event.get("xid") != xid:
                 continue
@@ -220,7 +220,7 @@ class _TestRunner:
         self._daemon.events.clear()
 
     def _seen(self, keys: dict[str, str], versions: dict[str, str]) -> Iterable[str]:
-        """Give the busts that Valkey shows."""
+        """Return the busts that the keys in Valkey show."""
         gone = [bust for key, bust in keys.items() if not self._client.exists(key)]
         bumped = [bust for key, bust in versions.items() if self._client.get(key) != VERSION.encode()]
         return gone + bumped
@@ -244,12 +244,12 @@ def _identifier(test: Test) -> sql.Identifier:
 
 
 def _value(value: str | None) -> sql.Composable:
-    """A value of whatever type its column has."""
+    """Return a literal that takes the type of its column."""
     return sql.SQL("NULL") if value is None else sql.Literal(value)
 
 
 def _pairs(old: Row, new: Row) -> sql.Composable:
-    """What an UPDATE sets: the columns that differ, or one to what it is, since some can't be set at all."""
+    """Return the SET list of an UPDATE: the columns that differ, or one set to itself; not every column can be set."""
     values = {**dict.fromkeys(old), **new}
     changed = {name: value for name, value in values.items() if name not in old or old[name] != value}
     if not changed:

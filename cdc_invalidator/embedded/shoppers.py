@@ -1,6 +1,6 @@
-"""Who uses the shop: writers that know nothing of the cache, and readers that read through `cdc_invalidator.reader`.
+"""The users of the shop: writers, and readers that read through `cdc_invalidator.reader`.
 
-The rule that holds here: writers never touch Redis, and readers only through the library.
+Writers never touch Redis; readers do so only through the library.
 """
 
 # ruff: noqa: S608 - the parts of these statements are constants; values are bound
@@ -63,8 +63,8 @@ class WorkCounts:
 class Writer:
     """Changes the shop's rows and knows nothing of the cache.
 
-    Each `step` is one transaction: mostly one change, sometimes several, sometimes rolled back. What it does follows
-    from the seed alone; what comes of it also depends on the other writers.
+    Each `step` is one transaction: mostly one change, sometimes several, sometimes rolled back. The seed determines the
+    statements; their effect also depends on the other writers.
     """
 
     def __init__(self, dsn: str, *, seed: int) -> None:
@@ -105,7 +105,7 @@ class Writer:
             else:
                 self._transaction(connection)
         except psycopg.Error:
-            # Writers get into each other's way (deadlocks, a number that is taken): the database's business.
+            # Writers conflict (deadlocks, a number that is taken), and the database rolls one back.
             self.counts.aborted += 1
             if connection.closed:
                 raise
@@ -133,7 +133,7 @@ class Writer:
             self.counts.commits += 1
 
     def _empty_a_table(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """TRUNCATE a table, and fill it again in a transaction of its own."""
+        """TRUNCATE a table, then fill it again in a second transaction."""
         truncate, *refill = self._dice.choice(
             (
                 ("TRUNCATE users CASCADE", FILL_USERS, FILL_ORDERS),
@@ -148,7 +148,7 @@ class Writer:
                 connection.execute(statement)
         self.counts.commits += 2
 
-    # Each change is one statement; where its row does not exist, it changes nothing.
+    # Each change is one statement; if its row does not exist, it changes nothing.
 
     def _user(self) -> int:
         return _hot(self._dice, USERS)
@@ -164,7 +164,7 @@ class Writer:
         connection.execute(f"UPDATE users SET {column} = %s WHERE id = %s", [self._word(), self._user()])
 
     def _see_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """Change the one column that no cache shows."""
+        """Change the one column that is in no cache."""
         connection.execute("UPDATE users SET last_seen = clock_timestamp() WHERE id = %s", [self._user()])
 
     def _add_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
@@ -175,11 +175,11 @@ class Writer:
         )
 
     def _remove_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """Delete a user, and so (ON DELETE CASCADE) the orders."""
+        """Delete a user and, by ON DELETE CASCADE, the orders."""
         connection.execute("DELETE FROM users WHERE id = %s", [self._user()])
 
     def _renumber_user(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """Change a primary key, and so (ON UPDATE CASCADE) the owner of the orders."""
+        """Change a primary key and, by ON UPDATE CASCADE, the owner of the orders."""
         connection.execute(
             "UPDATE users SET id = %(new)s WHERE id = %(old)s AND NOT EXISTS (SELECT FROM users WHERE id = %(new)s)",
             {"old": self._user(), "new": self._user()},
@@ -197,7 +197,7 @@ class Writer:
         self._on_an_order(connection, "UPDATE orders SET status = %(value)s, quantity = quantity + 1", status)
 
     def _move_order(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
-        """Give an order to another user; with an unknown one, the foreign key refuses."""
+        """Move an order to another user; if there is no such user, the foreign key refuses it."""
         self._on_an_order(connection, "UPDATE orders SET user_id = %(value)s", self._user())
 
     def _remove_order(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
@@ -261,14 +261,14 @@ class Writer:
 
 
 def _hot(dice: random.Random, count: int) -> int:
-    """Draw an id from 1 to count; a quarter of the draws falls on the first sixteenth."""
+    """Draw an id from 1 to count; a quarter of the draws is in the first sixteenth."""
     return 1 + int(count * dice.random() ** 2)
 
 
 class Reader:
     """Reads the shop through its cache.
 
-    Some loads are slow (the value is held for up to 0.3 s before it is stored), so that busts overtake fills.
+    Some loads are slow (up to 0.3 s between query and fill), so that busts come before their fills.
     """
 
     def __init__(self, dsn: str, caches: Caches, *, seed: int) -> None:
@@ -279,7 +279,7 @@ class Reader:
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
 
     def step(self) -> None:
-        """Read one entry, whichever the dice say.
+        """Read a random entry.
 
         Raises:
             psycopg.OperationalError: The connection is lost; the next step makes a new one.
@@ -293,7 +293,7 @@ class Reader:
                 raise
 
     def read(self, query: CachedQuery, number: int) -> Any:
-        """Return one value, from the cache or from the database; None where there is no such row."""
+        """Return one value, from the cache or the database; None if there is no such row."""
         self.counts.reads += 1
         return self._caches[query.cache].get(query.params(number), load=lambda **_: self._load(query, number))
 
@@ -320,12 +320,12 @@ class Workload:
         dsn: The shop's database; see `create`.
         url: Its Redis.
         environment: The ``${APP_ENV}`` of the keys.
-        seed: What the workers do follows from it (when they do it does not).
-        writers: How many threads write.
-        readers: How many threads read.
-        commits_per_second: About how many transactions all writers together make; as many as go, for 0.
-        reads_per_second: About how many reads all readers together make; as many as go, for 0.
-        survive: Whether workers reconnect when a server goes away; else they end, and `check` tells.
+        seed: Determines what the workers do, but not when.
+        writers: The number of writing threads.
+        readers: The number of reading threads.
+        commits_per_second: The rate of all writers together, roughly; 0 for as fast as possible.
+        reads_per_second: The rate of all readers together, roughly; 0 for as fast as possible.
+        survive: Whether workers reconnect when PostgreSQL goes away; else they end, and `check` raises the error.
     """
 
     def __init__(
@@ -362,35 +362,35 @@ class Workload:
 
     @property
     def counts(self) -> WorkCounts:
-        """What all workers have done so far."""
+        """What all workers have done so far, together."""
         counts = (worker.counts for threads in (self._writers, self._readers) for worker in threads.workers)
         return sum(counts, _reader_counts(self._registry))
 
     def start(self) -> None:
-        """Set all workers to work."""
+        """Start all workers."""
         self._readers.start()
         self._writers.start()
 
     def stop_writers(self) -> None:
-        """Stop the writers; returns when the last transaction has ended.
+        """Stop the writers, and wait until their last transactions have ended.
 
         Raises:
-            Exception: What a worker failed with.
+            psycopg.Error: A worker failed with it.
         """
         self._writers.stop()
         self.check()
 
     def stop(self) -> None:
-        """Stop all workers, writers first; returns when the last fill has been stored or dropped.
+        """Stop all workers, writers first, and wait until the last fills are stored or dropped.
 
         Raises:
-            Exception: What a worker failed with.
+            psycopg.Error: A worker failed with it.
         """
         self._stop()
         self.check()
 
     def check(self) -> None:
-        """Raise what a worker failed with, if one did."""
+        """Raise the error of a worker that failed, if one did."""
         if self._failures:
             raise self._failures[0]
 
@@ -423,7 +423,7 @@ class Workload:
 
 
 def _reader_counts(registry: CollectorRegistry) -> WorkCounts:
-    """Return what the reader's metrics say of all caches."""
+    """Return hits, fills and refused fills of all caches, from the reader's metrics."""
     sums: Counter[str] = Counter()
     for metric in registry.collect():
         sums[metric.name.removeprefix("cdc_invalidator_reader_")] += sum(
@@ -435,7 +435,7 @@ def _reader_counts(registry: CollectorRegistry) -> WorkCounts:
 
 @dataclass(slots=True)
 class _WorkerThreads:
-    """Workers of one kind and their threads."""
+    """Workers of one kind, and their threads."""
 
     workers: list[Writer] | list[Reader]
     steps_per_second: float

@@ -11,6 +11,7 @@ from collections import deque
 
 from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Ticket
+from cdc_invalidator.waiting import within
 
 # Keys (and sweeps) that may wait: 10 to 20 MB of memory. A batch takes as much as a few keys, however small it is.
 CAPACITY = 100_000
@@ -68,11 +69,7 @@ class Backlog:
         if self._filled.is_set() or seconds <= 0:
             await asyncio.sleep(0)
             return
-        try:
-            async with asyncio.timeout(seconds):
-                await self._filled.wait()
-        except TimeoutError:
-            return
+        await within(seconds, self._filled)
 
     def wake(self) -> None:
         """Make a waiting reader look again, though nothing was put."""

@@ -221,7 +221,7 @@ class Daemon:
         session, opened = self._session, self._opened
         checkpoint = opened.checkpoint if opened else None
         apply = opened.apply if opened else None
-        recorded_at = apply.recorded_at if apply else None
+        recorded_at = apply.record.recorded_at if apply else None
         return {
             "role": self._role,
             "slot": self._options.slot,
@@ -239,7 +239,7 @@ class Daemon:
                 "rules": len(self._rules.rules),
                 "last_reload": self._reload.last.shown() if self._reload.last else None,
             },
-            "last_error": (apply.last_error if apply else None) or self._last_error,
+            "last_error": (apply.redis.last_error if apply else None) or self._last_error,
         }
 
 

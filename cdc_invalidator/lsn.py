@@ -7,6 +7,9 @@ import re
 # PostgreSQL counts microseconds from 2000-01-01 00:00 UTC, Unix from 1970-01-01.
 EPOCH_OFFSET_US = 946_684_800_000_000
 
+NEVER = 2**64 - 1
+"""An LSN that no WAL reaches."""
+
 # int() alone would also take signs, blanks, underscores and 0x.
 _LSN = re.compile(r"([0-9A-Fa-f]{1,8})/([0-9A-Fa-f]{1,8})")
 

@@ -21,8 +21,10 @@ from cdc_invalidator.pipeline import receive
 from cdc_invalidator.pipeline.apply import Apply
 from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import ManualBusts
 from cdc_invalidator.pipeline.recent import Recent
@@ -236,23 +238,20 @@ class Session:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
         gap = await tables.settled(added, snapshots)
         checkpoint = Checkpoint(state.confirmed)
+        position = Position(
+            system_id=system.system_id,
+            timeline=system.timeline,
+            start=state.confirmed,
+            flushed=max(system.flushed, state.confirmed),
+            new_slot=new_slot,
+        )
         apply = Apply(
             lambda: cache_server(options.redis, options.slot),
-            snapshots.hidden,
+            PostgresView(snapshots.hidden, self._queries, self._standbys),
+            Kept(self._rules, tables.digests(), position),
             backlog=self.backlog,
             checkpoint=checkpoint,
             recent=self._recent,
-            standbys=self._standbys,
-            queries=self._queries,
-            rules=self._rules,
-            digests=tables.digests(),
-            position=Position(
-                system_id=system.system_id,
-                timeline=system.timeline,
-                start=state.confirmed,
-                flushed=max(system.flushed, state.confirmed),
-                new_slot=new_slot,
-            ),
             sweep_gaps=options.sweep_gaps,
             sweep_rate=options.sweep_rate,
             metrics=self._metrics,

@@ -85,7 +85,7 @@ class Watch:
             raise errors.PostgresUnavailable(f"Slot {self._slot.name} is not ours any more.")
         show(state, self._metrics)
         much_wal = state.retained > self._max_retained_wal
-        if much_wal and _long_ago(self._apply.away_since):
+        if much_wal and _long_ago(self._apply.redis.away_since):
             raise errors.PositionGivenUp
         self._apply.hurry(much_wal=much_wal)
         activity = await self._slot.activity()

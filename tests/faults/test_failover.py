@@ -21,8 +21,10 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.apply import Apply
 from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis import sentinel
@@ -217,15 +219,11 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
     metrics = Metrics(CollectorRegistry())
     return Apply(
         open_server,
-        hidden,
+        PostgresView(hidden, Queries("", metrics), Standbys([], limit=1, metrics=metrics)),
+        Kept(RuleSet({}, (), ""), {}, Position("1", 1, 100, 100)),
         backlog=Backlog(),
         checkpoint=Checkpoint(100),
         recent=Recent(),
-        standbys=Standbys([], limit=1, metrics=metrics),
-        queries=Queries("", metrics),
-        rules=RuleSet({}, (), ""),
-        position=Position("1", 1, 100, 100),
-        digests={},
         sweep_gaps=True,
         sweep_rate=0,
         metrics=metrics,

@@ -20,12 +20,14 @@ from prometheus_client import CollectorRegistry
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.log import EventLog, KeyDisplay
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.pipeline import apply
+from cdc_invalidator.pipeline import apply, record, redis_connection
 from cdc_invalidator.pipeline.apply import Apply
 from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark
@@ -78,18 +80,15 @@ class World:
         self.checkpoint = Checkpoint(START)
         self.written = b""
         output: Any = Mock(full=False, failure=None, write=self._write)
+        queries: Any = Mock(derive=AsyncMock())
         server: Any = lambda: Server(self)  # noqa: E731
         self.apply = Apply(
             server,
-            self._hidden,
+            PostgresView(self._hidden, queries, self.standbys),
+            Kept(RULES, DIGESTS, Position("7", 1, START, 2**60)),
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             recent=Recent(),
-            standbys=self.standbys,
-            queries=Mock(derive=AsyncMock()),
-            rules=RULES,
-            position=Position("7", 1, START, 2**60),
-            digests=DIGESTS,
             sweep_gaps=True,
             sweep_rate=0,
             metrics=metrics,
@@ -220,13 +219,14 @@ def test_no_watermark_passes_a_transaction_that_was_not_busted_while_readers_saw
     steps: list[tuple[str, Any]], standby: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(apply, "_log", Mock())
+        for module in (record, redis_connection):
+            patch.setattr(module, "_log", Mock())
         # As fast as the test asks: it waits for nothing, and every position is recorded.
-        patch.setattr(apply, "HEARTBEAT_SECONDS", 0.0)
+        patch.setattr(record, "HEARTBEAT_SECONDS", 0.0)
         # Two batches of a key each: what piles up takes several turns.
         patch.setattr(apply, "FLUSH_WEIGHT", 18)
         patch.setattr(Backlog, "wait", AsyncMock())
-        patch.setattr(apply.asyncio, "sleep", AsyncMock())  # type: ignore[attr-defined]
+        patch.setattr(asyncio, "sleep", AsyncMock())
         world = World(standby=standby)
         for step, given_with in [*steps, ("show", 100), ("replay", None), *[("turn", None)] * 10, ("drain", None)]:
             if step in {"plain", "batches"}:
@@ -245,8 +245,8 @@ def test_no_watermark_passes_a_transaction_that_was_not_busted_while_readers_saw
 @pytest.mark.parametrize("plain", [True, False])
 async def test_it_ends_as_soon_as_what_was_left_is_recorded(monkeypatch: pytest.MonkeyPatch, *, plain: bool) -> None:
     """At SIGTERM a standby waits for it to end: there is no heartbeat left to wait for."""
-    monkeypatch.setattr(apply, "HEARTBEAT_SECONDS", 1000.0)
-    monkeypatch.setattr(apply, "_log", Mock())
+    monkeypatch.setattr(record, "HEARTBEAT_SECONDS", 1000.0)
+    monkeypatch.setattr(redis_connection, "_log", Mock())
     world = World(standby=False)
     running = asyncio.create_task(world.apply.run())
     async with asyncio.timeout(30):

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from cdc_invalidator import lsn
 from cdc_invalidator.log import EventLog, KeyDisplay, KeyForm
 from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
-from cdc_invalidator.pipeline import apply, events
+from cdc_invalidator.pipeline import events
 from cdc_invalidator.pipeline.batch import KEYS_AN_EVENT, Batch, BustEvent, PlainBatch, Target
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.redis.scripts import BUMP_DELETED, BUMP_MISSING
@@ -116,7 +116,7 @@ def _flushes(draw: st.DrawFn) -> tuple[list[BustEvent], BustReply]:
 @settings(max_examples=200)
 @given(
     st.lists(_flushes(), min_size=1, max_size=3),
-    st.sampled_from([0, 2**32, 0x16B374D848, apply._NEVER]),
+    st.sampled_from([0, 2**32, 0x16B374D848, lsn.NEVER]),
     st.sampled_from(["hash", "prefix"]),
 )
 def test_any_flush_is_told_and_counted_the_same_by_the_compiled_part_and_by_the_reference(
@@ -134,7 +134,7 @@ def test_any_flush_is_told_and_counted_the_same_by_the_compiled_part_and_by_the_
 def test_what_is_applied_anew_is_told_as_a_replay() -> None:
     line = BustEvent(TARGETS[0], "delete", "insert", [b"user:1"], "change", 2**64 - 2, None, 730)
 
-    said = say([([line], BustReply([1], {}))], apply._NEVER, compiled=True)
+    said = say([([line], BustReply([1], {}))], lsn.NEVER, compiled=True)
 
     assert json.loads(said.text)["reason"] == "replay"
 

@@ -1,0 +1,137 @@
+"""A flush: one round trip to Redis, and the bust events of what Redis has answered.
+
+The rule that holds here: an event is logged only after Redis has acknowledged its bust, and no position is confirmed
+while such an event is not logged; after a crash nobody would be sent again what was confirmed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Container, Iterable
+
+from cdc_invalidator import lsn
+from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.record import WatermarkRecord
+from cdc_invalidator.redis.server import BustReply, CacheServer
+from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.packed import Pair
+
+
+class Flush:
+    """Busts batches, and logs what came of it while the next flush is on its way.
+
+    Args:
+        events: where busts are logged.
+        record: lets a position be confirmed.
+        rules: the rule set.
+    """
+
+    def __init__(self, events: Events, record: WatermarkRecord, rules: RuleSet) -> None:
+        self._events = events
+        self._record = record
+        self._keeps_stale = any(cache.stale_for for cache in rules.caches.values())
+        # Acknowledged by Redis at that time (Unix, in µs), and not logged yet.
+        self._unlogged: deque[tuple[list[BustEvent], BustReply, int, int]] = deque()
+
+    async def bust(
+        self, server: CacheServer, batches: Iterable[Batch | PlainBatch]
+    ) -> tuple[list[BustEvent], BustReply]:
+        """Bust all keys of some batches.
+
+        Returns:
+            Their events, and what Redis answered; for `log_later`.
+
+        Raises:
+            errors.RedisUnavailable: not all may be busted.
+        """
+        events = [event for batch in batches for event in batch.events()]
+        pairs = [event for event in events if event.target.pairs and event.action == "delete"]
+        if pairs:
+            events = await _name_versions(server, events, pairs)
+        deletes = [event.keys for event in events if event.action == "delete"]
+        bumps = {
+            key: event.target.cache.version_ttl for event in events if event.action == "bump" for key in event.keys
+        }
+        graces: dict[bytes, int] = {}
+        for event in events if self._keeps_stale else ():
+            if event.target.cache.stale_for is not None:
+                graces |= dict.fromkeys(event.keys, event.target.cache.stale_for)
+        busting = asyncio.create_task(server.bust(deletes, bumps, graces), name="bust")
+        try:
+            # Once it is on its way, there is time to log the one before.
+            await asyncio.sleep(0)
+            self.log_due()
+            return events, await busting
+        finally:
+            # Where this was broken off; nobody would ask it for its outcome.
+            busting.cancel()
+
+    def log_later(self, events: list[BustEvent], reply: BustReply, replay_until: int = lsn.NEVER) -> None:
+        """Have events logged when there is time.
+
+        Args:
+            events: what was busted.
+            reply: what Redis answered.
+            replay_until: what was committed before this LSN had been busted before; by default, all.
+        """
+        self._unlogged.append((events, reply, replay_until, time.time_ns() // 1000))
+
+    def log_derived(
+        self, events: Iterable[BustEvent], reply: BustReply, visible: Container[int], replay_until: int
+    ) -> None:
+        """Have those events logged that a query gave only now, because their transaction was not visible before.
+
+        Args:
+            events: what was busted.
+            reply: what Redis answered.
+            visible: the commit LSNs of these transactions.
+            replay_until: see `log_later`.
+        """
+        existed = iter(reply.existed)
+        derived, counts = [], []
+        for event in events:
+            count = next(existed) if event.action == "delete" else None
+            if event.target.query is not None and event.commit_lsn in visible:
+                derived.append(event)
+                counts += [] if count is None else [count]
+        if derived:
+            self.log_later(derived, BustReply(counts, reply.versions), replay_until)
+
+    def log_due(self) -> None:
+        """Log what has been acknowledged; what the watermark covers may be confirmed then."""
+        while self._unlogged:
+            self._events.busted(*self._unlogged.popleft())
+        self._record.confirm()
+
+    def confirm(self) -> None:
+        """Let what the watermark covers be confirmed, if all of it is logged."""
+        if not self._unlogged:
+            self._record.confirm()
+
+
+async def _name_versions(
+    server: CacheServer, events: Iterable[BustEvent], pairs: Iterable[BustEvent]
+) -> list[BustEvent]:
+    """Name the keys under the versions that caches with `bump_over` have now; what has no version has no key.
+
+    A version that is bumped in between makes those keys unreachable, which serves as well.
+
+    Args:
+        server: knows the versions.
+        events: all of a flush.
+        pairs: those among them whose keys are to be named.
+    """
+    split = {id(event): [Pair.split(key) for key in event.keys] for event in pairs}
+    counters = list(dict.fromkeys(pair.version for found in split.values() for pair in found))
+    versions = dict(zip(counters, await server.versions(counters), strict=True))
+    named = []
+    for event in events:
+        found = split.get(id(event))
+        if found is None:
+            named.append(event)
+        elif keys := [pair.key(version) for pair in found if (version := versions[pair.version]) is not None]:
+            named.append(event._replace(keys=keys))
+    return named

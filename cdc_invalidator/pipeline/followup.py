@@ -1,0 +1,170 @@
+"""What a bust leads to: the sweeps that it asks for, and the busts that are applied again, later.
+
+The rule that holds here: a batch's ticket stays unresolved until all that its bust leads to is done in Redis.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+
+import structlog
+
+from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.pipeline.again import Again, Waiting
+from cdc_invalidator.pipeline.batch import Batch
+from cdc_invalidator.pipeline.checkpoint import Ticket
+from cdc_invalidator.pipeline.derive import Queries
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.flush import Flush
+from cdc_invalidator.pipeline.sweep import Cause, Request, Sweeps
+from cdc_invalidator.postgres.standbys import Standbys
+from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.rules.model import RuleSet
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class PostgresView:
+    """What PostgreSQL is asked between two busts.
+
+    ``hidden``: which of some committed transactions readers can't see yet; ``queries``: what `via` asks; ``standbys``:
+    those that busts wait for.
+    """
+
+    hidden: Callable[[Iterable[int]], Awaitable[set[int]]]
+    queries: Queries
+    standbys: Standbys
+
+
+class FollowUps:
+    """The sweeps and the busts that are due again.
+
+    Args:
+        postgres: says what readers see.
+        flush: busts.
+        sweeps: those that run.
+        rules: the rule set.
+        resolve: ends a part of a ticket.
+        events: where sweeps are logged.
+        metrics: what to count.
+    """
+
+    def __init__(
+        self,
+        postgres: PostgresView,
+        flush: Flush,
+        sweeps: Sweeps,
+        *,
+        rules: RuleSet,
+        resolve: Callable[[Ticket], None],
+        events: Events,
+        metrics: Metrics,
+    ) -> None:
+        self._postgres = postgres
+        self._flush = flush
+        self.sweeps = sweeps
+        self._resolve = resolve
+        self._events = events
+        self._metrics = metrics
+        self._again = Again(resolve)
+        self._asks_again = any(cache.again_after for cache in rules.caches.values())
+        # In the hands of this turn until Redis has acknowledged them.
+        self._due: list[tuple[str, Waiting]] = []
+        self._early_backoff = Backoff(first=0.002, most=0.1)
+
+    def begin(self, batch: Batch, ticket: Ticket, bust: str, now: float) -> None:
+        """Begin what a bust leads to.
+
+        Args:
+            batch: what was busted.
+            ticket: its ticket.
+            bust: which one it was: first, or why it was done again.
+            now: the time.
+        """
+        self._request_sweeps(batch, ticket)
+        if bust in {"first", "visible"} and self._postgres.standbys.awaited:
+            self._again.until_replayed(batch, ticket, now)
+        if bust != "again_after" and self._asks_again:
+            self._again.until_later(batch, ticket, now)
+
+    def until_visible(self, batch: Batch, ticket: Ticket, now: float) -> None:
+        """Begin it when readers see the transaction, with one more bust."""
+        self._again.until_visible(batch, ticket, now)
+
+    async def bust_again(self, server: CacheServer, replay_until: int) -> None:
+        """Bust what is due again.
+
+        Raises:
+            errors.RedisUnavailable: it stays due.
+        """
+        standbys = self._postgres.standbys
+        if not (self._again or self._due):
+            standbys.rest()
+            return
+        if not self._due:
+            hidden = await self._postgres.hidden(self._again.hidden) if self._again.hidden else set()
+            now = time.monotonic()
+            self._due = list(self._again.ready(hidden.__contains__, standbys.replayed, now))
+            waits = self._again.unreplayed
+            if waits is None:
+                standbys.rest()
+            else:
+                standbys.want()
+                standbys.overdue(waits.since, waits.due)
+        if not self._due:
+            return
+        self._early_backoff.reset()
+        batches = [waiting.batch for _, waiting in self._due]
+        await self._postgres.queries.derive(batches)
+        events, reply = await self._flush.bust(server, batches)
+        visible = {each.batch.commit_lsn for reason, each in self._due if reason == "visible"}
+        self._flush.log_derived(events, reply, visible, replay_until)
+        now = time.monotonic()
+        for reason, waiting in self._due:
+            self._metrics.again.labels(reason).inc()
+            self.begin(waiting.batch, waiting.ticket, reason, now)
+            self._resolve(waiting.ticket)
+        self._due = []
+
+    async def sweep(self, server: CacheServer) -> None:
+        """Take one step of each sweep that runs.
+
+        Raises:
+            errors.RedisUnavailable: they begin again on the next connection.
+        """
+        if not self.sweeps:
+            return
+        for sweep in await self.sweeps.step(server):
+            self._events.swept(sweep)
+            for ticket in sweep.tickets:
+                self._resolve(ticket)
+        self._metrics.sweeps_running.set(len(self.sweeps))
+
+    def hurry(self, *, much_wal: bool) -> None:
+        """Note whether PostgreSQL keeps more WAL than it may: then nothing holds the position back that need not."""
+        if much_wal and self._again.unreplayed is not None:
+            reason = "the slot holds more than CDC_MAX_RETAINED_WAL"
+            self._postgres.standbys.relent(self._again.unreplayed.due, reason)
+        if much_wal and self.sweeps and not self.sweeps.hurry:
+            _log.warning("sweeps_hurry", error="The slot holds more than CDC_MAX_RETAINED_WAL; CDC_SWEEP_RATE is left.")
+        self.sweeps.hurry = much_wal
+
+    def patience(self, patience: float, now: float) -> float:
+        """Return after how many seconds, at most so many, there is something to do here."""
+        if self._again.hidden:
+            patience = min(patience, self._early_backoff.next())
+        due = self._again.next_due()
+        return patience if due is None else min(patience, due - now)
+
+    def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
+        for target, busts in batch.busts.items():
+            if busts.sweep:
+                ticket.parts += 1
+                cause = Cause(target.rule, target.table, ",".join(busts.ops), busts.reason)
+                request = Request(batch.commit_lsn, batch.xid or None, batch.committed_at)
+                self.sweeps.request(target.cache, cause, request, ticket)
+        self._metrics.sweeps_running.set(len(self.sweeps))

@@ -1,0 +1,83 @@
+"""The connection to Redis: opened, lost, opened again.
+
+The rule that holds here: retries for Redis live here and nowhere else. Whatever fails on Redis's side, the connection
+is thrown away, and a new one is opened after a growing delay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+import structlog
+
+from cdc_invalidator import errors
+from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.redis.watermark import Watermark
+
+_log = structlog.get_logger()
+
+
+class RedisConnection:
+    """One connection at a time.
+
+    Args:
+        open_server: makes a `CacheServer` that is not connected yet.
+        metrics: what to count.
+    """
+
+    def __init__(self, open_server: Callable[[], CacheServer], metrics: Metrics) -> None:
+        self._open_server = open_server
+        self._metrics = metrics
+        self._backoff = Backoff()
+        self.server: CacheServer | None = None
+        self.last_error: str | None = None
+        self.away_since: float | None = None
+
+    async def open(self) -> tuple[CacheServer, list[Watermark | None]]:
+        """Connect.
+
+        Returns:
+            The server, and what each of its nodes says it has had.
+
+        Raises:
+            errors.RedisUnavailable: it can't be reached.
+        """
+        server = self._open_server()
+        try:
+            await server.connect()
+            found = await server.read_watermarks()
+        except BaseException:
+            await server.close()
+            raise
+        self.server = server
+        self._metrics.redis_connects.inc()
+        self._metrics.redis_up.set(1)
+        _log.info("redis_connected")
+        return server, found
+
+    def works(self) -> None:
+        """Note that all that was asked has been answered."""
+        self._backoff.reset()
+        self.last_error = self.away_since = None
+
+    async def lost(self, error: errors.RedisUnavailable) -> None:
+        """Close it, and wait for as long as the next attempt should wait."""
+        await self.close()
+        self._metrics.redis_errors.labels(error.code).inc()
+        self.last_error = str(error)
+        self.away_since = self.away_since or time.monotonic()
+        delay = self._backoff.next()
+        log = _log.error if error.report else _log.warning
+        log("redis_unavailable", error=str(error), code=error.code, retry_in_s=round(delay, 2))
+        await asyncio.sleep(delay)
+
+    async def close(self) -> None:
+        """Drop the connection, if there is one."""
+        self._metrics.redis_up.set(0)
+        if self.server is not None:
+            server, self.server = self.server, None
+            await server.close()

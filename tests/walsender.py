@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry
 
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.pipeline import receive, scan
+from cdc_invalidator.pipeline import receive
 from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
+from cdc_invalidator.postgres.stream import whole
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import UNCHANGED, Value
@@ -179,7 +180,7 @@ class Stream:
     async def read(self) -> bytes:
         while self.pieces:
             self._rest += self.pieces.pop(0)
-            if size := scan.whole(self._rest):
+            if size := whole(self._rest):
                 data, self._rest = self._rest[:size], self._rest[size:]
                 return data
         assert not self._rest

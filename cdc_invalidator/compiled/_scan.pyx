@@ -351,7 +351,7 @@ cdef bint _collect(list found, Op op, list events, Py_ssize_t most) except -1:
 
 
 def whole(bytes data not None):
-    """See `scan.whole`."""
+    """See `postgres.stream.whole`."""
     cdef const uint8_t* start = <const uint8_t*>PyBytes_AS_STRING(data)
     cdef Py_ssize_t size = PyBytes_GET_SIZE(data), pos = 0
     cdef int64_t following

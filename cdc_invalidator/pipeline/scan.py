@@ -8,7 +8,6 @@ compiled part they do everything, at some five times the cost.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -26,7 +25,6 @@ else:
 
 # What the compiled part has room for: PostgreSQL's limit is 1,600.
 _MOST_COLUMNS = 1664
-_LENGTH = struct.Struct(">I").unpack_from
 
 Plans: TypeAlias = "Mapping[int, Plan | None]"
 PlainFiring: TypeAlias = "tuple[Target, Sequence[bytes], Sequence[int], str]"
@@ -110,16 +108,3 @@ def rows(data: bytes, pos: int, plans: Plans, own_plans: Plans, *, in_stream: bo
         limit: how many keys to take.
     """
     return Rows(*_scan.rows(data, pos, plans, own_plans, in_stream, limit))
-
-
-def whole(data: bytes) -> int:
-    """Give where the last whole CopyData message of the data ends."""
-    if COMPILED:
-        return _scan.whole(data)
-    size, pos = len(data), 0
-    while size - pos >= 5 and data[pos] == 0x64:  # d
-        following: int = pos + 1 + _LENGTH(data, pos + 1)[0]
-        if following > size or following < pos + 5:
-            break
-        pos = following
-    return pos

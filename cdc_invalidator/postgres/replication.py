@@ -23,8 +23,8 @@ from psycopg import pq, sql
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
-from cdc_invalidator.pipeline import scan
 from cdc_invalidator.postgres.connection import OPTIONS, ready, translated
+from cdc_invalidator.postgres.stream import whole
 
 # Bytes a read: enough to pay for the wake-up, few enough that other tasks get their turn.
 BYTES_A_READ = 1 << 20
@@ -286,7 +286,7 @@ class _Socket(_Stream):
         while not self._over:
             if len(self._rest) >= COPY and len(self._rest) > _length(self._rest):
                 data = bytes(self._rest)
-                size = scan.whole(data)
+                size = whole(data)
                 if size:
                     del self._rest[:size]
                     return data[:size]

@@ -48,7 +48,7 @@ class Events:
         display: how keys are shown.
         log: where the lines go.
         stream: where they go as well, as JSON; ``None`` for nowhere.
-        compiled: whether the compiled part may be used.
+        compiled: whether the compiled part may be used, where it is there.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Events:
         log: EventLog,
         *,
         stream: EventStream | None = None,
-        compiled: bool = COMPILED,
+        compiled: bool = True,
     ) -> None:
         self._metrics = metrics
         self._display = display
@@ -68,7 +68,7 @@ class Events:
         self._second: int | None = None
         self._second_text = ""
         self._teller = None
-        if compiled and log.direct and display.form != "raw":
+        if compiled and COMPILED and log.direct and display.form != "raw":
             keyed = display.keyed if display.form == "hash" else None
             self._teller = _tell.Teller(keyed, LAG_BUCKETS, log.begin, _second_text, lsn.EPOCH_OFFSET_US)
 

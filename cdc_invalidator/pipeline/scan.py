@@ -9,11 +9,10 @@ compiled part they do everything, at some five times the cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from cdc_invalidator.pipeline.batch import BustEvent, Target
-    from cdc_invalidator.pipeline.plan import Plan
 
 try:
     from cdc_invalidator.compiled import _scan
@@ -26,13 +25,19 @@ else:
 # What the compiled part has room for: PostgreSQL's limit is 1,600.
 _MOST_COLUMNS = 1664
 
-Plans: TypeAlias = "Mapping[int, Plan | None]"
+Plans: TypeAlias = "Mapping[int, Planned | None]"
 PlainFiring: TypeAlias = "tuple[Target, Sequence[bytes], Sequence[int], str]"
 """A target; the literals of its key, one more than its columns; the columns between them; what is known of the old row
 (``given``, ``kept``, ``ignore``)."""
 PlainRules: TypeAlias = "Sequence[tuple[Sequence[int], Sequence[PlainFiring]]] | None"
 """For each rule, the columns of which an UPDATE must change one, none for any, and what it busts; ``None`` where one of
 them is not plain."""
+
+
+class Planned(Protocol):
+    """A `Plan`, as far as the pass reads it: what `compile_plain` gave for its relation."""
+
+    table: _scan.Table | None
 
 
 class Transactions(NamedTuple):

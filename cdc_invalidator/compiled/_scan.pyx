@@ -1,9 +1,9 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """The common case of the data path in one pass: from the bytes of the stream to the keys of plain rules. See `scan`.
 
-What is read here is read by `pgoutput`, `assembly` and `invalidation` as well, which are the reference: whatever is
-not plain (a message of another kind, a value that is not sent, a row of another width) is left to them, from the
-beginning of its transaction or row. So nothing here ever fails, and nothing is half done.
+`pgoutput`, `assembly` and `plan` do the same in Python, and are the reference. Whatever is not plain (a message of
+another kind, a value that is not sent, a row of another width) is left to them, from the beginning of its transaction
+or row. So nothing here ever fails, and nothing is half done.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -42,7 +42,7 @@ cdef struct Value:
     Kind kind
 
 cdef enum Old:
-    # What is known of an old row; as in invalidation._Firing.
+    # What is known of an old row; as in plan._Firing.
     GIVEN = 0
     KEPT = 1
     IGNORED = 2
@@ -147,7 +147,7 @@ cdef class _Rule:
 
 
 cdef class Table:
-    """The plain rules of one relation; see `scan.Table`."""
+    """The plain rules of one relation; see `scan.compile_plain`."""
 
     cdef Py_ssize_t width
     cdef bytes identity
@@ -228,7 +228,7 @@ cdef bint _known_to_differ(Table table, Py_ssize_t column, uint8_t old_kind, bin
 
 
 cdef bint _fires(Table table, _Rule rule, uint8_t old_kind) except -1:
-    """As invalidation._fires."""
+    """As plan._fires."""
     cdef Py_ssize_t at
     cdef bint known = False
     cdef _Firing firing

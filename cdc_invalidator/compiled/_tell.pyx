@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
 """Bust events of a flush rendered in one pass, and what they add to the counters. See `events`.
 
-`Events` does the same in Python, to the byte: it is the reference, and does whatever is not done here.
+`Events` does the same in Python, to the byte: it is the reference, and does the rest.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE

@@ -1,11 +1,11 @@
-"""Busts that are applied a second time: what waits for that, and when it is due. Pure.
+"""Busts that are applied again: what waits for its second bust, and when it is due. Pure.
 
-A bust may come too early for a reader who loads the old row after it and caches that again: because the commit is not
-visible on the primary yet, because a standby that the reader uses has not replayed it, or because the reader does not
-keep the fill contract (``again_after``). The position does not pass what waits here, so a restart applies it again.
+A bust may come too early: a reader loads the old row after it and caches that again. There are three causes: the commit
+is not visible on the primary yet, the reader uses a standby that has not replayed it, or the reader does not keep the
+fill contract (``again_after``). The position does not pass what waits here, so a restart applies it again.
 
-What waits is bounded: past ``capacity`` keys they are widened to sweeps, and of their tickets only the oldest stays,
-which holds the position back for all.
+What waits is bounded. Past ``capacity`` keys, they are widened to sweeps; only the oldest of their tickets stays, and
+holds the position back for all.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CAPACITY = 100_000
 
 @dataclass(slots=True)
 class Waiting:
-    """A batch that is due again at ``due`` (its queue says what that is), and then resolves its ticket."""
+    """A batch to be busted again at ``due``, a time or an LSN, depending on its queue; that resolves its ticket."""
 
     batch: Batch
     ticket: Ticket
@@ -58,9 +58,9 @@ class _Queue:
             yield item
 
     def _widen(self) -> None:
-        """Make one of all that is not widened yet: sweeps of their caches, when the last of them is due."""
+        """Merge what is not widened yet into sweeps of its caches, due with the last of it."""
         some: list[Waiting] = []
-        # What was widened before stays apart: else it would never become due while more and more comes.
+        # What was widened before stays apart; otherwise it would never become due while more comes.
         while self.waiting and not self.waiting[-1].widened:
             some.append(self.waiting.pop())
         some.reverse()
@@ -69,7 +69,7 @@ class _Queue:
 
 
 def _widened(some: Sequence[Waiting], resolve: Callable[[Ticket], None]) -> Waiting:
-    """Make one of several, due with the last of them; of their tickets the one stays that holds back most."""
+    """Merge several into sweeps, due with the last of them; the ticket that holds back most stays."""
     last = some[-1]
     whole = Batch(last.batch.commit_lsn, last.batch.committed_at, last.batch.xid)
     for item in some:
@@ -86,7 +86,7 @@ def _widened(some: Sequence[Waiting], resolve: Callable[[Ticket], None]) -> Wait
 
 
 class Again:
-    """All that is to be busted again; times are of the monotonic clock, in seconds.
+    """Everything to be busted again. Times are of the monotonic clock, in seconds.
 
     Args:
         resolve: ends a part of a ticket whose work another ticket stands for.
@@ -138,7 +138,7 @@ class Again:
         self._unreplayed.append(Waiting(batch, ticket, now, batch.commit_lsn))
 
     def until_later(self, batch: Batch, ticket: Ticket, now: float) -> None:
-        """Let those busts of a batch wait whose caches ask for it with ``again_after``."""
+        """Let the busts of caches with ``again_after`` wait for that time."""
         for delay in {target.cache.again_after for target in batch.busts if target.cache.again_after is not None}:
             part = Batch(batch.commit_lsn, batch.committed_at, batch.xid)
             for target, busts in batch.busts.items():
@@ -150,10 +150,10 @@ class Again:
             queue.append(Waiting(part, ticket, now, now + delay / 1000))
 
     def ready(self, hidden: Callable[[int], bool], replayed: int, now: float) -> Iterable[tuple[str, Waiting]]:
-        """Take what is due, each with why it had to wait.
+        """Take what is due, each with the reason why it waited.
 
         Args:
-            hidden: tells of a transaction whether readers of the primary still don't see it.
+            hidden: whether readers of the primary still don't see a transaction.
             replayed: the LSN that all standbys have replayed.
             now: the time.
         """
@@ -166,5 +166,5 @@ class Again:
             yield from ((queue.reason, item) for item in queue.ready(reached))
 
     def next_due(self) -> float | None:
-        """Give when the next one is due whose time is known."""
+        """Return when the next one is due, of those that wait for a time; ``None`` without any."""
         return min((queue.waiting[0].due for queue in self._later.values() if queue.waiting), default=None)

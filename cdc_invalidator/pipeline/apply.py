@@ -91,7 +91,7 @@ class Apply:
 
     @property
     def drained(self) -> bool:
-        """True when all that was put is in Redis, and the watermark says so."""
+        """Whether everything from the backlog is in Redis, and the watermark says so."""
         return self._continuity.proven and self._checkpoint.idle and self.record.current
 
     @property
@@ -100,7 +100,7 @@ class Apply:
         return self._gap_sweeps.unfinished
 
     def hurry(self, *, much_wal: bool) -> None:
-        """Note whether PostgreSQL keeps more WAL than it may: then nothing holds the position back that need not."""
+        """Note whether PostgreSQL keeps more WAL than it may; if so, hold the position back only where it must be."""
         self._follow_ups.hurry(much_wal=much_wal)
 
     def gap(self, broken: Mapping[str, str]) -> None:
@@ -116,7 +116,7 @@ class Apply:
         self.gap(broken)
 
     def finish(self) -> None:
-        """Let `run` end as soon as all that was put is in Redis."""
+        """Let `run` end as soon as everything from the backlog is in Redis."""
         self._finishing = True
         self._backlog.wake()
 
@@ -183,11 +183,11 @@ class Apply:
         """Bust what was taken, in one flush, and begin what that leads to."""
         hidden = await self._postgres.hidden([xid for batch, _ in self._taken for xid in batch.xids])
         if hidden or self._postgres.standbys.awaited:
-            # At once what this turn has in hand, for when it is tried again.
+            # Stored first, so that a second attempt of this turn does not split it again.
             self._taken = list(_by_transaction(self._taken))
         taken = self._taken
         batches = [batch for batch, _ in taken]
-        # A query asks for what can be seen: of what is hidden it is asked later.
+        # A query sees only what is visible; for hidden transactions it is asked later.
         await self._postgres.queries.derive(
             batch for batch in batches if not isinstance(batch, PlainBatch) and batch.xid not in hidden
         )
@@ -198,7 +198,7 @@ class Apply:
             if isinstance(batch, PlainBatch):
                 pass
             elif batch.xid in hidden:
-                # Its sweeps, and all that is counted from when readers see it, begin then.
+                # Its sweeps and follow-ups begin when readers see it.
                 self._follow_ups.until_visible(batch, ticket, now)
             else:
                 self._follow_ups.begin(batch, ticket, "first", now)
@@ -211,11 +211,11 @@ class Apply:
             self._flush.confirm()
 
     def _patience(self) -> float:
-        """Return the seconds until there is something to do though nothing is put."""
+        """Return how many seconds to wait if nothing comes in."""
         if self._continuity.must_reapply or self._gap_sweeps.queued:
             return 0.0
         if self._finishing and self._continuity.proven and self._checkpoint.idle:
-            # Nothing comes any more: it remains to record the position, and to end.
+            # Nothing more comes: only the position has to be recorded.
             return 0.0
         now = time.monotonic()
         patience = self.record.due_in(now) if self._continuity.proven else record.HEARTBEAT_SECONDS
@@ -227,7 +227,7 @@ class Apply:
 
 
 def _by_transaction(taken: Iterable[tuple[Batch | PlainBatch, Ticket]]) -> Iterable[tuple[Batch, Ticket]]:
-    """Give each transaction of a PlainBatch by itself, since what comes after its bust may differ."""
+    """Split each PlainBatch into transactions, since what follows their busts may differ."""
     for batch, ticket in taken:
         if isinstance(batch, PlainBatch):
             batches = batch.batches()

@@ -1,8 +1,8 @@
 """From the messages of the stream to batches: which rows belong to which transaction, and what has committed. Pure.
 
-A transaction comes in one of two ways. Whole, between Begin and Commit: then it has committed already, and its keys
-leave in batches as they come. Or, when it is large, in blocks while it still runs (protocol version 2): then its keys
-are held, by subtransaction, until Stream Commit, and forgotten at Stream Abort.
+A transaction between Begin and Commit has committed already: its keys leave in batches as they come. A large one may
+come in blocks while it still runs (protocol version 2): its keys are held, by subtransaction, until Stream Commit, and
+forgotten at Stream Abort.
 
 What is held is bounded: past `HELD` keys, the targets with the most keys are widened to sweeps.
 """
@@ -45,7 +45,7 @@ class _InProgress:
 
     parts: dict[int, Batch] = field(default_factory=dict)
     plans: Plans = field(default_factory=dict)
-    # Once there are too many parts, all goes into this one, and what a subtransaction adds to it stays.
+    # With too many parts, everything goes into this one; an aborted subtransaction can't be taken out of it.
     merged: Batch | None = None
 
     @property
@@ -59,7 +59,7 @@ class _InProgress:
         return part
 
     def merge(self, xid: int) -> None:
-        """Make one part of all; it sweeps whatever one of them busts."""
+        """Merge all parts into one that sweeps every cache that one of them busts."""
         merged = Batch(0, 0, xid)
         for part in self.parts.values():
             for target, busts in part.busts.items():
@@ -84,7 +84,7 @@ class Assembly:
         self._in_progress: dict[int, _InProgress] = {}
         self._block: _InProgress | None = None
         self._unchecked = 0
-        # By the transaction that is on its way out: what it did to caches with `bump_over` so far.
+        # What the transaction at hand did so far to caches with `bump_over`.
         self._touched: dict[Target, _Touched] = {}
         self.widened = 0
         self._take: dict[type, Callable[[Any], Iterable[Batch]]] = {
@@ -105,7 +105,7 @@ class Assembly:
 
     @property
     def in_transaction(self) -> bool:
-        """True between Begin and Commit, and in a block: what has been received then is not whole."""
+        """Whether the stream stands between Begin and Commit, or in a block: a transaction is not whole then."""
         return self._open is not None or self._block is not None
 
     @property
@@ -115,7 +115,7 @@ class Assembly:
 
     def relation(self, message: pgoutput.Relation, plan: Plan | None) -> None:
         """Take a Relation message with the plan that was compiled for it; ``None`` if no rule reads the relation."""
-        # A transaction in progress may have altered the table, and be rolled back: nobody else sees its shape yet.
+        # A transaction in progress may have altered the table and be rolled back: only it sees this shape.
         plans = self._plans if self._block is None else self._block.plans
         plans[message.oid] = plan
 
@@ -234,7 +234,7 @@ class Assembly:
         return self._leave(batch)
 
     def _leave(self, batch: Batch) -> Iterable[Batch]:
-        """Let a transaction that has committed go in pieces, and keep one in progress within bounds."""
+        """Let a committed transaction leave in pieces, and keep one in progress within bounds."""
         if batch is not self._open:
             self._unchecked += 1
             if self._unchecked >= UNCHECKED:
@@ -284,7 +284,7 @@ class Assembly:
             self.widened += 1
 
     def _widen(self) -> bool:
-        """Trade the keys of the target that has most of them for a sweep of its cache; False if there is none."""
+        """Trade the keys of the target with the most keys for a sweep of its cache; False if there is none."""
         counts: dict[Target, int] = {}
         parts = [part for progress in self._in_progress.values() for part in progress.parts.values()]
         for part in parts:

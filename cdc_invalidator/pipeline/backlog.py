@@ -1,7 +1,7 @@
 """The queue between receive and apply: what has been matched and not yet taken, bounded by the number of keys.
 
-Batching is what has piled up here; there is no timer. A full backlog holds the reader back, which holds PostgreSQL's
-walsender back: memory stays bounded however long Redis is away.
+A batch is whatever has piled up here; there is no timer. A full backlog stops the reader, and so PostgreSQL's
+walsender: memory stays bounded however long Redis is away.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.waiting import within
 
-# Keys (and sweeps) that may wait: 10 to 20 MB of memory. A batch takes as much as a few keys, however small it is.
+# Keys (and sweeps) that may wait: 10 to 20 MB of memory. Each batch counts as a few keys more.
 CAPACITY = 100_000
 BATCH = 8
 
@@ -30,7 +30,7 @@ class Backlog:
         self.weight = 0
 
     def __len__(self) -> int:
-        """Batches that wait."""
+        """Return how many batches wait."""
         return len(self._batches)
 
     @property
@@ -72,5 +72,5 @@ class Backlog:
         await within(seconds, self._filled)
 
     def wake(self) -> None:
-        """Make a waiting reader look again, though nothing was put."""
+        """Make a waiting reader look again."""
         self._filled.set()

@@ -113,7 +113,7 @@ class Batch:
     weight: int = 0
 
     def of(self, target: Target) -> TargetBusts:
-        """Give what the batch does to this target, made at first use."""
+        """Return what the batch does to this target; it is made at first use."""
         busts = self.busts.get(target)
         if busts is None:
             busts = self.busts[target] = TargetBusts()
@@ -189,7 +189,7 @@ class Batch:
         return (self.xid,) if self.xid else ()
 
     def events(self) -> Iterable[BustEvent]:
-        """Give the events of the batch, without those of its sweeps."""
+        """Yield the events of the batch, without those of its sweeps."""
         for target, busts in self.busts.items():
             op = ",".join(busts.ops)
             named = busts.keys if target.query is None else busts.derived
@@ -238,11 +238,11 @@ class PlainBatch:
         return {event.target for event in self._events}
 
     def events(self) -> Iterable[BustEvent]:
-        """Give the events."""
+        """Return the events."""
         return self._events
 
     def batches(self) -> list[Batch]:
-        """Give the same, a batch a transaction: for what has to be done with each by itself."""
+        """Return the same as one batch for each transaction."""
         batches: list[Batch] = []
         for event in self._events:
             if not batches or batches[-1].commit_lsn != event.commit_lsn:

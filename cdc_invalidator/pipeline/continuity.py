@@ -61,7 +61,7 @@ class GapSweeps:
 
     @property
     def received(self) -> int:
-        """The LSN that nothing lies above of what PostgreSQL had at the start, or has sent since."""
+        """The end of what PostgreSQL had written at the start, or has sent since."""
         return max(self._kept.position.flushed, self._checkpoint.received_lsn)
 
     def take(self) -> list[tuple[Batch, Ticket]]:
@@ -78,11 +78,11 @@ class GapSweeps:
                 self.sweep(reason, [self._kept.rules.caches[name] for name in caches])
 
     def log(self, reason: str, caches: list[str], since: int, *, swept: bool) -> None:
-        """Say that changes to these caches since an LSN may have been missed."""
+        """Log that changes to these caches since an LSN may have been missed."""
         self._events.gap(reason, caches, swept=swept, lsn=lsn.text(since))
 
     def sweep(self, why: str, caches: Iterable[Cache]) -> None:
-        """Let one more batch go down the data path, which sweeps these caches for all that has been received."""
+        """Queue a batch that sweeps these caches for everything that has been received."""
         # Before the end of that, as commits are.
         batch = Batch(self.received - 1, None, 0)
         for cache in caches:
@@ -135,16 +135,16 @@ class Continuity:
 
     @property
     def proven(self) -> bool:
-        """Whether this Redis has had all that the watermark would say of it."""
+        """Whether this Redis has had all busts up to the position."""
         return not self._gap_sweeps.unfinished and not self._lost
 
     @property
     def must_reapply(self) -> bool:
-        """Whether Redis lacks something that is at hand."""
+        """Whether Redis lacks something that can be re-applied."""
         return bool(self._lost)
 
     def prove(self, found: Sequence[Watermark | None]) -> None:
-        """Compare the watermarks of a Redis, and have re-applied or swept what it lacks.
+        """Compare the watermarks of a Redis; have what it lacks re-applied or swept.
 
         Raises:
             errors.Superseded: another daemon has written there since.

@@ -1,7 +1,7 @@
 """`debounce`: at most one bust of a key in a rule's time, and the last change is always followed by one. Pure.
 
-The first change of a key is busted at once. What changes within the time after that is held, and busted once when the
-time is over. The position does not pass what is held, so a restart busts it.
+The first change of a key is busted at once. Changes within the time after that are held, and the key is busted once
+when the time is over. The position does not pass what is held, so a restart busts it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_XIDS = 1000
 class _Held:
     """A key that waits for its time; ``last``: the newest transaction that changed it, ``xids``: all of them.
 
-    Their batches are empty ones: what else a transaction did is none of this.
+    Their batches are empty: what else a transaction did does not matter here.
     """
 
     last: Batch
@@ -34,7 +34,7 @@ class _Held:
 
 
 class Debounce:
-    """What was busted a moment ago, and what is held for that; times are of the monotonic clock, in seconds.
+    """Keys busted a moment ago, and keys held for that. Times are of the monotonic clock, in seconds.
 
     Args:
         resolve: ends a part of a ticket whose work another ticket stands for.
@@ -92,7 +92,7 @@ class Debounce:
             self._quiet[name] = now + name[0].debounce / 1000
 
     def xids(self, now: float) -> set[int]:
-        """Give the transactions that changed what has waited for long enough."""
+        """Return the transactions that changed keys whose time is over."""
         return {xid for held in self._held.values() if held.due <= now for xid in held.xids if xid}
 
     def due(self, now: float, hidden: Container[int]) -> list[tuple[Batch, Ticket]]:
@@ -123,7 +123,7 @@ class Debounce:
         return list(found.values())
 
     def next_due(self) -> float | None:
-        """Give when the next key is due; ``None`` when none is held."""
+        """Return when the next key is due; ``None`` when none is held."""
         return min((held.due for held in self._held.values()), default=None)
 
 

@@ -90,7 +90,7 @@ class Queries:
             return await self._ask(target, arguments)
 
     async def _ask(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
-        """Give, for each of the arguments (values with NUL between them), the keys that the query's rows name."""
+        """Return, for each of the arguments (packed values), the keys that the query's rows name."""
         if self._connection is None:
             connection = await connect(self._dsn, "cdc-invalidator queries")
             with translated():
@@ -138,10 +138,10 @@ class Queries:
 
 
 def statement(query: Query, types: Mapping[str, str]) -> str:
-    """Give the SQL that runs a query for many changes at once.
+    """Return the SQL that runs a query for many changes at once.
 
     Its parameters are arrays of text, one for each of the query's columns; without columns, how many changes there are.
-    The first column of its rows tells, from 1, which change they are of.
+    The first column of its rows is the number of the change, from 1.
     """
     at = {name: number for number, name in enumerate(query.columns)}
     parts = [

@@ -1,8 +1,8 @@
 """Bust events: one line for each transaction, rule and cache, and the counters that say the same in sum.
 
-Events are rendered and counted only after Redis has acknowledged what they tell. No bust goes unlogged, and no line
-grows without bound. This is the one place that is hot enough to render its lines itself; all else goes by structlog.
-Where there is a compiled part (`_tell`), it does what `Events.busted` does for JSON, to the byte.
+Events are rendered and counted only after Redis has acknowledged their busts. Every bust is logged, and no line grows
+without bound. Only this hot path renders its lines itself; everything else uses structlog. The compiled part (`_tell`),
+where it is there, gives the same JSON as `Events.busted`, to the byte.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Total:
 
 
 class Events:
-    """Tells and counts busts.
+    """Logs and counts busts.
 
     Args:
         metrics: what to count.
@@ -73,11 +73,11 @@ class Events:
             self._teller = _tell.Teller(keyed, LAG_BUCKETS, log.begin, _second_text, lsn.EPOCH_OFFSET_US)
 
     async def room(self) -> None:
-        """Wait until what has been logged is written, as far as memory asks for it."""
+        """Wait while too much of the log is unwritten."""
         await self._log.room()
 
     def busted(self, events: list[BustEvent], reply: BustReply, replay_until: int, now_us: int) -> None:
-        """Tell what Redis answered to a flush.
+        """Log what Redis answered to a flush.
 
         Args:
             events: in the order of the flush, which ``reply.existed`` follows for the deletes among them.
@@ -128,7 +128,7 @@ class Events:
             self._count(target.rule, target.cache.name, action, total)
 
     def swept(self, sweep: Sweep) -> None:
-        """Tell that a sweep is over: a line for each cause, and its transactions in it."""
+        """Log that a sweep is over: a line for each cause, with its transactions."""
         now_us = time.time_ns() // 1000
         cache, progress = sweep.cache, sweep.progress
         total = _Total(keys=progress.keys, existed=progress.existed)
@@ -159,7 +159,7 @@ class Events:
             total = _Total()
 
     def gap(self, reason: str, caches: list[str], *, swept: bool, level: Level = "warning", **more: str) -> None:
-        """Tell that changes to these caches may have been missed, and whether they are swept for it."""
+        """Log that changes to these caches may have been missed, and whether they are swept for it."""
         self._metrics.gap(reason)
         self._write([({"reason": reason, "caches": caches}, {"swept": swept, **more})], "gap", level)
 

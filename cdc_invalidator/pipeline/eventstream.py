@@ -1,8 +1,8 @@
 """The event stream: a Redis stream (CDC_EVENT_STREAM) that has the last events, each as the log's JSON line.
 
-The rule that holds here: it is a copy of the log, and no more. What Redis refuses to put there is counted, told once,
-and lost to it; no bust and no watermark waits for that. Only a lost connection is what it is everywhere, and what
-was under way then is written again on the next one: an entry may stand there twice.
+The rule that holds here: the stream is only a copy of the log. Events that Redis refuses are counted, reported once,
+and lost to the stream; no bust and no watermark waits for them. After a lost connection, the events that were under way
+are written again: an entry may stand there twice.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class EventStream:
 
 
 def refusal(error: errors.RedisUnavailable, command: str) -> str:
-    """Give the sentence that says why Redis does not do that with the event stream."""
+    """Return the sentence that says why Redis refuses a command on the event stream."""
     remedy = _REMEDIES.get(error.code, replies.of(error.code).remedy)
     return f"Redis refuses {command} on CDC_EVENT_STREAM ({error.code}); {remedy}."
 
@@ -113,7 +113,7 @@ def check_rules(key: str, rules: RuleSet) -> None:
 
 
 def clashes(key: str, rules: RuleSet) -> Iterator[Problem]:
-    """Give the caches of which the event stream could be a key, or a key beside one, or be found by a sweep.
+    """Yield the caches whose keys, keys beside them, or sweeps the event stream could be among.
 
     Args:
         key: the Redis stream; empty for none.

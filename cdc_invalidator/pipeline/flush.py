@@ -1,7 +1,7 @@
-"""A flush: one round trip to Redis, and the bust events of what Redis has answered.
+"""A flush: one round trip to Redis, and the bust events of its answer.
 
 The rule that holds here: an event is logged only after Redis has acknowledged its bust, and no position is confirmed
-while such an event is not logged; after a crash nobody would be sent again what was confirmed.
+while such an event is not logged; after a crash, what was confirmed would not be sent again.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Flush:
             self.log_due()
             return events, await busting
         finally:
-            # Where this was broken off; nobody would ask it for its outcome.
+            # Where this was cancelled; nobody would await it.
             busting.cancel()
 
     def log_later(self, events: list[BustEvent], reply: BustReply, replay_until: int = lsn.NEVER) -> None:

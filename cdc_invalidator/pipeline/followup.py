@@ -1,6 +1,6 @@
-"""What a bust leads to: the sweeps that it asks for, and the busts that are applied again, later.
+"""What follows a bust: the sweeps that it asks for, and the busts that are applied again.
 
-The rule that holds here: a batch's ticket stays unresolved until all that its bust leads to is done in Redis.
+The rule that holds here: a batch's ticket stays unresolved until everything that follows its bust is done in Redis.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class FollowUps:
         self._early_backoff = Backoff(first=0.002, most=0.1)
 
     def begin(self, batch: Batch, ticket: Ticket, bust: str, now: float) -> None:
-        """Begin what a bust leads to.
+        """Begin what follows a bust.
 
         Args:
             batch: what was busted.
@@ -92,7 +92,7 @@ class FollowUps:
             self._again.until_later(batch, ticket, now)
 
     def until_visible(self, batch: Batch, ticket: Ticket, now: float) -> None:
-        """Begin it when readers see the transaction, with one more bust."""
+        """Bust a batch again when readers see its transaction, and begin what follows then."""
         self._again.until_visible(batch, ticket, now)
 
     async def bust_again(self, server: CacheServer, replay_until: int) -> None:
@@ -145,7 +145,7 @@ class FollowUps:
         self._metrics.sweeps_running.set(len(self.sweeps))
 
     def hurry(self, *, much_wal: bool) -> None:
-        """Note whether PostgreSQL keeps more WAL than it may: then nothing holds the position back that need not."""
+        """Note whether PostgreSQL keeps more WAL than it may; if so, hold the position back only where it must be."""
         if much_wal and self._again.unreplayed is not None:
             reason = "the slot holds more than CDC_MAX_RETAINED_WAL"
             self._postgres.standbys.relent(self._again.unreplayed.due, reason)
@@ -154,7 +154,7 @@ class FollowUps:
         self.sweeps.hurry = much_wal
 
     def patience(self, patience: float, now: float) -> float:
-        """Return after how many seconds, at most so many, there is something to do here."""
+        """Return after how many seconds there is something to do here, at most ``patience``."""
         if self._again.hidden:
             patience = min(patience, self._early_backoff.next())
         due = self._again.next_due()

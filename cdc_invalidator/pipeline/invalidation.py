@@ -31,11 +31,11 @@ class Invalidation:
             self._by_table.setdefault(rule.table, []).append(_prepared(rule))
 
     def names(self, table: Table) -> bool:
-        """Tell whether a rule names the table."""
+        """Return whether a rule names the table."""
         return table in self._by_table
 
     def counted(self) -> dict[tuple[str, str], int]:
-        """Give how many changes were matched since the last call, by table and kind of change."""
+        """Return how many changes were matched since the last call, by table and kind of change."""
         counts = dict(self._counts)
         self._counts.clear()
         return counts
@@ -53,10 +53,9 @@ class Invalidation:
         return compile_plan(relation, self._rules_of(tables), str(tables[0]), self._counts)
 
     def compile_unknown(self, relation: pgoutput.Relation, tables: Iterable[Table]) -> Plan:
-        """Compile a relation that no rule names, while rules name tables that are not there: it may be one of those.
+        """Compile a relation that no rule names, while rules name missing tables: it may be one of them, renamed.
 
-        A renamed table stays in the publication, under a name that tells nothing. Any change of it sweeps the caches
-        of all rules on these tables.
+        A renamed table stays in the publication. Any change of it sweeps the caches of all rules on these tables.
         """
         return compile_sweeps(relation, self._rules_of(tables), self._counts)
 

@@ -1,4 +1,4 @@
-"""The rules of one relation, compiled: from a row change to the keys that it makes stale, the match. Pure.
+"""The rules of one relation, compiled: from a row change to the keys that it makes stale. Pure.
 
 The rule that holds here: over-bust, never under-bust. Where a key can't be known (the replica identity does not carry
 its columns, a TOAST value is not sent, a column is gone) the cache is swept, unless the rule file says ``ignore``.
@@ -95,7 +95,7 @@ class Plan:
         self._name = name
         self._counts = counts
         inserts, updates, deletes = (_plain(op, rules[op]) for op in ("insert", "update", "delete"))
-        # For `scan`: the same as here, where it is plain.
+        # The same for `scan`, where the rules are plain.
         self.table = scan.compile_plain(name, in_identity, inserts, updates, deletes, counts)
 
     def insert(self, batch: Batch, message: pgoutput.Insert) -> None:
@@ -163,7 +163,7 @@ class Plan:
             raise out_of_place("a row of another width than its Relation's")
 
     def _known_old(self, message: pgoutput.Update) -> Row:
-        """Give the old row as far as it is known: UNCHANGED stands for what is not."""
+        """Return the old row as far as it is known; UNCHANGED stands for the rest."""
         if message.old_kind == "O":
             assert message.old is not None
             return message.old
@@ -171,18 +171,18 @@ class Plan:
         return self._carried(message.new if message.old is None else message.old)
 
     def _carried(self, row: Row) -> Row:
-        """Give a row without the values that the identity does not carry: UNCHANGED stands for them."""
+        """Return the row with UNCHANGED for what the identity does not carry."""
         return [value if carried else UNCHANGED for value, carried in zip(row, self._in_identity, strict=False)]
 
     def _kept(self, old: Row, new: Row) -> Row:
-        """Give the old row where all that the identity does not carry is declared immutable."""
+        """Return the old row; what the identity does not carry is immutable, and taken from the new one."""
         return [
             before if carried else after for before, after, carried in zip(old, new, self._in_identity, strict=False)
         ]
 
 
 def _plain(op: str, rules: Iterable[_RulePlan]) -> scan.PlainRules:
-    """Give the rules for one kind of change as `scan` takes them; ``None`` where one of them asks for more."""
+    """Return the rules for one kind of change as `scan` takes them; ``None`` where one of them is not plain."""
     found = []
     for rule in rules:
         if rule.broken or rule.holds:
@@ -222,12 +222,12 @@ def _bust(batch: Batch, firing: _Firing, op: str, row: Row) -> None:
 
 
 def _filled(new: Row, old: Row) -> Row:
-    """Give the new row with its unchanged TOAST values taken from the old one, where that has them."""
+    """Return the new row with its unchanged TOAST values taken from the old one, where that has them."""
     return [before if after is UNCHANGED else after for after, before in zip(new, old, strict=False)]
 
 
 def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
-    """Tell whether a compared column, or one that a key is built from, may have changed."""
+    """Return whether a compared column, or one that a key is built from, may have changed."""
     for column in rule.compared:
         if new[column] is not UNCHANGED and old[column] != new[column]:
             return True
@@ -349,7 +349,7 @@ def _old_modes(rule: Rule, firing: _Firing) -> Iterable[str]:
 
 
 def out_of_place(what: str) -> errors.MalformedMessage:
-    """Give the error for a message that the protocol does not allow where it stands."""
+    """Return the error for a message that the protocol does not allow at its place."""
     return errors.MalformedMessage(
         f"The replication stream holds {what} where none can stand; report it with the server's version."
     )

@@ -1,8 +1,8 @@
 """The receive and confirm tasks: the two ends of the data path that touch the walsender.
 
-receive: CopyData → pgoutput → assembly (which asks invalidation) → backlog, and for what is common all of it at once in
-`scan`. The order in it is what makes confirming safe: track the batch, put it, then note the commit. confirm sends the
-position that checkpoint gives, and none of its own.
+receive: CopyData → pgoutput → assembly (with the plans of invalidation) → backlog; in the common case, `scan` does it
+all in one pass. Its order makes confirming safe: track the batch, put it, then note the commit. confirm sends the
+position that checkpoint gives, never one of its own.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Receive:
             self._count()
 
     def _common(self, data: bytes, pos: int) -> int:
-        """Take what is common in one pass, a batch at most; where it gets nowhere, it is taken message by message."""
+        """Take the common case in one pass, a batch at most; return where it stopped, ``pos`` if it took nothing."""
         if self._assembly.in_transaction:
             pos, batches = self._assembly.rows(data, pos)
             for batch in batches:
@@ -181,13 +181,13 @@ class Receive:
 async def confirm(
     replication: Replication, checkpoint: Checkpoint, metrics: Metrics, written: Callable[[], Awaitable[int | None]]
 ) -> None:
-    """Confirm the position once a second until cancelled, also while Redis is down (the old one, then).
+    """Confirm the position once a second until cancelled; while Redis is down, the same one again.
 
     Args:
         replication: a started stream.
         checkpoint: knows the position.
         metrics: what to count.
-        written: asks for an LSN that all lies below that has been committed by now; see `Snapshots.written`.
+        written: asks for an LSN above everything that has been committed by now; see `Snapshots.written`.
     """
     while True:
         await asyncio.sleep(CONFIRM_SECONDS)

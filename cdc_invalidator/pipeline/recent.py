@@ -1,8 +1,8 @@
-"""The busts of late: what a Redis that comes back without them is given again. Pure; it outlives sessions.
+"""Recent busts, to be re-applied to a Redis that comes back without them. Pure; it outlives sessions.
 
-An acknowledged bust can be lost with its server: in a failover to a replica that lagged, with a snapshot, with another
-instance under the same address. The watermark found there says since when. What was applied after that is here, unless
-it was too much; then the caches are swept.
+Redis can lose an acknowledged bust: in a failover to a replica that lagged, with a restored snapshot, with another
+instance at the same address. Its watermark says since when. What was applied after that is here, unless it was too
+much; then the caches are swept.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Recent:
     def begin(self, history: tuple[str, int], start: int) -> None:
         """Note that a stream begins at ``start`` in a history (system identifier, timeline).
 
-        What is known from before is kept if the stream goes on from there, without what it will bring again.
+        Older batches are kept if the stream goes on from there, but for those that it will bring again.
         """
         if history != self._history or start > self._recorded:
             self._batches.clear()
@@ -56,11 +56,11 @@ class Recent:
         self._recorded = max(self._recorded, position)
 
     def reaches(self, position: int) -> bool:
-        """Tell whether all that was applied after this position is here."""
+        """Return whether everything that was applied after this position is here."""
         return position >= self._floor
 
     def since(self, position: int) -> list[Batch | PlainBatch]:
-        """Give what was applied after this position, in order."""
+        """Return what was applied after this position, in order."""
         return [batch for batch in self._batches if batch.commit_lsn >= position]
 
 

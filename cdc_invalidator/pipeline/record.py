@@ -1,4 +1,4 @@
-"""The watermark as this daemon writes it: when it is due, what was written last, and that its position is recorded.
+"""The watermark as this daemon writes it: when it is due, and what was written last.
 
 The rule that holds here: a position is recorded for the checkpoint, and so confirmed, only after Redis has stored it,
 or has refused it for lack of memory.
@@ -45,11 +45,11 @@ class WatermarkRecord:
 
     @property
     def current(self) -> bool:
-        """True when it says all that is applied."""
+        """Whether it says all that is applied."""
         return self._checkpoint.position == self.lsn
 
     def is_ours(self, watermark: Watermark) -> bool:
-        """Tell whether it can be of this daemon: it is no newer than what was written last."""
+        """Return whether this daemon can have written it: it is no newer than what was written last."""
         return watermark.at <= self._written_ms
 
     def found(self, watermarks: Sequence[Watermark | None]) -> None:
@@ -65,8 +65,7 @@ class WatermarkRecord:
 
         Args:
             server: where to.
-            content: makes it of the position, the time, and the time at which all that had been committed lies below
-                the position; both in ms since 1970.
+            content: makes the watermark of its ``lsn``, ``at`` and ``as_of``.
 
         Returns:
             Whether it was due.
@@ -101,7 +100,7 @@ class WatermarkRecord:
             self._checkpoint.record(self.lsn)
 
     def due_in(self, now: float) -> float:
-        """Seconds until it is written again though the position has not moved."""
+        """Return the seconds until it is written again though the position has not moved."""
         return HEARTBEAT_SECONDS - (now - self._tried_at)
 
     def _show(self, at: float, as_of: float) -> None:

@@ -1,9 +1,9 @@
-"""The common case of the data path in one pass, if the compiled part is there: from bytes of the stream to keys. Pure.
+"""The common case of the data path in one pass, by the compiled part: from bytes of the stream to keys. Pure.
 
-Most of a stream is small transactions that change rows of tables with plain rules: no condition, no query, no filter,
-nothing that is held or done twice. `transactions` takes whole ones, and `rows` the rows of large ones. Both stop at
-whatever is not plain, and leave it to `pgoutput`, `assembly` and `invalidation`, which say what is right: without the
-compiled part they do everything, at some five times the cost.
+Most of a stream is small transactions on tables with plain rules: no condition, no query, no filter, nothing that is
+held or done twice. `transactions` takes whole transactions, and `rows` the rows of large ones. Both stop at whatever is
+not plain, and leave it to `pgoutput`, `assembly` and `plan`, which are the reference. Without the compiled part these
+do everything, at some five times the cost.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def compile_plain(
     Args:
         name: what rules know it by.
         identity: for each column, whether an old key tuple carries it.
-        inserts: the rules that an INSERT is matched against.
-        updates: as well.
-        deletes: as well.
+        inserts: the rules for an INSERT.
+        updates: the rules for an UPDATE.
+        deletes: the rules for a DELETE.
         counts: is counted up, by table and kind of change.
     """
     if not COMPILED or len(identity) > _MOST_COLUMNS:

@@ -67,7 +67,7 @@ class Sweep:
         self.restart()
 
     def add(self, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> None:
-        """Let somebody else wait for it as well; only before it has begun."""
+        """Let another request wait for it; only before it has begun."""
         known = self.requests.get(cause)
         if known is not None:
             request.transactions += known.transactions
@@ -92,7 +92,7 @@ class Sweep:
         return not self._passes
 
     async def log_progress(self, server: CacheServer) -> None:
-        """Say how far it is."""
+        """Log how far it is."""
         self.logged_at = time.monotonic()
         _log.info(
             "sweep_progress",
@@ -154,7 +154,7 @@ class Sweeps:
         queue[cache.name].add(cause, request, [ticket])
 
     def restart(self) -> None:
-        """Begin all again, on another connection; who waited behind a sweep joins it."""
+        """Begin all again, on another connection; those that waited behind a sweep join it."""
         for name, waiting in self._waiting.items():
             for cause, request in waiting.requests.items():
                 self._running[name].add(cause, request, ())
@@ -164,11 +164,11 @@ class Sweeps:
             sweep.restart()
 
     def patience(self) -> float:
-        """Seconds until the next step may be taken."""
+        """Return the seconds until the next step may be taken."""
         return 0.0 if self.hurry else max(0.0, self._next_at - time.monotonic())
 
     async def step(self, server: CacheServer) -> list[Sweep]:
-        """Take one step of each running sweep, if the pace allows, and give those that are over."""
+        """Take one step of each running sweep, if the pace allows; return those that are over."""
         over = []
         for sweep in list(self._running.values()):
             now = time.monotonic()

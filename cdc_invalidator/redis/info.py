@@ -1,6 +1,6 @@
 """What INFO says of the servers, as metrics: hits, misses, evictions, memory.
 
-The rule that holds here: an ACL that refuses INFO costs these figures and one line in the log, nothing more.
+The rule that holds here: an ACL that refuses INFO costs only these figures and one line in the log.
 """
 
 from __future__ import annotations

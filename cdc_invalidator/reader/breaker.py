@@ -1,4 +1,4 @@
-"""A circuit breaker: a Redis that is gone costs its time-out a few times, and not at each read. Pure."""
+"""A circuit breaker: a Redis that is gone costs its time-out a few times, not at each read. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Breaker:
         return self.failures >= self._threshold
 
     def allows(self, now: float) -> bool:
-        """Tell whether Redis may be asked now (a monotonic time in seconds); when open, the first to ask may try."""
+        """Return whether Redis may be asked now (a monotonic time in seconds); when open, the first to ask may try."""
         if not self.open:
             return True
         if now < self._next_at:

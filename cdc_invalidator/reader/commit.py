@@ -1,12 +1,12 @@
 """The LSN of a commit, for `Caches.at_least`: read-your-writes.
 
-Why the end of the WAL after the commit, and nothing from within the transaction: a commit's own LSN is only known when
-it is written, which is the last thing that happens; ``pg_current_wal_insert_lsn()`` asked before it is lower, and the
-watermark may pass that without the commit. Asked after it, by any session of the same server, it is the end of the
-commit's record or a little later, whatever ``synchronous_commit`` is. "A little later" costs at most that a read goes
-to the database although the cache would have done.
+The LSN is the end of the WAL right after the commit. Within the transaction it can't be known, since the commit record
+is written last: ``pg_current_wal_insert_lsn()`` asked before is lower, and the watermark may pass that without the
+commit. Asked afterwards, by any session of the same server, it is the end of the commit record or a little later,
+whatever ``synchronous_commit`` is. "A little later" costs at most one read from the database that the cache could have
+answered.
 
-No driver is imported: connections are known by what they can do.
+No driver is imported: connections are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OPEN = "this connection is inside a transaction; commit it first, since the LSN
 
 
 def commit_lsn(connection: Any) -> int:
-    """Give an LSN that is not lower than that of the last commit; call it right after that.
+    """Return an LSN that is not lower than the last commit's; call it right after the commit.
 
     Args:
         connection: of psycopg 3; SQLAlchemy's Engine, Connection or Session; or Django's ``connection``. Of
@@ -42,7 +42,7 @@ def commit_lsn(connection: Any) -> int:
 
 
 async def acommit_lsn(connection: Any) -> int:
-    """Give the same of an async connection.
+    """Return the same for an async connection.
 
     Args:
         connection: psycopg's AsyncConnection; SQLAlchemy's AsyncEngine, AsyncConnection or AsyncSession.
@@ -69,7 +69,7 @@ async def acommit_lsn(connection: Any) -> int:
 
 
 def _engine(connection: Any) -> Any:
-    """Give SQLAlchemy's engine of what may be its Engine, Connection or Session; None of anything else."""
+    """Return the engine of SQLAlchemy's Engine, Connection or Session; None for anything else."""
     if hasattr(connection, "get_bind"):
         bound = connection.get_bind()
         return getattr(bound, "engine", bound)
@@ -82,6 +82,6 @@ def _refuse_open(connection: Any) -> None:
 
 
 def _opened(connection: Any) -> bool:
-    """Whether psycopg's connection is inside a transaction; Django's commits by itself."""
+    """Return whether psycopg's connection is inside a transaction; Django's commits by itself."""
     info = getattr(connection, "info", None)
     return info is not None and hasattr(info, "transaction_status") and bool(info.transaction_status)

@@ -1,15 +1,15 @@
-"""What a read does, step by step, without doing it: generators that yield what is wanted and are sent what came of it.
+"""The fill contract as generators: each yields what it needs done and is sent the result. No I/O happens here.
 
-Both shells, `sync` and `aio`, drive the same generators. What is wanted is one of
+Both shells, `sync` and `aio`, drive the same generators. A generator yields one of
 
-- `Send`: commands for Redis, in one round trip. Its replies come back, an error reply as an exception in its place.
-  `Unavailable` is thrown in where there is no answer at all.
-- `Load`: the values of some entries from the database. They come back in order; what the program's loader raises is
-  thrown in, and comes out again once the leases are given back.
+- `Send`: commands for Redis, in one round trip. It is sent the replies; an error reply is an exception in its place.
+  `Unavailable` is thrown in when there is no answer at all.
+- `Load`: the values of some entries, from the database. It is sent the values in order. An exception of the program's
+  loader is thrown in, and raised again once the leases are given back.
 - `Sleep`: seconds to wait.
 
-The rules that hold here: whatever Redis does, a read is answered, from the database at last; and nothing is stored but
-by the script that looks at the lease. No clock, socket or thread is touched: clocks are handed in.
+The rules that hold here: whatever Redis does, a read is answered, if need be from the database; and only the script
+that checks the lease stores a value. Clocks are passed in; no socket or thread is used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _log = logging.getLogger("cdc_invalidator.reader")
 T = TypeVar("T")
 Command: TypeAlias = tuple[Any, ...]
 
-# Between two looks at what somebody else loads, in seconds; with a dice, so that not all look at once.
+# Seconds between two looks at what another reader loads; randomised, so that not all look at once.
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.1
 REPORT_SECONDS = 60.0
 # Versions that a process keeps in mind, for each cache.
@@ -55,7 +55,7 @@ class Unavailable(Exception):
 
 
 class Miss:
-    """What is not in the cache; `MISS` is the only one."""
+    """The type of `MISS`, which stands for: not in the cache."""
 
 
 MISS = Miss()
@@ -64,8 +64,8 @@ MISS = Miss()
 class Entry:
     """One key on its way to a value.
 
-    ``params``: what the loader is given; ``item``: the same as the caller gave it. ``key``: for a cache with a version,
-    with NUL in its place until the version is known; ``version_key``: the version's key.
+    ``params``: the loader's arguments; ``item``: the same as the caller passed it. ``key``: for a cache with a version,
+    it has NUL in the version's place until that is known; ``version_key``: the version's key.
     """
 
     # Most entries are hits, which need none of these.
@@ -124,14 +124,14 @@ class Clocks:
 
 
 class Tokens:
-    """Tokens of leases: no other process, or time, gives the same."""
+    """Tokens of leases, which never repeat, in this process or another."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
         self._owner = (0, b"")
 
     def next(self) -> bytes:
-        """Give another one."""
+        """Return a new token."""
         # A process that was forked must not go on with its parent's.
         process, prefix = self._owner
         if process != os.getpid():
@@ -190,7 +190,7 @@ class Contract(Generic[T]):
         self._locks_beside = not world.cluster or bool(cache.key.hash_tag)
         # The versions of the last reads: the key can then be asked for together with its version.
         self._versions: dict[bytes, bytes] = {}
-        # When what Redis refuses with is told again.
+        # When to log each kind of refusal again.
         self._reported: dict[str, float] = {}
         self.plain = not options.early
         self._stale = cache.stale_for is not None
@@ -209,7 +209,7 @@ class Contract(Generic[T]):
         return Entry(item, params, *self.keys.of(params), stale=self._stale)
 
     def look(self, entry: Entry, *, taking: bool = True) -> Command:
-        """Give the command that looks for an entry; for a cache with a version, it may also take the lease."""
+        """Return the command that looks for an entry; for a cache with a version, it may also take the lease."""
         if not self._versioned:
             return ("GET", entry.key)
         guess = self._versions.get(entry.version_key)
@@ -240,7 +240,7 @@ class Contract(Generic[T]):
         return self._one_hash_slot or not self._versioned
 
     def stored(self, entry: Entry, reply: Any) -> Any:
-        """Give what a look found under the key: bytes if there is anything, or how it stands with the lease."""
+        """Return what a look found under the key: its bytes if there are any, else the state of the lease."""
         if not self._versioned or isinstance(reply, Exception):
             return reply
         version, found = reply
@@ -258,7 +258,7 @@ class Contract(Generic[T]):
         self._versions[version_key] = version
 
     def hit(self, entry: Entry, reply: Any) -> Any:
-        """Give the value in what a look gave, or `MISS`; counted if it is there."""
+        """Return the value in the reply to a look, or `MISS`; a hit is counted."""
         reply = self.stored(entry, reply)
         if type(reply) is not bytes:
             return MISS
@@ -276,7 +276,7 @@ class Contract(Generic[T]):
         return value
 
     def local(self, stored: bytes) -> Any:
-        """Give the value of what `Local` has kept, or `MISS` if others' options have; counted if it is there."""
+        """Return the value of what `Local` kept, or `MISS` if it was stored with other options; a hit is counted."""
         payload = self._envelope.payload(stored)
         if payload is None:
             return MISS
@@ -288,7 +288,7 @@ class Contract(Generic[T]):
         return value
 
     def kept_until(self, stored: bytes) -> float:
-        """Give until when, as a steady time, what a look gave may be kept: its own end."""
+        """Return until when (a steady time) the reply to a look may be kept: until it expires."""
         try:
             remaining = self._envelope.times(stored).expires - self._now()
         except ValueError:
@@ -298,7 +298,7 @@ class Contract(Generic[T]):
     # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, entries: Sequence[Entry], demand: Demand, *, first: Sequence[Any] | None = None) -> Steps[None]:
-        """Give each entry its value.
+        """Read each entry's value into it.
 
         Args:
             entries: no key twice.
@@ -323,12 +323,12 @@ class Contract(Generic[T]):
             yield from self.beside(entries, gone.reason)
 
     def _look(self, entries: Sequence[Entry], demand: Demand) -> Steps[tuple[str, Sequence[Any]]]:
-        """Look for all entries, and tell why none of them may be served from the cache, if so."""
+        """Look for all entries; return why none may be served from the cache (empty if they may), and the replies."""
         if demand.lsn and self.cache.ttl_only:
             return "ttl_only", ()
         checks = self._checks(demand)
         if checks and self.world.cluster:
-            # Nodes answer in any order: the watermark must have come before the looks are sent.
+            # Nodes answer in any order, so the watermark must arrive before the looks are sent.
             refusal = self._refusal(demand, (yield Send([self.world.feed.command])))
             if refusal:
                 return refusal, ()
@@ -357,7 +357,7 @@ class Contract(Generic[T]):
         return refusal, replies
 
     def _checks(self, demand: Demand) -> bool:
-        """Whether the watermark must be read; time-outs of caches that nothing busts are looked at by themselves."""
+        """Return whether the watermark must be read; for a cache that nothing busts, its entries' age is checked."""
         if self.cache.ttl_only or demand == (0, None):
             return False
         return not self.world.feed.recent(demand, self.cache.name, self._now())
@@ -445,7 +445,7 @@ class Contract(Generic[T]):
             waiting, replies = others, None
 
     def _leases(self, waiting: Sequence[Entry], first: Sequence[Any] | None) -> list[Any] | None:
-        """Give what the first looks say of leases, if all of them tried to take one."""
+        """Return the state of the leases by the first looks, if all of these tried to take one."""
         if first is None or len(first) != len(waiting):
             return None
         found = [reply[1] if isinstance(reply, list) else None for reply in first]
@@ -487,7 +487,7 @@ class Contract(Generic[T]):
         return entry.token
 
     def _granted(self, entry: Entry, reply: Any) -> bool:
-        """Tell whether the lease is ours, and note what it is held under; the number is what a late copy has not."""
+        """Return whether the lease is ours, and note its token and number; a late copy has another number."""
         if type(reply) is not int or not reply:
             return False
         entry.lease = b"%b:%d" % (entry.token, reply)
@@ -501,7 +501,7 @@ class Contract(Generic[T]):
             entry.key = entry.rest.replace(NUL, version)
 
     def _served(self, entry: Entry, reply: Any, demand: Demand) -> bool:
-        """Whether what somebody else has stored, or left, is this entry's value."""
+        """Return whether what another reader stored, or a bust left, is this entry's value."""
         # Where the lease is somebody else's, what is there next time may be new.
         entry.refresh = False
         stale = isinstance(reply, list)
@@ -517,7 +517,7 @@ class Contract(Generic[T]):
     # ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _load(self, mine: Sequence[Entry]) -> Steps[int]:
-        """Load entries whose leases are held, store them, and give how many were stored."""
+        """Load entries whose leases are held, store them, and return how many were stored."""
         clocks = self.world.clocks
         began, started = clocks.wall(), clocks.steady()
         try:
@@ -534,7 +534,7 @@ class Contract(Generic[T]):
         return (yield from self._store(mine, began, took))
 
     def _store(self, mine: Sequence[Entry], began: float, took: float) -> Steps[int]:
-        """Store loaded values, as far as their leases are still held, and give how many were."""
+        """Store loaded values, as far as their leases are still held, and return how many were."""
         commands = [self._storing(entry, began, took) for entry in mine]
         replies = yield Send(commands)
         stored = 0
@@ -547,7 +547,7 @@ class Contract(Generic[T]):
         return stored
 
     def _storing(self, entry: Entry, began: float, took: float) -> Command:
-        """Give the command that stores a value, or that gives the lease back where nothing is to be stored."""
+        """Return the command that stores a value, or that gives back the lease if nothing is to be stored."""
         scripts, clocks, cache = self.world.scripts, self.world.clocks, self.cache
         lock = self._lock(entry)
         ttl = self._ttl if entry.value is not None else cache.negative_ttl
@@ -594,7 +594,7 @@ class Contract(Generic[T]):
             entry.found(value)
 
     def _refused(self, error: Exception) -> str:
-        """Give the reason for metrics, and tell what Redis says, now and then: it is for an operator to put right."""
+        """Return the reason for metrics, and log now and then what Redis refuses: an operator must fix it."""
         word, now = _word(error), self.world.clocks.steady()
         if now >= self._reported.get(word, now):
             self._reported[word] = now + REPORT_SECONDS
@@ -613,7 +613,7 @@ class Contract(Generic[T]):
         return self._now() + ahead >= times.expires
 
     def _refresh(self, early: Sequence[Entry]) -> Steps[None]:
-        """Load entries that have a value anew, as far as nobody else does."""
+        """Reload entries that have a value, unless another reader does."""
         for entry in early:
             entry.refresh = True
         replies = yield Send([self._taking(entry) for entry in early])
@@ -629,7 +629,7 @@ class Contract(Generic[T]):
     # ── Warming, writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def warm(self, entries: Iterable[Entry], *, rate: float, limit: int | None) -> Steps[int]:
-        """Load what is not there and nobody else loads, one after the other, and give how many were stored.
+        """Load missing entries that nobody else loads, one after the other, and return how many were stored.
 
         Args:
             entries: in the order in which they are wanted; no more are taken than needed.
@@ -659,7 +659,7 @@ class Contract(Generic[T]):
         return stored
 
     def seize(self, entry: Entry) -> Steps[bool]:
-        """Take the lease from whoever has it: what they load may be older than what is about to be written."""
+        """Take the lease even if another reader has it: its load may be older than what is about to be written."""
         try:
             if self._versioned:
                 (version,) = yield Send([self._make_version(entry)])
@@ -722,6 +722,6 @@ class Contract(Generic[T]):
 
 
 def _word(error: Exception) -> str:
-    """Give what may be shown of an error reply: its first word, and no key."""
+    """Return what may be shown of an error reply: its first word, which holds no key."""
     word = str(error).split(" ", 1)[0]
     return word if word.isupper() and word.isalpha() else type(error).__name__

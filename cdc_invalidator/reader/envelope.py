@@ -6,8 +6,8 @@ r"""What is stored under a key: a line that says what it is, then the value. Pur
 
 ``schema``: the program's number for the payload's shape. ``began``, ``expires``: when its load began and when it
 expires, in ms since 1970 by the clock of whoever stored it (13 digits). ``load``: how long the load took, in ms (7
-digits). An empty payload says that there is nothing. Whatever begins otherwise is of another schema or of another
-program: a miss.
+digits). An empty payload stands for a missing row. Anything that begins otherwise belongs to another schema or another
+program, and is a miss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TIMES = 13 + 1 + 13 + 1 + 7 + 1  # with what stands behind each
 
 
 class Times(NamedTuple):
-    """What an entry says of itself, in ms; see the module."""
+    """The times in an entry, in ms; see the module."""
 
     began: int
     expires: int
@@ -38,7 +38,7 @@ class Envelope:
         self._end = self.size - 1
 
     def seal(self, payload: bytes, times: Times) -> bytes:
-        """Give what is stored; an empty payload says that there is nothing."""
+        """Return what to store; an empty payload stands for a missing row."""
         began, expires, load = times
         return b"%b%013d %013d %07d\n%b" % (
             self.header,
@@ -49,7 +49,7 @@ class Envelope:
         )
 
     def payload(self, entry: bytes) -> bytes | None:
-        """Give the payload of what was stored; ``None`` if it is not an entry of this schema."""
+        """Return the payload of what was stored; ``None`` if it is not an entry of this schema."""
         if entry[self._end : self.size] != b"\n" or not entry.startswith(self.header):
             return None
         return entry[self.size :]

@@ -1,7 +1,7 @@
-"""What the watermark says of a read: may it be served from the cache? Pure.
+"""Whether a read may be served from the cache, judged by the watermark. Pure.
 
-The rule that holds here: the watermark is read before the value. All busts up to it were in Redis by then, so the value
-that is read after it is at least as new.
+The rule that holds here: the watermark is read before the value. All busts up to it were in Redis by then, so a
+value that is read afterwards is at least as new.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FIELDS = (b"lsn", b"as_of", b"rules", b"standbys")
 
 
 class Demand(NamedTuple):
-    """What a read asks for: all busts up to ``lsn``, and all of what was committed more than ``max_age`` ms ago."""
+    """How fresh a read must be: all busts up to ``lsn``, and of all commits older than ``max_age`` ms."""
 
     lsn: int = 0
     max_age: int | None = None
@@ -24,7 +24,7 @@ class Demand(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SeenWatermark:
-    """A watermark, see `redis.watermark`, with the caches and the standbys that it is said of.
+    """A watermark as readers see it (see `redis.watermark`), with the caches and the standbys that it holds for.
 
     ``as_of`` is 0 where the daemon does not know it.
     """
@@ -68,7 +68,7 @@ class Feed:
         return watermark
 
     def recent(self, demand: Demand, cache: str, now: int) -> bool:
-        """Whether the watermark that was read last is enough, so that it need not be read again.
+        """Return whether the watermark that was read last is enough, so that it need not be read again.
 
         It only grows older, so this errs to the safe side. For an LSN it is never enough: Redis may have been replaced
         since.
@@ -77,7 +77,7 @@ class Feed:
         return not demand.lsn and last is not None and not self.refusal(last[0], demand, cache, now)
 
     def refusal(self, watermark: SeenWatermark | None, demand: Demand, cache: str, now: int) -> str:
-        """Tell why a value of a cache may not be served; empty if it may.
+        """Return why a value of a cache may not be served; empty if it may.
 
         Args:
             watermark: the watermark that was read before the value; another reader may have read a later one since.
@@ -87,8 +87,8 @@ class Feed:
 
         Returns:
             no_watermark; not_covered: the daemon does not know this cache, is sweeping it, or can't see its table;
-            standby: it does not wait for ours; behind: its LSN is lower; old: the feed is dead, has not come so far, or
-            does not know.
+            standby: busts do not wait for our standby; behind: the LSN is lower; old: the daemon is down, or not known
+            to have come so far.
         """
         if watermark is None:
             return "no_watermark"

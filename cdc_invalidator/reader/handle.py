@@ -1,4 +1,4 @@
-"""What `sync` and `aio` have in common that is no I/O: finding caches, their options, and what callers hand in."""
+"""What `sync` and `aio` share that does no I/O: finding caches, options, arguments of callers, errors of the client."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("cdc_invalidator.reader")
 
-# What the driver raises where there is no answer. ResponseError is an answer, but for a cluster without one.
+# What the driver raises when there is no answer. A ResponseError is an answer, except ClusterDownError.
 GONE = (exceptions.RedisError, OSError)
-# What it raises where all of a pool's connections are in use; older ones have no word for it, and no bound.
+# What it raises when all of a pool's connections are in use; older drivers have no such error.
 NO_CONNECTION: tuple[type[Exception], ...] = tuple(
     getattr(exceptions, name) for name in ("MaxConnectionsError",) if hasattr(exceptions, name)
 )
 CONNECTION_SECONDS = 5.0
-# What says nothing of the server: the slow way knows what to do.
+# Errors that say nothing about the server; the slow way handles them.
 HARMLESS: tuple[type[Exception], ...] = (exceptions.NoScriptError, *NO_CONNECTION)
 
 
 def pause() -> float:
-    """Give the seconds to wait for a connection before asking again."""
+    """Return the seconds to wait for a connection before asking again."""
     return random.uniform(0.002, 0.01)  # noqa: S311  no secret
 
 
 class Book:
-    """The caches of a rule set, each as a `Contract`; what views of one `Caches` share.
+    """The caches of a rule set, each as a `Contract`; all views of one `Caches` share it.
 
     Args:
         caches: by name.
@@ -65,7 +65,7 @@ class Book:
         self._contracts: dict[str, Contract[Any]] = {}
 
     def contract(self, name: str) -> Contract[Any]:
-        """Give the contract of a cache, whose name may be written with ``_`` for ``-`` and ``.``.
+        """Return the contract of a cache; its name may be written with ``_`` for ``-`` and ``.``.
 
         Raises:
             KeyError: there is no such cache; the message is a sentence.
@@ -103,19 +103,19 @@ def read_caches(path: str | Path, env: Mapping[str, str]) -> Mapping[str, Cache]
 
 
 def other_options(contract: Contract[Any], changes: Mapping[str, Any]) -> Contract[Any]:
-    """Give the same cache with other options."""
+    """Return the same cache with other options."""
     return Contract(
         contract.cache, replace(contract.options, **changes), contract.world, contract.metrics, contract.space
     )
 
 
 def demanded(base: Demand, max_staleness: float | None) -> Demand:
-    """Give what one call asks for."""
+    """Return the freshness that one call asks for."""
     return base if max_staleness is None else base._replace(max_age=int(max_staleness * 1000))
 
 
 class Group(NamedTuple):
-    """What `get_many` was asked for: the entries, each key once, and for each item its entry.
+    """The items of a `get_many`: the entries, each key once, and in ``order`` the entry of each item.
 
     ``beside``: those without a key.
     """
@@ -147,7 +147,7 @@ def group(contract: Contract[Any], items: Iterable[Any]) -> Group:
 
 
 def as_params(contract: Contract[Any], item: Any) -> Mapping[str, Any]:
-    """Give an item's parameters."""
+    """Return an item's parameters."""
     if isinstance(item, Mapping):
         return item
     names = contract.keys.names
@@ -168,7 +168,7 @@ def keyed(contract: Contract[Any], items: Iterable[Any]) -> Iterator[Entry]:
 
 
 def in_order(items: Sequence[Any], answer: Any) -> Sequence[Any]:
-    """Bring what a loader of many gave into the order in which it was asked.
+    """Return what a loader of many returned, in the order of the items.
 
     Raises:
         TypeError: it is neither a mapping nor a sequence of the same length.
@@ -186,7 +186,7 @@ def in_order(items: Sequence[Any], answer: Any) -> Sequence[Any]:
 
 
 class Cached:
-    """How the arguments of a decorated function become parameters.
+    """Turns the arguments of a decorated function into parameters.
 
     Args:
         function: what loads.
@@ -219,14 +219,14 @@ class Cached:
             )
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the parameters of a call."""
+        """Return the parameters of a call."""
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return {name: bound.arguments[argument] for name, argument in self._arguments.items()}
 
 
 def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:
-    """Give the wrapper the function's name and documentation."""
+    """Return the wrapper with the function's name and documentation."""
     return functools.update_wrapper(wrapper, function)
 
 
@@ -234,13 +234,13 @@ def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:
 
 
 def turns(client: Any) -> int:
-    """Give how many round trips of misses may be under way at once: half of a pool, so that hits find a connection."""
+    """Return how many round trips of misses may run at once: half of the pool, so that hits find a connection."""
     most = getattr(getattr(client, "connection_pool", None), "max_connections", None)
     return max(1, most // 2) if isinstance(most, int) else 1000
 
 
 def advise(client: Any) -> None:
-    """Tell, in the log, what about a client would make reads wait for a Redis that is gone."""
+    """Warn about options of a client that make reads wait for a Redis that is gone."""
     options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
     if "socket_timeout" in options and options["socket_timeout"] is None:
         _log.warning("this client waits for ever for a Redis that does not answer; give it a socket_timeout")
@@ -256,7 +256,7 @@ def advise(client: Any) -> None:
 
 
 def sort_out(replies: Sequence[Any], breaker: Breaker) -> None:
-    """Look at the replies of a round trip, and raise the first that says that there is no answer."""
+    """Raise the first reply that is a failure of the server rather than an answer."""
     for reply in replies:
         if isinstance(reply, Exception) and not answers(reply):
             raise reply
@@ -264,14 +264,14 @@ def sort_out(replies: Sequence[Any], breaker: Breaker) -> None:
 
 
 def answers(error: BaseException) -> bool:
-    """Whether an error is a server's answer to a command, and not that there is none."""
+    """Return whether an error is a server's answer to a command, rather than no answer."""
     return isinstance(error, exceptions.ResponseError) and not isinstance(error, exceptions.ClusterDownError)
 
 
 def unknown_scripts(
     commands: Sequence[Command], replies: Sequence[Any], texts: Mapping[bytes, str]
 ) -> dict[int, Command]:
-    """Give, by position, the commands that a server did not know the script of, with its text."""
+    """Return, by position, the commands whose script the server did not know, now with the script's text."""
     return {
         at: ("EVAL", texts[command[1]], *command[2:])
         for at, (command, reply) in enumerate(zip(commands, replies, strict=True))
@@ -285,5 +285,5 @@ def world(slot: str, standby: str, *, cluster: bool) -> World:
 
 
 def metrics_for(registry: Any) -> Metrics | None:
-    """Give the metrics of a registry; a `Metrics` may be handed in as well."""
+    """Return the metrics of a registry; a `Metrics` may be handed in as well."""
     return registry if registry is None or isinstance(registry, Metrics) else Metrics(registry)

@@ -1,7 +1,7 @@
 """From a read's parameters to its keys, as the daemon makes them of a row. Pure.
 
-The rule that holds here: what the daemon could never bust has no key. It knows values as PostgreSQL prints them, so
-they are written the same way here; NULL gives no key, and neither does text of any length that no filter shortens.
+The rule that holds here: what the daemon could never bust has no key. The daemon knows values as PostgreSQL prints
+them, so they are written the same way here. NULL has no key, and neither has long text that no filter shortens.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Keys:
         self._cache_name = cache.name
 
     def of(self, params: Mapping[str, Any]) -> tuple[bytes, bytes]:
-        """Give the key and the version's key, which is empty where there is none.
+        """Return the key and the version's key, which is empty where there is none.
 
         Raises:
             NoKey: the daemon could not bust it.
@@ -126,7 +126,7 @@ _TEXTS: Mapping[type, Callable[[Any], bytes]] = {
 
 
 def _text(value: Any, name: str) -> bytes:
-    """Give a value of no usual type as text."""
+    """Return the text of a value whose type is not in `_TEXTS`."""
     if isinstance(value, enum.Enum) and type(value.value) in _TEXTS:
         return _TEXTS[type(value.value)](value.value)
     if isinstance(value, (int, str)):

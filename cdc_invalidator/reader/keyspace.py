@@ -1,8 +1,8 @@
-"""About how many keys of a cache live: `max_keys_hint` as a bound. Pure.
+"""An estimate of how many keys of a cache exist: `max_keys_hint` as a bound. Pure.
 
-A key lives for the cache's TTL, so those that were stored within that time are those that there can be. They are
-counted as marks in a bitmap (linear counting), which is begun anew each TTL; what other processes store is not seen, so
-nothing is refused that the hint allows.
+A key lives for the cache's TTL, so only keys that were stored within that time can exist. They are counted as bits of a
+bitmap (linear counting), which starts empty each TTL. Keys that other processes store are not seen, so nothing is
+refused that the hint allows.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class KeySpace:
 
     def _begin(self, now: float) -> None:
         self._until = now + self._ttl
-        self._marks = bytearray((self._size + 7) // 8)
-        self._marked = 0
+        self._bits = bytearray((self._size + 7) // 8)
+        self._bits_set = 0
 
     def admits(self, key: bytes, now: float) -> bool:
         """Count a key that is about to be stored; False if it is one too many.
@@ -42,16 +42,16 @@ class KeySpace:
         if now >= self._until:
             self._begin(now)
         at, bit = divmod(hash(key) % self._size, 8)
-        if self._marks[at] >> bit & 1:
+        if self._bits[at] >> bit & 1:
             return True
         if self.estimate >= self._most:
             return False
-        self._marks[at] |= 1 << bit
-        self._marked += 1
+        self._bits[at] |= 1 << bit
+        self._bits_set += 1
         return True
 
     @property
     def estimate(self) -> float:
-        """How many keys that were, roughly."""
-        free = max(1, self._size - self._marked)
+        """How many keys there are, roughly."""
+        free = max(1, self._size - self._bits_set)
         return -self._size * math.log(free / self._size)

@@ -1,11 +1,11 @@
 """The process's own memory before Redis: a bounded cache of entries, kept right by Redis's invalidation messages. Pure.
 
-Who follows the messages is `tracking`. The rules that hold here:
+`tracking` receives the messages. The rules that hold here:
 
-- An entry is kept only if no message for its key came between asking Redis for it and keeping it. The two travel on
-  different connections, so either may come first; if the message is the later one, it takes the entry out again.
-- Nothing is given unless the connection of the messages has answered a ping that was sent less than ``patience``
-  seconds ago: all messages of before that ping have come by then. So no value is older than Redis's by more than that.
+- An entry is kept only if no message for its key came between asking Redis for it and keeping it. Reply and message
+  travel on different connections, so either may come first; a later message removes the entry again.
+- Nothing is served unless the connection of the messages has answered a ping that was sent less than ``patience``
+  seconds ago: by then all earlier messages have arrived. So no value is older than Redis's by more than that.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Local:
         return len(self._entries)
 
     def get(self, key: bytes, now: float) -> bytes | None:
-        """Give what is kept under a key; ``now``: a monotonic time in seconds."""
+        """Return the entry kept under a key; ``now``: a monotonic time in seconds."""
         if now - self._proven_at > self._patience:
             return None
         with self._lock:
@@ -64,14 +64,14 @@ class Local:
             return entry
 
     def ask(self, key: bytes) -> object:
-        """Note that Redis is about to be asked for a key, and give what `keep` wants."""
+        """Note that Redis is about to be asked for a key, and return the token for `keep`."""
         token = object()
         with self._lock:
             self._asked[key] = token
         return token
 
     def keep(self, key: bytes, token: object, entry: bytes | None, until: float) -> None:
-        """Keep what Redis gave until a monotonic time, or nothing if it is ``None`` or may be old by now."""
+        """Keep an entry from Redis until a monotonic time; not if it is ``None`` or may be out of date."""
         with self._lock:
             if self._asked.get(key) is not token:
                 return
@@ -95,7 +95,7 @@ class Local:
                 self._asked.pop(key, None)
 
     def proven(self, at: float) -> None:
-        """Note that all messages of before that time have come."""
+        """Note that all messages sent before that time have arrived."""
         self._proven_at = at
 
     def lost(self) -> None:
@@ -111,7 +111,7 @@ class Local:
 
 
 def _apart(prefixes: Iterable[bytes]) -> list[bytes]:
-    """Leave out prefixes that begin with another: Redis wants none that overlap; none at all stand for all keys."""
+    """Leave out prefixes that begin with another, since Redis refuses overlaps; no prefix stands for all keys."""
     kept: list[bytes] = []
     for prefix in sorted(prefixes):
         if not kept or not prefix.startswith(kept[-1]):
@@ -136,7 +136,7 @@ class Pulse:
         self._next_at = 0.0
 
     def due(self, now: float) -> bool:
-        """Whether to send a ping now.
+        """Return whether to send a ping now.
 
         Raises:
             TimeoutError: the last one was not answered.

@@ -1,6 +1,6 @@
-"""The metrics of readers, by cache. Nothing else defines any; without a registry, nothing is counted.
+"""The metrics of readers, by cache; without a registry, nothing is counted.
 
-prometheus-client is imported where there is a registry, and needed only then.
+prometheus-client is imported, and needed, only with a registry.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Metrics:
         )
 
     def of(self, cache: str) -> CacheMetrics:
-        """Give the counters of one cache."""
+        """Return the metrics of one cache."""
         incs = {name: counter.labels(cache).inc for name, counter in self._counters.items()}
         observe = self._load.labels(cache).observe
         return CacheMetrics(incs, lambda reason, count: self._bypasses.labels(cache, reason).inc(count), observe)
@@ -82,7 +82,7 @@ class CacheMetrics:
 
 
 def no_metrics() -> CacheMetrics:
-    """Give counters that count nothing."""
+    """Return metrics that count nothing."""
 
     def ignore(*_: Any) -> None:
         return

@@ -1,4 +1,4 @@
-"""What a program decides about its reads, beside what the rule file says of each cache."""
+"""What a program decides about its reads; the rule file says the rest."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Serializer(Protocol[T]):
     """Turns values into bytes and back. What `loads` raises on bytes that it can't read counts as a miss."""
 
     def dumps(self, value: T, /) -> bytes:
-        """Give the bytes of a value, which is never ``None``; at least one."""
+        """Return the bytes of a value that is not ``None``: at least one byte."""
         ...
 
     def loads(self, data: bytes, /) -> T:
-        """Give the value of the bytes that `dumps` gave."""
+        """Return the value of bytes that `dumps` returned."""
         ...
 
 
 class _Json:
-    """JSON by orjson: a value comes back as what JSON knows, so a tuple as a list, a date as text."""
+    """JSON by orjson: a tuple comes back as a list, a date as text."""
 
     dumps = staticmethod(orjson.dumps)
     loads = staticmethod(orjson.loads)
@@ -36,12 +36,12 @@ JSON: Serializer[Any] = _Json()
 class Options(Generic[T]):
     """How a cache is read; times are in seconds.
 
-    ``serializer``: what is stored of a value. ``schema``: raise it when what is stored changes its shape: entries of
-    other numbers are misses. ``lease``: how long a loader may take before its value is not stored any more and somebody
-    else may load. ``wait``: how long a read waits for somebody else's load before it loads by itself, without storing.
-    ``early``: refresh before the end of the `ttl`, by chance, the likelier the nearer it is and the longer a load
-    takes; 1.0 is a good value, 0 is off. ``max_staleness``: reads go to the database unless all of what was
-    committed so long ago is busted; the daemon's time is some seconds behind, so take 5 or more.
+    ``serializer``: how values are stored. ``schema``: raise it when stored values change their shape: entries with
+    another number are misses. ``lease``: how long a loader may take; after that its value is not stored, and another
+    reader may load. ``wait``: how long a read waits for another reader's load before it loads without storing.
+    ``early``: refresh by chance before the `ttl` ends, the likelier the nearer the end and the longer a load takes; 1.0
+    is a good value, 0 is off. ``max_staleness``: bypass the cache unless all commits older than this have been busted;
+    the daemon's time is some seconds behind, so take 5 or more.
     """
 
     serializer: Serializer[T] = JSON

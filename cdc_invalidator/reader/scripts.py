@@ -1,7 +1,7 @@
 """The scripts by which a reader keeps the fill contract. Pure: texts, and the digests that servers know them by.
 
-Each is safe to send twice, as drivers do after a lost connection, also when the first copy is executed last: behind its
-token a lease has a number from the server's clock, so a copy that comes after a bust makes another lease.
+Each is safe to send twice, as drivers do after a lost connection, even if the first copy is executed last: a lease has
+a number from the server's clock behind its token, so a copy that comes after a bust makes another lease.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from hashlib import sha1
 
 # KEYS: the lock, the key, and for a cache with stale_for the old value's key. ARGV: token, milliseconds of the lease,
 # what a value must begin with.
-# Looks once more, so that nobody loads what was stored in the meantime. Gives the value; a number above 0: the lease is
-# yours, held under token:number, so load; 0: somebody else loads; a list with the old value, or with nothing: the same,
-# for a cache with stale_for.
+# Looks once more, so that nobody loads what was stored in the meantime. Returns the value; or a number above 0: the
+# lease is yours, held under token:number, so load; or 0: another reader loads; or, for a cache with stale_for, a list
+# with the old value or nothing: another reader loads.
 TAKE = """
 local value = redis.call('GET', KEYS[2])
 if value and string.sub(value, 1, #ARGV[3]) == ARGV[3] then return value end
@@ -30,7 +30,7 @@ return number
 # is kept, the key with NUL in the version's place, suffix of locks, suffix of old values and versions (empty: none).
 # The version first, then the key with it, and the lease on that if there is no value. A missing version is made from
 # the clock, in microseconds, so that it never repeats. Without a token it only looks.
-# Gives the version, and the same as TAKE; nothing instead of a lease where it only looked.
+# Returns the version, and the same as TAKE; nothing instead of a lease where it only looked.
 VERSIONED = """
 local version = redis.call('GET', KEYS[1])
 if not version then
@@ -58,8 +58,8 @@ if before then old = redis.call('GET', (string.gsub(ARGV[5], '%z', before))) end
 return {version, {old}}
 """
 
-# KEYS: the version. ARGV: milliseconds that it is kept. Gives the version, which is made if it is missing: for a
-# cluster where it lies in another slot than the keys under it.
+# KEYS: the version. ARGV: milliseconds that it is kept. Returns the version, which is made if it is missing: for a
+# cluster where it lies in another hash slot than the keys under it.
 VERSION = """
 local version = redis.call('GET', KEYS[1])
 if not version then
@@ -80,7 +80,7 @@ return number
 
 # KEYS: the lock, the key. ARGV: token:number, value, milliseconds.
 # Stores only while the lease is held: a bust deletes the lock before the key, so what it overtook is dropped.
-# Gives 1 if stored, 0 if dropped.
+# Returns 1 if stored, 0 if dropped.
 FILL = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])

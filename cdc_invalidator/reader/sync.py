@@ -48,7 +48,7 @@ class Link:
         self._texts = texts
 
     def send(self, commands: Sequence[Command]) -> list[Any]:
-        """Send commands in one go and give their replies, errors in their places.
+        """Send commands in one go and return their replies, errors in their places.
 
         Raises:
             Unavailable: there is no answer.
@@ -71,7 +71,7 @@ class Link:
         return replies
 
     def _patiently(self, commands: Sequence[Command]) -> list[Any]:
-        """Wait for a connection, where our own reads have them all: that says nothing of the server."""
+        """Send; while our own reads have all connections, wait for one: that says nothing about the server."""
         deadline = time.monotonic() + handle.CONNECTION_SECONDS
         while True:
             try:
@@ -93,7 +93,7 @@ class Link:
             return list(pipeline.execute(raise_on_error=False))
 
     def run(self, steps: Steps[R], load: Loader) -> R:
-        """Do what the steps want, and give what they give."""
+        """Do what the steps ask for, and return their result."""
         try:
             effect = next(steps)
             while True:
@@ -117,8 +117,8 @@ class Link:
 class Cache(Generic[T]):
     """One cache of the rule file.
 
-    Parameters are those of the key's template, given by name, or as a mapping where a name is one of ours. Loaders are
-    called with them by name, and give ``None`` where there is nothing; what they raise comes out of the read.
+    Parameters are those of the key's template. Pass them by name, or as a mapping if a name is one of our arguments.
+    Loaders are called with them by name, and return ``None`` for a missing row; the read raises what they raise.
     """
 
     def __init__(self, contract: Contract[T], link: Link, demand: Demand) -> None:
@@ -128,7 +128,7 @@ class Cache(Generic[T]):
         self._quick = contract.plain and contract.looks_once and demand == (0, None)
 
     def using(self, **options: Any) -> Cache[Any]:
-        """Give the same cache with other `Options`: ``caches.user.using(schema=2, wait=0.5)``."""
+        """Return the same cache with other `Options`: ``caches.user.using(schema=2, wait=0.5)``."""
         contract = handle.other_options(self._contract, options)
         return Cache(contract, self._link, contract.demand._replace(lsn=self._demand.lsn))
 
@@ -141,12 +141,12 @@ class Cache(Generic[T]):
         max_staleness: float | None = None,
         **named: Any,
     ) -> T | None:
-        """Give the value, from the cache or from the loader.
+        """Return the value, from the cache or from the loader.
 
         Args:
             params: the parameters, if not by name.
-            load: gives the value for the parameters.
-            max_staleness: seconds since when all commits must have been busted; else the value is loaded.
+            load: returns the value for the parameters.
+            max_staleness: bypass the cache unless all commits older than this many seconds have been busted.
             named: the parameters.
 
         Raises:
@@ -198,13 +198,13 @@ class Cache(Generic[T]):
         load: Callable[[list[Any]], Many[T]],
         max_staleness: float | None = None,
     ) -> list[T | None]:
-        """Give the values of many keys: one look at the cache, and one call of the loader for all that is missing.
+        """Return the values of many keys: one look at the cache, and one call of the loader for all that is missing.
 
-        Only what somebody else is loading at the same time, and does not finish in time, is asked for in another call.
+        There is another call only for values that other readers were loading and did not finish in time.
 
         Args:
-            items: of a cache with one parameter its values, else mappings of the parameters.
-            load: is given the items that are missing, each once; gives their values in order, or a mapping from items.
+            items: mappings of the parameters; bare values for a cache with one parameter.
+            load: takes the missing items, each once; returns their values in order, or a mapping from items.
             max_staleness: as for `get`.
         """
         contract, link = self._contract, self._link
@@ -241,7 +241,7 @@ class Cache(Generic[T]):
         Args:
             function: its arguments are the parameters.
             ignore: arguments that are no part of the key, such as a session.
-            params: for a parameter, the argument that it is, where the names differ.
+            params: from a parameter to the argument, where their names differ.
 
         Raises:
             TypeError: arguments and parameters don't fit.
@@ -266,9 +266,9 @@ class Cache(Generic[T]):
         rate: float = 50.0,
         limit: int | None = None,
     ) -> int:
-        """Load what is not in the cache, one after the other, and give how many values were stored.
+        """Load what is not in the cache, one after the other, and return how many values were stored.
 
-        What somebody else loads is left to them. It ends early when Redis is away.
+        Skips what another reader is loading. Ends early when Redis is down.
 
         Args:
             items: as for `get_many`, the most wanted first.
@@ -284,8 +284,8 @@ class Cache(Generic[T]):
     def writing(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> Iterator[Write[T]]:
         """Write through: enter it before the transaction begins, and `Write.set` the new value after its commit.
 
-        From here on, what others are loading is not stored. The value is stored if no bust came in between, be it of
-        this transaction or of a later one; a bust that comes after it deletes it. Never fails because of Redis.
+        From here on, values that other readers are loading are not stored. The new value is stored unless a bust of
+        this or a later transaction came first; a later bust deletes it. Never fails because of Redis.
         """
         given = named if params is None else params
         contract, link = self._contract, self._link
@@ -302,7 +302,7 @@ class Cache(Generic[T]):
             write.close()
 
     def invalidate(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> bool:
-        """Do now what the bust of a commit is about to do; False where Redis did not. Call it after the commit."""
+        """Bust a key now rather than when the daemon does; False if Redis failed. Call it after the commit."""
         given = named if params is None else params
         try:
             entry = self._contract.entry(given, given)
@@ -376,13 +376,13 @@ class Caches:
         Args:
             path: a rule file, or a directory of them.
             redis: a client: `redis.Redis`, also of a master that Sentinel names, or a `RedisCluster` of these.
-                Give it time-outs: a read waits as long as they say for a server that does not answer.
+                Set its time-outs: they bound how long a read waits for a server that does not answer.
             slot: the daemon's ``CDC_SLOT``, which names the watermark.
             standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.
             env: the environment of key templates; the process's by default.
             options: how caches are read, unless `Cache.using` says otherwise.
-            breaker: what notices that Redis is gone.
-            registry: of prometheus-client, or a `Metrics` that several share; nothing is counted without.
+            breaker: detects that Redis is gone.
+            registry: of prometheus-client, or a `Metrics` that several share; without one, nothing is counted.
 
         Raises:
             errors.WrongRules: all mistakes of all files.
@@ -408,10 +408,9 @@ class Caches:
             raise AttributeError(error.args[0]) from None
 
     def at_least(self, lsn: int) -> Self:
-        """Give a view whose reads show at least what was committed up to an LSN, from the database if need be.
+        """Return a view whose reads see all commits up to an LSN, from the database if need be.
 
-        Until the watermark has passed it, loaders must read where the commit can be seen: on the primary, not on a
-        standby that may lag.
+        Until the watermark has passed the LSN, loaders must read from the primary: a standby may lag.
         """
         return type(self)(self._book, self._link, lsn)
 
@@ -419,8 +418,8 @@ class Caches:
     def local(self, *names: str, size: int = 10_000) -> Iterator[None]:
         """Keep entries of some caches in this process's memory as well, as long as this is entered.
 
-        Redis tells when one changes, on a connection of its own; while that is silent for two seconds, nothing is
-        served from memory. Reads that ask for a freshness go to Redis as ever.
+        Redis reports changes on a separate connection; when that is silent for two seconds, nothing is served from
+        memory. Reads that ask for a freshness always go to Redis.
 
         Args:
             names: the caches; none of them may have a version.

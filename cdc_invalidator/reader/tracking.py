@@ -1,6 +1,6 @@
-"""Follows Redis's invalidation messages (RESP3, ``CLIENT TRACKING … BCAST``) on a connection of its own.
+"""Receives Redis's invalidation messages (RESP3, ``CLIENT TRACKING … BCAST``) on a separate connection.
 
-Whatever goes wrong, the local entries are dropped, and another connection is opened a little later.
+On any error, the local entries are dropped and another connection is opened a little later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _AGAIN_SECONDS = 0.5
 
 
 def _options(client: Any) -> tuple[type[Any], dict[str, Any]]:
-    """Give what makes a connection like those of a client, but of RESP3.
+    """Return the class and options of a connection like the client's, but with RESP3.
 
     Raises:
         ValueError: the client is of a cluster, or of no pool.

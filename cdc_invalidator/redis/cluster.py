@@ -85,7 +85,7 @@ class Cluster(CacheServer):
         super().__init__(slot)
         self._endpoint = endpoint
         self._timeout = timeout
-        # What is wrong with the URL's options is told now.
+        # Wrong options of the URL are reported now.
         self._seeds = [self._node(address, min(timeout, ANSWER_SECONDS)) for address in endpoint.addresses]
         self._nodes: dict[Address, Node] = {}
         self._view: View | None = None
@@ -190,9 +190,9 @@ class Cluster(CacheServer):
     # Commands.
 
     async def _ask(self, commands: Sequence[tuple[bytes, Command]], *, refusals: bool = False) -> list[Any]:
-        """Send each command to the node that has its key, and give the replies in order.
+        """Send each command to the node that has its key, and return the replies in order.
 
-        With ``refusals``, error replies that `reply_or_refusal` gives are among them.
+        With ``refusals``, the replies may be errors, see `reply_or_refusal`.
         """
         self._check()
         replies_: list[Any] = [None] * len(commands)
@@ -232,7 +232,7 @@ class Cluster(CacheServer):
         return items, [answers[place] for place in places]
 
     def _redirected(self, item: _Item, answer: Exception) -> _Item:
-        """Give the command as it is sent on after an error; raise what no sending on mends."""
+        """Return the command as it is sent again after a redirection; raise any other error."""
         where = node.redirection(answer)
         if where is None or replies.of(where.code).does is not replies.Does.REDIRECT:
             raise node.failed(str(item.command[0]), answer) from answer
@@ -287,8 +287,8 @@ class Cluster(CacheServer):
     async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
         """See `CacheServer`.
 
-        A key that moves from a node that is still to be searched to one that has been would be missed: so while slots
-        move, all nodes are searched again.
+        A key that moves to a node that was searched already would be missed. So all nodes are searched again when
+        hash slots have moved meanwhile.
         """
         self._check()
         search = cursor or _Search(sorted(self._nodes), moves=self._moves)
@@ -349,7 +349,7 @@ class Cluster(CacheServer):
         return all(stored)
 
     def _watermark_keys(self) -> list[bytes]:
-        """Give the key of each node's watermark; the last one is that which readers know, on whatever node it lies."""
+        """Return the key of each node's watermark; the last is the one that readers know, on whichever node it lies."""
         moves, keys = self._known_watermark_keys
         if moves != self._moves:
             keys = self._find_watermark_keys()

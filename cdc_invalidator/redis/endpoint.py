@@ -4,10 +4,10 @@
 
     redis://user:password@host:port/db                  one server; rediss:// with TLS, unix:///path?db=0 by a socket
     redis+sentinel://host:port,host:port/service/db     the master of a service, which Sentinel names
-    redis+cluster://host:port,host:port                 a cluster; the hosts are where to ask for the others
+    redis+cluster://host:port,host:port                 a cluster; these hosts name all others
 
 User and password are those of the servers that hold the caches; Sentinels have their own (``sentinel_username``,
-``sentinel_password``). What else stands behind ``?`` (``ssl_ca_certs``, …) is the driver's, and holds for all of them.
+``sentinel_password``). All other options behind ``?`` (``ssl_ca_certs``, …) are the driver's, and hold for all servers.
 """
 
 from __future__ import annotations
@@ -115,12 +115,12 @@ class Endpoint:
         )
 
     def at(self, address: Address) -> str:
-        """Give the driver's URL of a server that holds caches, at this address."""
+        """Return the driver's URL of a server that holds caches, at this address."""
         query = urlencode([(name, value) for name, value in self._query if name not in _SENTINELS_OWN])
         return f"{self._scheme}://{self._user}{address}{self._path}" + (f"?{query}" if query else "")
 
     def of_sentinel(self, address: Address) -> str:
-        """Give the driver's URL of a Sentinel."""
+        """Return the driver's URL of a Sentinel."""
         own = dict(self._query)
         user = ":".join(quote(own.get(name, ""), safe="") for name in _SENTINELS_OWN)
         return replace(self, _user=f"{user}@" if user != ":" else "", _path="").at(address)

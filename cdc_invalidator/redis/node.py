@@ -24,7 +24,7 @@ from cdc_invalidator.redis import replies
 
 Command = tuple[Any, ...]
 
-# What the driver takes off an error reply, by the class that it makes of it.
+# The word that the driver takes off an error reply, by the class of its exception.
 _CODES: tuple[tuple[type[Exception], str], ...] = (
     (exceptions.MovedError, "MOVED"),
     (exceptions.AskError, "ASK"),
@@ -99,7 +99,7 @@ class Node:
         return str(getattr(self._connection, "host", ""))
 
     async def ask(self, *commands: Command) -> list[Any]:
-        """Send commands in one go and give their replies.
+        """Send commands in one go and return their replies.
 
         Raises:
             errors.RedisUnavailable: the connection is lost, or one of the replies is an error.
@@ -111,7 +111,7 @@ class Node:
         return answers
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
-        """As `ask`, but give an error reply (an exception of the driver) in its place: see `code`.
+        """As `ask`, but error replies (exceptions of the driver) are returned in their places; see `code`.
 
         Raises:
             errors.RedisUnavailable: the connection is lost.
@@ -159,7 +159,7 @@ async def end(task: asyncio.Task[None]) -> None:
 
 
 def code(error: BaseException) -> str:
-    """Give the row of `replies.TABLE` that an error of the driver belongs to; ``ERR`` for one of no row."""
+    """Return the key in `replies.TABLE` of a driver's error; ``ERR`` if the table has no row for it."""
     if isinstance(error, exceptions.AuthenticationError):
         return "NOAUTH" if "required" in str(error).lower() else "WRONGPASS"
     for kind, name in _CODES:
@@ -185,14 +185,14 @@ class Redirection(NamedTuple):
 
 
 def redirection(error: Any) -> Redirection | None:
-    """Give where a reply points; ``None`` if nowhere."""
+    """Return where a reply points; ``None`` if nowhere."""
     if not isinstance(error, exceptions.AskError):  # MovedError is one of these
         return None
     return Redirection(code(error), str(error.host or ""), int(error.port))
 
 
 def failed(what: str, error: BaseException) -> errors.RedisUnavailable:
-    """Make our error of the driver's, with the remedy, and without keys."""
+    """Make our error of the driver's: with the remedy from `replies`, and without keys."""
     name = code(error)
     row = replies.of(name)
     # A redirection that nobody followed is as final as a wrong password.

@@ -65,11 +65,11 @@ TABLE: dict[str, Reply] = {
     "MOVED_AWAY": Reply(Does.RETRY, "the one that took over is looked for"),
     "OTHER_DATA": Reply(Does.RETRY, "what it has had is compared anew"),
 }
-"""By the first word of an error reply; the last ones stand for what is no reply."""
+"""By the first word of an error reply; the last ones are for failures without a reply."""
 
 UNKNOWN = Reply(Does.REPORT, "look at the server's log; it is tried again")
 
 
 def of(code: str) -> Reply:
-    """Give the row of a failure; of one that the table does not have, that of any other error."""
+    """Return the row of a failure; `UNKNOWN` if the table has none."""
     return TABLE.get(code, UNKNOWN)

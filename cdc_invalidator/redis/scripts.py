@@ -1,4 +1,4 @@
-"""The scripts that Redis runs for the daemon: each with what it takes and gives, and the command that runs it."""
+"""The scripts that Redis runs for the daemon: each with its arguments, its reply, and the command that runs it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _WATERMARK_WRITTEN = 1
 _OTHER_WATERMARK = 0
 
 # KEYS: the locks of all keys, then the keys. ARGV: how many keys belong to each group, in order; none where each is a
-# group of its own. The locks go first, so that a fill that was overtaken can't store after its key was deleted. Gives,
-# for each group, how many of its keys were there. UNLINK is allowed when memory is full.
+# group of its own. The locks go first, so that a fill that was overtaken can't store after its key was deleted. UNLINK
+# is allowed when memory is full. Returns, for each group, how many of its keys were there.
 DELETE = """
 local half = #KEYS / 2
 redis.call('UNLINK', unpack(KEYS, 1, half))
@@ -36,7 +36,7 @@ return existed
 
 # KEYS: keys whose old values may be shown for a while; their locks are gone. ARGV: for how many milliseconds, and under
 # which suffix. The time runs from the bust on, and ends it whatever comes later. Where Redis refuses to move a value
-# (there is no right to, or the suffix is in another slot) it is deleted as any other. Gives how many were there.
+# (a right is missing, or the suffix is in another hash slot) the key is deleted as usual. Returns how many were there.
 KEEP = """
 local existed = 0
 for _, key in ipairs(KEYS) do
@@ -56,7 +56,7 @@ return existed
 # A version becomes the larger of current + 1 and Redis TIME in microseconds: it never repeats, not even after it was
 # evicted and created anew. A missing one needs no bump: the next reader creates it before it loads. Where the write is
 # refused (memory is full, or the key holds something else) the counter is deleted instead, which serves as well.
-# Gives the new version, 0 for one that was missing, -1 for one that was deleted.
+# Returns the new version, 0 for one that was missing, -1 for one that was deleted.
 BUMP = """
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
@@ -87,7 +87,7 @@ return versions
 # What is there must be what we left there, else this is another data set than the one that has had the busts: a
 # snapshot was loaded, or another daemon leads. The time is looked at as well, since the LSN may stand for long. A
 # missing one may have been evicted; the connection tells that the server is the same.
-# Gives 1; 0 when another watermark is there; -1 when memory is full.
+# Returns 1; 0 when another watermark is there; -1 when memory is full.
 WRITE_WATERMARK = """
 local found = redis.call('HMGET', KEYS[1], 'lsn', 'at')
 if found[1] and ARGV[1] ~= '' and found[1] .. ':' .. (found[2] or '') ~= ARGV[1] then return 0 end

@@ -71,7 +71,7 @@ class Sentinels:
         return node
 
     def why_lost(self) -> str | None:
-        """Tell why the master that was opened is not the one any more; ``None`` while it is."""
+        """Return why the opened server is no longer the master; ``None`` while it is."""
         if self._looking is not None and self._looking.done() and self._why_lost is None:
             self._looking.result()
         return self._why_lost

@@ -69,8 +69,8 @@ class CacheServer(ABC):
         Args:
             deletes: groups of keys; each key is deleted with its lock, the lock no later than the key.
             bumps: from a version counter's key to the milliseconds that it is kept.
-            graces: from a key or a counter to the milliseconds for which readers may still show what it had; for none,
-                or all, of a group.
+            graces: from a key or a counter to the milliseconds for which readers may still show the old value; either
+                all keys of a group have one, or none.
         """
 
     @abstractmethod
@@ -79,7 +79,7 @@ class CacheServer(ABC):
 
     @abstractmethod
     async def unlink(self, keys: Sequence[bytes]) -> int:
-        """Delete keys as they are, without their locks, and give how many were there."""
+        """Delete keys without their locks, and return how many were there."""
 
     @abstractmethod
     async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
@@ -90,15 +90,15 @@ class CacheServer(ABC):
 
     @abstractmethod
     async def size(self) -> int | None:
-        """Give how many keys there are, of everybody's; ``None`` where the ACL refuses it."""
+        """Return how many keys there are, including other applications' keys; ``None`` where the ACL refuses it."""
 
     @abstractmethod
     async def read_watermarks(self) -> list[Watermark | None]:
-        """Read what each server says it has had; ``None`` when it says nothing, or nothing that we wrote."""
+        """Read the watermark of each server; ``None`` for one that has none, or none that we wrote."""
 
     @abstractmethod
     async def write_watermark(self, watermark: Watermark) -> bool:
-        """Write what all servers have had, over the one that was read or written last.
+        """Write the watermark on all servers, over the one that was read or written last.
 
         Returns:
             False when Redis is out of memory: deletes still work then, so the stream may go on without it. A restart
@@ -107,32 +107,32 @@ class CacheServer(ABC):
 
     @abstractmethod
     async def ask_about(self, key: bytes, commands: Sequence[Command]) -> list[Any]:
-        """Send commands that have this key in one go, and give their replies in order.
+        """Send commands on one key in one go, and return their replies in order.
 
-        For what no bust depends on: a reply of the server that is not about the connection (it lacks a right, or
-        memory) is not raised, but stands among the others as an `errors.RedisUnavailable`.
+        For what no bust depends on: an error that another connection would not mend (a right or memory is missing) is
+        not raised, but returned in its place as an `errors.RedisUnavailable`.
         """
 
     @abstractmethod
     async def info(self) -> dict[str, int] | None:
-        """Give what INFO says under `INFO`, summed up over the servers; ``None`` where the ACL refuses it."""
+        """Return the figures that `INFO` names, summed up over the servers; ``None`` where the ACL refuses it."""
 
 
 # What `Single` and `Cluster` do in the same way, on each of their servers.
 
 
 def scan_command(cursor: int, pattern: bytes, count: int) -> Command:
-    """Give the command that takes one step of a search."""
+    """Return the command for one step of a search."""
     return ("SCAN", cursor, "MATCH", pattern, "COUNT", count)
 
 
 def read_watermark(fields: Any) -> Watermark | None:
-    """Read a watermark's hash as HGETALL gives it."""
+    """Read a watermark's hash from the reply to HGETALL."""
     return Watermark.read(dict(zip(fields[::2], fields[1::2], strict=True)) if isinstance(fields, list) else fields)
 
 
 def reply_or_refusal(command: Command, answer: Any) -> Any:
-    """Give the reply to a command of `CacheServer.ask_about`, or why the server refuses it.
+    """Return the reply to a command of `CacheServer.ask_about`, or why the server refuses it.
 
     Raises:
         errors.RedisUnavailable: another connection may do better.
@@ -146,13 +146,13 @@ def reply_or_refusal(command: Command, answer: Any) -> Any:
 
 
 async def read_size(node: Node) -> int | None:
-    """Give how many keys one server has; ``None`` where the ACL refuses it."""
+    """Return how many keys one server has; ``None`` where the ACL refuses it."""
     answers = await _if_granted(node, ("DBSIZE",))
     return int(answers[0]) if answers else None
 
 
 async def read_info(node: Node) -> dict[str, int] | None:
-    """Give what INFO of one server says under `INFO`; ``None`` where the ACL refuses it."""
+    """Return the figures of one server's INFO that `INFO` names; ``None`` where the ACL refuses it."""
     sections = await _if_granted(node, ("INFO", "stats"), ("INFO", "memory"))
     if not sections:
         return None
@@ -162,7 +162,7 @@ async def read_info(node: Node) -> dict[str, int] | None:
 
 
 async def _if_granted(node: Node, *commands: Command) -> list[Any]:
-    """Ask what is good to know and not needed; nothing where the ACL refuses it, or the command was renamed."""
+    """Ask what is good to know but not needed; return nothing if the ACL refuses it or the command was renamed."""
     try:
         return await node.ask(*commands)
     except errors.RedisUnavailable as error:

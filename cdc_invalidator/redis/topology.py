@@ -22,7 +22,7 @@ def cache_server(endpoint: Endpoint, slot: str, *, timeout: float = TIMEOUT) -> 
     if endpoint.kind == "cluster":
         return Cluster(endpoint, slot, timeout=timeout)
     if endpoint.kind == "sentinel":
-        # The driver reads its options when it is made: what is wrong with them is told now.
+        # The driver reads its options when it is made, so wrong ones are reported now.
         Node(endpoint.at(endpoint.addresses[0]))
         sentinels = Sentinels(endpoint, timeout=timeout)
         return Single(slot, sentinels.open_master, why_lost=sentinels.why_lost, close=sentinels.close)

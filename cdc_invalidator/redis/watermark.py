@@ -1,9 +1,9 @@
-"""The watermark: what a Redis says it has had, and whether the stream may go on from there. Pure.
+"""The watermark: up to where a Redis has all busts, and whether the stream may go on from there. Pure.
 
-One rule decides about every kind of lost continuity. The stream is about to start at ``start``; Redis has had all
-busts up to ``watermark.lsn``. When that is lower, or when the two do not speak of the same history, what lies between
-was never applied to this Redis: a gap. A slot made anew, a slot that somebody moved on, a restored snapshot, an emptied
-or replaced Redis, a promoted replica that lagged all show in this one comparison.
+One comparison finds every gap. The stream is about to start at ``start``; Redis has all busts up to ``watermark.lsn``.
+If that is lower, or if the two do not belong to the same history, what lies between was never applied to this Redis.
+This shows a new slot, a slot that somebody advanced, a restored snapshot, an emptied or replaced Redis, and a promoted
+replica that lagged.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Position:
 class Watermark:
     """The hash ``cdc:{slot}:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970).
 
-    ``rules``: the caches that this is said of, each with a digest of what busts it; ``standbys``: those that it is said
-    of as well, each with the time of its start, and ``None`` for one that is dropped: the busts do not wait for it.
-    ``as_of``: all that had been committed at that time (ms since 1970) lies below ``lsn``; 0 for not known.
+    ``rules``: the caches that this holds for, each with a digest of what busts it. ``standbys``: the standbys that have
+    replayed ``lsn`` too, each with the time of its start; ``None`` for a dropped one, for which busts do not wait.
+    ``as_of``: everything committed by that time (ms since 1970) lies below ``lsn``; 0 if unknown.
     """
 
     lsn: int
@@ -45,9 +45,9 @@ class Watermark:
     as_of: int = 0
 
     def fields(self) -> dict[str, str | int]:
-        """Give the hash's fields; ``rules`` and ``standbys`` are JSON.
+        """Return the hash's fields; ``rules`` and ``standbys`` are JSON.
 
-        ``standbys`` is left out where there are none, and ``as_of`` while it is not known: what is there stays true.
+        ``standbys`` is left out if there are none, and ``as_of`` while it is unknown: what Redis has stays true.
         """
         fields: dict[str, str | int] = {
             "lsn": self.lsn,
@@ -64,7 +64,7 @@ class Watermark:
 
     @classmethod
     def read(cls, fields: Mapping[bytes, bytes]) -> Watermark | None:
-        """Read the hash as Redis gives it; ``None`` when a field is missing or is not what we write."""
+        """Read the hash as it comes from Redis; ``None`` if a field is missing or is not what we write."""
         try:
             rules = json.loads(fields[b"rules"])
             standbys = json.loads(fields.get(b"standbys", b"{}"))
@@ -84,7 +84,7 @@ class Watermark:
 
 
 def gaps(found: Watermark | None, position: Position, rules: Mapping[str, str]) -> dict[str, str]:
-    """Tell which caches can't be proven to be up to date, and why.
+    """Return the caches that can't be proven to be up to date, and why.
 
     Args:
         found: what Redis holds.

@@ -1,10 +1,10 @@
 """`when`: a CEL expression over ``op``, ``old`` and ``new`` that tells whether a rule fires for a change. Pure.
 
-The CEL library is slow to import and to feed: it is imported by the first rule that has a condition, and is handed only
+The CEL library is slow to import and to feed. It is imported with the first rule that has a condition, and gets only
 the columns that the expression names.
 
-The rule that holds here: whatever is not known for sure counts as true. An expression that fails, that gives something
-else than true or false, or that reads a value which the stream did not carry lets the rule fire.
+The rule that holds here: what is not known for sure counts as true. The rule fires when the expression fails, when its
+result is neither true nor false, or when it reads a value that the stream did not carry.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Condition:
         self.reads = {row: _reads(source, row) for row in ("old", "new")}
 
     def refuses(self, op: str) -> bool:
-        """Tell whether it is false for all changes of this kind, whatever the rows hold."""
+        """Return whether it is false for all changes of this kind, whatever the rows hold."""
         # A row that is there stays undefined: what depends on it fails, and so is not false.
         absent = ROWS_OF["update"] - ROWS_OF[op]
         try:
@@ -93,7 +93,7 @@ class Condition:
             return False
 
     def bind(self, names: Sequence[str], types: Sequence[int]) -> Holds:
-        """Give the function that decides about changes of one relation.
+        """Return the function that decides about changes of one relation.
 
         Args:
             names: the relation's columns.
@@ -162,5 +162,5 @@ def _wrong(source: str, message: str) -> ConditionError:
 
 
 def missing(condition: Condition, columns: Mapping[str, object]) -> list[str]:
-    """Give the columns that the condition names and a table does not have, sorted."""
+    """Return the columns that the condition names and the table lacks, sorted."""
     return sorted({name for reads in condition.reads.values() for name in reads.columns} - columns.keys())

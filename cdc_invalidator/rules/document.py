@@ -1,4 +1,4 @@
-"""A YAML document that knows where everything in it stands: text to nodes to plain values, and mistakes with places.
+"""A YAML document that knows the place of everything in it: text to nodes to plain values, and mistakes with places.
 
 The rule that holds here: whatever the text is, the result is a `Document` or `errors.WrongRules`; no tag is followed,
 no size is trusted, and a word means what YAML 1.2 says (``on`` and ``no`` are text).
@@ -196,10 +196,10 @@ def _scalar(node: Any) -> Any:
 
 
 def too_large(file: str) -> WrongRules:
-    """Give the mistake of a file that is larger than any is read."""
+    """Return the error for a file that is too large to read."""
     return unusable(Place(file), f"the file is larger than {MAX_BYTES >> 20} MiB; split it")
 
 
 def unusable(place: Place, sentence: str) -> WrongRules:
-    """Give a mistake after which no more can be read."""
+    """Return the error for a file of which no more can be read."""
     return WrongRules([Problem(*place, sentence)])

@@ -36,7 +36,7 @@ class _CacheDraft(NamedTuple):
 
     @property
     def bust_template(self) -> Template | None:
-        """What a bust needs the parameters of; None where that is not known, because fields are wrong."""
+        """The template whose parameters a bust needs; None if fields are wrong, so that it is not known."""
         if not self.whole or (self.entry.version is not None and self.version is None):
             return None
         if self.entry.bump_over is not None and self.version is not None:
@@ -60,12 +60,12 @@ class _RuleDraft(NamedTuple):
 
 
 class Draft:
-    """The set of rules as far as it is right; what is wrong is told to its document.
+    """The rule set as far as it is right; each mistake is noted in its document.
 
     Args:
         documents: all files that are YAML.
         env: the environment of templates.
-        every_file: no file is missing, so that a cache which is not found is a mistake.
+        every_file: all files could be read, so that a cache which is not found is a mistake.
         conditions: whether to look at what `when` says.
     """
 
@@ -98,7 +98,7 @@ class Draft:
         ]
 
     def rule_set(self) -> RuleSet:
-        """The runtime objects; only to be asked for when nothing is wrong."""
+        """Return the rule set; call it only if no document has a mistake."""
         busts: dict[str, list[Any]] = {name: [] for name in self._caches}
         for rule in self._rules:
             for bust in rule.busts:
@@ -126,7 +126,7 @@ class Draft:
         return tuple(busts)
 
     def _bust(self, document: Document, loc: Loc, name: str, mapping: Mapping[str, str]) -> _BustDraft | None:
-        """The bust with its mapping made complete, or None where that cannot be known."""
+        """Return the bust with its mapping made complete; None if a mistake makes that unknown."""
         if name not in self._declared and self._every_file:
             remedy = nearest(name, self._declared, "define it under `caches`")
             document.complain(loc, f"there is no cache {shown(name)}; {remedy}", of_key=True)
@@ -162,7 +162,7 @@ class Draft:
         return _BustDraft(name, Template.of(parts), {column: column for column in read}, query, given)
 
     def _check_test(self, document: Document, loc: Loc, test: TestEntry) -> bool:
-        """Tell what no run of the test could be right with."""
+        """Note mistakes with which no run of the test could pass."""
         change, told = test.change, len(document.problems)
         if not any(rule.entry.table == change.table for rule in self._rules) and self._every_file:
             remedy = nearest(str(change.table), [str(rule.entry.table) for rule in self._rules], "write a rule for it")
@@ -186,7 +186,7 @@ _A_CHANGE = {"insert": "an insert", "update": "an update", "delete": "a delete",
 
 
 def _vars(documents: Sequence[Document], env: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment with the variables of all files before it; each may name the environment."""
+    """Return the environment with the variables of all files on top; a variable may name the environment."""
     first: dict[str, tuple[Document, Loc]] = {}
     found: dict[str, str] = {}
     for document in documents:
@@ -299,7 +299,7 @@ def _rule(draft: _RuleDraft, caches: Mapping[str, Cache]) -> Rule:
 
 
 def _declared(documents: Sequence[Document]) -> set[str]:
-    """The names of all caches, also of those that are wrong; a cache or rule whose name is taken is a mistake."""
+    """Return the names of all caches, wrong ones as well; note caches and rules whose name is taken."""
     first: dict[tuple[str, str], tuple[Document, Loc]] = {}
     for document in documents:
         for noun, name, loc in _names(document):
@@ -313,7 +313,7 @@ def _declared(documents: Sequence[Document]) -> set[str]:
 
 
 def _names(document: Document) -> Iterator[tuple[str, str, Loc]]:
-    """What the file defines: a cache at its name, which is a key; a rule at the value of its name."""
+    """Yield what the file defines: noun, name, and the place of the name."""
     for loc, _ in entries(document, "caches"):
         yield "cache", str(loc[1]), loc
     for loc, rule in entries(document, "rules"):
@@ -407,7 +407,7 @@ def _check_debounce(document: Document, loc: Loc, rule: RuleEntry) -> None:
 
 
 def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
-    """How a rule busts a cache, without the rule's name: a rule that is only renamed busts as before."""
+    """Return how a rule busts a cache, without the rule's name: a rule that is only renamed busts as before."""
     columns = sorted(set(rule.columns or ()))
     canonical = [
         rule.table,

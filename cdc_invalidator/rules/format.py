@@ -1,7 +1,6 @@
-"""The format of rule files: the only list of its fields, as models, and their errors in our own words.
+"""The format of rule files: its fields, as models, and their errors in our own words.
 
-A mistake in one entry hides none in another: `sound` gives the entries that can be checked further, each as far as it
-is right.
+A mistake in one entry hides none in another: `sound` returns the entries that can be checked further.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ Scalar = Annotated[
 
 
 class _Entry(BaseModel):
-    """What all parts of the format have in common: no other fields, no conversions, nothing empty."""
+    """What all parts of the format share: no other fields, no conversions, nothing empty."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -229,7 +228,7 @@ _SENTENCES = {
 
 
 def check_format(document: Document) -> None:
-    """Tell a document what is wrong with it by the models."""
+    """Note in a document what is wrong with it by the models."""
     try:
         RuleFile.model_validate(document.value)
     except ValidationError as wrong:
@@ -257,7 +256,7 @@ def _sentence(error: ErrorDetails) -> str:
 
 
 def _what(loc: Loc) -> str:
-    """What stands at a path: ``ttl``, an entry of ``on``, the file."""
+    """Return what stands at a path: ``ttl``, an entry of ``on``, the file."""
     named = [part for part in loc if isinstance(part, str) and part not in {"<name>", "<mapping>", "[key]"}]
     if not named:
         return "the file"
@@ -272,7 +271,7 @@ def _unknown_field(loc: Loc) -> str:
 
 
 def entries(document: Document, section: str) -> Iterator[tuple[Loc, Any]]:
-    """Give the caches, rules or tests of a file as plain values, right or wrong."""
+    """Return the caches, rules or tests of a file as plain values, right or wrong."""
     found = document.value.get(section) if isinstance(document.value, dict) else None
     if section == "caches" and isinstance(found, dict):
         yield from (((section, name), entry) for name, entry in found.items())
@@ -281,7 +280,7 @@ def entries(document: Document, section: str) -> Iterator[tuple[Loc, Any]]:
 
 
 def sound(document: Document, section: str, model: type[Model]) -> Iterator[tuple[Loc, Model, bool]]:
-    """Give the entries that can be checked further, and whether they are right as a whole.
+    """Return the entries that can be checked further, and whether they are right as a whole.
 
     `check_format` has told what is wrong with the others; of these, wrong fields are left out.
     """

@@ -30,7 +30,7 @@ def load_rules(path: Path, env: Mapping[str, str], *, conditions: bool = True) -
     Args:
         path: the file or directory.
         env: the environment of templates.
-        conditions: False for who has no use for `when`, and perhaps no CEL: what it says is not looked at.
+        conditions: False to leave `when` unchecked, for programs without the CEL library.
 
     Raises:
         WrongRules: all mistakes of all files; what cannot be read is one at line 1, column 1.
@@ -68,7 +68,7 @@ def _sources(path: Path, problems: list[Problem]) -> list[tuple[str, str]]:
 
 
 def parse_rules(sources: Sequence[tuple[str, str]], env: Mapping[str, str]) -> RuleSet:
-    """Make one rule set of pairs of file name and text.
+    """Make one rule set of files, each given as name and text.
 
     Raises:
         WrongRules: all mistakes of all files.
@@ -110,7 +110,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _text(file: Path) -> str:
-    """The text of a file, of which no more is read than may be."""
+    """Return the text of a file; no more is read than a rule file may have."""
     try:
         if file.exists() and not file.is_file():
             raise unusable(

@@ -17,8 +17,8 @@ DEFAULT_VERSION_TTL = 30 * 86_400_000
 class Cache:
     """A family of keys; times are in ms.
 
-    ``digest`` changes with what decides which keys there are and how they are busted: the templates after the
-    environment, and the rules. It does not change with times, names of rules, order or comments.
+    ``digest`` changes with the keys and how they are busted: with the templates (after the environment) and the rules.
+    It does not change with times, names of rules, order or comments.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Cache:
 
     @property
     def sweep_template(self) -> Template:
-        """What a sweep searches for: the version's keys where the cache has a version, else its own."""
+        """The keys that a sweep searches for: those of the version if the cache has one, else its own."""
         return self.version or self.key
 
     @property
     def bust_template(self) -> Template:
-        """What a bust names: a key, or a version's key; with ``bump_over`` both in one, see `packed.Pair`."""
+        """The keys that a bust names: its own or those of the version; with ``bump_over``, a `packed.Pair` of both."""
         return self.sweep_template if self.bump_over is None or self.version is None else pair(self.version, self.key)
 
     @property
@@ -63,9 +63,9 @@ class Cache:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query whose rows give parameters: SQL with the names of the changed row's columns in between.
+    """A query whose rows are parameters: SQL with columns of the changed row in between.
 
-    ``parts``: SQL (text) and columns (`Param`) in order; ``columns``: the latter, each once.
+    ``parts``: SQL (text) and columns (`Param`) in order; ``columns``: the names of the columns, each once.
     """
 
     parts: tuple[str | Param, ...]
@@ -76,9 +76,9 @@ class Query:
 class Bust:
     """A cache that a rule busts.
 
-    ``template``: what a change gives, from the columns that ``columns`` names for its parameters. Without a ``query``
-    that is what is busted. With one, it is the values that `Query.columns` and then ``given`` (parameter: column) ask
-    for, as `packed.join_arguments` puts them: the query's rows give the parameters that are not in ``given``.
+    ``template``: rendered for a changed row; ``columns`` names the column of each of its parameters. Without a
+    ``query`` the result is the key to bust. With one, it is the query's arguments: the values of `Query.columns`, then
+    of ``given`` (parameter: column), as `packed.join_arguments` puts them. The query's rows are the other parameters.
     """
 
     cache: Cache
@@ -112,9 +112,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """A change and the busts that it must give; values are text as PostgreSQL shows it, or NULL.
+    """A change and the busts that it must lead to; values are text as PostgreSQL shows it, or NULL.
 
-    ``types``: pg_type OIDs that the file's values speak for, by column. ``via``: by cache, what its query gives.
+    ``types``: by column, the pg_type OID, judged by the file's values. ``via``: by cache, the rows of its query.
     """
 
     __test__ = False  # pytest
@@ -132,9 +132,9 @@ class Test:
 
 @dataclass(frozen=True, slots=True)
 class RuleSet:
-    """All rule files together; ``digest`` changes with the digest of a cache and with the names of caches and rules.
+    """All rule files together; ``digest`` changes with a cache's digest and with the names of caches and rules.
 
-    ``fingerprint``: of the files' names and texts, as `load.fingerprint` gives it.
+    ``fingerprint``: a digest of the files' names and texts, see `load.fingerprint`.
     """
 
     caches: Mapping[str, Cache] = field(hash=False)

@@ -1,11 +1,11 @@
-"""Which keys a template can give, as a language, and whether two templates have one of them in common. Pure.
+"""Which keys a template can make, as a language, and whether two templates can make the same key. Pure.
 
-Every template is a line of bytes with loops in it, so that both questions are searches over pairs of places: is there
-a key that two templates can give (`common`), and is there one that a template can give for different parameters
-(`readings`)? Both give the shortest such key, as an example.
+A template is a line of bytes with loops in it, so two questions are searches over pairs of places: can two templates
+make the same key (`common`), and can one template make the same key of different parameters (`readings`)? Both return
+the shortest such key as an example.
 
-The rule that holds here: what is found is a key of both. Only of a parameter that stands twice in a template it is not
-known that it has one value, so what is found is looked at once more.
+The rule that holds here: a key that is found is a key of both. The search does not know that a parameter which stands
+twice in a template has one value, so each result is checked once more.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Values:
     free: bool = False
 
     def filtered(self, name: str) -> Values:
-        """Give what a filter of a template makes of them."""
+        """Return the texts that a filter of a template makes of these."""
         if name == "sha256":
             return HASH
         if name == "urlencode":
@@ -58,11 +58,11 @@ class Values:
         return Values(tuple(_changed(mask, change) for mask in self.steps), _changed(self.more, change), self.free)
 
     def of_parts(self) -> Values:
-        """Give those without a separator (``: / | #``), as most texts are."""
+        """Return the texts without a separator (``: / | #``); most values have none."""
         return Values(tuple(mask & ~_SEPARATORS for mask in self.steps), self.more & ~_SEPARATORS, self.free)
 
     def of_numbers(self) -> Values:
-        """Give numbers in place of text, for a question that any text would answer with yes."""
+        """Return numbers in place of free text, for questions that free text would always answer with yes."""
         return NUMBER if self.free else self
 
 
@@ -95,7 +95,7 @@ class Language:
 
     Args:
         template: what they are made by.
-        values: the texts of its parameters; of one that is not named, texts without a separator.
+        values: the texts of its parameters; a parameter that is not named has texts without a separator.
     """
 
     def __init__(self, template: Template, values: Mapping[str, Values]) -> None:
@@ -120,14 +120,14 @@ class Language:
 
     @classmethod
     def of_sweep(cls, template: Template) -> Self:
-        """Give what a sweep of the template's keys finds; see `Template.glob`."""
+        """Return the language of what a sweep of the template's keys finds; see `Template.glob`."""
         # A filter changes nothing of what the pattern finds.
         plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in template.parts)
         return cls(plain, dict.fromkeys(template.params, _STAR))
 
     @classmethod
     def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Values]) -> Self:
-        """Give what has this suffix beside the template's keys, such as their locks."""
+        """Return the language of the template's keys with a suffix, such as their locks."""
         return cls(Template.of((*template.parts, suffix)), values)
 
     def search(self, other: Language, *, differing: bool) -> list[tuple[int, int, int]] | None:
@@ -181,7 +181,7 @@ def _path(
 
 
 def common(one: Language, other: Language) -> str | None:
-    """Give a key that is in both; ``None`` if there is none."""
+    """Return a key that both have; ``None`` if there is none."""
     if not (one.prefix.startswith(other.prefix) or other.prefix.startswith(one.prefix)):
         return None
     path = one.search(other, differing=False)
@@ -191,7 +191,7 @@ def common(one: Language, other: Language) -> str | None:
 
 
 class Readings(NamedTuple):
-    """A key that two different rows give: the values of the parameters in each, as text to show."""
+    """A key that two different rows make: the values of the parameters in each, as text to show."""
 
     key: str
     one: str
@@ -199,7 +199,7 @@ class Readings(NamedTuple):
 
 
 def readings(language: Language) -> Readings | None:
-    """Give a key that can be read in two ways; ``None`` if there is none."""
+    """Return a key that can be read in two ways; ``None`` if there is none."""
     path = language.search(language, differing=True)
     if path is None or not _consistent(language, path, 1) or not _consistent(language, path, 2):
         return None
@@ -211,7 +211,7 @@ def readings(language: Language) -> Readings | None:
 
 
 def _values(language: Language, path: Iterable[tuple[int, int, int]], which: int) -> dict[str, list[bytes]]:
-    """The texts that the parameters have in a key, one for each time that they stand in the template."""
+    """Return the texts of the parameters in a key, one for each time that a parameter stands in the template."""
     spans: dict[int, bytearray] = {}
     for letter in path:
         spans.setdefault(letter[which], bytearray()).append(letter[0])

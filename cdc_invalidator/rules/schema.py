@@ -1,4 +1,4 @@
-"""The JSON Schema (2020-12) of rule files, for editors: made of the models of `rulefile`, which are its only source."""
+"""The JSON Schema (2020-12) of rule files, for editors: made of the models of `format`, its only source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NULL = {"type": "null"}
 
 
 def schema() -> dict[str, Any]:
-    """Give the schema; its descriptions are what an editor shows beside a field."""
+    """Return the schema; an editor shows its descriptions beside the fields."""
     made = RuleFile.model_json_schema()
     definitions = {name: _model(model) for name, model in made.pop("$defs").items()}
     return {"$schema": DIALECT, **_model(made), "title": TITLE, "$defs": definitions}

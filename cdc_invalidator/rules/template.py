@@ -1,10 +1,10 @@
-"""Key templates: how a row's columns become the key of a cache, and how a key gives its parameters back.
+"""Key templates: from a row's columns to the key of a cache, and from a key back to its parameters.
 
 ``"shop:${APP_ENV:-prod}:user:{id}"``: ``${NAME}`` and ``${NAME:-default}`` are environment, expanded once, at load;
 ``{name}`` is a parameter, ``{name|lower|sha256}`` one with filters; ``{{`` and ``}}`` are literal braces. As in a
 shell, the default also stands in for a variable that is set but empty.
 
-The rule that holds here: what the environment gives is literal text. It is never parsed again, nor shown in an error.
+The rule that holds here: values of the environment are literal text. They are never parsed again, nor shown in errors.
 
 Keys and values are bytes: PostgreSQL's text form in UTF-8, as it came off the wire.
 """
@@ -56,7 +56,7 @@ class Param:
     filters: tuple[str, ...] = ()
 
     def change(self, value: bytes) -> bytes:
-        """The value after all filters."""
+        """Return the value after all filters."""
         return reduce(lambda changed, name: FILTERS[name](changed), self.filters, value)
 
 
@@ -133,7 +133,7 @@ class Template:
         return ()
 
     def glob(self) -> bytes:
-        r"""The pattern for ``SCAN … MATCH`` that finds every key of this template.
+        r"""Return the pattern for ``SCAN … MATCH`` that finds every key of this template.
 
         A parameter is ``*``, however many stand side by side. Redis reads ``* ? [ ] \`` and, inside brackets, ``^ -``;
         a backslash makes any character literal (stringmatchlen in Redis' util.c).
@@ -149,7 +149,7 @@ class Template:
         return pattern
 
     def compile(self, index: Mapping[str, int]) -> MakeKey:
-        """A function from a row to its key, or to None where any parameter is NULL.
+        """Return a function from a row to its key, or to None where a parameter is NULL.
 
         The function runs for each row, so each usual shape has its own; bytes formatting does the rest.
 
@@ -169,7 +169,7 @@ class Template:
         return (_of_none, _of_one, _of_two)[len(at)](form, *at)
 
     def plain(self, index: Mapping[str, int]) -> tuple[list[bytes], list[int]] | None:
-        """The same in two lists: literals, one more than there are values between them, and the values' positions.
+        """Return what `compile` needs in two lists: the literals around the values, and the values' positions.
 
         ``None`` where a filter changes a value.
 
@@ -188,7 +188,7 @@ class Template:
         return literals, places
 
     def render(self, values: Mapping[str, str | bytes | None]) -> bytes | None:
-        """The key for values by name, or None where any is NULL; for all that is not the stream of rows.
+        """Return the key for values by name, or None where one is NULL; `compile` is for the stream of rows.
 
         Raises:
             KeyError: a parameter is not in ``values``.
@@ -198,7 +198,7 @@ class Template:
         return self.compile({name: position for position, name in enumerate(params)})(row)
 
     def match(self, key: bytes) -> dict[str, bytes] | None:
-        """The parameters of a key, or None when the key is not of this template.
+        """Return the parameters of a key, or None if the key is not of this template.
 
         Where a key can be read in several ways, each parameter is as short as can be and the last one takes the rest.
         A filter cannot be undone: its parameter reads as the filtered text, unless the template has it unfiltered too.
@@ -277,7 +277,7 @@ _GLOB = re.compile(rb"[*?\[\]\\^]")
 
 
 def _regex(part: bytes | Param, groups: dict[Param, str], *, greedy: bool) -> bytes:
-    """The regular expression of one part; a parameter that came before must read the same again.
+    """Return the regular expression of one part; a parameter that came before must have the same value again.
 
     Groups are named by number, because a parameter's name may be any Unicode identifier and a group's name may not.
     """
@@ -311,7 +311,7 @@ _WRONG = {
 
 
 def _part(token: re.Match[str], env: Mapping[str, str]) -> bytes | Param:
-    """One token as a part: a literal (which may be empty, if the environment's is) or a parameter."""
+    """Return a token as a part: a parameter, or a literal, which is empty if a variable is."""
     text, offset = token[0], token.start()
     match token.lastgroup:
         case "text":

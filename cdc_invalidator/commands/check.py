@@ -15,7 +15,7 @@ from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.model import Cache, Rule, RuleSet
-from cdc_invalidator.rules.overlap import Language, Values
+from cdc_invalidator.rules.overlap import Language, Texts
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.rules.template import Param, Template
 
@@ -27,9 +27,9 @@ class Columns:
     ``values``: by cache and parameter, the texts that there can be.
     """
 
-    values: dict[str, dict[str, Values]] = field(default_factory=dict)
+    values: dict[str, dict[str, Texts]] = field(default_factory=dict)
 
-    def of(self, cache: Cache) -> Mapping[str, Values]:
+    def of(self, cache: Cache) -> Mapping[str, Texts]:
         """Give what is known of a cache's parameters."""
         return self.values.get(cache.name, {})
 
@@ -141,8 +141,8 @@ def _ambiguous(cache: Cache, columns: Columns) -> Iterator[Finding]:
         if template is None or len(template.params) < 2:
             continue
         # Of values that nobody knows, only what holds for numbers as well is told.
-        unknown = {name: Values.of_numbers(values) for name, values in _assumed(template, known).items()}
-        parts = {name: Values.of_parts(values) for name, values in known.items()}
+        unknown = {name: Texts.of_numbers(values) for name, values in _assumed(template, known).items()}
+        parts = {name: Texts.of_parts(values) for name, values in known.items()}
         for severity, values in (
             (Severity.WARNING, unknown | parts),
             (Severity.NOTE, unknown | dict(known)),
@@ -160,7 +160,7 @@ def _ambiguous(cache: Cache, columns: Columns) -> Iterator[Finding]:
                 break
 
 
-def _assumed(template: Template, known: Mapping[str, Values]) -> dict[str, Values]:
+def _assumed(template: Template, known: Mapping[str, Texts]) -> dict[str, Texts]:
     return {
         part.name: known.get(part.name, overlap.COUNTER if part.name == "version" else overlap.PART)
         for part in template.parts
@@ -171,7 +171,7 @@ def _assumed(template: Template, known: Mapping[str, Values]) -> dict[str, Value
 def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
     """Keys of one cache that are keys, counters or locks of another; and counters of its own."""
     strict = {
-        cache.name: {parameter: Values.of_parts(values) for parameter, values in columns.of(cache).items()}
+        cache.name: {parameter: Texts.of_parts(values) for parameter, values in columns.of(cache).items()}
         for cache in caches
     }
     usual = [Language(cache.key, strict[cache.name]) for cache in caches]
@@ -198,11 +198,11 @@ def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
     yield from _read_as_another(caches, strict, columns.values)
 
 
-def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str, Values]]) -> Iterator[Finding]:
+def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str, Texts]]) -> Iterator[Finding]:
     """Keys that are counters, locks, old values. Any text could be the word `lock`: there, numbers stand for texts."""
     for cache in caches:
         mine = Language(cache.key, values[cache.name])
-        numbers = {name: Values.of_numbers(of) for name, of in _assumed(cache.key, values[cache.name]).items()}
+        numbers = {name: Texts.of_numbers(of) for name, of in _assumed(cache.key, values[cache.name]).items()}
         numbered = Language(cache.key, numbers)
         for other in caches:
             given = values[other.name]
@@ -226,11 +226,11 @@ def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str
 
 
 def _read_as_another(
-    caches: Sequence[Cache], strict: Mapping[str, Mapping[str, Values]], widest: Mapping[str, Mapping[str, Values]]
+    caches: Sequence[Cache], strict: Mapping[str, Mapping[str, Texts]], widest: Mapping[str, Mapping[str, Texts]]
 ) -> Iterator[Finding]:
     """Keys that are old values by a text that ends like one: who may choose it is given what is another's."""
 
-    def common(cache: Cache, other: Cache, values: Mapping[str, Mapping[str, Values]]) -> str | None:
+    def common(cache: Cache, other: Cache, values: Mapping[str, Mapping[str, Texts]]) -> str | None:
         left = Language.beside(other.key, STALE_SUFFIX, values.get(other.name, {}))
         return overlap.common(Language(cache.key, values.get(cache.name, {})), left)
 
@@ -252,7 +252,7 @@ def _read_as_another(
 def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
     """Caches within the pattern of another. Any text could be what ends that: numbers stand for texts."""
     numbers = {
-        cache.name: {name: Values.of_numbers(values) for name, values in _assumed(template, {}).items()}
+        cache.name: {name: Texts.of_numbers(values) for name, values in _assumed(template, {}).items()}
         for cache in caches
         for template in (Template.of((*cache.key.parts, *(cache.version.parts if cache.version else ()))),)
     }

@@ -26,7 +26,7 @@ from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
-from cdc_invalidator.rules.overlap import Values
+from cdc_invalidator.rules.overlap import Texts
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Param
 from cdc_invalidator.rules.wording import Place, nearest
@@ -97,15 +97,15 @@ class _Column(NamedTuple):
 
 _DOCUMENTS = frozenset({17, 114, 142, 3802})  # bytea, json, xml, jsonb
 _NAME = 19
-_VALUES: Mapping[int, Values] = {
+_TEXTS: Mapping[int, Texts] = {
     **dict.fromkeys((20, 21, 23, 26), overlap.NUMBER),
     16: overlap.FLAG,
     2950: overlap.UUID,
 }
 
 
-def _values(oid: int, category: str = "S") -> Values:
-    return _VALUES.get(oid, overlap.TEXT if category == "S" else overlap.PART)
+def _texts(oid: int, category: str = "S") -> Texts:
+    return _TEXTS.get(oid, overlap.TEXT if category == "S" else overlap.PART)
 
 
 @dataclass(slots=True)
@@ -316,13 +316,13 @@ class _Database:
                     column = known.get(name)
                     if column is None:
                         continue  # that is told already
-                    self._learn(bust.cache, parameter, _values(column.oid, column.category))
+                    self._learn(bust.cache, parameter, _texts(column.oid, column.category))
                     long = column.unbounded and not column.unique and not _hashed(bust.cache, parameter)
                     if long and (bust.cache.name, parameter) not in told:
                         told.add((bust.cache.name, parameter))
                         self._findings.append(_of_unbounded(bust.cache, parameter, rule.table, name, column))
 
-    def _learn(self, cache: Cache, parameter: str, values: Values) -> None:
+    def _learn(self, cache: Cache, parameter: str, values: Texts) -> None:
         """Note what a parameter can be; where rules disagree, that is any text."""
         known = self.columns.values.setdefault(cache.name, {})
         known[parameter] = values if known.get(parameter, values) == values else overlap.TEXT
@@ -373,7 +373,7 @@ class _Database:
                 rule.place,
             )
         for parameter, oid in given.items():
-            self._learn(bust.cache, parameter, _values(oid))
+            self._learn(bust.cache, parameter, _texts(oid))
         with translated():
             explained = await connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON) {query}".encode(), arguments)
             ((plans,),) = await explained.fetchall()

@@ -35,7 +35,7 @@ _NICE = b"1023456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_." + b
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
+class Texts:
     """The texts that a parameter can have: one byte of each of ``steps``, then any number of ``more`` (0: none).
 
     Sets of bytes are masks of 256 bits. ``free``: it is text, which may or may not be so in the database's data.
@@ -45,7 +45,7 @@ class Values:
     more: int = 0
     free: bool = False
 
-    def filtered(self, name: str) -> Values:
+    def filtered(self, name: str) -> Texts:
         """Return the texts that a filter of a template makes of these."""
         if name == "sha256":
             return HASH
@@ -53,15 +53,15 @@ class Values:
             if not any(mask & ~_UNRESERVED for mask in (*self.steps, self.more)):
                 return self
             encoded = _UNRESERVED | _mask(b"%")
-            return Values((encoded,), encoded, free=True)
+            return Texts((encoded,), encoded, free=True)
         change: Callable[[bytes], bytes] = bytes.lower if name == "lower" else bytes.upper
-        return Values(tuple(_changed(mask, change) for mask in self.steps), _changed(self.more, change), self.free)
+        return Texts(tuple(_changed(mask, change) for mask in self.steps), _changed(self.more, change), self.free)
 
-    def of_parts(self) -> Values:
+    def of_parts(self) -> Texts:
         """Return the texts without a separator (``: / | #``); most values have none."""
-        return Values(tuple(mask & ~_SEPARATORS for mask in self.steps), self.more & ~_SEPARATORS, self.free)
+        return Texts(tuple(mask & ~_SEPARATORS for mask in self.steps), self.more & ~_SEPARATORS, self.free)
 
-    def of_numbers(self) -> Values:
+    def of_numbers(self) -> Texts:
         """Return numbers in place of free text, for questions that free text would always answer with yes."""
         return NUMBER if self.free else self
 
@@ -70,15 +70,15 @@ def _changed(mask: int, change: Callable[[bytes], bytes]) -> int:
     return _mask(bytes({change(bytes([byte]))[0] for byte in range(0x100) if mask >> byte & 1}))
 
 
-TEXT = Values((_ANY,), _ANY, free=True)
+TEXT = Texts((_ANY,), _ANY, free=True)
 PART = TEXT.of_parts()
-NUMBER = Values((_DIGITS | _mask(b"-"),), _DIGITS)
-COUNTER = Values((_DIGITS,), _DIGITS)
-FLAG = Values((_mask(b"tf"),))
-HASH = Values((_HEX,) * 64)
-UUID = Values(tuple(_mask(b"-") if place in {8, 13, 18, 23} else _HEX for place in range(36)))
+NUMBER = Texts((_DIGITS | _mask(b"-"),), _DIGITS)
+COUNTER = Texts((_DIGITS,), _DIGITS)
+FLAG = Texts((_mask(b"tf"),))
+HASH = Texts((_HEX,) * 64)
+UUID = Texts(tuple(_mask(b"-") if place in {8, 13, 18, 23} else _HEX for place in range(36)))
 # What a sweep looks for in a parameter's place: also nothing.
-_STAR = Values((), _ANY)
+_STAR = Texts((), _ANY)
 
 
 class _Place(NamedTuple):
@@ -98,7 +98,7 @@ class Language:
         values: the texts of its parameters; a parameter that is not named has texts without a separator.
     """
 
-    def __init__(self, template: Template, values: Mapping[str, Values]) -> None:
+    def __init__(self, template: Template, values: Mapping[str, Texts]) -> None:
         self.template = template
         self.prefix = template.prefix
         self.free = False
@@ -108,7 +108,7 @@ class Language:
             if isinstance(part, bytes):
                 steps, more = tuple(1 << byte for byte in part), 0
             else:
-                found = reduce(Values.filtered, part.filters, values.get(part.name, _usual(part)))
+                found = reduce(Texts.filtered, part.filters, values.get(part.name, _usual(part)))
                 steps, more = found.steps, found.more
                 self.free |= found.free
             for step in steps:
@@ -126,7 +126,7 @@ class Language:
         return cls(plain, dict.fromkeys(template.params, _STAR))
 
     @classmethod
-    def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Values]) -> Self:
+    def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Texts]) -> Self:
         """Return the language of the template's keys with a suffix, such as their locks."""
         return cls(Template.of((*template.parts, suffix)), values)
 
@@ -161,7 +161,7 @@ class Language:
         return None
 
 
-def _usual(param: Param) -> Values:
+def _usual(param: Param) -> Texts:
     return COUNTER if param.name == "version" else PART
 
 

@@ -15,7 +15,7 @@ from cdc_invalidator.commands.check import Columns, offline
 from cdc_invalidator.commands.findings import Finding, Severity, in_order, report, table
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.load import parse_rules
-from cdc_invalidator.rules.overlap import Language, Values, common, readings
+from cdc_invalidator.rules.overlap import Language, Texts, common, readings
 from cdc_invalidator.rules.template import Param, Template
 from cdc_invalidator.rules.wording import Place
 
@@ -185,7 +185,7 @@ def test_text_that_may_hold_the_separator_is_worth_a_note() -> None:
         ("app:env:{a}{a}", {"a": overlap.NUMBER}, None),
     ],
 )
-def test_a_key_that_two_rows_can_share_is_told(key: str, known: dict[str, Values], severity: Severity | None) -> None:
+def test_a_key_that_two_rows_can_share_is_told(key: str, known: dict[str, Texts], severity: Severity | None) -> None:
     findings = found(f"  user: {{key: '{key}', ttl: 1m}}\n", columns=Columns({"user": known}))
     assert [finding.severity for finding in findings] == ([severity] if severity else [])
     assert codes(findings) == ["ambiguous_key"] * len(findings)
@@ -238,7 +238,7 @@ PARTS = st.lists(
 VALUES = st.fixed_dictionaries(dict.fromkeys("xyz", st.sampled_from([overlap.TEXT, overlap.PART, overlap.NUMBER])))
 
 
-def pattern(template: Template, values: dict[str, Values]) -> re.Pattern[bytes]:
+def pattern(template: Template, values: dict[str, Texts]) -> re.Pattern[bytes]:
     """The same language as a regular expression; a parameter that comes again must be the same."""
     of = {overlap.TEXT: rb"[ -~]+", overlap.PART: rb"[ -9;-~]+", overlap.NUMBER: rb"[-0-9][0-9]*"}
     seen: set[str] = set()
@@ -258,8 +258,8 @@ def pattern(template: Template, values: dict[str, Values]) -> re.Pattern[bytes]:
 def test_a_common_key_is_of_both_and_none_is_missed(
     mine: list[bytes | Param],
     theirs: list[bytes | Param],
-    values: dict[str, Values],
-    others: dict[str, Values],
+    values: dict[str, Texts],
+    others: dict[str, Texts],
     letters: list[bytes],
 ) -> None:
     one, other = Template.of(mine), Template.of(theirs)
@@ -272,7 +272,7 @@ def test_a_common_key_is_of_both_and_none_is_missed(
 
 
 @given(PARTS, VALUES)
-def test_two_readings_of_a_key_differ(parts: list[bytes | Param], values: dict[str, Values]) -> None:
+def test_two_readings_of_a_key_differ(parts: list[bytes | Param], values: dict[str, Texts]) -> None:
     template = Template.of(parts)
     both = readings(Language(template, values))
     if both is not None:

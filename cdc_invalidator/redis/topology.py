@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from cdc_invalidator.redis.cluster import Cluster
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Node
-from cdc_invalidator.redis.sentinel import Sentinels
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.single import Single
 
@@ -20,8 +18,12 @@ def cache_server(endpoint: Endpoint, slot: str, *, timeout: float = TIMEOUT) -> 
         errors.WrongSettings: the URL has options that can't be used.
     """
     if endpoint.kind == "cluster":
+        from cdc_invalidator.redis.cluster import Cluster  # noqa: PLC0415  few need it, and it takes time
+
         return Cluster(endpoint, slot, timeout=timeout)
     if endpoint.kind == "sentinel":
+        from cdc_invalidator.redis.sentinel import Sentinels  # noqa: PLC0415  few need it
+
         # The driver reads its options when it is made, so wrong ones are reported now.
         Node(endpoint.at(endpoint.addresses[0]))
         sentinels = Sentinels(endpoint, timeout=timeout)

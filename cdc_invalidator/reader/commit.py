@@ -52,7 +52,7 @@ async def acommit_lsn(connection: Any) -> int:
     """
     engine = _engine(connection)
     if engine is not None:
-        # An AsyncSession is bound to the engine below the async one.
+        # An AsyncSession is bound to the sync engine inside the async one.
         if not hasattr(engine, "sync_engine"):
             from sqlalchemy.ext.asyncio import AsyncEngine  # noqa: PLC0415  whoever has a session has it
 

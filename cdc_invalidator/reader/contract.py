@@ -42,7 +42,7 @@ Command: TypeAlias = tuple[Any, ...]
 # Seconds between two looks at what another reader loads; randomised, so that not all look at once.
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.1
 REPORT_SECONDS = 60.0
-# Versions that a process keeps in mind, for each cache.
+# How many versions a process remembers, for each cache.
 REMEMBERED = 10_000
 
 
@@ -69,12 +69,12 @@ class Entry:
     """
 
     # Most entries are hits, which need none of these.
-    token = b""  # of its lease, once it is asked for
-    lease = b""  # what that is held under, once it is ours
-    guess = b""  # the version that was looked for, if it was remembered
+    token = b""  # of its lease, once that is asked for
+    lease = b""  # the text in the lock, once the lease is ours
+    guess = b""  # the remembered version that was used for the look
     value: Any = None
     done = False
-    refresh = False  # have it loaded whatever is there: it can't be read, or is too old
+    refresh = False  # load it whatever is there, which can't be read or is too old
 
     def __init__(
         self, item: Any, params: Mapping[str, Any], key: bytes, version_key: bytes = b"", *, stale: bool = False
@@ -83,7 +83,7 @@ class Entry:
         self.params = params
         self.key = self.rest = key
         self.version_key = version_key
-        # Whether an old value will do while somebody else loads.
+        # Whether an old value will do while another reader loads.
         self.stale = stale
 
     def found(self, value: Any) -> None:
@@ -132,7 +132,7 @@ class Tokens:
 
     def next(self) -> bytes:
         """Return a new token."""
-        # A process that was forked must not go on with its parent's.
+        # A forked process must not continue its parent's tokens.
         process, prefix = self._owner
         if process != os.getpid():
             self._owner = process, prefix = os.getpid(), os.urandom(8).hex().encode()
@@ -188,7 +188,7 @@ class Contract(Generic[T]):
         self._versioned = cache.version is not None
         self._one_hash_slot = not world.cluster or cache.one_hash_slot
         self._locks_beside = not world.cluster or bool(cache.key.hash_tag)
-        # The versions of the last reads: the key can then be asked for together with its version.
+        # The versions of the last reads, with which the key is asked for together with its version.
         self._versions: dict[bytes, bytes] = {}
         # When to log each kind of refusal again.
         self._reported: dict[str, float] = {}
@@ -478,7 +478,7 @@ class Contract(Generic[T]):
         return ("EVALSHA", self.world.scripts.take, len(keys), *keys, self._token(entry), self._lease, header)
 
     def _lock(self, entry: Entry) -> bytes:
-        # The daemon does not touch the lease of a key that has only a version: it may be named after its slot.
+        # Where busts only bump versions, the daemon deletes no locks; this one is named to lie in the key's slot.
         return entry.key + LOCK_SUFFIX if self._locks_beside else b"{%b}%b" % (entry.key, LOCK_SUFFIX)
 
     def _token(self, entry: Entry) -> bytes:
@@ -502,7 +502,7 @@ class Contract(Generic[T]):
 
     def _served(self, entry: Entry, reply: Any, demand: Demand) -> bool:
         """Return whether what another reader stored, or a bust left, is this entry's value."""
-        # Where the lease is somebody else's, what is there next time may be new.
+        # Another reader has the lease, so what is there next time may be new.
         entry.refresh = False
         stale = isinstance(reply, list)
         stored = reply[0] if stale and reply else reply
@@ -579,7 +579,7 @@ class Contract(Generic[T]):
         try:
             yield Send([("EVALSHA", scripts.release, 1, self._lock(entry), entry.lease) for entry in mine])
         except Unavailable:
-            return  # it runs out by itself
+            return  # the leases run out
 
     def beside(self, entries: Iterable[Entry], reason: str) -> Steps[None]:
         """Load, without storing, what has no value yet."""
@@ -695,7 +695,7 @@ class Contract(Generic[T]):
         commands: list[Command] = []
         try:
             if self._versioned and self.cache.bump_over is None:
-                # The next reader makes another, from the clock.
+                # The next reader makes a new version, from the clock.
                 commands = [("UNLINK", entry.version_key), ("UNLINK", entry.version_key + STALE_SUFFIX)]
             else:
                 if self._versioned:

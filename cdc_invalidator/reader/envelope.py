@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _LATEST, _LONGEST = 10**13 - 1, 10**7 - 1
-_TIMES = 13 + 1 + 13 + 1 + 7 + 1  # with what stands behind each
+_TIMES = 13 + 1 + 13 + 1 + 7 + 1  # with the separator behind each
 
 
 class Times(NamedTuple):

@@ -46,7 +46,7 @@ class Feed:
     def __init__(self, slot: str, standby: str = "") -> None:
         self.command = ("HMGET", f"cdc:{slot}:watermark".encode(), *FIELDS)
         self._standby = standby
-        # The last one, and the texts that it was made of: they hardly ever change.
+        # The last watermark and the texts it was read from, which hardly ever change.
         self._last: tuple[SeenWatermark, Any] | None = None
 
     def read(self, fields: Sequence[bytes | None]) -> SeenWatermark | None:

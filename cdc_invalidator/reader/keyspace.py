@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-# An estimate is some percent off, and the hint is a rough number itself.
+# The estimate is some percent off, and the hint is rough itself.
 _ROOM = 1.25
 
 

@@ -123,7 +123,7 @@ class Pulse:
     """When to send a ping, and when to give up on the connection; times are monotonic, in seconds.
 
     Args:
-        local: is told what is proven.
+        local: whose messages the connection carries.
         beat: seconds between pings.
         patience: seconds that a ping may go unanswered.
     """

@@ -70,7 +70,7 @@ end
 return version
 """
 
-# KEYS: the lock. ARGV: token, milliseconds of the lease. Takes it from whoever has it, and gives its number.
+# KEYS: the lock. ARGV: token, milliseconds of the lease. Takes it from any holder, and returns its number.
 SEIZE = """
 local time = redis.call('TIME')
 local number = time[1] * 1000000 + time[2]

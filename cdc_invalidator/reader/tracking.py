@@ -78,7 +78,7 @@ class Follower:
         while not self._stop.is_set():
             if pulse.due(time.monotonic()):
                 connection.send_command("PING")
-            # Nothing for a message, which is taken then.
+            # The reply to a message is None; the handler has taken it.
             if connection.can_read(timeout=pulse.beat / 2) and connection.read_response(push_request=True) is not None:
                 pulse.answered()
 
@@ -122,7 +122,7 @@ class AsyncFollower:
         while True:
             if pulse.due(time.monotonic()):
                 await connection.send_command("PING")
-            # Nothing after that time, and for a message, which is taken then.
+            # None after that time, and for a message, which the handler has taken.
             reply = await connection.read_response(push_request=True, timeout=pulse.beat / 2)
             if reply is not None:
                 pulse.answered()

@@ -47,7 +47,7 @@ from cdc_invalidator.rules.suffixes import LOCK_SUFFIX
 LOOK_SECONDS = 1.0
 ANSWER_SECONDS = 2.0
 HOPS = 5
-# A search passes over all nodes again while slots move: each pass makes up for one move of a key.
+# How often a search passes over all nodes while hash slots move: each pass makes up for one move of a key.
 PASSES = 3
 
 
@@ -89,10 +89,10 @@ class Cluster(CacheServer):
         self._seeds = [self._node(address, min(timeout, ANSWER_SECONDS)) for address in endpoint.addresses]
         self._nodes: dict[Address, Node] = {}
         self._view: View | None = None
-        # Of each node's watermark: what was read or written last, and for which count of moves the keys hold.
+        # By key, the id of the watermark that was read or written last; the keys, and the count of moves they hold for.
         self._last_watermark_ids: dict[bytes, str] = {}
         self._known_watermark_keys: tuple[int, list[bytes]] = (-1, [])
-        # Counted up whenever slots have moved, or may have.
+        # Counts each time that hash slots have moved, or may have.
         self._moves = 0
         self._why_lost: str | None = None
         self._turn = asyncio.Lock()
@@ -171,7 +171,7 @@ class Cluster(CacheServer):
             self._why_lost = "A master of the cluster was replaced; all are looked for again."
             return
         for address in latest.idle - self._nodes.keys():
-            # It is empty, and by holding on to it we know what it is given.
+            # It has no hash slots yet. Once connected, it is known when it gets some.
             await self._join(address)
         if moving or latest.owners != known.owners:
             self._moves += 1
@@ -182,7 +182,7 @@ class Cluster(CacheServer):
         try:
             await self._open(newcomer)
         except errors.RedisUnavailable:
-            # It has no slots yet; when it has, it must be there.
+            # It has no hash slots yet, so nothing depends on it.
             await newcomer.close()
             return
         self._nodes[address] = newcomer
@@ -236,7 +236,7 @@ class Cluster(CacheServer):
         where = node.redirection(answer)
         if where is None or replies.of(where.code).does is not replies.Does.REDIRECT:
             raise node.failed(str(item.command[0]), answer) from answer
-        # An empty host is that of the node that answers.
+        # An empty host means the host of the node that answered.
         to = Address(where.host or (item.to or self._owner(item.key)).host, where.port)
         self._moves += 1
         if where.code == "MOVED":

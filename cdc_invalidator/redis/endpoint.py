@@ -84,7 +84,7 @@ class Endpoint:
         kind = _KINDS[name]
         if kind == "server":
             return cls(kind, url)
-        # Not by urlsplit, which takes no list of hosts with IPv6 among them.
+        # urlsplit does not read lists of hosts with IPv6 addresses.
         place, _, query = rest.partition("?")
         network, _, path = place.partition("/")
         user, _, hosts = network.rpartition("@")
@@ -97,7 +97,7 @@ class Endpoint:
             url.encode()
         except ValueError:
             raise errors.WrongSettings(_UNREADABLE[kind]) from None
-        # Signs that a password holds unencoded would make a host of its beginning.
+        # With these signs unencoded in a password, its beginning would be read as a host.
         stray = "#" in rest or "@" in query or "@" in path or set(user) & set("[] ")
         if (kind == "sentinel" and not service) or number < 0 or stray:
             raise errors.WrongSettings(_UNREADABLE[kind])

@@ -36,7 +36,7 @@ def read_view(asked: str, info: bytes, slots: Any, nodes: bytes) -> View:
     """
     owners: list[Address | None] = [None] * 16384
     for first, last, (host, port, *_), *_ in slots:
-        # No host, or an empty one: the node that is asked does not know how others reach it.
+        # Without a host, the node does not know how others reach it.
         owner = Address(host.decode() if host else asked, int(port))
         owners[first : last + 1] = [owner] * (last + 1 - first)
     idle: set[Address] = set()
@@ -48,7 +48,7 @@ def read_view(asked: str, info: bytes, slots: Any, nodes: bytes) -> View:
             # [slot->-node or [slot-<-node: it is giving the slot away, or taking it in.
             moving |= {int(part[1:].split(b"-", 1)[0]) for part in ranges if part.startswith(b"[")}
         if b"master" in names and not ranges and not {b"fail", b"noaddr", b"handshake"} & set(names):
-            # As in ip:port@bus,hostname; an IPv6 address is not in brackets here, and a lone node has none.
+            # The form is ip:port@bus,hostname; an IPv6 address has no brackets here, and a lone node has no address.
             host, _, port = address.split(b"@", 1)[0].rpartition(b":")
             idle.add(Address(host.decode() or asked, int(port)))
     facts = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)

@@ -63,7 +63,7 @@ class Node:
 
     def __init__(self, url: str, *, timeout: float = 5.0) -> None:
         options: dict[str, Any] = {
-            # Of a whole round trip: the driver's own would be set and cleared for each reply.
+            # `send` limits the whole round trip; the driver would set and clear its own for each reply.
             "socket_timeout": None,
             "socket_connect_timeout": timeout,
             "client_name": "cdc-invalidator",
@@ -73,13 +73,13 @@ class Node:
             made: type[AbstractConnection] = options.pop("connection_class", Connection)
             self._connection = made(**options)
         except (ValueError, TypeError, exceptions.RedisError):
-            # The driver's words may repeat a part of the password.
+            # The driver's message may repeat a part of the password.
             raise errors.WrongSettings(
                 "CDC_REDIS_URL can't be read; write redis://user:password@host:port/db, the password percent-encoded, "
                 "and behind `?` only options that redis-py knows."
             ) from None
         self._timeout = timeout
-        # A round trip is whole: nobody else's replies may come in between.
+        # One round trip at a time, so that each caller gets its own replies.
         self._turn = asyncio.Lock()
 
     async def connect(self) -> None:
@@ -122,9 +122,9 @@ class Node:
             async with self._turn, asyncio.timeout(self._timeout):
                 if not connection.is_connected:
                     raise exceptions.ConnectionError("the connection has ended")  # noqa: TRY301
-                # The driver's own way takes Python's time for each key.
+                # The driver's own packing runs Python code for each key.
                 for command in commands:
-                    # One by one: the server works on the first while the next is made.
+                    # One by one: the server works on the first while the next is packed.
                     packed = hiredis.pack_command((*command[0].split(), *command[1:]))
                     await connection.send_packed_command(packed, check_health=False)
                 for _ in commands:
@@ -136,7 +136,7 @@ class Node:
             await self.close()
             raise failed("the connection", error) from error
         except BaseException:
-            # Whoever comes next must not be given the replies of a round trip that was broken off.
+            # The next caller must not get the replies of an interrupted round trip.
             await self.close()
             raise
         return answers
@@ -146,13 +146,13 @@ class Node:
         try:
             await self._connection.disconnect(nowait=True)
         except (exceptions.RedisError, OSError):
-            # It is being thrown away: how it goes does not matter, and what was in flight is applied again.
+            # It is thrown away in any case; what was in flight is applied again.
             return
 
 
 async def end(task: asyncio.Task[None]) -> None:
     """Cancel a task that asks servers, until it has ended."""
-    # Told again: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it returns.
+    # Cancel repeatedly: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it returns.
     while not task.done():
         task.cancel()
         await asyncio.wait({task}, timeout=0.1)
@@ -171,7 +171,7 @@ def code(error: BaseException) -> str:
         return word
     if _NO_RIGHT.search(text):
         return "NOPERM"
-    # Redis before 7 wraps what a command of a script answers.
+    # Redis before 7 wraps the error of a command in a script.
     inside = _IN_SCRIPT.search(text)
     return inside[1] if inside and inside[1] in replies.TABLE else "ERR"
 
@@ -203,8 +203,8 @@ def failed(what: str, error: BaseException) -> errors.RedisUnavailable:
 
 def _without_keys(name: str, error: BaseException) -> str:
     text = str(error).removeprefix(name).strip()
-    if name != "NOPERM":  # which names the command that must be granted, and no key
-        # Some replies repeat the arguments (unknown command, script errors): only the first words are safe to show.
+    if name != "NOPERM":  # its text names the command to grant, and no key
+        # Some replies repeat the arguments (unknown command, script errors), so only the first words are shown.
         text = _QUOTED.split(text, maxsplit=1)[0].strip()
     if isinstance(error, (socket.gaierror, ssl.SSLError)):
         text = error.strerror or text

@@ -1,7 +1,7 @@
 """What happens when Redis fails: `TABLE` has a row for each kind of failure. Pure.
 
 `node.code` finds the row of an error. The rule that holds here: nothing that failed counts as done. Whatever a row
-says, the busts concerned are applied again; rows differ in where, how soon, and who is told.
+says, the busts concerned are applied again; rows differ in where and how soon, and in who must act.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ class Does(StrEnum):
     """What a failure leads to."""
 
     RETRY = "retry"
-    """The connection is thrown away; the same is applied on a new one, after a pause."""
+    """Close the connection, and apply the same again on a new one after a pause."""
     REDIRECT = "redirect"
-    """In a cluster, the command goes where the reply points; from a single server it is as REPORT."""
+    """In a cluster, send the command where the reply points; with a single server, as REPORT."""
     WIDEN = "widen"
-    """Less exact work is done in its place: a version is deleted instead of bumped, a watermark left to age."""
+    """Do something coarser instead: delete a version rather than bump it, leave the watermark to age."""
     REPORT = "report"
-    """As RETRY, and an error that says what the operator must do: it does not get better by itself."""
+    """As RETRY, and log an error that says what the operator must do, since only that helps."""
 
 
 class Reply(NamedTuple):
-    """One row: what is done, and the remedy that the error tells."""
+    """One row: what to do, and the remedy for the error's message."""
 
     does: Does
     remedy: str
@@ -40,7 +40,7 @@ TABLE: dict[str, Reply] = {
     "TRYAGAIN": Reply(Does.RETRY, "a slot is on the move; it is tried again until that is over"),
     "CROSSSLOT": Reply(Does.REPORT, _A_CLUSTER),
     "READONLY": Reply(Does.RETRY, "it is a replica; the master is looked for again, or CDC_REDIS_URL must name it"),
-    # Not now.
+    # Later it will work.
     "LOADING": Reply(Does.RETRY, _WAIT),
     "BUSY": Reply(Does.RETRY, "a script of somebody else runs for too long; it is tried again until that ends"),
     "MASTERDOWN": Reply(Does.RETRY, "it is a replica that lost its master; the master is looked for again"),
@@ -61,7 +61,7 @@ TABLE: dict[str, Reply] = {
     "TIMEOUT": Reply(Does.RETRY, "check CDC_REDIS_URL and the server, which does not answer"),
     "CLOSED": Reply(Does.RETRY, "check CDC_REDIS_URL and the server"),
     "GARBLED": Reply(Does.REPORT, "what answers does not speak Redis's protocol; check CDC_REDIS_URL"),
-    # Ours: the server answers, and is not the one that we mean.
+    # Our own: the server answers, but is no longer the right one.
     "MOVED_AWAY": Reply(Does.RETRY, "the one that took over is looked for"),
     "OTHER_DATA": Reply(Does.RETRY, "what it has had is compared anew"),
 }

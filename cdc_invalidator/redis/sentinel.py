@@ -86,7 +86,7 @@ class Sentinels:
     async def _look(self) -> None:
         while self._why_lost is None:
             await asyncio.sleep(LOOK_SECONDS)
-            # That no Sentinel answers is no reason to stop: the master does.
+            # If no Sentinel answers, the connection to the master is still good.
             answer = await self._ask_all()
             if answer is not None and answer.epoch >= self._known.epoch and answer.address != self._known.address:
                 self._why_lost = f"Sentinel names {answer.address} as the master now, no longer {self._known.address}."
@@ -108,7 +108,7 @@ class Sentinels:
             )
         except errors.RedisUnavailable as error:
             self._silence = str(error)
-            # It is asked again, on a new connection; the others are asked anyway.
+            # It is asked again on a new connection, next time.
             lost = self._asked.pop(address, None)
             if lost is not None:
                 await lost.close()

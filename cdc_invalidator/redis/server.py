@@ -18,7 +18,7 @@ from cdc_invalidator.redis.node import Command, Node, failed
 from cdc_invalidator.redis.scripts import ScriptDigests
 from cdc_invalidator.redis.watermark import Watermark
 
-# Keys a command: large enough that commands don't matter, small enough that no other client waits long.
+# Keys in a command: so many that the cost of a command does not count, so few that no other client waits long.
 KEYS_A_COMMAND = 1000
 SCAN_COUNT = 1000
 # What `CacheServer.info` reads.

@@ -80,7 +80,7 @@ class Single(CacheServer):
                     counted += [[], [number]]
         for keys, counts, numbers in _chunks(plain):
             if len(numbers) == 1:
-                # Without a script, at half the cost; nothing but locks is counted by the first.
+                # Two commands cost half as much as the script. The first counts locks, which nobody asks for.
                 commands += [("UNLINK", *(key + LOCK_SUFFIX for key in keys)), ("UNLINK", *keys)]
                 counted += [[], numbers]
             else:
@@ -164,7 +164,7 @@ def _chunks(groups: Sequence[Sequence[bytes]]) -> list[tuple[list[bytes], list[i
     """Cut groups into commands of at most KEYS_A_COMMAND keys: keys, counts a group, and the groups' numbers."""
     chunks: list[tuple[list[bytes], list[int], list[int]]] = []
     if len(groups) == sum(map(len, groups)) and all(groups):
-        # One key each, as small transactions give them.
+        # One key each, as in small transactions.
         for start in range(0, len(groups), KEYS_A_COMMAND):
             alone = [group[0] for group in groups[start : start + KEYS_A_COMMAND]]
             chunks.append((alone, [1] * len(alone), list(range(start, start + len(alone)))))

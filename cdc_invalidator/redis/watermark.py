@@ -79,7 +79,7 @@ class Watermark:
                 standbys={str(name): None if since is None else str(since) for name, since in standbys.items()},
                 as_of=int(fields.get(b"as_of", 0)),
             )
-        except (KeyError, ValueError, RecursionError):  # the last one: JSON nested too deep
+        except (KeyError, ValueError, RecursionError):  # RecursionError: JSON nested too deep
             return None
 
 

@@ -23,9 +23,9 @@ Holds = Callable[[str, Sequence[Value] | None, Sequence[Value] | None], bool]
 
 ROOTS = frozenset({"op", "old", "new"})
 
-# pg_type.oid of what is not handed over as text: bool; int8, int2, int4, oid; float4, float8; numeric.
+# pg_type.oid of the types that CEL does not get as text: bool; int8, int2, int4, oid; float4, float8; numeric.
 _BOOL, _INTEGERS, _FLOATS, _NUMERIC = 16, frozenset({20, 21, 23, 26}), frozenset({700, 701}), 1700
-# Text in quotes, and what reads a column: new.plan, old["plan"]. What stands alone reads the whole row.
+# Quoted text, and reads of a column: new.plan, old["plan"]. `new` or `old` alone reads the whole row.
 _READS = re.compile(
     r"""
       (?P<string> r?(?:'''.*?'''|\"\"\".*?\"\"\"|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*") )
@@ -34,7 +34,7 @@ _READS = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-# What a macro names itself: ["pro", "team"].exists(plan, plan == new.plan).
+# A name that a macro binds: ["pro", "team"].exists(plan, plan == new.plan).
 _BOUND = re.compile(r"\.\s*(?:all|exists|exists_one|filter|map)\s*\(\s*([A-Za-z_]\w*)\s*,")
 _ERROR_AT = re.compile(r"<input>:(\d+):(\d+): (?:Syntax error: )?([^\n]*)")
 
@@ -49,7 +49,7 @@ class ConditionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The columns of one row that an expression names; ``whole``: it reads the row as such."""
+    """The columns of one row that an expression names; ``whole``: it reads the row as a whole."""
 
     columns: frozenset[str]
     whole: bool
@@ -85,7 +85,7 @@ class Condition:
 
     def refuses(self, op: str) -> bool:
         """Return whether it is false for all changes of this kind, whatever the rows hold."""
-        # A row that is there stays undefined: what depends on it fails, and so is not false.
+        # Rows that exist stay undefined: an expression that depends on one fails, and so is not false.
         absent = ROWS_OF["update"] - ROWS_OF[op]
         try:
             return self._program.execute(self._context({"op": op, **dict.fromkeys(absent)})) is False

@@ -163,7 +163,7 @@ class Draft:
 
     def _check_test(self, document: Document, loc: Loc, test: TestEntry) -> bool:
         """Note mistakes with which no run of the test could pass."""
-        change, told = test.change, len(document.problems)
+        change, before = test.change, len(document.problems)
         if not any(rule.entry.table == change.table for rule in self._rules) and self._every_file:
             remedy = nearest(str(change.table), [str(rule.entry.table) for rule in self._rules], "write a rule for it")
             document.complain((*loc, "change", "table"), f"no rule names the table {change.table}; {remedy}")
@@ -179,7 +179,7 @@ class Draft:
         for cache in test.via.keys() - self._declared if self._every_file else ():
             remedy = nearest(cache, self._declared, "define it under `caches`")
             document.complain((*loc, "via", cache), f"there is no cache {shown(cache)}; {remedy}", of_key=True)
-        return len(document.problems) == told
+        return len(document.problems) == before
 
 
 _A_CHANGE = {"insert": "an insert", "update": "an update", "delete": "a delete", "truncate": "a truncate"}
@@ -208,7 +208,7 @@ def _vars(documents: Sequence[Document], env: Mapping[str, str]) -> Mapping[str,
 
 def _query(document: Document, loc: Loc, text: str) -> Query | None:
     """Read a `via` query: one SELECT whose `{column}` are bound, never pasted."""
-    told = len(document.problems)
+    before = len(document.problems)
     if not _SELECT.match(text):
         document.complain(loc, "a `via` query must be one SELECT; write `SELECT column AS parameter FROM …`")
     parts: list[str | Param] = []
@@ -228,7 +228,7 @@ def _query(document: Document, loc: Loc, text: str) -> Query | None:
         if piece in _QUOTES:
             quoted = "" if quoted == piece else quoted or piece
         parts.append("" if piece == ";" and not quoted else piece)
-    if len(document.problems) > told:
+    if len(document.problems) > before:
         return None
     return Query(tuple(parts), tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Param))))
 
@@ -329,7 +329,7 @@ def _check_cache(draft: _CacheDraft) -> None:
         sentence = "the cache has a `version` but its key lacks `{version}`; put it there, or remove `version`"
         document.complain((*loc, "key"), sentence)
     if not whole:
-        return  # a field that seems to be missing may be one that is wrong
+        return  # a field that seems to be missing may be a wrong one
     if entry.version is None and key is not None and "version" in key.params:
         sentence = "the key has `{version}` but the cache has no `version`; add its template, or rename the parameter"
         document.complain((*loc, "key"), sentence)
@@ -417,7 +417,7 @@ def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
         sorted(rule.immutable),
         sorted(bust.columns.items()),
     ]
-    # What later versions of the format brought is left out where it is not used: their caches need not be swept.
+    # Later additions to the format are left out if unused, so that an upgrade sweeps no cache.
     more = {
         "when": rule.when,
         "via": bust.query

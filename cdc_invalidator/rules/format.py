@@ -189,7 +189,7 @@ class RuleFile(_Entry):
 
 # The models' errors in our own words.
 
-# By the section of the file that an entry stands in: what it is called, and its model.
+# By section of the file: what an entry is called, and its model.
 _SECTIONS: dict[int | str, tuple[str, type[BaseModel]]] = {
     "": ("a rule file", RuleFile),
     "caches": ("a cache", CacheEntry),
@@ -233,7 +233,7 @@ def check_format(document: Document) -> None:
         RuleFile.model_validate(document.value)
     except ValidationError as wrong:
         for error in wrong.errors(include_url=False):
-            # What is too much, ill-named, or empty is shown at its key; what is missing, at its owner's.
+            # Point to the key of what is superfluous, ill-named or empty; of what is missing, to its owner's.
             of_key = error["type"] in {"extra_forbidden", "missing"} or error["loc"][-1:] == ("[key]",)
             document.complain(error["loc"], _sentence(error), of_key=of_key or error["input"] is None)
 
@@ -282,7 +282,7 @@ def entries(document: Document, section: str) -> Iterator[tuple[Loc, Any]]:
 def sound(document: Document, section: str, model: type[Model]) -> Iterator[tuple[Loc, Model, bool]]:
     """Return the entries that can be checked further, and whether they are right as a whole.
 
-    `check_format` has told what is wrong with the others; of these, wrong fields are left out.
+    `check_format` has noted the mistakes in the others; wrong fields of these are left out.
     """
     for loc, entry in entries(document, section):
         try:

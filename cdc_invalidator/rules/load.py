@@ -90,7 +90,7 @@ def _parse(
     draft = Draft(documents, env, every_file=not problems, conditions=conditions)
     problems += [problem for document in documents for problem in document.problems]
     if problems:
-        # An alias brings the same mistake from the same place more than once.
+        # Through a YAML alias, a mistake is found more than once at the same place.
         raise WrongRules(list(dict.fromkeys(problems)))
     return replace(draft.rule_set(), fingerprint=short_digest(sources))
 
@@ -98,7 +98,7 @@ def _parse(
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    # A ConfigMap's mount is links to files in `..data`, itself a link: hidden names are not looked into.
+    # A ConfigMap is mounted as links to files in the hidden `..data`, so hidden names are skipped.
     found = sorted(
         file for file in path.iterdir() if file.suffix in {".yaml", ".yml"} and not file.name.startswith(".")
     )

@@ -27,10 +27,10 @@ _DIGITS = _mask(b"0123456789")
 _HEX = _mask(b"0123456789abcdef")
 _UNRESERVED = _mask(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.~-")
 _ANY = _mask(range(0x20, 0x7F)) | _mask(range(0x80, 0x100))
-# What people put between the parts of a key, and most values do not hold.
+# Separators that people put between the parts of a key; most values hold none.
 _SEPARATORS = _mask(b":/|#")
 
-# What an example is made of, where several bytes would do.
+# Of several bytes that would do, an example has the first of these.
 _NICE = b"1023456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_." + bytes(range(0x21, 0x100)) + b" "
 
 
@@ -77,7 +77,7 @@ COUNTER = Texts((_DIGITS,), _DIGITS)
 FLAG = Texts((_mask(b"tf"),))
 HASH = Texts((_HEX,) * 64)
 UUID = Texts(tuple(_mask(b"-") if place in {8, 13, 18, 23} else _HEX for place in range(36)))
-# What a sweep looks for in a parameter's place: also nothing.
+# What a sweep finds in a parameter's place: any text, also an empty one.
 _STAR = Texts((), _ANY)
 
 
@@ -121,7 +121,7 @@ class Language:
     @classmethod
     def of_sweep(cls, template: Template) -> Self:
         """Return the language of what a sweep of the template's keys finds; see `Template.glob`."""
-        # A filter changes nothing of what the pattern finds.
+        # The pattern finds the same with and without filters.
         plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in template.parts)
         return cls(plain, dict.fromkeys(template.params, _STAR))
 

@@ -291,7 +291,7 @@ def _regex(part: bytes | Param, groups: dict[Param, str], *, greedy: bool) -> by
 
 # ── From text to parts ───────────────────────────────────────────────────────────────────────────────────────────────
 
-# Every character of a text falls in exactly one token. `${{` is a dollar sign before a literal brace.
+# Every character is part of exactly one token. `${{` is a dollar sign before a literal brace.
 _TOKEN = re.compile(
     r"""
       (?P<brace> \{\{ | \}\} )

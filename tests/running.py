@@ -73,6 +73,9 @@ class RunningDaemon:
 
     def __init__(self, *, dsn: str, redis_url: str, rules: Path, slot: str, **settings: str) -> None:
         self.command = _RUN
+        self.dsn = dsn
+        self.redis_url = redis_url
+        self.rules = rules
         self.slot = slot
         self.port = int(settings.get("http_port", free_port()))
         self._env = {name: value for name, value in os.environ.items() if not name.startswith("CDC_")} | {

@@ -10,6 +10,7 @@ import reading
 import redis
 from clusters import SLOTS, Cluster, Node, slot_of
 from running import RunningDaemon, eventually, execute, settled
+from stage import Stage
 from writing import assert_nothing_confirmed_too_early
 
 from cdc_invalidator.embedded.process import HOST
@@ -25,12 +26,19 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-class Stage:
-    def __init__(self, dsn: str, cluster: Cluster, daemon: RunningDaemon) -> None:
-        self.dsn = dsn
+class ClusterStage(Stage):
+    """A daemon on a cluster that an application uses."""
+
+    def __init__(self, daemon: RunningDaemon, cluster: Cluster, client: Any = None) -> None:
+        super().__init__(daemon, client)
         self.cluster = cluster
-        self.daemon = daemon
-        self.app = reading.Application(dsn, cluster.client, writers=2, readers=4, settle=self.settle)
+        self.app = reading.Application(self.dsn, cluster.client, writers=2, readers=4, settle=self.settle)
+
+    def begin(self) -> None:
+        self.daemon.ready()
+
+    def end(self) -> None:
+        """Judge nothing: tests do."""
 
     def settle(self) -> None:
         with contextlib.closing(self.cluster.client()) as client:
@@ -50,19 +58,18 @@ class Stage:
 
 
 @pytest.fixture
-def stage(database: str, cluster: Cluster, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+def stage(database: str, cluster: Cluster, tmp_path: Path, slot_name: str) -> Iterator[ClusterStage]:
     reading.create(database)
     rules = reading.rules_file(tmp_path)
-    with RunningDaemon(dsn=database, redis_url=cluster.url, rules=rules, slot=slot_name) as daemon:
-        daemon.ready()
-        stage = Stage(database, cluster, daemon)
-        with stage.app:
-            yield stage
-        for event in [event for event in daemon.events if event["event"] != "bust"][-20:]:
-            print("   ", event)
+    with (
+        contextlib.closing(cluster.client()) as client,
+        ClusterStage.playing(database, cluster.url, rules, slot_name, cluster, client=client) as stage,
+        stage.app,
+    ):
+        yield stage
 
 
-def test_slots_move_while_busts_flow_and_then_a_master_dies(stage: Stage) -> None:
+def test_slots_move_while_busts_flow_and_then_a_master_dies(stage: ClusterStage) -> None:
     stage.app.run(1)
     target = stage.cluster.masters()[1]
     used = sorted({slot_of(f"t:{{{number}}}:count") for number in range(1, reading.ROWS + 1)})
@@ -77,7 +84,7 @@ def test_slots_move_while_busts_flow_and_then_a_master_dies(stage: Stage) -> Non
     stage.assert_nothing_stale()
 
 
-def test_a_master_fails_over_to_a_replica_that_has_not_had_the_last_busts(stage: Stage) -> None:
+def test_a_master_fails_over_to_a_replica_that_has_not_had_the_last_busts(stage: ClusterStage) -> None:
     stage.app.run(1)
     victim = stage.cluster.masters()[0]
     replica = stage.cluster.replica_of(victim)
@@ -98,7 +105,7 @@ def test_a_master_fails_over_to_a_replica_that_has_not_had_the_last_busts(stage:
     assert not stage.daemon.named("bust", action="sweep", op="missed_changes")
 
 
-def test_a_new_master_is_taken_in_and_nothing_is_swept_for_it(stage: Stage) -> None:
+def test_a_new_master_is_taken_in_and_nothing_is_swept_for_it(stage: ClusterStage) -> None:
     stage.app.run(0.5)
     before = len(stage.daemon.named("bust", action="sweep"))
     newcomer = stage.cluster.add_master()

@@ -13,6 +13,7 @@ import redis
 from prometheus_client import CollectorRegistry
 from running import SECONDS, RunningDaemon, eventually, execute, settled, wal_position, watermark
 from sentinels import Sentinels
+from stage import Stage
 from writing import assert_nothing_confirmed_too_early
 
 from cdc_invalidator import log
@@ -41,26 +42,28 @@ if TYPE_CHECKING:
     from cdc_invalidator.redis.node import Node
 
 
-class Stage:
+class FailoverStage(Stage):
     """A database, a daemon and an application; its cache is wherever ``where`` says."""
 
-    def __init__(self, dsn: str, daemon: RunningDaemon, where: Any) -> None:
-        self.dsn = dsn
-        self.daemon = daemon
+    def __init__(self, daemon: RunningDaemon, where: Callable[[], str], client: Any = None) -> None:
+        super().__init__(daemon, client)
         self._where = where
-        self.app = reading.Application(dsn, self.client, writers=2, readers=4, settle=self.settle)
+        self.app = reading.Application(self.dsn, self.connect, writers=2, readers=4, settle=self.settle)
 
-    def client(self) -> redis.Redis:
+    def end(self) -> None:
+        """Judge nothing: tests do."""
+
+    def connect(self) -> redis.Redis:
         return redis.Redis.from_url(self._where(), socket_timeout=2)
 
     def settle(self) -> None:
-        with self.client() as client:
+        with self.connect() as client:
             settled(self.dsn, client, self.daemon.slot)
 
     def assert_nothing_stale(self) -> None:
         self.app.stop()
         self.settle()
-        with self.client() as client:
+        with self.connect() as client:
             assert reading.stale(self.dsn, client) == {}
             assert reading.entries(client) > 0
             assert_nothing_confirmed_too_early(self.dsn, client, self.daemon.slot)
@@ -71,22 +74,14 @@ class Stage:
         return len(self.daemon.named("bust", action="sweep"))
 
 
+@contextlib.contextmanager
 def staged(
-    dsn: str, url: str, folder: Path, slot: str, where: Any, **settings: str
-) -> contextlib.AbstractContextManager[Stage]:
-    @contextlib.contextmanager
-    def manager() -> Iterator[Stage]:
-        reading.create(dsn)
-        rules = reading.rules_file(folder)
-        with RunningDaemon(dsn=dsn, redis_url=url, rules=rules, slot=slot, **settings) as daemon:
-            daemon.ready()
-            stage = Stage(dsn, daemon, where)
-            stage.settle()
-            yield stage
-            for event in [event for event in daemon.events if event["event"] != "bust"][-20:]:
-                print("   ", event)
-
-    return manager()
+    dsn: str, url: str, folder: Path, slot: str, where: Callable[[], str], **settings: str
+) -> Iterator[FailoverStage]:
+    reading.create(dsn)
+    rules = reading.rules_file(folder)
+    with FailoverStage.playing(dsn, url, rules, slot, where, **settings) as stage:
+        yield stage
 
 
 # Sentinel.
@@ -130,13 +125,13 @@ def test_without_a_memory_of_the_busts_a_promoted_replica_is_swept(
             stage.daemon.kill()
             sentinels.lose_master()
             sentinels.promoted()
-            with stage.client() as client:
+            with stage.connect() as client:
                 assert reading.stale(database, client), "the replica has old values"
             stage.daemon.start()
             stage.daemon.ready()
         stage.daemon.seen("gap", reason="missed_changes")
         stage.settle()
-        with stage.client() as client:
+        with stage.connect() as client:
             assert reading.stale(database, client) == {}
 
 
@@ -247,7 +242,7 @@ def test_a_restored_snapshot_is_given_the_busts_that_it_lacks(
     with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
         with stage.app:
             stage.app.run(1)
-            with stage.client() as client:
+            with stage.connect() as client:
                 client.save()
             stage.app.run(1.5)
             valkey.kill()
@@ -262,7 +257,7 @@ def test_a_snapshot_older_than_the_memory_is_swept(
 ) -> None:
     with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage:
         execute(database, "CREATE TABLE IF NOT EXISTS junk (n int)")
-        with stage.client() as client:
+        with stage.connect() as client:
             client.set("t:{1}:count", 0)
             client.save()
             execute(
@@ -289,7 +284,7 @@ def test_a_flushed_redis_is_no_harm(
             stage.app.run(0.5)
             if not running:
                 stage.daemon.kill()
-            with stage.client() as client:
+            with stage.connect() as client:
                 client.flushall()
             stage.app.run(0.5)
             if not running:
@@ -321,7 +316,7 @@ def test_another_instance_under_the_same_address_is_noticed(
 def test_another_data_set_under_a_connection_that_stands_is_noticed(
     database: str, valkey: Valkey, tmp_path: Path, slot_name: str
 ) -> None:
-    with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage, stage.client() as client:
+    with staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url) as stage, stage.connect() as client:
         client.set("t:{1}:count", 0)
         client.save()
         shutil.copy(valkey.folder / "dump.rdb", tmp_path / "older.rdb")
@@ -396,7 +391,7 @@ def test_where_gaps_are_only_reported_what_is_remembered_is_applied_anew(
         client.save()
     with (
         staged(database, valkey.url, tmp_path, slot_name, lambda: valkey.url, on_gap="warn") as stage,
-        stage.client() as client,
+        stage.connect() as client,
     ):
         execute(database, "UPDATE counters SET n = 1 WHERE id = 1")
         stage.settle()

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
-import redis
-from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
+from running import RunningDaemon, confirmed, eventually, execute, wal_position, watermark
+from stage import Stage
 from writing import assert_nothing_confirmed_too_early
 
 from cdc_invalidator.embedded.process import HOST, as_nobody, give_to_nobody, plain_environment, scratch
@@ -46,30 +46,28 @@ SCHEMA = (
 STRANGERS = 1_000_000
 
 
-class Stage:
+class GapStage(Stage):
     """An application with a cache, and its daemon; it remembers which entries its changes have made stale."""
 
-    def __init__(self, dsn: str, redis_url: str, daemon: RunningDaemon, rules: Path) -> None:
-        self.dsn = dsn
-        self.client = redis.Redis.from_url(redis_url)
-        self.daemon = daemon
-        self.slot = daemon.slot
-        self.rules = rules
+    def __init__(self, daemon: RunningDaemon, client: Any = None) -> None:
+        super().__init__(daemon, client)
         self._stale: set[str] = set()
         self._next = 1
 
-    def cached(self, key: str) -> bool:
-        return bool(self.client.exists(key))
+    def begin(self) -> None:
+        self.daemon.ready()
+        self.gap("new_slot")
+        self.settle()
+        self.forget()
 
-    def cache(self, *keys: str) -> None:
-        for key in keys:
-            self.client.set(key, "cached")
+    def end(self) -> None:
+        """Judge nothing: not every gap ends well."""
 
     def crowd(self) -> None:
         """Let strangers in, so that a sweep takes long."""
         for group in range(10):
             words = ("DEBUG", "POPULATE", STRANGERS // 10, f"stranger-{group}", 1)
-            self.client.execute_command(*words)  # type: ignore[no-untyped-call]
+            self.client.execute_command(*words)
 
     def change(self, dsn: str | None = None) -> str:
         """Cache a thing, change its row, and give the key, which must go now."""
@@ -92,9 +90,6 @@ class Stage:
         self.settle()
         assert self.daemon.terminate() == 0
 
-    def settle(self) -> None:
-        settled(self.dsn, self.client, self.slot)
-
     def gap(self, reason: str, *caches: str) -> None:
         """Wait for a gap of that reason, and for the end of the sweeps of its caches."""
         event = self.daemon.seen("gap", reason=reason)
@@ -115,22 +110,16 @@ class Stage:
 
 
 @contextmanager
-def staged(dsn: str, redis_url: str, folder: Path, slot: str, **settings: str) -> Iterator[Stage]:
+def staged(dsn: str, redis_url: str, folder: Path, slot: str, **settings: str) -> Iterator[GapStage]:
     execute(dsn, *SCHEMA)
     rules = folder / "rules.yaml"
     rules.write_text(RULES)
-    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
-        stage = Stage(dsn, redis_url, daemon, rules)
-        daemon.ready()
-        stage.gap("new_slot")
-        stage.settle()
-        stage.forget()
+    with GapStage.playing(dsn, redis_url, rules, slot, **settings) as stage:
         yield stage
-        stage.client.close()
 
 
 @pytest.fixture
-def stage(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+def stage(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Iterator[GapStage]:
     with staged(database, redis_url, tmp_path, slot_name) as stage:
         yield stage
 
@@ -144,7 +133,7 @@ def value(dsn: str, query: str, *parameters: Any) -> Any:
 # The slot.
 
 
-def test_a_slot_dropped_while_the_daemon_was_away_is_made_anew_and_everything_is_swept(stage: Stage) -> None:
+def test_a_slot_dropped_while_the_daemon_was_away_is_made_anew_and_everything_is_swept(stage: GapStage) -> None:
     stage.stop()
     stage.change()
     execute(stage.dsn, f"SELECT pg_drop_replication_slot('{stage.slot}')")
@@ -154,7 +143,7 @@ def test_a_slot_dropped_while_the_daemon_was_away_is_made_anew_and_everything_is
     stage.assert_all_gone()
 
 
-def test_a_slot_made_anew_under_the_same_name_while_the_daemon_was_away_is_noticed(stage: Stage) -> None:
+def test_a_slot_made_anew_under_the_same_name_while_the_daemon_was_away_is_noticed(stage: GapStage) -> None:
     stage.stop()
     stage.change()
     execute(
@@ -168,7 +157,7 @@ def test_a_slot_made_anew_under_the_same_name_while_the_daemon_was_away_is_notic
     stage.assert_all_gone()
 
 
-def test_a_slot_that_somebody_advanced_while_the_daemon_was_away_is_noticed(stage: Stage) -> None:
+def test_a_slot_that_somebody_advanced_while_the_daemon_was_away_is_noticed(stage: GapStage) -> None:
     stage.stop()
     stage.change()
     execute(stage.dsn, f"SELECT pg_replication_slot_advance('{stage.slot}', pg_current_wal_lsn())")
@@ -177,7 +166,7 @@ def test_a_slot_that_somebody_advanced_while_the_daemon_was_away_is_noticed(stag
     stage.assert_all_gone()
 
 
-def test_nothing_is_swept_when_the_daemon_was_away_and_nothing_else_happened(stage: Stage) -> None:
+def test_nothing_is_swept_when_the_daemon_was_away_and_nothing_else_happened(stage: GapStage) -> None:
     stage.stop()
     stage.change()
     stage.cache("t:thing:99", "t:other:99")
@@ -188,7 +177,7 @@ def test_nothing_is_swept_when_the_daemon_was_away_and_nothing_else_happened(sta
     assert not stage.daemon.named("gap")
 
 
-def test_a_slot_dropped_under_a_frozen_daemon_is_made_anew_and_everything_is_swept(stage: Stage) -> None:
+def test_a_slot_dropped_under_a_frozen_daemon_is_made_anew_and_everything_is_swept(stage: GapStage) -> None:
     stage.daemon.send(signal.SIGSTOP)
     stage.change()
     with psycopg.connect(stage.dsn, autocommit=True) as connection:
@@ -369,7 +358,9 @@ def _standby(primary: Postgres) -> Iterator[Postgres]:
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["its key deleted", "FLUSHDB"])
-def test_a_watermark_that_vanished_while_the_daemon_was_away_sweeps_everything(stage: Stage, everything: bool) -> None:
+def test_a_watermark_that_vanished_while_the_daemon_was_away_sweeps_everything(
+    stage: GapStage, everything: bool
+) -> None:
     stage.stop()
     if everything:
         stage.client.flushdb()
@@ -382,7 +373,7 @@ def test_a_watermark_that_vanished_while_the_daemon_was_away_sweeps_everything(s
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["its key deleted", "FLUSHDB"])
-def test_a_watermark_that_vanishes_while_the_daemon_streams_is_written_anew(stage: Stage, everything: bool) -> None:
+def test_a_watermark_that_vanishes_while_the_daemon_streams_is_written_anew(stage: GapStage, everything: bool) -> None:
     stage.change()
     if everything:
         stage.client.flushdb()
@@ -453,7 +444,7 @@ def test_busts_acknowledged_while_a_long_sweep_holds_the_watermark_back_survive_
 # Rules.
 
 
-def test_only_caches_whose_rules_are_new_or_changed_are_swept(stage: Stage) -> None:
+def test_only_caches_whose_rules_are_new_or_changed_are_swept(stage: GapStage) -> None:
     stage.stop()
     stage.cache("t:thing:98", "t:thing:99", "t:other:99", "t:both:99")
     rules = RULES.replace("  other:", '  both: {key: "t:both:{id}", ttl: 5m}\n  other:')
@@ -483,7 +474,7 @@ def test_with_on_gap_warn_a_gap_is_reported_once_and_nothing_is_swept(
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
     with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name, on_gap="warn") as daemon:
-        stage = Stage(database, redis_url, daemon, rules)
+        stage = GapStage(daemon)
         daemon.ready()
         stage.stop()
         stage.cache("t:thing:99")
@@ -529,7 +520,7 @@ def test_a_daemon_killed_in_the_middle_of_a_gaps_sweep_sweeps_again(
 @pytest.fixture(params=sorted(postgres_bin_dirs(), reverse=True), ids=lambda version: f"PostgreSQL {version}")
 def any_stage(
     request: pytest.FixtureRequest, servers: Callable[[int], Postgres], redis_url: str, tmp_path: Path
-) -> Iterator[Stage]:
+) -> Iterator[GapStage]:
     slot = f"{request.node.originalname[:40]}_{request.param}"
     server = servers(request.param)
     dsn = server.create_database(slot)
@@ -551,7 +542,7 @@ def servers() -> Iterator[Callable[[int], Postgres]]:
         yield of
 
 
-def test_a_publication_dropped_while_the_daemon_streams_is_made_anew(any_stage: Stage) -> None:
+def test_a_publication_dropped_while_the_daemon_streams_is_made_anew(any_stage: GapStage) -> None:
     stage = any_stage
     execute(stage.dsn, f"DROP PUBLICATION {stage.slot}")
     key = stage.change()
@@ -562,7 +553,7 @@ def test_a_publication_dropped_while_the_daemon_streams_is_made_anew(any_stage: 
     stage.assert_all_gone()
 
 
-def test_a_publication_dropped_while_the_daemon_was_away_is_made_anew(any_stage: Stage) -> None:
+def test_a_publication_dropped_while_the_daemon_was_away_is_made_anew(any_stage: GapStage) -> None:
     stage = any_stage
     stage.stop()
     stage.change()
@@ -575,7 +566,7 @@ def test_a_publication_dropped_while_the_daemon_was_away_is_made_anew(any_stage:
 
 @pytest.mark.parametrize("tables", ["TABLE things, others", "ALL TABLES"])
 def test_a_publication_made_anew_by_somebody_while_the_daemon_was_away_is_noticed(
-    any_stage: Stage, tables: str
+    any_stage: GapStage, tables: str
 ) -> None:
     stage = any_stage
     stage.stop()
@@ -591,5 +582,5 @@ def test_a_publication_made_anew_by_somebody_while_the_daemon_was_away_is_notice
     stage.assert_all_gone()
 
 
-def _published(stage: Stage) -> int:
+def _published(stage: GapStage) -> int:
     return int(value(stage.dsn, "SELECT count(*) FROM pg_publication_tables WHERE pubname = %s", stage.slot))

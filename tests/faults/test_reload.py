@@ -17,6 +17,7 @@ import pytest
 import redis
 from prometheus_client import CollectorRegistry
 from running import SECONDS, RunningDaemon, eventually, execute, settled, wal_position, watermark
+from stage import Stage
 from writing import Writer, assert_all_is_well, create
 
 from cdc_invalidator import reload
@@ -60,29 +61,19 @@ WRONG = RULES.replace("bust: [other]", "bust: [othr]")
 RELOADS = "cdc_invalidator_reloads_total"
 
 
-class Stage:
+class ReloadStage(Stage):
     """An application with a cache, its daemon, and its rule file."""
 
-    def __init__(self, dsn: str, redis_url: str, rules: Path, daemon: RunningDaemon) -> None:
-        self.dsn = dsn
-        self.redis_url = redis_url
-        self.client = redis.Redis.from_url(redis_url)
-        self.rules = rules
-        self.daemon = daemon
-
-    def cache(self, *keys: str) -> None:
-        for key in keys:
-            self.client.set(key, "cached")
-
-    def cached(self, *keys: str) -> list[str]:
-        return [key for key in keys if self.client.exists(key)]
+    def begin(self) -> None:
+        self.daemon.ready()
+        self.assert_in_force("thing", "other")
 
     def change(self, table: str, number: int) -> str:
         """Cache a row, change it, and wait until all is busted; give its key."""
         key = f"t:{table.removesuffix('s')}:{number}"
         self.cache(key)
         execute(self.dsn, f"UPDATE {table} SET body = body || '!' WHERE id = {number}")
-        settled(self.dsn, self.client, self.daemon.slot)
+        self.settle()
         return key
 
     def digest(self) -> str:
@@ -109,20 +100,15 @@ def _caches_of(client: redis.Redis, slot: str) -> list[str]:
 
 
 @contextmanager
-def staged(dsn: str, redis_url: str, rules: Path, slot: str, **settings: str) -> Iterator[Stage]:
+def staged(dsn: str, redis_url: str, rules: Path, slot: str, **settings: str) -> Iterator[ReloadStage]:
     create(dsn)
     execute(dsn, *SCHEMA)
-    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
-        stage = Stage(dsn, redis_url, rules, daemon)
-        daemon.ready()
-        stage.assert_in_force("thing", "other")
+    with ReloadStage.playing(dsn, redis_url, rules, slot, **settings) as stage:
         yield stage
-        assert not daemon.errors
-        stage.client.close()
 
 
 @pytest.fixture
-def stage(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+def stage(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Iterator[ReloadStage]:
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
     with staged(database, redis_url, rules, slot_name) as stage:
@@ -132,7 +118,9 @@ def stage(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Iter
 # Other rules.
 
 
-def test_a_rule_file_that_changes_is_in_force_at_once_and_only_new_and_changed_caches_are_swept(stage: Stage) -> None:
+def test_a_rule_file_that_changes_is_in_force_at_once_and_only_new_and_changed_caches_are_swept(
+    stage: ReloadStage,
+) -> None:
     before = stage.digest()
     stage.cache("t:thing:98", "t:other:98", "t:late:98")
     stage.rules.write_text(MORE)
@@ -157,7 +145,7 @@ def test_a_rule_file_that_changes_is_in_force_at_once_and_only_new_and_changed_c
     assert stage.daemon.metric("cdc_invalidator_rule_set_info") == 1
 
 
-def test_a_cache_that_is_gone_needs_nothing_and_is_swept_when_it_comes_back(stage: Stage) -> None:
+def test_a_cache_that_is_gone_needs_nothing_and_is_swept_when_it_comes_back(stage: ReloadStage) -> None:
     stage.rules.write_text(
         RULES.replace('  other: {key: "t:other:{id}", ttl: 5m}\n', "").replace(
             "  - {name: other-changed, table: public.others, bust: [other]}\n", ""
@@ -172,7 +160,7 @@ def test_a_cache_that_is_gone_needs_nothing_and_is_swept_when_it_comes_back(stag
     assert not stage.cached("t:other:1")
 
 
-def test_sighup_reads_the_rules_and_says_so_when_they_are_the_same(stage: Stage) -> None:
+def test_sighup_reads_the_rules_and_says_so_when_they_are_the_same(stage: ReloadStage) -> None:
     stage.daemon.send(signal.SIGHUP)
     stage.daemon.seen("reload_unchanged")
     assert stage.last_reload()["result"] == "unchanged"
@@ -185,7 +173,7 @@ def test_sighup_reads_the_rules_and_says_so_when_they_are_the_same(stage: Stage)
     assert stage.reloads("ok") == 1
 
 
-def test_a_file_that_is_touched_changes_nothing(stage: Stage) -> None:
+def test_a_file_that_is_touched_changes_nothing(stage: ReloadStage) -> None:
     stage.cache("t:thing:98")
     before = stage.daemon.metric("cdc_invalidator_postgres_connects_total")
     stage.rules.touch()
@@ -197,7 +185,7 @@ def test_a_file_that_is_touched_changes_nothing(stage: Stage) -> None:
     assert stage.cached("t:thing:98")
 
 
-def test_a_comment_or_a_time_takes_hold_without_a_sweep(stage: Stage) -> None:
+def test_a_comment_or_a_time_takes_hold_without_a_sweep(stage: ReloadStage) -> None:
     stage.cache("t:thing:98", "t:other:98")
     stage.rules.write_text(RULES.replace("ttl: 5m", "ttl: 6m") + "# nothing else\n")
     event = stage.daemon.seen("reloaded")
@@ -219,7 +207,7 @@ def test_rules_that_change_while_the_daemon_is_starting_are_not_missed(
         rules.write_text(MORE)
         daemon.seen("reloaded")
         daemon.ready()
-        stage = Stage(database, redis_url, rules, daemon)
+        stage = ReloadStage(daemon)
         stage.assert_in_force("thing", "other", "late")
         stage.client.close()
 
@@ -280,7 +268,7 @@ def test_a_file_that_is_added_to_the_directory_or_taken_out_counts(
 # Rules that are not good.
 
 
-def test_a_mistake_keeps_the_old_rules_and_is_told_until_it_is_put_right(stage: Stage) -> None:
+def test_a_mistake_keeps_the_old_rules_and_is_told_until_it_is_put_right(stage: ReloadStage) -> None:
     before = stage.digest()
     stage.rules.write_text(WRONG)
     event = stage.daemon.seen("reload_failed", level="error")
@@ -302,7 +290,7 @@ def test_a_mistake_keeps_the_old_rules_and_is_told_until_it_is_put_right(stage: 
     assert not stage.daemon.named("reloaded")
 
 
-def test_a_file_that_is_gone_keeps_the_old_rules(stage: Stage) -> None:
+def test_a_file_that_is_gone_keeps_the_old_rules(stage: ReloadStage) -> None:
     stage.rules.unlink()
     assert "rules.yaml" in stage.daemon.seen("reload_failed")["error"]
     assert not stage.cached(stage.change("others", 1))
@@ -328,7 +316,7 @@ UNKEEPABLE = {
 
 @pytest.mark.parametrize(("cache", "rule", "sentence", "remedy"), UNKEEPABLE.values(), ids=UNKEEPABLE.keys())
 def test_rules_that_the_database_can_not_keep_are_refused_and_taken_once_it_can(
-    stage: Stage, cache: str, rule: str, sentence: str, remedy: str
+    stage: ReloadStage, cache: str, rule: str, sentence: str, remedy: str
 ) -> None:
     before = stage.digest()
     new = RULES.replace("rules:\n", f"{cache}rules:\n{rule}")
@@ -361,7 +349,7 @@ def test_a_table_that_the_role_may_not_publish_keeps_the_old_rules_and_gives_the
         )
         dsn = psycopg.conninfo.make_conninfo(server.dsn, user="limited", password="secret")
         with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
-            stage = Stage(server.dsn, redis_url, rules, daemon)
+            stage = ReloadStage(daemon)
             stage.assert_in_force("thing", "other")
             rules.write_text(MORE)
             error = daemon.seen("reload_failed")["error"]
@@ -392,7 +380,7 @@ def test_new_rules_wait_for_a_database_that_is_away(redis_url: str, tmp_path: Pa
 # No bust is lost.
 
 
-def test_no_bust_is_lost_while_rules_change_ten_times(stage: Stage) -> None:
+def test_no_bust_is_lost_while_rules_change_ten_times(stage: ReloadStage) -> None:
     with Writer(stage.dsn, stage.redis_url) as writer:
         for number in range(10):
             writer.goes_on()
@@ -406,7 +394,7 @@ def test_no_bust_is_lost_while_rules_change_ten_times(stage: Stage) -> None:
     assert not [event for event in stage.daemon.named("gap", reason="rules_changed") if "thing" in event["caches"]]
 
 
-def test_no_bust_of_a_large_transaction_is_lost_when_rules_change_under_it(stage: Stage) -> None:
+def test_no_bust_of_a_large_transaction_is_lost_when_rules_change_under_it(stage: ReloadStage) -> None:
     execute(stage.dsn, "INSERT INTO things SELECT n, 'old' FROM generate_series(1, 50000) n")
     settled(stage.dsn, stage.client, stage.daemon.slot)
     stage.client.mset({f"t:thing:{n}": "cached" for n in range(1, 50001)})
@@ -420,7 +408,7 @@ def test_no_bust_of_a_large_transaction_is_lost_when_rules_change_under_it(stage
     assert_all_is_well(stage.dsn, stage.client, stage.daemon)
 
 
-def test_a_transaction_that_wrote_to_a_table_before_it_was_published_can_not_slip_through(stage: Stage) -> None:
+def test_a_transaction_that_wrote_to_a_table_before_it_was_published_can_not_slip_through(stage: ReloadStage) -> None:
     """Its writes are never in the stream, so the table's caches are swept once more when it is over."""
     with psycopg.connect(stage.dsn) as connection:
         connection.execute("UPDATE late SET body = 'unseen' WHERE id = 1")
@@ -454,7 +442,7 @@ def test_rules_change_while_redis_is_away(database: str, tmp_path: Path, slot_na
 # Several daemons.
 
 
-def test_a_standby_reloads_as_well_and_takes_over_with_the_new_rules(stage: Stage) -> None:
+def test_a_standby_reloads_as_well_and_takes_over_with_the_new_rules(stage: ReloadStage) -> None:
     with RunningDaemon(dsn=stage.dsn, redis_url=stage.redis_url, rules=stage.rules, slot=stage.daemon.slot) as standby:
         standby.ready()
         eventually(lambda: standby.status()["role"] == "standby", "the second one stands by")
@@ -480,7 +468,7 @@ def test_a_standby_reloads_as_well_and_takes_over_with_the_new_rules(stage: Stag
             assert standby.alive()
 
 
-def test_a_standby_refuses_what_the_database_can_not_keep_and_stays(stage: Stage, tmp_path: Path) -> None:
+def test_a_standby_refuses_what_the_database_can_not_keep_and_stays(stage: ReloadStage, tmp_path: Path) -> None:
     own = tmp_path / "standby.yaml"
     own.write_text(RULES)
     with RunningDaemon(dsn=stage.dsn, redis_url=stage.redis_url, rules=own, slot=stage.daemon.slot) as standby:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 import resp
 from running import RunningDaemon, eventually, execute, settled
+from stage import Stage
 from writing import Writer, assert_all_is_well, create, rules_file
 
 from cdc_invalidator.embedded.process import HOST
@@ -54,25 +55,28 @@ def valkey() -> Iterator[Valkey]:
         yield valkey
 
 
-class Stage:
-    def __init__(self, dsn: str, valkey: Valkey, proxy: resp.RespProxy, daemon: RunningDaemon) -> None:
-        self.dsn = dsn
+class ReplyStage(Stage):
+    """A daemon and a Redis, and between them a proxy that puts its own words into replies."""
+
+    def __init__(self, daemon: RunningDaemon, valkey: Valkey, proxy: resp.RespProxy, client: Any = None) -> None:
+        super().__init__(daemon, client)
         self.valkey = valkey
         self.proxy = proxy
-        self.daemon = daemon
+
+    def end(self) -> None:
+        """Judge nothing: tests do."""
 
 
 @pytest.fixture
-def stage(database: str, valkey: Valkey, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+def stage(database: str, valkey: Valkey, tmp_path: Path, slot_name: str) -> Iterator[ReplyStage]:
     create(database)
+    rules = rules_file(tmp_path)
     with (
         resp.RespProxy(valkey.port, seed=1) as proxy,
-        RunningDaemon(dsn=database, redis_url=proxy.url, rules=rules_file(tmp_path), slot=slot_name) as daemon,
         redis.Redis.from_url(valkey.url) as client,
+        ReplyStage.playing(database, proxy.url, rules, slot_name, valkey, proxy, client=client) as stage,
     ):
-        daemon.ready()
-        settled(database, client, slot_name)
-        yield Stage(database, valkey, proxy, daemon)
+        yield stage
 
 
 def errors_of(daemon: RunningDaemon, code: str) -> float:
@@ -80,7 +84,7 @@ def errors_of(daemon: RunningDaemon, code: str) -> float:
 
 
 @pytest.mark.parametrize("code", WORDS)
-def test_an_error_reply_at_any_place_of_a_pipeline_loses_no_bust(stage: Stage, code: str) -> None:
+def test_an_error_reply_at_any_place_of_a_pipeline_loses_no_bust(stage: ReplyStage, code: str) -> None:
     reply = f"-{code} {WORDS[code]}\r\n".encode()
     with redis.Redis.from_url(stage.valkey.url) as client:
         with Writer(stage.dsn, stage.valkey.url, rows=1500) as writer:
@@ -101,7 +105,7 @@ def test_an_error_reply_at_any_place_of_a_pipeline_loses_no_bust(stage: Stage, c
 
 
 @pytest.mark.parametrize("command", ["SCRIPT", "HGETALL", "INFO", "SCAN", "UNLINK"])
-def test_an_error_reply_to_any_other_command_loses_no_bust(stage: Stage, command: str) -> None:
+def test_an_error_reply_to_any_other_command_loses_no_bust(stage: ReplyStage, command: str) -> None:
     reply = f"-READONLY {WORDS['READONLY']}\r\n".encode()
     with redis.Redis.from_url(stage.valkey.url) as client:
         client.mset({f"t:thing:{number}": "cached" for number in range(1_000_000, 1_003_000)})
@@ -120,7 +124,7 @@ def test_an_error_reply_to_any_other_command_loses_no_bust(stage: Stage, command
         assert errors_of(stage.daemon, "READONLY") >= 1
 
 
-def test_a_reply_that_ends_in_its_middle_loses_no_bust(stage: Stage) -> None:
+def test_a_reply_that_ends_in_its_middle_loses_no_bust(stage: ReplyStage) -> None:
     with redis.Redis.from_url(stage.valkey.url) as client:
         with Writer(stage.dsn, stage.valkey.url, rows=1500) as writer:
             writer.goes_on()
@@ -134,7 +138,7 @@ def test_a_reply_that_ends_in_its_middle_loses_no_bust(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("executing", [False, True])
-def test_a_server_that_accepts_and_never_answers_loses_no_bust(stage: Stage, executing: bool) -> None:
+def test_a_server_that_accepts_and_never_answers_loses_no_bust(stage: ReplyStage, executing: bool) -> None:
     with redis.Redis.from_url(stage.valkey.url) as client:
         with Writer(stage.dsn, stage.valkey.url) as writer:
             writer.goes_on()

@@ -7,13 +7,14 @@ import datetime as dt
 import json
 import time
 from itertools import pairwise
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psycopg
 import pytest
 import reading
 import redis
 from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
+from stage import Stage
 from standby import Standby
 from writing import assert_nothing_confirmed_too_early
 
@@ -46,19 +47,25 @@ def standby(primary: Postgres, dsn: str) -> Iterator[Standby]:
         yield standby
 
 
-class Stage:
-    def __init__(self, dsn: str, standby: Standby, daemon: RunningDaemon, client: redis.Redis, url: str) -> None:
-        self.dsn = dsn
+class StandbyStage(Stage):
+    """A daemon whose watermark speaks for the readers of a standby as well."""
+
+    def __init__(self, daemon: RunningDaemon, standby: Standby, client: Any = None) -> None:
+        super().__init__(daemon, client)
         self.standby = standby
-        self.daemon = daemon
-        self.client = client
         self.read_dsn = standby.dsn_for(daemon.slot)
         self.name = f"{HOST}:{standby.port}"
-        self.url = url
+
+    def begin(self) -> None:
+        self.daemon.ready()
+        settled(self.dsn, self.client, self.slot)
+
+    def end(self) -> None:
+        """Judge nothing: tests do."""
 
     def application(self) -> reading.Application:
         return reading.Application(
-            self.dsn, lambda: redis.Redis.from_url(self.url), read_dsn=self.read_dsn, writers=2, readers=4
+            self.dsn, lambda: redis.Redis.from_url(self.redis_url), read_dsn=self.read_dsn, writers=2, readers=4
         )
 
     def settle(self, seconds: float = 60) -> None:
@@ -96,26 +103,22 @@ class Stage:
 @contextlib.contextmanager
 def staged(
     dsn: str, standby: Standby, redis_url: str, client: redis.Redis, folder: Path, slot: str, **settings: str
-) -> Iterator[Stage]:
+) -> Iterator[StandbyStage]:
     rules = reading.rules_file(folder)
     settings = {"postgres_standbys": standby.dsn_for(slot), **settings}
-    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
-        daemon.ready()
-        settled(dsn, client, slot)
-        yield Stage(dsn, standby, daemon, client, redis_url)
-        for event in [event for event in daemon.events if event["event"] != "bust"][-20:]:
-            print("   ", event)
+    with StandbyStage.playing(dsn, redis_url, rules, slot, standby, client=client, **settings) as stage:
+        yield stage
 
 
 @pytest.fixture
 def stage(
     dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
-) -> Iterator[Stage]:
+) -> Iterator[StandbyStage]:
     with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name) as stage:
         yield stage.awaited()
 
 
-def test_what_a_lagging_standbys_readers_cache_is_stale_until_its_replay_goes_on(stage: Stage) -> None:
+def test_what_a_lagging_standbys_readers_cache_is_stale_until_its_replay_goes_on(stage: StandbyStage) -> None:
     with stage.application() as app:
         app.run(0.5)
         stage.standby.pause_replay()
@@ -150,7 +153,7 @@ def test_without_being_named_a_lagging_standby_leaves_stale_entries(
         assert reading.stale(dsn, redis_client)
 
 
-def test_busts_are_applied_at_once_and_again_after_the_replay(stage: Stage) -> None:
+def test_busts_are_applied_at_once_and_again_after_the_replay(stage: StandbyStage) -> None:
     stage.standby.pause_replay()
     stage.client.set("t:{1}:count", 0)
     execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
@@ -161,7 +164,7 @@ def test_busts_are_applied_at_once_and_again_after_the_replay(stage: Stage) -> N
     stage.assert_nothing_stale()
 
 
-def test_a_sweep_is_repeated_after_the_replay(stage: Stage) -> None:
+def test_a_sweep_is_repeated_after_the_replay(stage: StandbyStage) -> None:
     stage.standby.pause_replay()
     execute(stage.dsn, "TRUNCATE counters")
     stage.daemon.seen("bust", action="sweep", reason="truncate")
@@ -170,7 +173,7 @@ def test_a_sweep_is_repeated_after_the_replay(stage: Stage) -> None:
     eventually(lambda: not stage.client.exists("t:{1}:count"), "it is swept again")
 
 
-def test_the_sweep_of_a_gap_is_repeated_after_the_replay(stage: Stage) -> None:
+def test_the_sweep_of_a_gap_is_repeated_after_the_replay(stage: StandbyStage) -> None:
     stage.daemon.terminate()
     execute(stage.dsn, f"SELECT pg_drop_replication_slot('{stage.daemon.slot}')")
     stage.standby.pause_replay()
@@ -239,7 +242,7 @@ def test_a_standby_that_is_down_is_dropped_and_taken_back(
         stage.assert_nothing_stale()
 
 
-def test_a_standby_that_was_restarted_is_dropped_and_swept_for_when_it_has_caught_up(stage: Stage) -> None:
+def test_a_standby_that_was_restarted_is_dropped_and_swept_for_when_it_has_caught_up(stage: StandbyStage) -> None:
     execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
     stage.settle()
     stage.daemon.events.clear()
@@ -291,7 +294,7 @@ def test_a_redis_that_is_away_for_longer_than_the_limit_drops_no_standby(
         stage.assert_nothing_stale()
 
 
-def test_a_standby_is_asked_about_once_a_second_while_nothing_waits_for_it(stage: Stage) -> None:
+def test_a_standby_is_asked_about_once_a_second_while_nothing_waits_for_it(stage: StandbyStage) -> None:
     execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
     stage.settle()
     asked: list[dt.datetime] = []
@@ -343,7 +346,7 @@ def test_a_dropped_standby_that_is_not_named_any_more_is_swept_for_at_once(
         stage.assert_nothing_stale()
 
 
-def test_what_waits_for_a_standby_is_bounded_by_widening(stage: Stage) -> None:
+def test_what_waits_for_a_standby_is_bounded_by_widening(stage: StandbyStage) -> None:
     stage.standby.pause_replay()
     execute(stage.dsn, "INSERT INTO counters SELECT id, 0 FROM generate_series(1000, 250000) id")
     execute(stage.dsn, "UPDATE counters SET n = n + 1 WHERE id = 1")
@@ -373,7 +376,7 @@ def test_a_server_that_is_no_standby_of_the_database_is_told_and_dropped(
             stage.settle()
 
 
-def test_a_standby_that_is_promoted_holds_up_nobody(stage: Stage) -> None:
+def test_a_standby_that_is_promoted_holds_up_nobody(stage: StandbyStage) -> None:
     stage.standby.promote()
     for number in range(1, 6):
         execute(stage.dsn, f"UPDATE counters SET n = n + 1 WHERE id = {number}")
@@ -381,7 +384,7 @@ def test_a_standby_that_is_promoted_holds_up_nobody(stage: Stage) -> None:
     stage.settle(90)
 
 
-def test_a_daemon_killed_while_a_standby_lags_busts_again_after_its_restart(stage: Stage) -> None:
+def test_a_daemon_killed_while_a_standby_lags_busts_again_after_its_restart(stage: StandbyStage) -> None:
     stage.standby.pause_replay()
     execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
     eventually(lambda: stage.daemon.named("bust", cache="count", op="update"), "it is busted at once")

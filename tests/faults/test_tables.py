@@ -16,6 +16,7 @@ import psycopg
 import pytest
 import redis
 from running import RunningDaemon, eventually, execute, settled
+from stage import Stage
 from writing import assert_nothing_confirmed_too_early
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from cdc_invalidator.embedded.servers import Postgres
 
-    Start = Callable[..., "Stage"]
+    Start = Callable[..., "TableStage"]
 
 THINGS = "CREATE TABLE things (id int PRIMARY KEY, n int)"
 OTHERS = "CREATE TABLE others (id int PRIMARY KEY, n int)"
@@ -48,24 +49,8 @@ def rule_file(folder: Path, *rules: tuple[str, ...]) -> Path:
     return path
 
 
-class Stage:
-    """A database, a cache and the daemon between them."""
-
-    def __init__(self, dsn: str, client: redis.Redis, daemon: RunningDaemon) -> None:
-        self.dsn = dsn
-        self.client = client
-        self.daemon = daemon
-        self.slot = daemon.slot
-
-    def settle(self) -> None:
-        settled(self.dsn, self.client, self.slot)
-
-    def cache(self, *keys: str) -> None:
-        for key in keys:
-            self.client.set(key, "cached")
-
-    def cached(self, *keys: str) -> list[str]:
-        return [key for key in keys if self.client.exists(key)]
+class TableStage(Stage):
+    """A database whose tables change, a cache and the daemon between them."""
 
     def busts(self, keys: list[str], *statements: str) -> None:
         """Cache the keys, run the statements: the keys are gone once the watermark has passed."""
@@ -161,7 +146,7 @@ def start(database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Pa
     """Run the statements, then start a daemon for the rules and wait until it streams and has swept."""
     daemons: list[RunningDaemon] = []
 
-    def start(*statements: str, rules: tuple[tuple[str, ...], ...] = (THING,), dsn: str = database) -> Stage:
+    def start(*statements: str, rules: tuple[tuple[str, ...], ...] = (THING,), dsn: str = database) -> TableStage:
         execute(dsn, *statements)
         path = rule_file(tmp_path, *rules)
         daemon = RunningDaemon(dsn=dsn, redis_url=redis_url, rules=path, slot=slot_name)
@@ -169,7 +154,7 @@ def start(database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Pa
         daemon.start().ready()
         settled(dsn, redis_client, slot_name)
         daemon.events.clear()
-        return Stage(dsn, redis_client, daemon)
+        return TableStage(daemon, redis_client)
 
     yield start
     for daemon in daemons:
@@ -661,7 +646,7 @@ def test_an_exclusive_lock_on_a_table_holds_up_no_other_table(start: Start, runn
     stage.assert_well()
 
 
-def _busted(stage: Stage) -> bool:
+def _busted(stage: TableStage) -> bool:
     stage.cache("t:other:1")
     execute(stage.dsn, "UPDATE others SET n = n + 1 WHERE id = 1")
     eventually(lambda: not stage.cached("t:other:1"), "the bust", 1.5)

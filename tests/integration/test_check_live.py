@@ -51,7 +51,7 @@ class Checked:
         return self.of("error", "warning")
 
 
-class Stage:
+class Setting:
     """A database, a Redis, and a rule file to check against them."""
 
     def __init__(self, dsn: str, redis_url: str, slot: str, folder: Path) -> None:
@@ -65,40 +65,40 @@ class Stage:
 
 
 @pytest.fixture
-def stage(database: str, redis_url: str, slot_name: str, tmp_path: Path) -> Stage:
-    return Stage(database, redis_url, slot_name, tmp_path)
+def setting(database: str, redis_url: str, slot_name: str, tmp_path: Path) -> Setting:
+    return Setting(database, redis_url, slot_name, tmp_path)
 
 
 THINGS = "CREATE TABLE things (id int PRIMARY KEY, name text, n int)"
 THING = "{name: thing-changed, table: public.things, bust: [thing]}"
 
 
-def test_a_new_installation_has_notes_only_and_nothing_is_changed(stage: Stage, redis_client: redis.Redis) -> None:
-    execute(stage.dsn, THINGS)
-    checked = stage.check(THING)
+def test_a_new_installation_has_notes_only_and_nothing_is_changed(setting: Setting, redis_client: redis.Redis) -> None:
+    execute(setting.dsn, THINGS)
+    checked = setting.check(THING)
     assert checked.grave == []
     assert set(checked.of("note")) == {"wal_unbounded", "no_slot", "no_publication", "redis_version", "watermark"}
     assert 'CREATE PUBLICATION "' in checked.only("no_publication")["sentence"]
     assert re.search(r"Valkey \d+\.\d+", checked.only("redis_version")["sentence"])
     assert redis_client.dbsize() == 0
-    with psycopg.connect(stage.dsn) as connection:
+    with psycopg.connect(setting.dsn) as connection:
         assert connection.execute("SELECT 1 FROM pg_publication").fetchall() == []
 
 
 def test_beside_a_running_daemon_all_is_in_order_and_the_watermark_is_read(
-    stage: Stage, redis_client: redis.Redis
+    setting: Setting, redis_client: redis.Redis
 ) -> None:
-    execute(stage.dsn, THINGS)
-    stage.check(THING)
-    given = stage.given
-    with RunningDaemon(dsn=stage.dsn, redis_url=given["redis_url"], rules=stage.path, slot=given["slot"]) as daemon:
+    execute(setting.dsn, THINGS)
+    setting.check(THING)
+    given = setting.given
+    with RunningDaemon(dsn=setting.dsn, redis_url=given["redis_url"], rules=setting.path, slot=given["slot"]) as daemon:
         daemon.ready()
-        settled(stage.dsn, redis_client, daemon.slot)
-        checked = stage.check(THING)
+        settled(setting.dsn, redis_client, daemon.slot)
+        checked = setting.check(THING)
         assert checked.grave == []
         assert re.search(r"stands at [0-9A-F]+/[0-9A-F]+ and is \d+ s old", checked.only("watermark")["sentence"])
         assert daemon.terminate() == 0
-    assert stage.check(THING).only("slot_idle")["severity"] == "note"
+    assert setting.check(THING).only("slot_idle")["severity"] == "note"
 
 
 # Tables and columns
@@ -175,36 +175,36 @@ FOREIGN = (
     ],
 )
 def test_a_mistake_about_a_table_is_told_at_its_line_with_the_remedy(
-    stage: Stage, definition: str, rule: str, severity: str, code: str, sentence: str
+    setting: Setting, definition: str, rule: str, severity: str, code: str, sentence: str
 ) -> None:
     try:
-        execute(stage.dsn, definition)
+        execute(setting.dsn, definition)
     except psycopg.errors.FeatureNotSupported:
         pytest.skip("this PostgreSQL comes without postgres_fdw")
-    finding = stage.check(rule).only(code)
+    finding = setting.check(rule).only(code)
     assert finding["severity"] == severity
-    assert (finding["file"], finding["line"]) == (str(stage.path), 5)
+    assert (finding["file"], finding["line"]) == (str(setting.path), 5)
     assert sentence in finding["sentence"]
 
 
-def test_tables_that_carry_what_the_rules_need_have_no_findings(stage: Stage) -> None:
+def test_tables_that_carry_what_the_rules_need_have_no_findings(setting: Setting) -> None:
     execute(
-        stage.dsn,
+        setting.dsn,
         THINGS,
         "ALTER TABLE things REPLICA IDENTITY FULL",
         "CREATE TABLE parts (id int PRIMARY KEY) PARTITION BY LIST (id)",
         "CREATE TABLE parts_1 PARTITION OF parts FOR VALUES IN (1)",
     )
-    checked = stage.check(
+    checked = setting.check(
         "{name: a, table: public.things, columns: [name], when: old.n != new.n, bust: [thing: {id: n}]}",
         "{name: b, table: public.parts, bust: [thing]}",
     )
     assert checked.grave == []
 
 
-def test_a_key_of_text_of_any_length_is_told_unless_it_is_hashed_or_unique(stage: Stage) -> None:
+def test_a_key_of_text_of_any_length_is_told_unless_it_is_hashed_or_unique(setting: Setting) -> None:
     execute(
-        stage.dsn,
+        setting.dsn,
         "CREATE DOMAIN mail AS text",
         "CREATE TABLE texts (t text, v varchar, short varchar(20), u uuid, m mail, slug text UNIQUE, j jsonb,"
         " id int PRIMARY KEY)",
@@ -214,22 +214,22 @@ def test_a_key_of_text_of_any_length_is_told_unless_it_is_hashed_or_unique(stage
     caches = "".join(f"  of-{name}: {{key: 'app:env:of-{name}:{{{name}}}', ttl: 1m}}\n" for name in names)
     caches += "  hashed: {key: 'app:env:hashed:{t|sha256}', ttl: 1m}\n"
     busts = ", ".join([*(f"of-{name}" for name in names), "hashed"])
-    checked = stage.check(f"{{name: r, table: public.texts, bust: [{busts}]}}", caches=caches)
+    checked = setting.check(f"{{name: r, table: public.texts, bust: [{busts}]}}", caches=caches)
     told = [finding for finding in checked.findings if finding["code"] == "unbounded_key"]
     assert checked.grave == ["unbounded_key"] * 4
     assert [finding["line"] for finding in told] == [3, 4, 7, 9]
     assert "hash it: `{t|sha256}`" in told[0]["sentence"]
 
 
-def test_with_the_types_of_columns_clashes_of_keys_are_decided(stage: Stage) -> None:
-    execute(stage.dsn, THINGS)
+def test_with_the_types_of_columns_clashes_of_keys_are_decided(setting: Setting) -> None:
+    execute(setting.dsn, THINGS)
     caches = (
         "  thing: {key: 'app:env:thing:{id}', ttl: 1m}\n"
         "  all: {key: 'app:env:thing:all', ttl: 1m}\n"
         "  other: {key: 'app:env:thing:{n}', ttl: 1m}\n"
     )
     rule = "{name: r, table: public.things, old_row: sweep, bust: [thing, all, other]}"
-    checked = stage.check(rule, caches=caches)
+    checked = setting.check(rule, caches=caches)
     assert checked.grave == ["same_keys"]
     assert checked.only("same_keys")["line"] == 5
 
@@ -237,12 +237,12 @@ def test_with_the_types_of_columns_clashes_of_keys_are_decided(stage: Stage) -> 
 # The publication and the slot
 
 
-def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(stage: Stage) -> None:
-    name = stage.given["publication"]
-    execute(stage.dsn, THINGS, "CREATE TABLE others (id int PRIMARY KEY)", "CREATE TABLE bare (id int)")
-    execute(stage.dsn, f"CREATE PUBLICATION {name} FOR TABLE others, bare WITH (publish = 'insert, update')")
+def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(setting: Setting) -> None:
+    name = setting.given["publication"]
+    execute(setting.dsn, THINGS, "CREATE TABLE others (id int PRIMARY KEY)", "CREATE TABLE bare (id int)")
+    execute(setting.dsn, f"CREATE PUBLICATION {name} FOR TABLE others, bare WITH (publish = 'insert, update')")
     other = "{name: other-changed, table: public.others, on: [insert], bust: [thing]}"
-    checked = stage.check(other, THING)
+    checked = setting.check(other, THING)
     missing = checked.only("table_not_published")
     assert (missing["severity"], missing["line"]) == ("warning", 6)
     assert f'ALTER PUBLICATION "{name}" ADD TABLE ONLY "public"."things";' in missing["sentence"]
@@ -250,51 +250,51 @@ def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(stage: Stage) 
     harmful = checked.only("no_replica_identity")
     assert harmful["severity"] == "error"
     assert f'ALTER PUBLICATION "{name}" DROP TABLE "public"."bare"' in harmful["sentence"]
-    execute(stage.dsn, f"ALTER PUBLICATION {name} DROP TABLE bare")
-    assert stage.check(other).grave == []
-    execute(stage.dsn, f"ALTER PUBLICATION {name} SET TABLE others WHERE (id > 1)")
-    limited = stage.check(other).only("limited_publication")
+    execute(setting.dsn, f"ALTER PUBLICATION {name} DROP TABLE bare")
+    assert setting.check(other).grave == []
+    execute(setting.dsn, f"ALTER PUBLICATION {name} SET TABLE others WHERE (id > 1)")
+    limited = setting.check(other).only("limited_publication")
     assert (limited["severity"], limited["line"]) == ("error", 5)
-    execute(stage.dsn, f"ALTER PUBLICATION {name} SET (publish_via_partition_root = true)")
-    assert "published_via_root" in stage.check(other).of("warning")
+    execute(setting.dsn, f"ALTER PUBLICATION {name} SET (publish_via_partition_root = true)")
+    assert "published_via_root" in setting.check(other).of("warning")
 
 
 def test_a_role_that_may_not_stream_or_set_up_is_an_error_with_what_an_administrator_runs(
-    stage: Stage, postgres: Postgres
+    setting: Setting, postgres: Postgres
 ) -> None:
-    role = stage.given["slot"]
-    execute(stage.dsn, THINGS, f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
+    role = setting.given["slot"]
+    execute(setting.dsn, THINGS, f"CREATE ROLE {role} LOGIN PASSWORD 'pw'")
     try:
-        dsn = postgres.dsn_for(stage.dsn.rpartition("/")[2], user=role, password="pw")
-        checked = stage.check(THING, postgres_dsn=dsn)
+        dsn = postgres.dsn_for(setting.dsn.rpartition("/")[2], user=role, password="pw")
+        checked = setting.check(THING, postgres_dsn=dsn)
         assert sorted(checked.of("error")) == ["no_publication", "no_replication_right"]
         assert f'ALTER ROLE "{role}" REPLICATION' in checked.only("no_replication_right")["sentence"]
         assert "have an administrator run CREATE PUBLICATION" in checked.only("no_publication")["sentence"]
         assert "pw@" not in checked.text
-        execute(stage.dsn, f"ALTER ROLE {role} REPLICATION")
-        assert stage.check(THING, postgres_dsn=dsn).of("error") == ["no_publication"]
+        execute(setting.dsn, f"ALTER ROLE {role} REPLICATION")
+        assert setting.check(THING, postgres_dsn=dsn).of("error") == ["no_publication"]
     finally:
-        execute(stage.dsn, f"DROP ROLE {role}")
+        execute(setting.dsn, f"DROP ROLE {role}")
 
 
-def test_a_slot_of_something_else_is_an_error(stage: Stage) -> None:
-    execute(stage.dsn, THINGS, f"SELECT pg_create_physical_replication_slot('{stage.given['slot']}')")
+def test_a_slot_of_something_else_is_an_error(setting: Setting) -> None:
+    execute(setting.dsn, THINGS, f"SELECT pg_create_physical_replication_slot('{setting.given['slot']}')")
     try:
-        assert stage.check(THING).of("error") == ["foreign_slot"]
+        assert setting.check(THING).of("error") == ["foreign_slot"]
     finally:
-        execute(stage.dsn, f"SELECT pg_drop_replication_slot('{stage.given['slot']}')")
+        execute(setting.dsn, f"SELECT pg_drop_replication_slot('{setting.given['slot']}')")
 
 
 def test_a_server_that_can_not_decode_is_an_error_beside_all_other_findings(redis_url: str, tmp_path: Path) -> None:
     with Postgres(settings={"wal_level": "replica", "max_slot_wal_keep_size": "1GB"}) as server:
-        checked = Stage(server.dsn, redis_url, "s", tmp_path).check(THING)
+        checked = Setting(server.dsn, redis_url, "s", tmp_path).check(THING)
     assert sorted(checked.of("error")) == ["no_logical_decoding", "unknown_table"]
     assert "set wal_level = logical" in checked.only("no_logical_decoding")["sentence"]
     assert "wal_unbounded" not in checked.of("note")
 
 
 def test_servers_that_are_away_and_rules_that_are_wrong_are_told_in_one_table(tmp_path: Path) -> None:
-    away = Stage("postgresql://u:topsecret@127.0.0.1:1/d", "redis://:topsecret@127.0.0.1:1", "s", tmp_path)
+    away = Setting("postgresql://u:topsecret@127.0.0.1:1/d", "redis://:topsecret@127.0.0.1:1", "s", tmp_path)
     checked = away.check("{name: r, table: things, bust: [thing]}")
     assert checked.of("error") == ["postgres_unavailable", "redis_unavailable", "wrong_rule_file"]
     assert "topsecret" not in checked.text
@@ -333,9 +333,11 @@ def via(query: str) -> str:
         ("SELECT 1 AS team_id", None, ""),
     ],
 )
-def test_a_query_that_fails_or_has_no_index_is_told(stage: Stage, query: str, code: str | None, sentence: str) -> None:
+def test_a_query_that_fails_or_has_no_index_is_told(
+    setting: Setting, query: str, code: str | None, sentence: str
+) -> None:
     execute(
-        stage.dsn,
+        setting.dsn,
         "CREATE TABLE users (id int PRIMARY KEY, mail text)",
         "ALTER TABLE users REPLICA IDENTITY FULL",
         "CREATE TABLE members (team_id int, user_id int, note text, kind int, PRIMARY KEY (user_id, team_id))",
@@ -344,7 +346,7 @@ def test_a_query_that_fails_or_has_no_index_is_told(stage: Stage, query: str, co
         "INSERT INTO small SELECT n, n FROM generate_series(1, 100) n",
         "ANALYZE",
     )
-    checked = stage.check(via(query), caches=TEAMS)
+    checked = setting.check(via(query), caches=TEAMS)
     assert checked.grave == ([code] if code else [])
     if code is not None:
         finding = checked.only(code)
@@ -356,34 +358,36 @@ def test_a_query_that_fails_or_has_no_index_is_told(stage: Stage, query: str, co
 
 
 def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_readme_are_enough(
-    stage: Stage, valkey: Valkey, redis_client: redis.Redis
+    setting: Setting, valkey: Valkey, redis_client: redis.Redis
 ) -> None:
-    execute(stage.dsn, THINGS)
-    name, url = f"check_{secrets.token_hex(3)}", stage.given["redis_url"]
+    execute(setting.dsn, THINGS)
+    name, url = f"check_{secrets.token_hex(3)}", setting.given["redis_url"]
     administrator: Any = redis_client
     granted = re.search(r"^ACL SETUSER cdc (.+)$", README.read_text(), re.MULTILINE)
     assert granted
-    words = granted[1].replace("cdc:cdc_invalidator:", f"cdc:{stage.given['slot']}:").replace("shop:*", "app:*").split()
+    words = (
+        granted[1].replace("cdc:cdc_invalidator:", f"cdc:{setting.given['slot']}:").replace("shop:*", "app:*").split()
+    )
     given = {"redis_url": re.sub(r"//[^@]*@|//", f"//{name}:secret@", url, count=1)}
     try:
         administrator.execute_command("ACL", "SETUSER", name, *words)
-        assert stage.check(THING, **given).grave == []
+        assert setting.check(THING, **given).grave == []
         old_values = CACHES.replace("ttl: 1m", "ttl: 1m, stale_for: 5s")
-        checked = stage.check(THING, caches=old_values, **given)
+        checked = setting.check(THING, caches=old_values, **given)
         assert checked.grave == ["redis_rights"]
         assert "grant it +pexpire +rename." in checked.only("redis_rights")["sentence"]
         administrator.execute_command("ACL", "SETUSER", name, "+pexpire", "+rename")
-        assert stage.check(THING, caches=old_values, **given).grave == []
+        assert setting.check(THING, caches=old_values, **given).grave == []
         administrator.execute_command("ACL", "SETUSER", name, "-unlink", "-hdel", "-info")
-        checked = stage.check(THING, **given)
+        checked = setting.check(THING, **given)
         assert checked.of("error") == ["redis_rights"]
-        assert f"~cdc:{stage.given['slot']}:* and +unlink +hdel" in checked.only("redis_rights")["sentence"]
+        assert f"~cdc:{setting.given['slot']}:* and +unlink +hdel" in checked.only("redis_rights")["sentence"]
         administrator.execute_command("ACL", "SETUSER", name, "+unlink", "+hdel", "resetkeys", "~cdc:*", "~app:other:*")
-        checked = stage.check(THING, **given)
+        checked = setting.check(THING, **given)
         assert checked.of("error") == ["redis_rights"]
         assert "grant it +evalsha and ~app:env:thing:*" in checked.only("redis_rights")["sentence"]
         assert checked.only("redis_rights")["line"] == 3
-        assert stage.check(THING, redis_url=given["redis_url"].replace("secret", "other")).of("error") == [
+        assert setting.check(THING, redis_url=given["redis_url"].replace("secret", "other")).of("error") == [
             "redis_unavailable"
         ]
         assert redis_client.dbsize() == 0
@@ -391,24 +395,24 @@ def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_read
         administrator.execute_command("ACL", "DELUSER", name)
 
 
-def test_versions_on_a_redis_that_evicts_nothing_are_worth_a_note(stage: Stage) -> None:
-    execute(stage.dsn, THINGS)
+def test_versions_on_a_redis_that_evicts_nothing_are_worth_a_note(setting: Setting) -> None:
+    execute(setting.dsn, THINGS)
     versioned = "  thing: {key: 'app:env:thing:{id}:v{version}', version: 'app:env:thing:{id}:ver', ttl: 1m}\n"
-    assert "noeviction" in stage.check(THING, caches=versioned).of("note")
-    assert "noeviction" not in stage.check(THING).of("note")
+    assert "noeviction" in setting.check(THING, caches=versioned).of("note")
+    assert "noeviction" not in setting.check(THING).of("note")
 
 
-def test_the_kind_of_redis_is_told_and_a_wrong_one_is_an_error(stage: Stage) -> None:
-    execute(stage.dsn, THINGS)
+def test_the_kind_of_redis_is_told_and_a_wrong_one_is_an_error(setting: Setting) -> None:
+    execute(setting.dsn, THINGS)
     with Sentinels() as sentinels:
-        checked = stage.check(THING, redis_url=sentinels.url)
+        checked = setting.check(THING, redis_url=sentinels.url)
         assert checked.grave == []
         assert "a master named by Sentinel" in checked.only("redis_version")["sentence"]
     with Cluster(replicas=False) as cluster, closing(cluster.client()):
         tagged = '  thing: {key: "app:env:{{{id}}}:thing", ttl: 1m}\n'
-        checked = stage.check(THING, redis_url=cluster.url, caches=tagged)
+        checked = setting.check(THING, redis_url=cluster.url, caches=tagged)
         assert checked.grave == []
         assert "a cluster" in checked.only("redis_version")["sentence"]
-        assert stage.check(THING, redis_url=cluster.url).grave == ["no_hash_tag"]
+        assert setting.check(THING, redis_url=cluster.url).grave == ["no_hash_tag"]
         single = cluster.url.replace("redis+cluster://", "redis://").split(",")[0]
-        assert "other_kind_of_redis" in stage.check(THING, redis_url=single).of("error")
+        assert "other_kind_of_redis" in setting.check(THING, redis_url=single).of("error")

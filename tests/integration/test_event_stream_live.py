@@ -21,6 +21,7 @@ from clusters import Cluster, slot_of
 from running import SECONDS, RunningDaemon, command, eventually, execute, settled
 from sentinels import Sentinels
 from servers import redis_binaries
+from stage import Stage
 
 from cdc_invalidator.embedded.servers import Valkey
 
@@ -47,21 +48,13 @@ MANUAL = 'SELECT pg_logical_emit_message(true, \'cdc_invalidator\', \'{"cache": 
 REFUSED = "cdc_invalidator_event_stream_refused_total"
 
 
-class Stage:
+class StreamStage(Stage):
     """A daemon with an event stream, and what the stream has."""
 
-    def __init__(self, dsn: str, client: Any, folder: Path, slot: str, url: str, **settings: str) -> None:
-        self.dsn = dsn
-        self.client = client
-        self.stream = f"cdc:{slot}:events"
-        self.rules = folder / "rules.yaml"
-        self.rules.write_text(RULES)
-        self.given = {"redis_url": url, "event_stream": self.stream, **settings}
-        self.daemon = RunningDaemon(dsn=dsn, rules=self.rules, slot=slot, **self.given)
-
-    def run(self, *statements: str) -> None:
-        execute(self.dsn, *statements)
-        settled(self.dsn, self.client, self.daemon.slot)
+    def __init__(self, daemon: RunningDaemon, given: dict[str, str], client: Any = None) -> None:
+        super().__init__(daemon, client)
+        self.stream = given["event_stream"]
+        self.given = {"redis_url": self.redis_url, **given}
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -80,18 +73,19 @@ class Stage:
 
 
 @contextlib.contextmanager
-def staged(dsn: str, client: Any, folder: Path, slot: str, url: str, **settings: str) -> Iterator[Stage]:
+def staged(dsn: str, client: Any, folder: Path, slot: str, url: str, **settings: str) -> Iterator[StreamStage]:
     execute(dsn, *SCHEMA)
-    stage = Stage(dsn, client, folder, slot, url, **settings)
-    with stage.daemon:
-        stage.daemon.ready()
-        settled(dsn, client, slot)
+    rules = folder / "rules.yaml"
+    rules.write_text(RULES)
+    given = {"event_stream": f"cdc:{slot}:events", **settings}
+    with StreamStage.playing(dsn, url, rules, slot, given, client=client, **given) as stage:
         yield stage
-        assert not stage.daemon.errors
 
 
 @pytest.fixture
-def stage(database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str) -> Iterator[Stage]:
+def stage(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> Iterator[StreamStage]:
     with staged(database, redis_client, tmp_path, slot_name, redis_url, log_hash_key="secret") as stage:
         yield stage
 
@@ -237,14 +231,14 @@ def test_a_key_that_is_taken_is_refused_at_start(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_new_rules_whose_keys_include_the_stream_are_not_taken(stage: Stage) -> None:
+def test_new_rules_whose_keys_include_the_stream_are_not_taken(stage: StreamStage) -> None:
     stage.rules.write_text(RULES.replace("t:{{{id}}}:user", "cdc:{id}"))
     stage.daemon.send(signal.SIGHUP)
     failure = stage.daemon.seen("reload_failed")
     assert f"the event stream `{stage.stream}` is among the keys of cache user" in failure["error"]
 
 
-def test_check_tells_of_a_stream_that_can_not_be_written_or_read_and_changes_nothing(stage: Stage) -> None:
+def test_check_tells_of_a_stream_that_can_not_be_written_or_read_and_changes_nothing(stage: StreamStage) -> None:
     def found(*words: str, **more: str) -> dict[str, dict[str, Any]]:
         given = {"postgres_dsn": stage.dsn, "rules": stage.rules, "slot": stage.daemon.slot, **stage.given, **more}
         done = command("check", "--format", "json", *words, **given)
@@ -321,7 +315,7 @@ class Tail:
         return self.process.wait(SECONDS)
 
 
-def test_tail_shows_those_that_are_there_and_those_that_come_until_it_is_told_to_stop(stage: Stage) -> None:
+def test_tail_shows_those_that_are_there_and_those_that_come_until_it_is_told_to_stop(stage: StreamStage) -> None:
     stage.run("UPDATE users SET name = 'x' WHERE id = 3")
     stage.assert_as_logged()
     there = stage.events
@@ -439,14 +433,14 @@ def test_tail_asks_sentinel_for_the_master() -> None:
 # explain
 
 
-def explained(stage: Stage, key: str, *words: str, **more: str) -> dict[str, Any]:
+def explained(stage: StreamStage, key: str, *words: str, **more: str) -> dict[str, Any]:
     done = command("explain", key, "--format", "json", *words, rules=stage.rules, **{**stage.given, **more})
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout)
     return told
 
 
-def test_explain_shows_the_last_busts_of_a_key_and_marks_those_that_name_it(stage: Stage) -> None:
+def test_explain_shows_the_last_busts_of_a_key_and_marks_those_that_name_it(stage: StreamStage) -> None:
     stage.run("UPDATE users SET name = 'x' WHERE id = 3", "INSERT INTO notes VALUES (3)")
     stage.run(*(f"UPDATE users SET name = 'x' WHERE id = {number}" for number in range(100, 112)))
     stage.assert_as_logged()

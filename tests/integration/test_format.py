@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import redis
 from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position
+from stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,34 +26,13 @@ SCHEMA = (
 )
 
 
-class Stage:
-    def __init__(self, dsn: str, client: redis.Redis, daemon: RunningDaemon) -> None:
-        self.dsn = dsn
-        self.client = client
-        self.daemon = daemon
-
-    def cache(self, *keys: str) -> None:
-        for key in keys:
-            self.client.set(key, 1)
-
-    def run(self, *statements: str) -> None:
-        execute(self.dsn, *statements)
-        settled(self.dsn, self.client, self.daemon.slot)
-
-    def cached(self, *keys: str) -> list[str]:
-        return [key for key in keys if self.client.exists(key)]
-
-
 @contextmanager
 def staged(dsn: str, url: str, client: redis.Redis, folder: Path, slot: str, rules: str) -> Iterator[Stage]:
     execute(dsn, *SCHEMA)
     path = folder / "rules.yaml"
     path.write_text("version: 1\n" + rules)
-    with RunningDaemon(dsn=dsn, redis_url=url, rules=path, slot=slot, log_keys="raw") as daemon:
-        daemon.ready()
-        settled(dsn, client, slot)
-        yield Stage(dsn, client, daemon)
-        assert not daemon.errors
+    with Stage.playing(dsn, url, path, slot, client=client, log_keys="raw") as stage:
+        yield stage
 
 
 # when

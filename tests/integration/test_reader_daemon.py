@@ -16,6 +16,7 @@ import sqlalchemy.orm
 from prometheus_client import CollectorRegistry
 from readers import Loader, Reads, rules_file
 from running import RunningDaemon, eventually, execute, settled, watermark
+from stage import Stage
 
 from cdc_invalidator.reader.commit import acommit_lsn, commit_lsn
 
@@ -53,23 +54,20 @@ def waiting() -> Iterator[Reads]:
         yield reads
 
 
-class Stage:
+class ReadStage(Stage):
     """A table of users, the daemon on it, and reads of both shells."""
 
-    def __init__(self, dsn: str, url: str, client: redis.Redis, daemon: RunningDaemon, rules: Path) -> None:
-        self.dsn = dsn
-        self.url = url
-        self.client = client
-        self.daemon = daemon
-        self.rules = rules
+    def __init__(self, daemon: RunningDaemon, client: Any = None) -> None:
+        super().__init__(daemon, client)
         self.registry = CollectorRegistry()
-        self._connection = psycopg.connect(dsn, autocommit=True)
+        self._connection = psycopg.connect(self.dsn, autocommit=True)
 
-    def close(self) -> None:
+    def end(self) -> None:
         self._connection.close()
+        super().end()
 
     def caches(self, reads: Reads, **settings: Any) -> Any:
-        return reads.caches(self.rules, self.url, slot=self.daemon.slot, registry=self.registry, **settings)
+        return reads.caches(self.rules, self.redis_url, slot=self.daemon.slot, registry=self.registry, **settings)
 
     def name(self, id: int) -> str | None:  # noqa: A002  the parameter's name
         row = self._connection.execute("SELECT name FROM users WHERE id = %s", [id]).fetchone()
@@ -86,16 +84,15 @@ class Stage:
             connection.commit()
             return commit_lsn(connection)
 
-    def settled(self) -> None:
-        settled(self.dsn, self.client, self.daemon.slot)
-
     def bypasses(self, reason: str, cache: str = "user") -> float:
         name = "cdc_invalidator_reader_bypasses_total"
         return self.registry.get_sample_value(name, {"cache": cache, "reason": reason}) or 0.0
 
 
 @pytest.fixture
-def stage(database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path) -> Iterator[Stage]:
+def stage(
+    database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path
+) -> Iterator[ReadStage]:
     execute(
         database,
         "CREATE TABLE users (id int PRIMARY KEY, name text, team_id int)",
@@ -103,16 +100,11 @@ def stage(database: str, redis_url: str, redis_client: redis.Redis, slot_name: s
         "INSERT INTO users VALUES (1, 'Ada', 7), (2, 'Barbara', 9)",
     )
     rules = rules_file(tmp_path, RULES)
-    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
-        daemon.ready()
-        settled(database, redis_client, slot_name)
-        stage = Stage(database, redis_url, redis_client, daemon, rules)
+    with ReadStage.playing(database, redis_url, rules, slot_name, client=redis_client) as stage:
         yield stage
-        stage.close()
-        assert not daemon.errors
 
 
-def test_whatever_is_written_shows(stage: Stage, reads: Reads) -> None:
+def test_whatever_is_written_shows(stage: ReadStage, reads: Reads) -> None:
     caches = stage.caches(reads)
 
     def shown() -> list[Any]:
@@ -124,24 +116,24 @@ def test_whatever_is_written_shows(stage: Stage, reads: Reads) -> None:
 
     assert shown() == ["Ada", "Barbara", None, "Ada", "Barbara", ["Ada"], ["Barbara"]]
     stage.write("UPDATE users SET name = 'Grace', team_id = 9 WHERE id = 1")
-    stage.settled()
+    stage.settle()
     assert shown() == ["Grace", "Barbara", None, "Grace", "Barbara", [], ["Grace", "Barbara"]]
     stage.write("INSERT INTO users VALUES (3, 'Edsger', 7)")
     stage.write("DELETE FROM users WHERE id = 2")
-    stage.settled()
+    stage.settle()
     assert shown() == ["Grace", None, "Edsger", "Grace", None, ["Edsger"], ["Grace"]]
     stage.write("TRUNCATE users")
-    stage.settled()
+    stage.settle()
     assert shown() == [None, None, None, None, None, [], []]
 
 
-def test_a_load_that_a_commit_overtakes_is_not_kept(stage: Stage, waiting: Reads) -> None:
+def test_a_load_that_a_commit_overtakes_is_not_kept(stage: ReadStage, waiting: Reads) -> None:
     caches = stage.caches(waiting)
 
     def slow(id: int) -> str | None:  # noqa: A002
         name = stage.name(id)
         stage.write("UPDATE users SET name = name || '!'")
-        stage.settled()
+        stage.settle()
         return name
 
     for name in ("user", "page", "old-user", "old-page"):
@@ -152,12 +144,12 @@ def test_a_load_that_a_commit_overtakes_is_not_kept(stage: Stage, waiting: Reads
 
 @pytest.mark.parametrize("name", ["old-user", "old-page"])
 def test_after_a_bust_one_reader_loads_and_the_others_are_shown_the_old_value(
-    name: str, stage: Stage, reads: Reads
+    name: str, stage: ReadStage, reads: Reads
 ) -> None:
     users = stage.caches(reads)[name].using(wait=60.0)
     assert users.get(id=1, load=stage.name) == "Ada"
     stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
-    stage.settled()
+    stage.settle()
     loading, go_on = threading.Event(), threading.Event()
 
     def slow(id: int) -> str | None:  # noqa: A002
@@ -184,25 +176,25 @@ def test_after_a_bust_one_reader_loads_and_the_others_are_shown_the_old_value(
     assert stale == 4
 
 
-def test_the_old_value_is_shown_no_longer_than_stale_for(stage: Stage, waiting: Reads) -> None:
+def test_the_old_value_is_shown_no_longer_than_stale_for(stage: ReadStage, waiting: Reads) -> None:
     users = stage.caches(waiting).brief.using(wait=0.01)
     assert users.get(id=1, load=stage.name) == "Ada"
     stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
-    stage.settled()
+    stage.settle()
     stage.client.set("t:brief:1:lock", "somebody else, for ever")
     eventually(lambda: users.get(id=1, load=stage.name) == "Grace", "its time is up")
     assert stage.client.exists("t:brief:1:stale", "t:brief:1") == 0
 
 
-def test_a_sweep_leaves_no_old_value_of_its_own(stage: Stage, waiting: Reads) -> None:
+def test_a_sweep_leaves_no_old_value_of_its_own(stage: ReadStage, waiting: Reads) -> None:
     users = stage.caches(waiting)["old-user"]
     assert users.get(id=1, load=stage.name) == "Ada"
     stage.write("TRUNCATE users")
-    stage.settled()
+    stage.settle()
     assert not stage.client.keys("t:old-user:*")
 
 
-def test_a_writer_reads_its_own_write(stage: Stage, reads: Reads) -> None:
+def test_a_writer_reads_its_own_write(stage: ReadStage, reads: Reads) -> None:
     caches = stage.caches(reads)
     names = ("user", "page", "old-user")
     for round_ in range(20):
@@ -213,7 +205,7 @@ def test_a_writer_reads_its_own_write(stage: Stage, reads: Reads) -> None:
         view = caches.at_least(lsn)
         assert [view[name].get(id=1, load=stage.name) for name in names] == [mine] * 3
         assert view.user.get_many([1, 2], load=lambda ids: [stage.name(each) for each in ids]) == [mine, "Barbara"]
-        stage.settled()
+        stage.settle()
         before = stage.bypasses("behind")
         assert [view[name].get(id=1, load=stage.name) for name in names] == [mine] * 3
         assert stage.bypasses("behind") == before, "the watermark has passed it"
@@ -222,16 +214,16 @@ def test_a_writer_reads_its_own_write(stage: Stage, reads: Reads) -> None:
         assert load.asked == []
 
 
-def test_what_the_watermark_does_not_speak_for_is_loaded(stage: Stage, waiting: Reads) -> None:
+def test_what_the_watermark_does_not_speak_for_is_loaded(stage: ReadStage, waiting: Reads) -> None:
     caches = stage.caches(waiting)
     lsn = stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
-    stage.settled()
+    stage.settle()
     assert caches.at_least(lsn).rate.get(id=1, load=stage.name) == "Grace"
     assert stage.bypasses("ttl_only", "rate") == 1
     far = caches.at_least(2**60).user
     assert far.get(id=1, load=stage.name) == "Grace"
     assert stage.bypasses("behind") == 1
-    other = waiting.caches(stage.rules, stage.url, slot="nobody's")
+    other = waiting.caches(stage.rules, stage.redis_url, slot="nobody's")
     assert other.at_least(lsn).user.get(id=1, load=stage.name) == "Grace"
     stage.daemon.terminate()
     stage.client.hset(f"cdc:{stage.daemon.slot}:watermark", "rules", '{"another": "x"}')
@@ -244,7 +236,7 @@ def test_what_the_watermark_does_not_speak_for_is_loaded(stage: Stage, waiting: 
     assert stage.bypasses("no_watermark") == 2
 
 
-def test_a_feed_that_is_dead_is_noticed(stage: Stage, waiting: Reads) -> None:
+def test_a_feed_that_is_dead_is_noticed(stage: ReadStage, waiting: Reads) -> None:
     caches = stage.caches(waiting)
     careful = caches.user.using(max_staleness=6.0)
     load = Loader({1: "loaded"})
@@ -300,7 +292,7 @@ rules:
         assert users.get(id=1, load=load) == "cached"
 
 
-def test_a_cache_that_nothing_busts_is_as_old_as_its_entry(stage: Stage, waiting: Reads) -> None:
+def test_a_cache_that_nothing_busts_is_as_old_as_its_entry(stage: ReadStage, waiting: Reads) -> None:
     rate = stage.caches(waiting).rate
     load = Loader({1: "first"})
     assert rate.get(id=1, load=load, max_staleness=3600.0) == "first"
@@ -404,7 +396,7 @@ def test_the_lsn_of_a_commit_by_sqlalchemy(database: str) -> None:
     engine.dispose()
 
 
-def test_the_watermark_reaches_the_lsn_of_a_commit(stage: Stage) -> None:
+def test_the_watermark_reaches_the_lsn_of_a_commit(stage: ReadStage) -> None:
     lsn = stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
     eventually(
         lambda: int(watermark(stage.client, stage.daemon.slot)[b"lsn"]) >= lsn, "it is passed on an idle database"

@@ -1,0 +1,101 @@
+"""What most tests of a daemon play on: a database, a Redis, rules, and the daemon between them.
+
+A module's own kind of stage adds its tables and keys, and how it judges them.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import redis
+from running import RunningDaemon, execute, settled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Self
+
+
+class Stage:
+    """A daemon with its database and its Redis.
+
+    Args:
+        daemon: The daemon, started or not.
+        client: A client of its Redis; one of its own, unless given.
+    """
+
+    def __init__(self, daemon: RunningDaemon, client: Any = None) -> None:
+        self.daemon = daemon
+        self.dsn = daemon.dsn
+        self.redis_url = daemon.redis_url
+        self.rules = daemon.rules
+        self.slot = daemon.slot
+        self._own_client = client is None
+        if client is not None:
+            self.client = client
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """The client of its Redis, or one that is made now."""
+        return redis.Redis.from_url(self.redis_url)
+
+    def settle(self) -> None:
+        """Wait until the watermark has passed all that has been committed."""
+        settled(self.dsn, self.client, self.slot)
+
+    def run(self, *statements: str) -> None:
+        """Run statements, each in its own transaction, and wait until all is busted."""
+        execute(self.dsn, *statements)
+        self.settle()
+
+    def cache(self, *keys: str) -> None:
+        for key in keys:
+            self.client.set(key, "cached")
+
+    def cached(self, *keys: str) -> list[str]:
+        """Return those of the keys that exist."""
+        return [key for key in keys if self.client.exists(key)]
+
+    def begin(self) -> None:
+        """Wait until the daemon has done all that it does on its own at the start."""
+        self.daemon.ready()
+        self.settle()
+
+    def end(self) -> None:
+        """Judge the daemon after the test, while it runs."""
+        assert not self.daemon.errors
+
+    def close(self) -> None:
+        """Close the client that it has made itself."""
+        if self._own_client and "client" in vars(self):
+            self.client.close()
+
+    @classmethod
+    @contextmanager
+    def playing(
+        cls, dsn: str, redis_url: str, rules: Path, slot: str, *more: Any, client: Any = None, **settings: str
+    ) -> Iterator[Self]:
+        """Start a daemon, and stop it in the end.
+
+        Args:
+            dsn: The database, with the tables of the rules.
+            redis_url: The Redis.
+            rules: The rule file, or the directory.
+            slot: The name of slot and publication.
+            more: Further arguments of this kind of stage.
+            client: As of the class.
+            settings: The daemon's further settings.
+        """
+        with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
+            made: Any = cls
+            stage: Self = made(daemon, *more, client=client)
+            try:
+                stage.begin()
+                yield stage
+                stage.end()
+            finally:
+                stage.close()
+                for event in [event for event in daemon.events if event["event"] != "bust"][-20:]:
+                    print("   ", event)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from paths import PACKAGE, ROOT
 
 from cdc_invalidator import settings
 from cdc_invalidator.cli import app
 
-ROOT = Path(__file__).parents[2]
+if TYPE_CHECKING:
+    from pathlib import Path
+
 FOLDERS = ("cdc_invalidator", "deploy", "rules", "tests")
 PAGES = [ROOT / "README.md", *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 
@@ -93,3 +96,11 @@ def test_the_figures_of_the_front_page_are_those_that_were_measured() -> None:
     for what, figure, than in rows(ROOT / "README.md", "Speed and consistency"):
         for number in re.findall(r"\d[\d.,]*\d", f"{what} {figure} {than}"):
             assert number in measured, number
+
+
+def test_what_the_maintainers_page_names_is_in_the_file_that_it_names() -> None:
+    page = PACKAGE / "README.md"
+    named = re.findall(r"`(\w+)` in \[[^]]+\]\(([^)]+)\)", page.read_text())
+    assert len(named) >= 4
+    for name, file in named:
+        assert re.search(rf"\b{name}\b", (page.parent / file).read_text()), name

@@ -21,19 +21,19 @@ class Target:
     rule: str
     cache: Cache
     table: str
-    # What the rule says of it; None for what no rule asks for: a manual bust, a gap.
+    # The rule's bust; None where no rule asks for it: a manual bust, a gap.
     bust: Bust | None = None
     # The least ms between two busts of a key; 0 for none.
     debounce: int = 0
-    # What a change gives: a key to delete, or a version's; with `bump_over` both, and with a query its arguments.
+    # What a row gives: a key to delete or a version's key; with `bump_over` both, packed; with a query its arguments.
     template: Template = field(init=False)
     query: Query | None = field(init=False)
     pairs: bool = field(init=False)
     # The only key of a cache without parameters, which needs no search.
     one: bytes | None = field(init=False)
-    # Whether keys are deleted, or versions bumped, which with `bump_over` depends.
+    # Delete or bump; with `bump_over`, what is done to single keys.
     action: str = field(init=False)
-    # What every event about it says, by what is done.
+    # The fields that all its events share, by action.
     shown: dict[str, dict[str, str | None]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -212,7 +212,7 @@ class PlainBatch:
 
     __slots__ = ("_events", "end_lsn", "weight", "xids")
 
-    # No sweep, no query, nothing that is held or done twice.
+    # No sweep, no query, nothing held or busted again.
     busts: ClassVar[Mapping[Target, TargetBusts]] = {}
 
     def __init__(self, events: list[BustEvent], xids: Sequence[int], end_lsn: int) -> None:

@@ -1,4 +1,4 @@
-"""The apply task: takes what has piled up, busts it in Redis, records the watermark. Only this task talks to Redis.
+"""The apply task: takes what has piled up, busts it in Redis, records the watermark.
 
 A turn is: re-apply what Redis has lost, take, flush, bust again what was too early, one step of the sweeps that run,
 watermark. The rule that holds here: whatever fails on Redis's side, the same turn is tried again on a new connection; a

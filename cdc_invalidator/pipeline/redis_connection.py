@@ -1,7 +1,7 @@
 """The connection to Redis: opened, lost, opened again.
 
-The rule that holds here: retries for Redis live here and nowhere else. Whatever fails on Redis's side, the connection
-is thrown away, and a new one is opened after a growing delay.
+The rule that holds here: whatever fails on Redis's side, the connection is thrown away, and a new one is opened after a
+growing delay.
 """
 
 from __future__ import annotations

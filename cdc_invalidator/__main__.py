@@ -1,5 +1,29 @@
-"""``python -m cdc_invalidator`` is the command ``cdc-invalidator``."""
+"""The program: ``python -m cdc_invalidator`` and ``cdc-invalidator`` both call `main`."""
 
-from cdc_invalidator.cli import main
+from __future__ import annotations
 
-main()
+import os
+import sys
+
+from cdc_invalidator import errors
+from cdc_invalidator.commands import healthcheck
+
+
+def main() -> None:
+    """Run a command; the process ends with the exit codes of `errors`."""
+    try:
+        port = healthcheck.read(sys.argv[1:], os.environ)
+        if port is not None:
+            healthcheck.check(port)
+            return
+        # A probe is answered without it.
+        from cdc_invalidator.cli import app  # noqa: PLC0415
+
+        app()
+    except errors.InvalidatorError as error:
+        print(error, file=sys.stderr)  # noqa: T201  this is the program's voice
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""The command line: reads settings, builds what a command needs, turns errors into exit codes.
+"""The command line: its commands, arguments and flags. It reads the settings; what a command does is in `commands`.
 
-Heavy modules are imported inside the commands, so that ``healthcheck`` and ``--help`` stay quick.
+A command's modules are imported when it runs, so that ``--help`` imports none of them.
 """
 
 from __future__ import annotations
@@ -11,38 +11,29 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from cdc_invalidator import __version__, errors, settings
+from cdc_invalidator.commands import healthcheck as probe
 
 if TYPE_CHECKING:
     from cdc_invalidator.commands.simulate import Change
     from cdc_invalidator.rules.model import RuleSet
 
-# Objects that the collector lets pile up before it looks for cycles among them.
-YOUNG_OBJECTS = 50_000
-
 app = typer.Typer(
     name="cdc-invalidator",
-    help="Busts exactly the Redis keys that each PostgreSQL commit made stale, by declarative rules.",
+    help="Bust the Redis keys that each PostgreSQL commit made stale, by declarative rules.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-
-def main() -> None:
-    """Run the command line; the process ends with the exit codes of `errors`."""
-    try:
-        app()
-    except errors.InvalidatorError as error:
-        print(error, file=sys.stderr)  # noqa: T201  this is the program's voice
-        sys.exit(error.exit_code)
+# How the help names types; values are validated when all settings are read.
+_METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", settings.Size: "SIZE"}
 
 
 def _takes(
@@ -55,34 +46,18 @@ def _takes(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "given"]
-        flags = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[
-                    str | None,
-                    typer.Option(
-                        f"--{name.replace('_', '-')}",
-                        help=f"{field.description} [{settings.PREFIX}{name.upper()}]",
-                        show_default=False,
-                        hidden=name in settings.RENAMED,
-                    ),
-                ],
-            )
-            for name, field in kind.model_fields.items()
-        ]
+        flags = [_flag(name, setting) for name, setting in settings.fields(kind).items()]
 
         def wrapped(**arguments: Any) -> None:
-            from cdc_invalidator.postgres.connection import check_dsn
-
             flagged = {flag.name: arguments.pop(flag.name) for flag in flags}
             if offline is not None and arguments["offline"]:
                 command(settings.load(offline, flagged), **arguments)
                 return
             given = settings.load(kind, flagged)
             if isinstance(given, settings.Database):
-                check_dsn(given.postgres_dsn.get_secret_value())
+                from cdc_invalidator.postgres.connection import check_dsn
+
+                check_dsn(given.postgres_dsn)
             command(given, **arguments)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + flags
@@ -93,6 +68,26 @@ def _takes(
         return wrapped
 
     return decorate
+
+
+def _flag(name: str, setting: settings.Setting) -> inspect.Parameter:
+    variants = setting.variants
+    option = typer.Option(
+        settings.flag(name),
+        metavar=f"[{'|'.join(variants)}]" if variants else _METAVARS.get(setting.type, "TEXT"),
+        help=_described(setting.help, name, "required" if setting.required else setting.shown_default),
+        show_default=False,
+        hidden=name in settings.RENAMED,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )
+
+
+def _described(text: str, name: str, default: str) -> str:
+    """Return a flag's help, with its environment variable and its default."""
+    default = f"default: {default}" if default not in {"", "required"} else default
+    return f"{text}  [{'; '.join(filter(None, (f'env: {settings.variable(name)}', default)))}]"
 
 
 def _rules(given: settings.Stream | settings.Rules) -> RuleSet:
@@ -127,58 +122,9 @@ def run(given: settings.Settings) -> None:
     # The rules are about to be read anyway.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     _load_structlog()
-    import gc
+    from cdc_invalidator import start
 
-    import structlog
-    from prometheus_client import REGISTRY, disable_created_metrics
-
-    from cdc_invalidator import log
-    from cdc_invalidator.daemon import Daemon
-    from cdc_invalidator.metrics import Metrics
-    from cdc_invalidator.pipeline import eventstream
-    from cdc_invalidator.pipeline.events import Events
-    from cdc_invalidator.pipeline.eventstream import EventStream
-    from cdc_invalidator.postgres.standbys import Standbys
-    from cdc_invalidator.redis.endpoint import Endpoint
-    from cdc_invalidator.redis.topology import cache_server
-    from cdc_invalidator.session import SessionOptions
-
-    output = log.configure(given.log_format, given.log_level)
-    for sentence in settings.renamed(given):
-        structlog.get_logger().warning("setting_renamed", error=sentence)
-    # OpenMetrics would carry a _created series beside each counter: noise that doubles them.
-    disable_created_metrics()  # type: ignore[no-untyped-call]
-    secret = given.log_hash_key
-    # A URL that can't be used is told before PostgreSQL is touched.
-    redis = Endpoint.parse(given.redis_url.get_secret_value())
-    cache_server(redis, given.slot)
-    eventstream.check_key(given.event_stream, given.slot)
-    options = SessionOptions(
-        postgres_dsn=given.postgres_dsn.get_secret_value(),
-        redis=redis,
-        event_stream=given.event_stream,
-        slot=given.slot,
-        publication=given.publication,
-        sweep_gaps=given.on_gap == "sweep",
-        sweep_rate=given.sweep_rate,
-        max_retained_wal=given.max_retained_wal,
-    )
-    rules, metrics = _rules(given), Metrics(REGISTRY)
-    eventstream.check_rules(given.event_stream, rules)
-    stream = EventStream(given.event_stream, given.event_stream_length, metrics) if given.event_stream else None
-    display = log.KeyDisplay(given.log_keys, secret.get_secret_value().encode() if secret else None)
-    events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level), stream=stream)
-    dsns = given.postgres_standbys.get_secret_value().split()
-    standbys = Standbys(dsns, limit=given.standby_limit, metrics=metrics)
-    daemon = Daemon(options, rules, metrics, events, standbys, given.rules)
-    # What is loaded by now stays: the collector need not look at it again. What comes is keys, which are in no cycle.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, 10, 10)
-    try:
-        asyncio.run(daemon.run(given.http_host, given.http_port))
-    finally:
-        output.close()
+    start.run(given)
 
 
 @app.command()
@@ -187,107 +133,53 @@ def setup(
     given: settings.Stream,
     show: Annotated[bool, typer.Option("--print", help="Print the SQL for an administrator; change nothing.")] = False,
 ) -> None:
-    """Make the publication and the slot that the rules need, or bring them up to date."""
-    rules = _rules(given)
+    """Create or update the slot and the publication. They then match the rules."""
+    from cdc_invalidator.commands.setup import set_up
 
-    async def work() -> list[str]:
-        from cdc_invalidator.postgres.connection import connect
-        from cdc_invalidator.postgres.publication import Publication
-        from cdc_invalidator.postgres.publication import run as run_statements
-        from cdc_invalidator.postgres.slot import Slot
-
-        connection = await connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator setup")
-        async with connection:
-            slot, publication = Slot(connection, given.slot), Publication(connection, given.publication)
-            server = await slot.server()
-            survey = await publication.survey(rules)
-            problems = survey.mistakes(rules)
-            if problems:
-                raise errors.WrongRules(problems)
-            for table in survey.unknown:
-                typer.echo(f"-- {table} does not exist yet; run setup again, or let the daemon add it once it does.")
-            statements = publication.statements(survey)
-            statements += slot.statements(await slot.state(), server, new_publication=not survey.exists)
-            if not show:
-                await run_statements(connection, statements)
-            return statements
-
-    statements = asyncio.run(work())
-    typer.echo("\n".join(statements) if statements else "-- nothing is missing")
+    work = set_up(given.postgres_dsn, given.slot, given.publication, _rules(given), show=show, say=typer.echo)
+    typer.echo("\n".join(asyncio.run(work)) or "-- nothing is missing")
 
 
 @app.command()
 @_takes(settings.Settings, offline=settings.CheckOffline)
 def check(
     given: settings.Settings | settings.CheckOffline,
-    offline: Annotated[bool, typer.Option("--offline", help="Only the rule files; no server is touched.")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Check the rule files only; contact no server.")] = False,  # noqa: ARG001  `_takes` heeds it
     output: Annotated[
-        Literal["table", "json"], typer.Option("--format", help="A table to read, or JSON for pipelines.")
+        Literal["table", "json"], typer.Option("--format", help="Output format: a table, or JSON for pipelines.")
     ] = "table",
 ) -> None:
-    """Look for mistakes in the rule files, on the live database and on Redis; exit 1 where there are errors."""
+    """Check the rule files, the database and Redis for mistakes. Exit 1 if there are errors."""
     import orjson
 
-    from cdc_invalidator.commands import check as checking
-    from cdc_invalidator.commands import findings as findings_of
-    from cdc_invalidator.pipeline import eventstream
+    from cdc_invalidator.commands import check, findings
     from cdc_invalidator.redis.endpoint import Endpoint
-    from cdc_invalidator.redis.topology import cache_server
 
-    redis = Endpoint.parse(given.redis_url.get_secret_value()) if given.redis_url is not None else None
-    findings: list[findings_of.Finding] = []
-    rules: RuleSet | None = None
-    try:
-        rules = _rules(given)
-    except errors.WrongRules as wrong:
-        findings += map(findings_of.Finding.of, wrong.problems)
-    if rules is not None:
-        findings += map(findings_of.Finding.of, eventstream.clashes(given.event_stream, rules))
-    if offline:
-        cluster = redis is not None and redis.kind == "cluster"
-        findings += checking.offline(rules, checking.Columns(), cluster=cluster) if rules is not None else []
+    redis = Endpoint.parse(given.redis_url) if given.redis_url is not None else None
+    if isinstance(given, settings.CheckOffline):
+        found = check.check_files(given.rules, os.environ, redis, given.event_stream)
     else:
-        from cdc_invalidator.commands import check_postgres as inspection
+        from cdc_invalidator.commands.check_postgres import ServerSettings
 
-        assert isinstance(given, settings.Settings)
         assert redis is not None
-        cache_server(redis, given.slot)
-        eventstream.check_key(given.event_stream, given.slot)
-        servers = inspection.ServerSettings(
-            given.postgres_dsn.get_secret_value(), redis, given.event_stream, given.slot, given.publication
-        )
-        findings += asyncio.run(inspection.inspect(servers, rules))
-    findings = findings_of.in_order(findings)
+        servers = ServerSettings(given.postgres_dsn, redis, given.event_stream, given.slot, given.publication)
+        found = asyncio.run(check.check_servers(given.rules, os.environ, servers))
     if output == "json":
-        typer.echo(orjson.dumps(findings_of.report(findings), option=orjson.OPT_INDENT_2))
+        typer.echo(orjson.dumps(findings.report(found), option=orjson.OPT_INDENT_2))
     else:
-        typer.echo(findings_of.table(findings))
-    if findings_of.count(findings, findings_of.Severity.ERROR):
+        typer.echo(findings.table(found))
+    if findings.count(found, findings.Severity.ERROR):
         raise typer.Exit(1)
 
 
 @app.command()
 @_takes(settings.Database)
 def teardown(given: settings.Database) -> None:
-    """Drop the slot and the publication that setup made; the WAL that the slot kept is released."""
+    """Drop the slot and the publication. This releases the WAL that the slot retained."""
+    from cdc_invalidator.commands.setup import tear_down
 
-    async def work() -> list[str]:
-        from cdc_invalidator.postgres.connection import connect
-        from cdc_invalidator.postgres.publication import Publication
-        from cdc_invalidator.postgres.slot import Slot
-
-        connection = await connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator teardown")
-        async with connection:
-            try:
-                dropped = await Slot(connection, given.slot).drop()
-            except errors.SlotInUse as error:
-                raise errors.ServerRefuses(
-                    f"Slot {given.slot} is in use; stop the daemons that stream from it, then run teardown again."
-                ) from error
-            return dropped + await Publication(connection, given.publication).drop()
-
-    statements = asyncio.run(work())
-    typer.echo("\n".join(statements) if statements else "-- nothing to drop")
+    statements = asyncio.run(tear_down(given.postgres_dsn, given.slot, given.publication))
+    typer.echo("\n".join(statements) or "-- nothing to drop")
 
 
 @app.command()
@@ -297,36 +189,14 @@ def bust(
     cache: Annotated[str, typer.Argument(help="Name of the cache, as in the rule files.")],
     parameter: Annotated[
         list[str] | None,
-        typer.Argument(help="name=value, for each parameter of its key; without any, the whole cache."),
+        typer.Argument(help="name=value for each parameter of the cache's key; without any, the whole cache."),
     ] = None,
 ) -> None:
-    """Bust by hand, through PostgreSQL's WAL: in order with all writes, and recorded like them."""
-    import orjson
+    """Bust a key or a whole cache manually. It goes through PostgreSQL's WAL, in order with all writes."""
+    from cdc_invalidator.commands.bust import emit, message
 
-    from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
-    from cdc_invalidator.postgres.connection import connect, translated
-
-    order: dict[str, Any] = {"cache": cache}
-    if parameter:
-        if not all("=" in word for word in parameter):
-            raise errors.WrongSettings("A parameter lacks its value; write name=value.")
-        order["params"] = dict(word.split("=", 1) for word in parameter)
-    content = orjson.dumps(order)
-    try:
-        ManualBusts(_rules(given)).read(content)
-    except errors.WrongMessage as error:
-        raise errors.WrongSettings(str(error)) from error
-
-    async def work() -> str:
-        connection = await connect(given.postgres_dsn.get_secret_value(), "cdc-invalidator bust")
-        async with connection:
-            with translated():
-                cursor = await connection.execute(
-                    "SELECT pg_logical_emit_message(true, %s, %s)::text AS lsn", [MESSAGE_PREFIX, content.decode()]
-                )
-                return str((await cursor.fetchall())[0].lsn)
-
-    typer.echo(f"written at {asyncio.run(work())}; it is done once the watermark has passed that")
+    written_at = asyncio.run(emit(given.postgres_dsn, message(_rules(given), cache, parameter or [])))
+    typer.echo(f"written at {written_at}; it is done once the watermark has passed that")
 
 
 @app.command("test")
@@ -338,21 +208,21 @@ def run_tests(
         typer.Option(
             "--live",
             metavar="SCHEMA.sql",
-            help="Through a real daemon, on an embedded PostgreSQL with this schema and an embedded Valkey.",
+            help="Run them through a real daemon, on an embedded PostgreSQL with this schema and an embedded Valkey.",
         ),
     ] = None,
 ) -> None:
-    """Run the tests of the rule files: what they say a change busts, against what it busts. Needs no server."""
+    """Run the tests of the rule files. Each compares what a change busts with what it should. Needs no server."""
     from cdc_invalidator.commands import trial
 
     rules = _rules(given)
-    outcomes = trial.run(rules)
+    results = trial.run(rules)
     if live is not None:
         from cdc_invalidator.embedded import rehearsal
 
-        outcomes = rehearsal.run(rules, given.rules, live)
+        results = rehearsal.run(rules, given.rules, live)
     report = trial.Report()
-    for line in report.lines(outcomes):
+    for line in report.lines(results):
         typer.echo(line)
     if report.failed:
         raise typer.Exit(1)
@@ -362,83 +232,49 @@ def run_tests(
 @_takes(settings.Explain)
 def explain(
     given: settings.Explain,
-    key: Annotated[str | None, typer.Argument(help="A key: which cache it is of, and what busts it.")] = None,
-    table: Annotated[str | None, typer.Option(help="Of a change: schema.table.")] = None,
-    op: Annotated[str | None, typer.Option(help="Of a change: insert, update, delete or truncate.")] = None,
-    old: Annotated[str | None, typer.Option(metavar="JSON", help="Of a change: the row before it.")] = None,
-    new: Annotated[str | None, typer.Option(metavar="JSON", help="Of a change: the row after it.")] = None,
-    output: Annotated[Literal["text", "json"], typer.Option("--format", help="How it is told.")] = "text",
+    key: Annotated[str | None, typer.Argument(help="A key: show its cache and what busts it.")] = None,
+    table: Annotated[str | None, typer.Option(metavar="SCHEMA.TABLE", help="Table of the change.")] = None,
+    op: Annotated[str | None, typer.Option(help="Kind of the change: insert, update, delete or truncate.")] = None,
+    old: Annotated[str | None, typer.Option(metavar="JSON", help="The row before the change.")] = None,
+    new: Annotated[str | None, typer.Option(metavar="JSON", help="The row after the change.")] = None,
+    output: Annotated[Literal["text", "json"], typer.Option("--format", help="Output format.")] = "text",
 ) -> None:
-    """Tell what busts a KEY, or what a change (--table, --op, --old, --new) busts and why no more."""
+    """Show what busts a KEY, or what a change busts and why nothing else. Give --table and --op for a change."""
     import orjson
 
-    from cdc_invalidator.commands import explain as explaining
+    from cdc_invalidator.commands.explain import change_lines, explain_key, key_lines, read_change
 
     rules = _rules(given)
     if key is not None and table is None and op is None and old is None and new is None:
-        told, lines = explaining.explain_key(rules, key), explaining.key_lines
+        answer, lines = explain_key(rules, key), key_lines
         if given.event_stream and given.redis_url is not None:
-            _tell_last_busts(given, rules, key, told)
+            from cdc_invalidator.commands.explain_live import last_busts
+            from cdc_invalidator.redis.endpoint import Endpoint
+
+            redis = Endpoint.parse(given.redis_url)
+            last = asyncio.run(last_busts(rules, key, redis, given.event_stream, given.log_hash_key))
+            last.tell(answer)
     elif key is None and table is not None and op is not None:
-        change = explaining.read_change(table, op, old, new)
-        told, lines = _explain_change(given, rules, change), explaining.change_lines
+        answer, lines = _explained(given.postgres_dsn, rules, read_change(table, op, old, new)), change_lines
     else:
         raise errors.WrongSettings("Give explain either a KEY, or a change with --table and --op.")
-    typer.echo(orjson.dumps(told, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(told)))
+    typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(answer)))
 
 
-def _tell_last_busts(given: settings.Explain, rules: RuleSet, key: str, told: dict[str, Any]) -> None:
-    """Add what the event stream says of a key to what is told of it."""
-    from cdc_invalidator import log
-    from cdc_invalidator.commands import explain as explaining
-    from cdc_invalidator.commands.history import History
-    from cdc_invalidator.redis.endpoint import Endpoint
+def _explained(dsn: str | None, rules: RuleSet, change: Change) -> dict[str, Any]:
+    from cdc_invalidator.commands.explain import explain_change, no_rule
 
-    assert given.redis_url is not None
-    redis = Endpoint.parse(given.redis_url.get_secret_value())
-    secret = given.log_hash_key
-    hashed = log.KeyDisplay("hash", secret.get_secret_value().encode()).hash if secret is not None else None
-    last = explaining.LastBusts(rules, key, hashed)
-
-    async def look() -> None:
-        async with History.opened(redis, given.event_stream) as history, aclosing(history.backwards()) as entries:
-            async for entry in entries:
-                last.take(entry.event)
-                if last.complete:
-                    return
-
-    try:
-        asyncio.run(look())
-    except errors.WrongSettings:
-        raise
-    except errors.InvalidatorError as error:
-        # The rest of the answer stands.
-        last.fail(str(error))
-    last.tell(told)
-
-
-def _explain_change(given: settings.Offline, rules: RuleSet, change: Change) -> dict[str, Any]:
-    from cdc_invalidator.commands import explain as explaining
-    from cdc_invalidator.commands import simulate
-
-    dsn = given.postgres_dsn.get_secret_value() if given.postgres_dsn else None
     if dsn is None:
-        verdicts = simulate.simulate(rules, change, {})
-        if not verdicts:
-            raise explaining.no_rule(rules, change.table)
-        return explaining.explain_change(change, verdicts, live=False)
-    import structlog
+        from cdc_invalidator.commands.simulate import simulate
 
-    from cdc_invalidator.commands import catalog
-    from cdc_invalidator.postgres.connection import check_dsn
+        verdicts = simulate(rules, change, {})
+    else:
+        from cdc_invalidator.commands import explain_live
 
-    check_dsn(dsn)
-    # What queries have to complain of must not stand between the answer's lines.
-    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
-    played = asyncio.run(catalog.ask(dsn, rules, change))
-    if not played:
-        raise explaining.no_rule(rules, change.table)
-    return explaining.explain_change(change, [each.verdict() for each in played], live=True)
+        verdicts = asyncio.run(explain_live.verdicts(dsn, rules, change))
+    if not verdicts:
+        raise no_rule(rules, change.table)
+    return explain_change(change, verdicts, live=dsn is not None)
 
 
 @app.command()
@@ -448,25 +284,25 @@ def tail(
     cache: Annotated[str | None, typer.Option(help="Only events of this cache.")] = None,
     rule: Annotated[str | None, typer.Option(help="Only busts of this rule.")] = None,
     since: Annotated[
-        str | None, typer.Option(metavar="DURATION", help="First those of the last while, such as 10m; or all.")
+        str | None,
+        typer.Option(metavar="DURATION", help="Begin with the events of the last DURATION, such as 10m, or with all."),
     ] = None,
     output: Annotated[
-        Literal["console", "json"], typer.Option("--format", help="A line to read, or the log's JSON.")
+        Literal["console", "json"], typer.Option("--format", help="Output format: text, or the log's JSON.")
     ] = "console",
 ) -> None:
-    """Show live busts, out of the event stream that the daemon writes where CDC_EVENT_STREAM is set."""
+    """Show live busts from the event stream. The daemon writes it if CDC_EVENT_STREAM is set."""
     if not given.event_stream:
         raise errors.WrongSettings(
             "CDC_EVENT_STREAM is not set; set it for the daemon and here, for example to cdc:cdc_invalidator:events."
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        from cdc_invalidator.commands import tail as tailing
+        from cdc_invalidator.commands.tail import Wanted, read_since, run
         from cdc_invalidator.redis.endpoint import Endpoint
 
-        redis = Endpoint.parse(given.redis_url.get_secret_value())
-        wanted, milliseconds = tailing.Wanted(cache, rule), tailing.read_since(since)
-        asyncio.run(tailing.run(redis, given.event_stream, wanted, milliseconds, output))
+        redis = Endpoint.parse(given.redis_url)
+        asyncio.run(run(redis, given.event_stream, Wanted(cache, rule), read_since(since), output))
     except KeyboardInterrupt:
         return
 
@@ -483,31 +319,27 @@ def schema() -> None:
 
 @app.command()
 def healthcheck(
-    http_port: Annotated[int, typer.Option(help="Port of the daemon's pages.", envvar="CDC_HTTP_PORT")] = 9479,
+    http_port: Annotated[
+        int,
+        typer.Option(
+            metavar="INTEGER",
+            help=_described("Port of the daemon's pages.", "http_port", str(probe.DEFAULT_PORT)),
+            envvar="CDC_HTTP_PORT",
+            show_envvar=False,
+            show_default=False,
+        ),
+    ] = probe.DEFAULT_PORT,
 ) -> None:
-    """Exit 0 when the daemon on this machine is live, 1 otherwise."""
-    import http.client
-
-    connection = http.client.HTTPConnection("localhost", http_port, timeout=3)
-    try:
-        connection.request("GET", "/livez")
-        status = connection.getresponse().status
-    except OSError as error:
-        raise errors.InvalidatorError(
-            f"No daemon answers on port {http_port} ({error}); start it, or set CDC_HTTP_PORT."
-        ) from error
-    finally:
-        connection.close()
-    if status != 200:
-        raise errors.InvalidatorError(f"/livez on port {http_port} answers {status}; look at the daemon's log.")
+    """Exit 0 if the daemon on this machine is live, 1 if not."""
+    probe.check(http_port)
 
 
 @app.command()
 def demo(
-    seconds: Annotated[float, typer.Option(min=1, help="How long each half runs.")] = 5,
-    keep: Annotated[bool, typer.Option("--keep", help="Stay up in the end, to look around with psql.")] = False,
+    seconds: Annotated[float, typer.Option(min=1, metavar="NUMBER", help="Seconds that each half runs.")] = 5,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the servers running afterwards, to try psql on.")] = False,
 ) -> None:
-    """Show everything at once, on an embedded PostgreSQL and Valkey: stale entries without the daemon, none with it."""
+    """Demonstrate everything on embedded servers. Stale entries appear without the daemon, and none with it."""
     from cdc_invalidator.embedded.demo import run as run_demo
 
     raise typer.Exit(run_demo(seconds, keep=keep))

@@ -1,143 +1,188 @@
-"""The settings, where they come from, and nothing else. Only the command line reads them.
+"""The settings: their names, types, defaults and help, and where their values come from.
 
+Flags and validation are both made from the classes below. They are plain, so that ``--help`` needs no pydantic.
 Precedence: flag, environment variable ``CDC_…``, ``.env``, file in the directory ``CDC_SECRETS_DIR``, default.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
-
-from pydantic import ByteSize, Field, SecretStr, ValidationError
-from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NewType, TypeVar, get_args, get_type_hints
 
 from cdc_invalidator import errors
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+    from pydantic_settings import BaseSettings
 
 PREFIX = "CDC_"
 # Old names of settings, which are still accepted in this release, and the names that replace them.
 RENAMED: Mapping[str, str] = {"postgres_replicas": "postgres_standbys", "replica_limit": "standby_limit"}
 
-
-EventStreamKey = Annotated[
-    str,
-    Field(
-        pattern=r"^\S*$",
-        description="Redis stream that gets the events as well, such as cdc:cdc_invalidator:events; none by default.",
-    ),
-]
+Secret = NewType("Secret", str)
+"""A text that is never shown. The `repr` of settings holds no values."""
+Size = NewType("Size", int)
+"""Bytes; read from texts such as ``1GiB``."""
 
 
-class Database(BaseSettings):
-    """What every command that talks to PostgreSQL reads; ``slot`` is ``CDC_SLOT`` and ``--slot``, and so on."""
+def _setting(help_text: str, default: Any = dataclasses.MISSING, **constraints: Any) -> Any:
+    """Declare a setting.
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
+    Args:
+        help_text: its help.
+        default: its default; without one, the setting is required.
+        constraints: what pydantic's ``Field`` takes, such as ``ge``.
+    """
+    return dataclasses.field(default=default, repr=False, metadata={"description": help_text, **constraints})
 
-    postgres_dsn: SecretStr = Field(
-        description="Connection string of the database; the role needs REPLICATION. Several hosts are allowed."
+
+_DSN = "Connection string of the database. The role needs REPLICATION; several hosts are allowed."
+_RULES = "A rule file, or a directory of rule files."
+_EVENT_STREAM = "Redis stream that also receives the events, such as cdc:cdc_invalidator:events. Empty: no stream."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Database:
+    """Settings of every command that talks to PostgreSQL; ``slot`` is ``CDC_SLOT`` and ``--slot``, and so on."""
+
+    postgres_dsn: Secret = _setting(_DSN)
+    slot: str = _setting("Name of the replication slot.", "cdc_invalidator", pattern=r"^[a-z0-9_]{1,63}$")
+    publication: str = _setting("Name of the publication.", "cdc_invalidator", min_length=1, max_length=63)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Settings of a command that needs no server."""
+
+    rules: Path = _setting(_RULES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explain(Rules):
+    """Settings of `explain`; every server is optional, and adds to the answer."""
+
+    postgres_dsn: Secret | None = _setting(
+        "Connection string of the database, to read its tables and ask queries. Optional.", None
     )
-    slot: str = Field(
-        default="cdc_invalidator", pattern=r"^[a-z0-9_]{1,63}$", description="Name of the replication slot."
-    )
-    publication: str = Field(
-        default="cdc_invalidator", min_length=1, max_length=63, description="Name of the publication."
-    )
+    redis_url: Secret | None = _setting("URL of the cache's Redis, to read the event stream. Optional.", None)
+    event_stream: str = _setting(_EVENT_STREAM, "", pattern=r"^\S*$")
+    log_hash_key: Secret | None = _setting("Secret that key hashes in events are made with. Optional.", None)
 
 
-class Rules(BaseSettings):
-    """What a command reads that needs no server."""
+@dataclass(frozen=True, kw_only=True)
+class Tail:
+    """Settings of `tail`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
-
-    rules: Path = Field(description="A rule file, or a directory of rule files.")
-
-
-class Offline(Rules):
-    """What a command reads that can do without a server, and tells more with one."""
-
-    postgres_dsn: SecretStr | None = Field(
-        default=None, description="Connection string of the database, to read its tables and ask queries; optional."
-    )
+    redis_url: Secret = _setting("URL of the cache's Redis, as the daemon has it.")
+    event_stream: str = _setting(_EVENT_STREAM, "", pattern=r"^\S*$")
 
 
-class Explain(Offline):
-    """What `explain` reads: of a key, the last busts are told where there is an event stream."""
-
-    redis_url: SecretStr | None = Field(default=None, description="Where the cache lives; optional.")
-    event_stream: EventStreamKey = ""
-    log_hash_key: SecretStr | None = Field(default=None, description="Secret of the keyed hashes in events; optional.")
-
-
-class Tail(BaseSettings):
-    """What `tail` reads."""
-
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore", frozen=True)
-
-    redis_url: SecretStr = Field(description="Where the cache lives, as the daemon has it.")
-    event_stream: EventStreamKey = ""
-
-
+@dataclass(frozen=True, kw_only=True)
 class CheckOffline(Rules):
-    """What `check --offline` reads; ``redis_url`` only tells which kind of Redis there is."""
+    """Settings of `check --offline`; ``redis_url`` only says which kind of Redis there is."""
 
-    redis_url: SecretStr | None = Field(default=None, description="Where the cache lives; optional.")
-    event_stream: EventStreamKey = ""
+    redis_url: Secret | None = _setting("URL of the cache's Redis. Optional.", None)
+    event_stream: str = _setting(_EVENT_STREAM, "", pattern=r"^\S*$")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Stream(Database):
-    """What setting the stream up reads, besides."""
+    """Settings of a command that needs the stream and the rules."""
 
-    rules: Path = Field(description="A rule file, or a directory of rule files.")
+    rules: Path = _setting(_RULES)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Settings(Stream):
     """Every setting of the daemon."""
 
-    redis_url: SecretStr = Field(
-        description="Where the cache lives: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
+    redis_url: Secret = _setting(
+        "URL of the cache's Redis: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
     )
-    postgres_standbys: SecretStr = Field(
-        default=SecretStr(""),
-        description="Connection strings of the standbys that readers use, with spaces between: busts wait for them.",
+    postgres_standbys: Secret = _setting(
+        "Connection strings of the standbys that readers use, separated by spaces. Busts wait for them.", Secret("")
     )
-    standby_limit: float = Field(
-        default=60.0, gt=0, description="Seconds that busts wait for a standby before it is dropped from the wait."
+    standby_limit: float = _setting(
+        "How many seconds busts wait for a standby before they stop waiting for it.", 60.0, gt=0
     )
-    postgres_replicas: SecretStr | None = Field(default=None, description="Old name of postgres_standbys.")
-    replica_limit: float | None = Field(default=None, gt=0, description="Old name of standby_limit.")
-    event_stream: EventStreamKey = ""
-    event_stream_length: int = Field(
-        default=10_000, ge=1, description="About how many events the event stream keeps; some 400 bytes each."
+    postgres_replicas: Secret | None = _setting("Old name of postgres_standbys.", None)
+    replica_limit: float | None = _setting("Old name of standby_limit.", None, gt=0)
+    event_stream: str = _setting(_EVENT_STREAM, "", pattern=r"^\S*$")
+    event_stream_length: int = _setting(
+        "Approximate number of events that the event stream keeps, at about 400 bytes each.", 10_000, ge=1
     )
-    sweep_rate: int = Field(
-        default=0, ge=0, description="Keys a second that sweeps look at; 0 for as many as the server gives."
+    sweep_rate: int = _setting("Most keys per second that sweeps scan; 0: as many as the server can deliver.", 0, ge=0)
+    http_host: str = _setting("Address to serve /metrics, /livez, /readyz and /status on.", "0.0.0.0")  # noqa: S104  a Pod's probes come from outside
+    http_port: int = _setting("Port to serve these pages on; 0 takes a free one.", 9479, ge=0, le=65535)
+    log_format: Literal["json", "console"] = _setting("Log format: one JSON object per line, or text.", "json")
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "Lowest level to log. Bust events are info; warning silences them.", "info"
     )
-    http_host: str = Field(default="0.0.0.0", description="Address of /metrics, /livez, /readyz and /status.")  # noqa: S104  a Pod's probes come from outside
-    http_port: int = Field(default=9479, ge=0, le=65535, description="Port of these pages; 0 takes a free one.")
-    log_format: Literal["json", "console"] = Field(default="json", description="One JSON object a line, or text.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Bust events are info; warning silences them."
+    log_keys: Literal["prefix", "hash", "raw"] = _setting(
+        "How bust events show keys: their prefix only, also a hash of each key, or the keys themselves.", "hash"
     )
-    log_keys: Literal["prefix", "hash", "raw"] = Field(
-        default="hash",
-        description="What a bust event shows of its keys: their prefix, also a hash of each, or the keys themselves.",
+    log_hash_key: Secret | None = _setting(
+        "Secret that key hashes are made with. Without it, each start of the daemon makes its own.", None
     )
-    log_hash_key: SecretStr | None = Field(
-        default=None,
-        description="Secret of the keyed hashes. Without it, each start of the daemon makes its own.",
+    max_retained_wal: Size = _setting(
+        "WAL that the slot may retain while Redis is away, such as 500MB or 1GiB; with more, the slot is dropped and "
+        "the caches are swept later.",
+        Size(1 << 30),
     )
-    max_retained_wal: ByteSize = Field(
-        default=ByteSize(1 << 30),
-        description="WAL that the slot may hold while Redis is away; beyond, the caches are swept instead.",
-    )
-    on_gap: Literal["sweep", "warn"] = Field(
-        default="sweep", description="What to do when changes may have been missed: empty the caches, or only say so."
+    on_gap: Literal["sweep", "warn"] = _setting(
+        "What to do when changes may have been missed: sweep the caches, or only warn.", "sweep"
     )
 
 
-Kind = TypeVar("Kind", bound=BaseSettings)
+Kind = TypeVar("Kind")
+
+
+class Setting(NamedTuple):
+    """A setting as flags, pages and manifests see it.
+
+    ``type``: ``str``, ``int``, ``float``, ``Path``, `Secret`, `Size` or a ``Literal``, without the ``None`` of an
+    optional one; ``default``: ``None`` where there is none.
+    """
+
+    help: str
+    type: Any
+    required: bool
+    default: Any
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The values of a ``Literal``; empty for other types."""
+        return get_args(self.type)
+
+    @property
+    def shown_default(self) -> str:
+        """The default as one would write it; empty where there is none."""
+        if self.default is None:
+            return ""
+        if self.type is Size:
+            return f"{self.default >> 30}GiB"
+        return f"{self.default:g}" if self.type is float else str(self.default)
+
+
+def fields(kind: type[Any]) -> Mapping[str, Setting]:
+    """Return the settings of a kind, by name."""
+    hints = get_type_hints(kind)
+    found = {}
+    for field in dataclasses.fields(kind):
+        required = field.default is dataclasses.MISSING
+        some = [each for each in get_args(hints[field.name]) if each is not type(None)]
+        optional = type(None) in get_args(hints[field.name])
+        found[field.name] = Setting(
+            field.metadata["description"],
+            some[0] if optional else hints[field.name],
+            required,
+            None if required else field.default,
+        )
+    return found
 
 
 def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
@@ -145,59 +190,78 @@ def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
 
     Args:
         kind: which of them.
-        flags: what the command line was given, by field name; ``None`` means not given.
+        flags: what the command line was given, by setting; ``None`` means not given.
 
     Raises:
         errors.WrongSettings: naming each setting that is missing or wrong, without its value.
     """
+    from pydantic import ValidationError
+    from pydantic_settings import SettingsError
+
     given: dict[str, Any] = {name: value for name, value in flags.items() if value is not None}
     try:
-        return _under_new_names(kind(_secrets_dir=os.environ.get("CDC_SECRETS_DIR"), **given))
+        found = _model(kind)(_secrets_dir=os.environ.get("CDC_SECRETS_DIR"), **given)
     except SettingsError as error:
         raise errors.WrongSettings(f"The settings can't be read ({error}); check CDC_SECRETS_DIR.") from None
     except ValidationError as error:
         raise errors.WrongSettings("\n".join(map(_sentence, error.errors(include_input=False)))) from None
+    return kind(**_under_new_names({name: getattr(found, name) for name in found.model_fields_set}))
 
 
-def renamed(given: BaseSettings) -> list[str]:
+def _model(kind: type[Any]) -> type[BaseSettings]:
+    """Return what reads and validates settings of a kind."""
+    from pydantic import ByteSize, Field, create_model
+    from pydantic_settings import BaseSettings, SettingsConfigDict
+
+    class Base(BaseSettings):
+        model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore")
+
+    hints = {name: ByteSize if hint is Size else hint for name, hint in get_type_hints(kind).items()}
+    definitions: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        default = ... if field.default is dataclasses.MISSING else field.default
+        definitions[field.name] = (hints[field.name], Field(default, **field.metadata))
+    return create_model(kind.__name__, __base__=Base, **definitions)
+
+
+def renamed(given: Settings) -> list[str]:
     """Return a sentence for each setting that was given under its old name."""
     return [
-        f"{_variable(old)} (or {_flag(old)}) is an old name, which the next release does not know; use "
-        f"{_variable(new)} or {_flag(new)}."
+        f"{variable(old)} (or {flag(old)}) is an old name, which the next release does not know; use "
+        f"{variable(new)} or {flag(new)}."
         for old, new in RENAMED.items()
-        if old in given.model_fields_set
+        if getattr(given, old) is not None
     ]
 
 
-def _under_new_names(given: Kind) -> Kind:
+def _under_new_names(given: dict[str, Any]) -> dict[str, Any]:
     """Copy what was given under old names to the settings that replace them.
 
     Raises:
         errors.WrongSettings: both names were given, with different values.
     """
     for old, new in RENAMED.items():
-        if old in given.model_fields_set:
-            value = getattr(given, old)
-            if new in given.model_fields_set and getattr(given, new) != value:
-                raise errors.WrongSettings(
-                    f"{_variable(old)} is the old name of {_variable(new)}, and the two differ; remove "
-                    f"{_variable(old)} (or {_flag(old)})."
-                )
-            given = given.model_copy(update={new: value})
+        if old in given and given.setdefault(new, given[old]) != given[old]:
+            raise errors.WrongSettings(
+                f"{variable(old)} is the old name of {variable(new)}, and the two differ; remove "
+                f"{variable(old)} (or {flag(old)})."
+            )
     return given
 
 
-def _variable(name: str) -> str:
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
     return PREFIX + name.upper()
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return the flag of a setting."""
     return "--" + name.replace("_", "-")
 
 
 def _sentence(item: ErrorDetails) -> str:
     name = str(item["loc"][0])
-    variable, flag = _variable(name), _flag(name)
     if item["type"] == "missing":
-        return f"{variable} is not set; set it in the environment or give {flag}."
-    return f"{variable} is wrong: {item['msg'][0].lower()}{item['msg'][1:]}; set it in the environment or give {flag}."
+        return f"{variable(name)} is not set; set it in the environment or give {flag(name)}."
+    wrong = f"{item['msg'][0].lower()}{item['msg'][1:]}"
+    return f"{variable(name)} is wrong: {wrong}; set it in the environment or give {flag(name)}."

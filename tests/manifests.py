@@ -287,7 +287,7 @@ def _probes(container: dict[str, Any]) -> Iterator[str]:
 
 def _pages(container: dict[str, Any], page: Callable[[str], int]) -> Iterator[str]:
     given = {one["name"]: one.get("value") for one in container.get("env", [])}
-    served = int(given.get("CDC_HTTP_PORT") or settings.Settings.model_fields["http_port"].default)
+    served = int(given.get("CDC_HTTP_PORT") or settings.fields(settings.Settings)["http_port"].default)
     if [port.get("containerPort") for port in container.get("ports", [])] != [served]:
         yield f"its port is not {served}, where the daemon serves its pages"
     for name, probe in probes(container).items():
@@ -299,7 +299,7 @@ def _pages(container: dict[str, Any], page: Callable[[str], int]) -> Iterator[st
 
 
 def _settings(pod: Pod, container: dict[str, Any], documents: list[Document]) -> Iterator[str]:
-    known = {settings.PREFIX + name.upper() for name in settings.Settings.model_fields} | {"CDC_SECRETS_DIR"}
+    known = {settings.PREFIX + name.upper() for name in settings.fields(settings.Settings)} | {"CDC_SECRETS_DIR"}
     given = {one["name"]: one.get("value", "") for one in container.get("env", [])}
     for name in given:
         if name.startswith(settings.PREFIX) and name not in known:

@@ -1,284 +1,59 @@
-"""What is worth saying about a rule set before a daemon runs by it: findings, each with its remedy. Pure.
-
-`offline` looks at the rules alone. What a database says of their columns makes some of its findings sharper, which is
-why it takes `Columns`; who asks the servers is `inspection`.
-
-The rule that holds here: a finding that the rules alone don't prove is a warning or a note, never an error.
-"""
+"""`check`: looks for mistakes in the rule files (`check_rules`), on the database and on Redis (`check_postgres`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cdc_invalidator.commands.findings import Finding, Severity
-from cdc_invalidator.rules import overlap
-from cdc_invalidator.rules.condition import Condition
-from cdc_invalidator.rules.model import Cache, Rule, RuleSet
-from cdc_invalidator.rules.overlap import Language, Texts
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
-from cdc_invalidator.rules.template import Param, Template
+from cdc_invalidator import errors
+from cdc_invalidator.commands import check_rules
+from cdc_invalidator.commands.findings import Finding, in_order
+from cdc_invalidator.pipeline import eventstream
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.topology import cache_server
+from cdc_invalidator.rules.load import load_rules
+from cdc_invalidator.rules.model import RuleSet
 
-
-@dataclass(slots=True)
-class Columns:
-    """What a database knows of the parameters' values; empty where none was asked.
-
-    ``values``: by cache and parameter, the texts that there can be.
-    """
-
-    values: dict[str, dict[str, Texts]] = field(default_factory=dict)
-
-    def of(self, cache: Cache) -> Mapping[str, Texts]:
-        """Give what is known of a cache's parameters."""
-        return self.values.get(cache.name, {})
+if TYPE_CHECKING:
+    from cdc_invalidator.commands.check_postgres import ServerSettings
 
 
-# ── The rules alone ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def offline(rules: RuleSet, columns: Columns, *, cluster: bool) -> list[Finding]:
-    """Give what the rules alone show.
+def check_files(path: Path, environment: Mapping[str, str], redis: Endpoint | None, event_stream: str) -> list[Finding]:
+    """Check the rule files alone.
 
     Args:
-        rules: the rule set.
-        columns: what is known of the columns that keys are made of.
-        cluster: whether the caches live in a Redis Cluster.
+        path: the rule file or directory.
+        environment: what the rule files may refer to.
+        redis: says which kind of Redis there is; it is not asked.
+        event_stream: the key of the event stream; empty for none.
     """
-    findings = [found for rule in rules.rules for found in _of_rule(rule)]
-    busted = {bust.cache.name for rule in rules.rules for bust in rule.busts}
-    for cache in rules.caches.values():
-        findings += _of_cache(cache, busted=cache.name in busted, cluster=cluster)
-        findings += _ambiguous(cache, columns)
-    findings += _clashes(list(rules.caches.values()), columns)
-    findings += _swept_besides(list(rules.caches.values()))
-    return findings
+    rules, findings = _load(path, environment, event_stream)
+    if rules is not None:
+        cluster = redis is not None and redis.kind == "cluster"
+        findings += check_rules.offline(rules, check_rules.Columns(), cluster=cluster)
+    return in_order(findings)
 
 
-def _of_rule(rule: Rule) -> Iterator[Finding]:
-    if rule.old_row == "ignore":
-        yield Finding(
-            Severity.NOTE,
-            "old_row_ignored",
-            rule.place,
-            f"rule {rule.name} has `old_row: ignore`: where the replica identity does not carry a key's columns, the "
-            "entries under former values stay until their TTL; this is only listed, so that it stays a decision.",
-        )
-    silent = never(rule)
-    if silent == rule.on:
-        yield Finding(
-            Severity.WARNING,
-            "never_fires",
-            rule.place,
-            f"rule {rule.name} can never fire, since its `when` is false for every {' and '.join(sorted(rule.on))} or "
-            "its `columns` never change; correct it, or remove the rule.",
-        )
-    elif silent:
-        yield Finding(
-            Severity.NOTE,
-            "never_fires_on",
-            rule.place,
-            f"rule {rule.name} never fires on {' or '.join(sorted(silent))}; take that out of its `on`.",
-        )
-    if rule.columns and "update" not in rule.on:
-        yield Finding(
-            Severity.WARNING,
-            "columns_unused",
-            rule.place,
-            f"rule {rule.name} has `columns`, which only an UPDATE looks at, and `on` has no update; remove one of "
-            "them.",
-        )
+async def check_servers(path: Path, environment: Mapping[str, str], servers: ServerSettings) -> list[Finding]:
+    """Check the rule files, and the servers for them.
+
+    Raises:
+        errors.WrongSettings: a setting can't be used.
+    """
+    # Not for the files alone: it loads the drivers.
+    from cdc_invalidator.commands import check_postgres  # noqa: PLC0415
+
+    rules, findings = _load(path, environment, servers.event_stream)
+    cache_server(servers.redis, servers.slot)
+    eventstream.check_key(servers.event_stream, servers.slot)
+    return in_order(findings + await check_postgres.inspect(servers, rules))
 
 
-def never(rule: Rule) -> frozenset[str]:
-    """Give the kinds of change that a rule names and can't fire on, whatever the rows hold."""
-    silent: set[str] = set()
-    if rule.when is not None:
-        condition = Condition(rule.when)
-        silent = {op for op in rule.on if condition.refuses(op)}
-    if "update" in rule.on and rule.columns and set(rule.columns) <= rule.immutable:
-        silent.add("update")
-    return frozenset(silent)
-
-
-def _of_cache(cache: Cache, *, busted: bool, cluster: bool) -> Iterator[Finding]:
-    def warning(code: str, sentence: str) -> Finding:
-        return Finding(Severity.WARNING, code, cache.place, sentence)
-
-    if not busted and not cache.ttl_only:
-        yield warning(
-            "never_busted",
-            f"no rule busts cache {cache.name}, so its entries are stale until they expire; name it in the `bust` of "
-            "a rule, or write down with `ttl_only: true` that this is meant.",
-        )
-    if cache.ttl is None and not cache.ttl_only:
-        yield warning(
-            "no_ttl",
-            f"cache {cache.name} has no `ttl`, so what nobody reads any more stays in memory; add one, such as "
-            "`ttl: 1h`.",
-        )
-    for of, template in (("key", cache.key), ("version", cache.version)):
-        if template is not None and template.prefix.count(b":") < 2:
-            yield warning(
-                "short_prefix",
-                f"the `{of}` of cache {cache.name} does not begin with an application and an environment, so that "
-                "others may use, or a sweep may delete, the same keys; write it as `shop:${APP_ENV:-prod}:…`.",
-            )
-    if cluster and cache.lacks_hash_tag:
-        yield warning(
-            "no_hash_tag",
-            f"in a cluster, a key of cache {cache.name} and its lock lie in different slots, so that a reader's fill "
-            "fails; give the key a hash tag, such as `user:{{{id}}}:profile`.",
-        )
-
-
-# ── Keys that are two things at once ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _ambiguous(cache: Cache, columns: Columns) -> Iterator[Finding]:
-    known = columns.of(cache)
-    for of, template in (("key", cache.key), ("version", cache.version)):
-        if template is None or len(template.params) < 2:
-            continue
-        # Of values that nobody knows, only what holds for numbers as well is told.
-        unknown = {name: Texts.of_numbers(values) for name, values in _assumed(template, known).items()}
-        parts = {name: Texts.of_parts(values) for name, values in known.items()}
-        for severity, values in (
-            (Severity.WARNING, unknown | parts),
-            (Severity.NOTE, unknown | dict(known)),
-        ):
-            found = overlap.readings(Language(template, values))
-            if found is not None:
-                yield Finding(
-                    severity,
-                    "ambiguous_key",
-                    cache.place,
-                    f"two rows can have the same `{of}` of cache {cache.name}: `{found.key}` is both {found.one} and "
-                    f"{found.other}; put a separator between the parameters that no value holds, or add the filter "
-                    "`|urlencode`.",
-                )
-                break
-
-
-def _assumed(template: Template, known: Mapping[str, Texts]) -> dict[str, Texts]:
-    return {
-        part.name: known.get(part.name, overlap.COUNTER if part.name == "version" else overlap.PART)
-        for part in template.parts
-        if isinstance(part, Param)
-    }
-
-
-def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
-    """Keys of one cache that are keys, counters or locks of another; and counters of its own."""
-    strict = {
-        cache.name: {parameter: Texts.of_parts(values) for parameter, values in columns.of(cache).items()}
-        for cache in caches
-    }
-    usual = [Language(cache.key, strict[cache.name]) for cache in caches]
-    widest = [Language(cache.key, columns.of(cache)) for cache in caches]
-    for at, cache in enumerate(caches):
-        for beside, other in enumerate(caches[at + 1 :], at + 1):
-            sure = not usual[at].free and not usual[beside].free
-            severity, remedy = Severity.ERROR if sure else Severity.WARNING, ""
-            key = overlap.common(usual[at], usual[beside])
-            if key is None:
-                # Only a value with a separator in it would do.
-                key = overlap.common(widest[at], widest[beside])
-                severity, remedy = Severity.NOTE, ", or add the filter `|urlencode` to the parameter"
-            if key is not None:
-                yield Finding(
-                    severity,
-                    "same_keys",
-                    other.place,
-                    f"caches {cache.name} (at {cache.place}) and {other.name} can have the same key, such as `{key}`, "
-                    f"and readers of one would be given values of the other; give one of them another literal "
-                    f"part{remedy}.",
-                )
-    yield from _clashes_with_ours(caches, strict)
-    yield from _read_as_another(caches, strict, columns.values)
-
-
-def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str, Texts]]) -> Iterator[Finding]:
-    """Keys that are counters, locks, old values. Any text could be the word `lock`: there, numbers stand for texts."""
-    for cache in caches:
-        mine = Language(cache.key, values[cache.name])
-        numbers = {name: Texts.of_numbers(of) for name, of in _assumed(cache.key, values[cache.name]).items()}
-        numbered = Language(cache.key, numbers)
-        for other in caches:
-            given = values[other.name]
-            owned = [("the lock", LOCK_SUFFIX, numbered, Language.beside(other.key, LOCK_SUFFIX, given))]
-            if other.version is not None:
-                owned.append(("the version counter", b"", mine, Language(other.version, given)))
-            if other.stale_for is not None:
-                left = other.version or other.key
-                owned.append(("an old value", STALE_SUFFIX, numbered, Language.beside(left, STALE_SUFFIX, given)))
-            for what, suffix, keys, theirs in owned:
-                key = overlap.common(keys, theirs)
-                if key is not None:
-                    yield Finding(
-                        Severity.WARNING if keys.free or theirs.free or suffix else Severity.ERROR,
-                        "key_is_ours",
-                        cache.place,
-                        f"a key of cache {cache.name} can be {what} of cache {other.name} (at {other.place}), such as "
-                        f"`{key}`; give the key another literal part"
-                        f"{f' than `{suffix.decode()}`' if suffix else ''}.",
-                    )
-
-
-def _read_as_another(
-    caches: Sequence[Cache], strict: Mapping[str, Mapping[str, Texts]], widest: Mapping[str, Mapping[str, Texts]]
-) -> Iterator[Finding]:
-    """Keys that are old values by a text that ends like one: who may choose it is given what is another's."""
-
-    def common(cache: Cache, other: Cache, values: Mapping[str, Mapping[str, Texts]]) -> str | None:
-        left = Language.beside(other.key, STALE_SUFFIX, values.get(other.name, {}))
-        return overlap.common(Language(cache.key, values.get(cache.name, {})), left)
-
-    for other in caches:
-        if other.stale_for is None or other.version is not None:
-            continue
-        for cache in caches:
-            key = common(cache, other, widest)
-            if key is not None and common(cache, other, strict) is None:
-                yield Finding(
-                    Severity.NOTE,
-                    "key_is_ours",
-                    cache.place,
-                    f"a key of cache {cache.name} can be an old value of cache {other.name} (at {other.place}), such "
-                    f"as `{key}`, whose reader would be given that; add the filter `|urlencode` to the parameter.",
-                )
-
-
-def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
-    """Caches within the pattern of another. Any text could be what ends that: numbers stand for texts."""
-    numbers = {
-        cache.name: {name: Texts.of_numbers(values) for name, values in _assumed(template, {}).items()}
-        for cache in caches
-        for template in (Template.of((*cache.key.parts, *(cache.version.parts if cache.version else ()))),)
-    }
-    languages = {
-        cache.name: [
-            Language(cache.key, numbers[cache.name]),
-            Language.beside(cache.key, LOCK_SUFFIX, numbers[cache.name]),
-            *([Language(cache.version, numbers[cache.name])] if cache.version is not None else []),
-        ]
-        for cache in caches
-    }
-    for cache in caches:
-        swept = Language.of_sweep(cache.sweep_template)
-        others = [
-            other.name
-            for other in caches
-            if other is not cache
-            and other.version != cache.sweep_template
-            and any(overlap.common(swept, theirs) is not None for theirs in languages[other.name])
-        ]
-        if others and cache.sweep_template.params:
-            pattern = cache.sweep_template.glob().decode("utf-8", "replace")
-            yield Finding(
-                Severity.NOTE,
-                "sweeps_others",
-                cache.place,
-                f"a sweep of cache {cache.name} looks for `{pattern}`, which also deletes what belongs to "
-                f"{', '.join(others)}; that does no harm but costs misses, and another prefix avoids it.",
-            )
+def _load(path: Path, environment: Mapping[str, str], event_stream: str) -> tuple[RuleSet | None, list[Finding]]:
+    """Return the rules, ``None`` if they can't be loaded, and what is wrong with them."""
+    try:
+        rules = load_rules(path, environment)
+    except errors.WrongRules as wrong:
+        return None, [Finding.of(problem) for problem in wrong.problems]
+    return rules, [Finding.of(problem) for problem in eventstream.clashes(event_stream, rules)]

@@ -15,7 +15,7 @@ import psycopg
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import check_redis as redis_inspection
-from cdc_invalidator.commands.check import Columns, never, offline
+from cdc_invalidator.commands.check_rules import Columns, never, offline
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
 from cdc_invalidator.postgres.connection import connect, first_line, translated

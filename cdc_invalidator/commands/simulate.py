@@ -17,8 +17,7 @@ from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.plan import Complaint
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.condition import Condition
-from cdc_invalidator.rules.model import Bust as RuleBust
-from cdc_invalidator.rules.model import Cache, Rule, RuleSet
+from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.packed import Pair, split_arguments
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Template
@@ -58,7 +57,7 @@ class Shape:
     tables: tuple[Table, ...]
 
 
-class Bust(NamedTuple):
+class Busted(NamedTuple):
     """One bust; ``key`` is empty for a sweep.
 
     The key of a cache with ``bump_over`` lies under the version of the moment: ``{version}`` stands for that.
@@ -89,7 +88,7 @@ class Verdict:
     rule: Rule
     fired: bool
     why_not: tuple[str, ...]
-    busts: tuple[Bust, ...]
+    busts: tuple[Busted, ...]
     notes: tuple[str, ...]
     unanswered: tuple[Unanswered, ...]
 
@@ -182,7 +181,7 @@ def _play(rule: Rule, change: Change, relation: pgoutput.Relation, *, live: bool
 
 def _ask(rule: Rule, change: Change, relation: pgoutput.Relation) -> tuple[bool, list[Batch], list[Complaint]]:
     """Send the change down the data path for one rule: whether it fires, its busts, what is wrong with the table."""
-    probed = replace(rule, busts=(*rule.busts, RuleBust(_PROBE, _PROBE.key, {})))
+    probed = replace(rule, busts=(*rule.busts, Bust(_PROBE, _PROBE.key, {})))
     invalidation = Invalidation(RuleSet({}, (probed,), ""))
     plan, complaints = invalidation.compile(relation, [rule.table])
     assembly = Assembly()
@@ -245,23 +244,23 @@ def _row(values: Row | None, relation: pgoutput.Relation, only: Iterable[str] | 
 # ── From batches to busts ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _busts(batch: Batch) -> Iterator[Bust]:
+def _busts(batch: Batch) -> Iterator[Busted]:
     for target, busts in batch.busts.items():
         cache = target.cache
         if busts.sweep:
-            yield Bust("sweep", cache.name, "")
+            yield Busted("sweep", cache.name, "")
             continue
         for version in busts.bumps:
-            yield Bust("bump", cache.name, _shown(version))
+            yield Busted("bump", cache.name, _shown(version))
         for key in busts.keys if target.query is None else busts.derived:
             yield key_bust(cache, key)
 
 
-def key_bust(cache: Cache, busted: bytes) -> Bust:
+def key_bust(cache: Cache, busted: bytes) -> Busted:
     """Give the bust of what `Cache.bust_template` gives for a row."""
     if cache.bump_over is not None and cache.version is not None:
-        return Bust("delete", cache.name, _shown(Pair.split(busted).key(b"{version}")))
-    return Bust("delete" if cache.version is None else "bump", cache.name, _shown(busted))
+        return Busted("delete", cache.name, _shown(Pair.split(busted).key(b"{version}")))
+    return Busted("delete" if cache.version is None else "bump", cache.name, _shown(busted))
 
 
 def _shown(key: bytes) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cdc_invalidator import errors, log
-from cdc_invalidator.commands.history import EVER, Entry, follow
+from cdc_invalidator.commands.event_stream import EVER, StreamEntry, follow
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules.duration import read_duration
 
@@ -51,7 +51,7 @@ async def run(endpoint: Endpoint, key: str, wanted: Wanted, since: int, form: lo
         endpoint: the Redis that the daemon busts.
         key: its event stream.
         wanted: which events.
-        since: see `history.follow`.
+        since: see `event_stream.follow`.
         form: their JSON lines, or text.
 
     Raises:
@@ -61,7 +61,7 @@ async def run(endpoint: Endpoint, key: str, wanted: Wanted, since: int, form: lo
         raise errors.WrongSettings("Standard output is closed; start tail with its output going somewhere.")
     render = log.console()
 
-    def line(entry: Entry) -> bytes:
+    def line(entry: StreamEntry) -> bytes:
         return entry.line if form == "json" else render(None, "", _printable(entry.event)).encode()
 
     reader = select.poll()

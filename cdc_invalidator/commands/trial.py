@@ -13,7 +13,7 @@ from cdc_invalidator.rules.model import RuleSet, Test
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class TestResult:
     """What a test has come to; it failed if a bust is missing or unexpected, or because of ``faults``.
 
     ``remarks`` help to see why it failed.
@@ -31,7 +31,7 @@ class Outcome:
         return not (self.missing or self.unexpected or self.faults)
 
 
-def run(rules: RuleSet) -> Iterator[Outcome]:
+def run(rules: RuleSet) -> Iterator[TestResult]:
     """Run all tests of a rule set, in their order."""
     for test in rules.tests:
         change = Change(test.table, test.op, test.old, test.new, test.types)
@@ -42,39 +42,39 @@ def run(rules: RuleSet) -> Iterator[Outcome]:
         yield compare(test, busts, faults, [remark for verdict in verdicts for remark in _remarks(verdict)])
 
 
-def compare(test: Test, busts: Iterable[str], faults: Iterable[str] = (), remarks: Iterable[str] = ()) -> Outcome:
+def compare(test: Test, busts: Iterable[str], faults: Iterable[str] = (), remarks: Iterable[str] = ()) -> TestResult:
     """Hold busts, as a test writes them, against those that the test names."""
     found = dict.fromkeys(busts)
     wanted = dict.fromkeys(test.busts)
     missing = tuple(bust for bust in wanted if bust not in found)
     unexpected = tuple(bust for bust in found if bust not in wanted)
-    return Outcome(test, missing, unexpected, tuple(dict.fromkeys(faults)), tuple(remarks))
+    return TestResult(test, missing, unexpected, tuple(dict.fromkeys(faults)), tuple(remarks))
 
 
 @dataclass(slots=True)
 class Report:
-    """Counts outcomes while it shows them."""
+    """Counts results while it shows them."""
 
     passed: int = 0
     failed: int = 0
 
-    def lines(self, outcomes: Iterable[Outcome]) -> Iterator[str]:
+    def lines(self, results: Iterable[TestResult]) -> Iterator[str]:
         """Give the lines that show the failures, as they come, and then the sum."""
-        for outcome in outcomes:
-            self.passed += outcome.passed
-            self.failed += not outcome.passed
-            if not outcome.passed:
-                yield from _failure(outcome)
+        for result in results:
+            self.passed += result.passed
+            self.failed += not result.passed
+            if not result.passed:
+                yield from _failure(result)
         yield f"{self.passed} passed, {self.failed} failed"
 
 
-def _failure(outcome: Outcome) -> Iterator[str]:
-    place = outcome.test.place
-    yield f"{place.file}:{place.line}: {outcome.test.name}"
-    yield from (f"  ! {fault}" for fault in outcome.faults)
-    yield from (f"  - {bust}" for bust in outcome.missing)
-    yield from (f"  + {bust}" for bust in outcome.unexpected)
-    yield from (f"    {remark}" for remark in outcome.remarks)
+def _failure(result: TestResult) -> Iterator[str]:
+    place = result.test.place
+    yield f"{place.file}:{place.line}: {result.test.name}"
+    yield from (f"  ! {fault}" for fault in result.faults)
+    yield from (f"  - {bust}" for bust in result.missing)
+    yield from (f"  + {bust}" for bust in result.unexpected)
+    yield from (f"    {remark}" for remark in result.remarks)
 
 
 def _remarks(verdict: Verdict) -> Iterator[str]:

@@ -20,7 +20,7 @@ from psycopg import sql
 from cdc_invalidator import errors
 from cdc_invalidator.commands.explain import read_key
 from cdc_invalidator.commands.simulate import Change, Row, simulate
-from cdc_invalidator.commands.trial import Outcome, compare
+from cdc_invalidator.commands.trial import TestResult, compare
 from cdc_invalidator.embedded.daemon import DaemonProcess
 from cdc_invalidator.embedded.process import HOST, plain_environment
 from cdc_invalidator.embedded.servers import Postgres, Valkey
@@ -36,7 +36,7 @@ _SAVED: Final = "cdc_invalidator_saved"
 Connection = psycopg.Connection[tuple[Any, ...]]
 
 
-def run(rules: RuleSet, path: Path, schema: Path) -> Iterator[Outcome]:
+def run(rules: RuleSet, path: Path, schema: Path) -> Iterator[TestResult]:
     """Run all tests of a rule set.
 
     Args:
@@ -127,7 +127,7 @@ class _TestRunner:
         self._rules = rules
         self._tables = tables
 
-    def run(self, test: Test) -> Outcome:
+    def run(self, test: Test) -> TestResult:
         """Run one test."""
         try:
             self._prepare(test)

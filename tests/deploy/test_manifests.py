@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import charts
 import pytest
@@ -17,8 +17,7 @@ from manifests import DEPLOY, KUBERNETES, Document, kustomize, pods, problems, s
 from running import RunningDaemon
 from writing import create, rules_file
 
-from cdc_invalidator import __version__
-from cdc_invalidator.settings import Settings
+from cdc_invalidator import __version__, settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -268,12 +267,12 @@ def deployment(documents: list[Document]) -> dict[str, Any]:
 def test_the_chart_takes_the_settings_that_are_no_secrets_and_hands_them_on(page: Callable[[str], int]) -> None:
     schema = json.loads((charts.CHART / "values.schema.json").read_text())
     offered = schema["properties"]["settings"]["properties"]
-    fields = Settings.model_fields
-    secret = {name for name, field in fields.items() if "SecretStr" in str(field.annotation)}
+    fields = settings.fields(settings.Settings)
+    secret = {name for name, field in fields.items() if field.type is settings.Secret}
     assert offered.keys() == fields.keys() - secret - {"rules", "http_port"}
     for name, known in offered.items():
         if "enum" in known:
-            assert set(known["enum"]) == set(get_args(fields[name].annotation))
+            assert set(known["enum"]) == set(fields[name].variants)
     more = {"settings": {"slot": "shop", "sweep_rate": "5000"}, "env": {"APP_ENV": "staging"}, "replicas": 3}
     documents = charts.render(VALUES | more, SECRET, namespace="shop")
     assert problems(documents, page) == []

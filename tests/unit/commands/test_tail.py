@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cdc_invalidator import errors
-from cdc_invalidator.commands import history
-from cdc_invalidator.commands.history import EVER
+from cdc_invalidator.commands import event_stream
+from cdc_invalidator.commands.event_stream import EVER
 from cdc_invalidator.commands.tail import Wanted, _printable, read_since
 
 BUST = {"event": "bust", "cache": "user", "rule": "changed"}
@@ -64,4 +64,4 @@ def test_a_text_that_would_move_the_cursor_is_shown_with_escapes() -> None:
 def test_what_others_have_written_is_passed_over(line: str) -> None:
     ours = b'{"event": "bust", "cache": "user", "rule": null, "key_hashes": ["x"]}'
     found = [(b"1-0", [b"event", line.encode()]), (b"2-0", [b"else", ours]), (b"3-0", [b"event", ours])]
-    assert [entry.id for entry in history._entries(found)] == ["3-0"]
+    assert [entry.id for entry in event_stream._entries(found)] == ["3-0"]

@@ -25,7 +25,7 @@ FIRST = "0-0"
 EVER = 2**53
 
 
-class Entry(NamedTuple):
+class StreamEntry(NamedTuple):
     """An entry: its id in the stream, the log's JSON line, and what that says."""
 
     id: str
@@ -38,7 +38,7 @@ class Entry(NamedTuple):
         return int(self.id.partition("-")[0])
 
 
-class History:
+class EventStreamReader:
     """An open connection; `opened` makes it. All its methods raise the same.
 
     Raises:
@@ -53,21 +53,21 @@ class History:
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, endpoint: Endpoint, key: str) -> AsyncIterator[History]:
+    async def opened(cls, endpoint: Endpoint, key: str) -> AsyncIterator[EventStreamReader]:
         """Open a connection, and close it in the end.
 
         Args:
             endpoint: the Redis that the daemon busts.
             key: its event stream.
         """
-        history = cls(endpoint, key)
+        reader = cls(endpoint, key)
         try:
-            await history._server.connect()
-            yield history
+            await reader._server.connect()
+            yield reader
         finally:
-            await history._server.close()
+            await reader._server.close()
 
-    async def backwards(self) -> AsyncGenerator[Entry]:
+    async def backwards(self) -> AsyncGenerator[StreamEntry]:
         """Give all entries, the newest first."""
         before = "+"
         while True:
@@ -88,7 +88,7 @@ class History:
         seconds, us = await self._ask("TIME")
         return f"{max(0, int(seconds) * 1000 + int(us) // 1000 - milliseconds)}-0"
 
-    async def after(self, last: str) -> tuple[str, list[Entry]]:
+    async def after(self, last: str) -> tuple[str, list[StreamEntry]]:
         """Wait a little for entries after an id, and give the id to go on from, and what came."""
         wait = ("COUNT", ENTRIES_A_COMMAND, "BLOCK", BLOCK_MILLISECONDS)
         answer = await self._ask("XREAD", *wait, "STREAMS", self._key, last)
@@ -102,7 +102,7 @@ class History:
         return answer
 
 
-def _entries(found: Any) -> list[Entry]:
+def _entries(found: Any) -> list[StreamEntry]:
     entries = []
     for name, pairs in found:
         line = dict(zip(pairs[::2], pairs[1::2], strict=True)).get(FIELD.encode(), b"")
@@ -111,7 +111,7 @@ def _entries(found: Any) -> list[Entry]:
         except orjson.JSONDecodeError:
             continue
         if isinstance(event, dict) and "event" in event and _ours(event):
-            entries.append(Entry(name.decode(), line, event))
+            entries.append(StreamEntry(name.decode(), line, event))
     return entries
 
 
@@ -130,7 +130,7 @@ def _each(some: Any) -> list[Any]:
 
 async def follow(
     endpoint: Endpoint, key: str, *, since: int, lost: Callable[[errors.RedisUnavailable], None]
-) -> AsyncGenerator[list[Entry]]:
+) -> AsyncGenerator[list[StreamEntry]]:
     """Give entries as they come, across lost connections; an empty list now and then, while none come.
 
     Args:
@@ -146,11 +146,11 @@ async def follow(
     backoff = Backoff(most=1.0)
     while True:
         try:
-            async with History.opened(endpoint, key) as history:
+            async with EventStreamReader.opened(endpoint, key) as reader:
                 if last is None:
-                    last = await (history.ago(since) if since else history.end())
+                    last = await (reader.ago(since) if since else reader.end())
                 while True:
-                    last, entries = await history.after(last)
+                    last, entries = await reader.after(last)
                     backoff.reset()
                     yield entries
         except errors.RedisUnavailable as error:

@@ -1,0 +1,58 @@
+"""What `explain` learns from servers: the last busts of a key, and what a change busts on this database."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import aclosing
+
+import structlog
+
+from cdc_invalidator import errors
+from cdc_invalidator.commands import catalog
+from cdc_invalidator.commands.event_stream import EventStreamReader
+from cdc_invalidator.commands.explain import LastBusts
+from cdc_invalidator.commands.simulate import Change, Verdict
+from cdc_invalidator.log import KeyDisplay
+from cdc_invalidator.postgres.connection import check_dsn
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.rules.model import RuleSet
+
+
+async def last_busts(rules: RuleSet, key: str, redis: Endpoint, event_stream: str, secret: str | None) -> LastBusts:
+    """Read a key's last busts from the event stream; if that fails, the result says why.
+
+    Args:
+        rules: the rules.
+        key: the key.
+        redis: the Redis that has the event stream.
+        event_stream: the stream's key.
+        secret: what the hashes of keys are made with; ``None`` if unknown.
+
+    Raises:
+        errors.WrongSettings: the URL of Redis can't be used.
+    """
+    last = LastBusts(rules, key, KeyDisplay("hash", secret.encode()).hash if secret is not None else None)
+    try:
+        async with EventStreamReader.opened(redis, event_stream) as reader, aclosing(reader.backwards()) as entries:
+            async for entry in entries:
+                last.take(entry.event)
+                if last.complete:
+                    break
+    except errors.WrongSettings:
+        raise
+    except errors.InvalidatorError as error:
+        # The rest of the answer stands.
+        last.fail(str(error))
+    return last
+
+
+async def verdicts(dsn: str, rules: RuleSet, change: Change) -> list[Verdict]:
+    """Return what each rule makes of a change; empty if no rule is of its table.
+
+    Raises:
+        errors.InvalidatorError: see `catalog.ask`.
+    """
+    check_dsn(dsn)
+    # Warnings about queries must not stand between the answer's lines.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    return [played.verdict() for played in await catalog.ask(dsn, rules, change)]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import healthcheck
+
+# Objects that the collector lets pile up before it looks for cycles among them: imports and keys leave hardly any.
+YOUNG_OBJECTS = 50_000
 
 
 def main() -> None:
@@ -16,6 +20,9 @@ def main() -> None:
         if port is not None:
             healthcheck.check(port)
             return
+        gc.set_threshold(YOUNG_OBJECTS, 10, 10)
+        # Its plug-ins are looked for in every installed distribution, and none is wanted.
+        os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
         # A probe is answered without it.
         from cdc_invalidator.cli import app  # noqa: PLC0415
 

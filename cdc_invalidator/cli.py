@@ -5,14 +5,13 @@ A command's modules are imported when it runs, so that ``--help`` imports none o
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -22,6 +21,8 @@ from cdc_invalidator.commands import healthcheck as probe
 if TYPE_CHECKING:
     from cdc_invalidator.commands.simulate import Change
     from cdc_invalidator.rules.model import RuleSet
+
+Result = TypeVar("Result")
 
 app = typer.Typer(
     name="cdc-invalidator",
@@ -96,6 +97,12 @@ def _rules(given: settings.Stream | settings.Rules) -> RuleSet:
     return load_rules(given.rules, os.environ)
 
 
+def _completed(work: Coroutine[Any, Any, Result]) -> Result:
+    import asyncio
+
+    return asyncio.run(work)
+
+
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -137,7 +144,7 @@ def setup(
     from cdc_invalidator.commands.setup import set_up
 
     work = set_up(given.postgres_dsn, given.slot, given.publication, _rules(given), show=show, say=typer.echo)
-    typer.echo("\n".join(asyncio.run(work)) or "-- nothing is missing")
+    typer.echo("\n".join(_completed(work)) or "-- nothing is missing")
 
 
 @app.command()
@@ -163,7 +170,7 @@ def check(
 
         assert redis is not None
         servers = ServerSettings(given.postgres_dsn, redis, given.event_stream, given.slot, given.publication)
-        found = asyncio.run(check.check_servers(given.rules, os.environ, servers))
+        found = _completed(check.check_servers(given.rules, os.environ, servers))
     if output == "json":
         typer.echo(orjson.dumps(findings.report(found), option=orjson.OPT_INDENT_2))
     else:
@@ -178,7 +185,7 @@ def teardown(given: settings.Database) -> None:
     """Drop the slot and the publication. This releases the WAL that the slot retained."""
     from cdc_invalidator.commands.setup import tear_down
 
-    statements = asyncio.run(tear_down(given.postgres_dsn, given.slot, given.publication))
+    statements = _completed(tear_down(given.postgres_dsn, given.slot, given.publication))
     typer.echo("\n".join(statements) or "-- nothing to drop")
 
 
@@ -195,7 +202,7 @@ def bust(
     """Bust a key or a whole cache manually. It goes through PostgreSQL's WAL, in order with all writes."""
     from cdc_invalidator.commands.bust import emit, message
 
-    written_at = asyncio.run(emit(given.postgres_dsn, message(_rules(given), cache, parameter or [])))
+    written_at = _completed(emit(given.postgres_dsn, message(_rules(given), cache, parameter or [])))
     typer.echo(f"written at {written_at}; it is done once the watermark has passed that")
 
 
@@ -252,7 +259,7 @@ def explain(
             from cdc_invalidator.redis.endpoint import Endpoint
 
             redis = Endpoint.parse(given.redis_url)
-            last = asyncio.run(last_busts(rules, key, redis, given.event_stream, given.log_hash_key))
+            last = _completed(last_busts(rules, key, redis, given.event_stream, given.log_hash_key))
             last.tell(answer)
     elif key is None and table is not None and op is not None:
         answer, lines = _explained(given.postgres_dsn, rules, read_change(table, op, old, new)), change_lines
@@ -271,7 +278,7 @@ def _explained(dsn: str | None, rules: RuleSet, change: Change) -> dict[str, Any
     else:
         from cdc_invalidator.commands import explain_live
 
-        verdicts = asyncio.run(explain_live.verdicts(dsn, rules, change))
+        verdicts = _completed(explain_live.verdicts(dsn, rules, change))
     if not verdicts:
         raise no_rule(rules, change.table)
     return explain_change(change, verdicts, live=dsn is not None)
@@ -302,7 +309,7 @@ def tail(
         from cdc_invalidator.redis.endpoint import Endpoint
 
         redis = Endpoint.parse(given.redis_url)
-        asyncio.run(run(redis, given.event_stream, Wanted(cache, rule), read_since(since), output))
+        _completed(run(redis, given.event_stream, Wanted(cache, rule), read_since(since), output))
     except KeyboardInterrupt:
         return
 

@@ -21,9 +21,6 @@ from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.session import SessionOptions
 
-# Objects that the collector lets pile up before it looks for cycles among them.
-YOUNG_OBJECTS = 50_000
-
 
 def run(given: settings.Settings) -> None:
     """Run the daemon until it is told to stop.
@@ -36,10 +33,9 @@ def run(given: settings.Settings) -> None:
     for sentence in settings.renamed(given):
         structlog.get_logger().warning("setting_renamed", error=sentence)
     daemon = _daemon(given, output)
-    # What is loaded by now stays: the collector need not look at it again. What comes is keys, which are in no cycle.
+    # What is loaded by now stays: the collector need not look at it again.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS, 10, 10)
     try:
         asyncio.run(daemon.run(given.http_host, given.http_port))
     finally:

@@ -39,7 +39,7 @@ _REMEDIES: dict[str, str] = {
     "28000": "allow the role in pg_hba.conf and give it LOGIN and REPLICATION",
     "3D000": "put the name of an existing database into CDC_POSTGRES_DSN",
     "53400": "raise max_replication_slots, or drop a slot that nobody uses",
-    "0A000": "use PostgreSQL 14 or later with logical replication",
+    "0A000": "use PostgreSQL 15 or later with logical replication",
 }
 
 

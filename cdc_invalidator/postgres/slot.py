@@ -67,8 +67,8 @@ class Slot:
             errors.ServerRefuses: with what must be set.
         """
         (row,) = await self._rows(_SERVER)
-        if row.version < 140000:
-            raise errors.ServerRefuses(f"PostgreSQL {row.version // 10000} can't be used; run PostgreSQL 14 or later.")
+        if row.version < 150000:
+            raise errors.ServerRefuses(f"PostgreSQL {row.version // 10000} can't be used; run PostgreSQL 15 or later.")
         if row.wal_level != "logical":
             raise errors.ServerRefuses(f"wal_level is {row.wal_level}; set wal_level = logical and restart PostgreSQL.")
         if row.in_recovery and row.version < 160000:

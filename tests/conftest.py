@@ -1,4 +1,4 @@
-"""Real servers for the tests: one PostgreSQL and one Valkey a session, a database of its own for each test.
+"""Real servers for the tests: one PostgreSQL and one Valkey for each worker, a database of its own for each test.
 
 A missing server skips the test on a developer's machine, and fails it where CI is set.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import secrets
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import pytest
@@ -28,6 +29,13 @@ _numbers = itertools.count()
 # No test fails because the machine was slow; all else as hypothesis has it, which in CI is another profile.
 settings.register_profile("patient", settings(), deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Choose how many workers run the tests: none for single files; else more than cores, since many tests wait."""
+    if all(Path(argument.partition("::")[0]).is_file() for argument in config.args):
+        return 0
+    return len(os.sched_getaffinity(0)) * 3 // 2 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _available(make: Callable[[], Server]) -> Server:

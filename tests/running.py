@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import redis
 
 COMMAND_SECONDS = 60.0
+WAL_PAGE = 8192
+WAL_SEGMENT = 16 << 20
 SECONDS = 30.0
 """A generous deadline: these machines are slow and shared, and no test fails for that."""
 
@@ -213,7 +215,11 @@ def wal_position(dsn: str) -> int:
     with psycopg.connect(dsn, autocommit=True) as connection:
         row = connection.execute("SELECT (pg_current_wal_insert_lsn() - '0/0')::bigint").fetchone()
     assert row is not None
-    return int(row[0])
+    position = int(row[0])
+    # Where the last record ends with its page, this is the place behind the next page's header, which no position of a
+    # walsender reaches before there is another record.
+    header = 40 if position % WAL_SEGMENT < WAL_PAGE else 24
+    return position - header if position % WAL_PAGE == header else position
 
 
 def watermark(client: redis.Redis, slot: str) -> Mapping[bytes, bytes]:

@@ -26,6 +26,7 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, rehearse
 from cdc_invalidator.rules.load import fingerprint, load_rules
 from cdc_invalidator.rules.model import RuleSet
@@ -250,7 +251,7 @@ class Reload:
         try:
             publication = Publication(connection, self._publication)
             survey = await publication.survey(found)
-            problems = survey.mistakes(found)
+            problems = mistakes(survey, found)
             if problems:
                 raise errors.WrongRules(problems)
             # Nothing is published yet: the session does that, which then knows since when it has seen a table.

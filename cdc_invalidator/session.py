@@ -124,7 +124,11 @@ class Session:
         self._standbys = standbys
         self._strict = strict
         self._unsettled = unsettled
-        self._queries = Queries(options.postgres_dsn, metrics)
+        self._queries = Queries(
+            options.postgres_dsn,
+            asked=lambda rule: metrics.queries.labels(rule).inc(),
+            failed=lambda rule: metrics.rule_errors.labels(rule).inc(),
+        )
         self._tasks: list[asyncio.Task[Any]] = []
         # Closed in the opposite order: the stream first.
         self._connections = ExitStack()

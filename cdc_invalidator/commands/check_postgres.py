@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import psycopg
 
@@ -18,10 +18,13 @@ from cdc_invalidator.commands import check_redis as redis_inspection
 from cdc_invalidator.commands.check_rules import Columns, never, offline
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
-from cdc_invalidator.postgres.connection import connect, first_line, translated
+from cdc_invalidator.postgres.connection import connect, first_line, rows, translated
+from cdc_invalidator.postgres.mistakes import mistakes, unknown_old
 from cdc_invalidator.postgres.publication import Publication
+from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables
+from cdc_invalidator.postgres.quoting import identifier, qualified
 from cdc_invalidator.postgres.slot import ServerInfo, Slot
-from cdc_invalidator.postgres.survey import Leaf, Survey, quoted, unknown_old
+from cdc_invalidator.postgres.survey import Leaf, Survey
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import Condition
@@ -78,23 +81,6 @@ async def _told(look: Callable[[], Awaitable[list[Finding]]], place: str, code: 
 # ── PostgreSQL ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Column(NamedTuple):
-    """A column: its type as SQL has it, the type under a domain, and what decides how many values there are."""
-
-    type: str
-    oid: int
-    category: str
-    modifier: int
-    unique: bool
-
-    @property
-    def unbounded(self) -> bool:
-        """Whether a value can be of any length."""
-        if self.oid in _DOCUMENTS or self.category == "A":
-            return True
-        return self.category == "S" and self.modifier == -1 and self.oid != _NAME
-
-
 _DOCUMENTS = frozenset({17, 114, 142, 3802})  # bytea, json, xml, jsonb
 _NAME = 19
 _TEXTS: Mapping[int, Texts] = {
@@ -102,6 +88,13 @@ _TEXTS: Mapping[int, Texts] = {
     16: overlap.FLAG,
     2950: overlap.UUID,
 }
+
+
+def _unbounded(column: ColumnInfo) -> bool:
+    """Return whether a value of the column can be of any length."""
+    if column.base_oid in _DOCUMENTS or column.base_category == "A":
+        return True
+    return column.base_category == "S" and column.base_modifier == -1 and column.base_oid != _NAME
 
 
 def _texts(oid: int, category: str = "S") -> Texts:
@@ -125,14 +118,14 @@ class _Database:
         self._settings = servers
         self._rules = rules
         self._findings: list[Finding] = []
-        self._columns: dict[Table, dict[str, _Column]] = {}
+        self._columns: dict[Table, dict[str, ColumnInfo]] = {}
         self.columns = Columns()
 
     async def look(self) -> list[Finding]:
         """Give what is found."""
         connection = await connect(self._settings.postgres_dsn, "cdc-invalidator check")
         async with connection:
-            await _rows(connection, "SET default_transaction_read_only = on")
+            await rows(connection, "SET default_transaction_read_only = on")
             slot = Slot(connection, self._settings.slot)
             try:
                 server: ServerInfo | None = await slot.server()
@@ -155,13 +148,13 @@ class _Database:
         self, connection: psycopg.AsyncConnection[Any], slot: Slot, server: ServerInfo | None
     ) -> None:
         name = self._settings.slot
-        (row,) = await _rows(connection, _RIGHTS)
+        (row,) = await rows(connection, _RIGHTS)
         rights = _Rights(*row)
         if not rights.replicates:
             self._add(
                 Severity.ERROR,
                 "no_replication_right",
-                f"the role {rights.role} may not stream; run ALTER ROLE {_quoted(rights.role)} REPLICATION.",
+                f"the role {rights.role} may not stream; run ALTER ROLE {identifier(rights.role)} REPLICATION.",
             )
         if rights.keep_size == -1:
             self._add(
@@ -220,16 +213,12 @@ class _Database:
         self, connection: psycopg.AsyncConnection[Any], publication: Publication, survey: Survey, rules: RuleSet
     ) -> None:
         name = self._settings.publication
-        self._findings += map(Finding.of, survey.mistakes(rules))
-        given = {
-            "publication": name,
-            "schemas": [table.schema for table in rules.tables],
-            "names": [table.name for table in rules.tables],
-        }
-        owned = {Table(row.schema, row.name) for row in await _rows(connection, _OWNED, given)}
+        self._findings += map(Finding.of, mistakes(survey, rules))
+        given = {"publication": name, **given_tables(rules.tables)}
+        owned = {Table(row.schema, row.name) for row in await rows(connection, _OWNED, given)}
         missing = survey.unpublished
         if not survey.exists:
-            (row,) = await _rows(connection, _MAY_CREATE)
+            (row,) = await rows(connection, _MAY_CREATE)
             self._not_set_up(
                 POSTGRES,
                 "no_publication",
@@ -238,7 +227,7 @@ class _Database:
                 may=row.may and owned >= set(missing),
             )
             return
-        (row,) = await _rows(connection, _PUBLISHED, given)
+        (row,) = await rows(connection, _PUBLISHED, given)
         used = {op for rule in rules.rules for op in rule.on}
         lacking = sorted(used - set(row.ops))
         fix = next((made for made in publication.statements(survey) if " SET (publish" in made), "")
@@ -265,7 +254,7 @@ class _Database:
                 _rules_on(rules, table)[0].place,
                 "table_not_published",
                 f"the publication {name} lacks {table}, whose changes are not seen",
-                [f"ALTER PUBLICATION {_quoted(name)} ADD TABLE {whole}{quoted(table)};"],
+                [f"ALTER PUBLICATION {identifier(name)} ADD TABLE {whole}{qualified(table)};"],
                 may=row.mine and table in owned,
             )
         for table in survey.without_identity:
@@ -274,8 +263,8 @@ class _Database:
                     Severity.ERROR,
                     "no_replica_identity",
                     f"the publication {name} lists {table}, which no rule names and which has no replica identity, so "
-                    f"that the application's UPDATE and DELETE fail; run ALTER PUBLICATION {_quoted(name)} DROP TABLE "
-                    f"{quoted(table)};",
+                    f"that the application's UPDATE and DELETE fail; run ALTER PUBLICATION {identifier(name)} DROP "
+                    f"TABLE {qualified(table)};",
                 )
 
     def _not_set_up(self, place: Place | str, code: str, what: str, statements: list[str], *, may: bool) -> None:
@@ -289,16 +278,14 @@ class _Database:
 
     async def _look_at_tables(self, connection: psycopg.AsyncConnection[Any], survey: Survey, rules: RuleSet) -> None:
         if survey.unknown:
-            names = [str(Table(row.schema, row.name)) for row in await _rows(connection, _TABLES)]
+            names = [str(Table(row.schema, row.name)) for row in await rows(connection, _TABLES)]
             for table in survey.unknown:
                 remedy = nearest(str(table), names, "create it, or correct the name")
                 for rule in _rules_on(rules, table):
                     sentence = f"rule {rule.name} names the table {table}, which does not exist; {remedy}"
                     self._add(Severity.ERROR, "unknown_table", sentence, rule.place)
-        given = {"schemas": [table.schema for table in rules.tables], "names": [table.name for table in rules.tables]}
-        for row in await _rows(connection, _COLUMNS, given):
-            column = _Column(row.type, row.oid, row.category, row.modifier, row.alone)
-            self._columns.setdefault(Table(row.schema, row.name), {})[row.column] = column
+        found = await columns(connection, rules.tables)
+        self._columns = {table: {column.name: column for column in of_table} for table, of_table in found.items()}
         for table, state in survey.tables.items():
             for leaf in state.leaves if state is not None else ():
                 if leaf.usable:
@@ -316,8 +303,8 @@ class _Database:
                     column = known.get(name)
                     if column is None:
                         continue  # that is told already
-                    self._learn(bust.cache, parameter, _texts(column.oid, column.category))
-                    long = column.unbounded and not column.unique and not _hashed(bust.cache, parameter)
+                    self._learn(bust.cache, parameter, _texts(column.base_oid, column.base_category))
+                    long = _unbounded(column) and not column.unique and not _hashed(bust.cache, parameter)
                     if long and (bust.cache.name, parameter) not in told:
                         told.add((bust.cache.name, parameter))
                         self._findings.append(_of_unbounded(bust.cache, parameter, rule.table, name, column))
@@ -391,16 +378,16 @@ class _Database:
         nodes: Iterable[Mapping[str, Any]],
     ) -> None:
         table = Table(scan["Schema"], scan["Relation Name"])
-        rows = await _rows(connection, _SIZE, {"table": quoted(table)})
-        if not rows or rows[0].size is None or rows[0].size < LARGE_BYTES:
+        (row,) = await rows(connection, _SIZE, {"table": qualified(table)})
+        if row.size is None or row.size < LARGE_BYTES:
             return
         columns = _compared(scan["Alias"], nodes)
-        index = f"run CREATE INDEX CONCURRENTLY ON {quoted(table)} ({columns})" if columns else "add an index"
+        index = f"run CREATE INDEX CONCURRENTLY ON {qualified(table)} ({columns})" if columns else "add an index"
         self._add(
             Severity.WARNING,
             "query_scans_table",
             f"the `via` query of rule {rule.name} for cache {bust.cache.name} reads all of {table} "
-            f"({rows[0].size >> 20} MiB) for the changes of each flush, and busts wait for it; {index}.",
+            f"({row.size >> 20} MiB) for the changes of each flush, and busts wait for it; {index}.",
             rule.place,
         )
 
@@ -411,7 +398,7 @@ def _rules_on(rules: RuleSet, table: Table) -> list[Rule]:
 
 def _of_old_rows(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
     """What comes of old rows that don't carry what a rule reads of them, beyond what is refused."""
-    remedy = f"run ALTER TABLE {quoted(leaf.table)} REPLICA IDENTITY FULL"
+    remedy = f"run ALTER TABLE {qualified(leaf.table)} REPLICA IDENTITY FULL"
     ops = rule.on & {"update", "delete"}
     watched = (set(rule.columns) if "update" in ops else set()) & leaf.columns - leaf.carried
     compared: frozenset[str] = frozenset()
@@ -462,7 +449,7 @@ def _hashed(cache: Cache, parameter: str) -> bool:
     )
 
 
-def _of_unbounded(cache: Cache, parameter: str, table: Table, name: str, column: _Column) -> Finding:
+def _of_unbounded(cache: Cache, parameter: str, table: Table, name: str, column: ColumnInfo) -> Finding:
     return Finding(
         Severity.WARNING,
         "unbounded_key",
@@ -495,18 +482,6 @@ def _compared(alias: str, nodes: Iterable[Mapping[str, Any]]) -> str:
         for match in re.finditer(pattern, condition)
     ]
     return ", ".join(dict.fromkeys(found))
-
-
-def _quoted(name: str) -> str:
-    return psycopg.sql.Identifier(name).as_string(None)
-
-
-async def _rows(
-    connection: psycopg.AsyncConnection[Any], query: str, given: Mapping[str, Any] | None = None
-) -> list[Any]:
-    with translated():
-        cursor = await connection.execute(query.encode(), given)
-        return await cursor.fetchall() if cursor.description is not None else []
 
 
 # Services where nobody is a superuser have a role of their own that may replicate.
@@ -545,20 +520,6 @@ SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace 
 WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname <> 'information_schema'
   AND n.nspname NOT LIKE 'pg\\_%'
 ORDER BY 1, 2
-"""
-
-_COLUMNS = """
-SELECT n.nspname AS schema, c.relname AS name, a.attname AS column, format_type(a.atttypid, a.atttypmod) AS type,
-  under.oid::bigint AS oid, under.typcategory::text AS category,
-  CASE t.typtype WHEN 'd' THEN t.typtypmod ELSE a.atttypmod END AS modifier,
-  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indpred IS NULL
-          AND i.indnkeyatts = 1 AND i.indkey[0] = a.attnum) AS alone
-FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
-JOIN pg_namespace n ON n.nspname = wanted.schema
-JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind IN ('r', 'p')
-JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-JOIN pg_type t ON t.oid = a.atttypid
-JOIN pg_type under ON under.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
 """
 
 _SIZE = "SELECT pg_relation_size(to_regclass(%(table)s)) AS size"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, run
 from cdc_invalidator.postgres.slot import Slot
 from cdc_invalidator.rules.model import RuleSet
@@ -33,7 +34,7 @@ async def set_up(
         slot, publication = Slot(connection, slot_name), Publication(connection, publication_name)
         server = await slot.server()
         survey = await publication.survey(rules)
-        problems = survey.mistakes(rules)
+        problems = mistakes(survey, rules)
         if problems:
             raise errors.WrongRules(problems)
         for table in survey.unknown:

@@ -8,7 +8,7 @@ A query that fails is tried once more, on a new connection; then its cache is sw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import psycopg
@@ -16,11 +16,12 @@ import structlog
 from psycopg.rows import tuple_row
 
 from cdc_invalidator import errors
-from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.postgres.connection import connect, translated
+from cdc_invalidator.postgres.queries import columns
 from cdc_invalidator.rules.model import Query
 from cdc_invalidator.rules.packed import split_arguments
+from cdc_invalidator.rules.table import read_table
 
 _log = structlog.get_logger()
 
@@ -31,17 +32,25 @@ MOST_ROWS = 50_000
 _LIMITS = f"SET default_transaction_read_only = on; SET statement_timeout = '{QUERY_SECONDS}s'; SET jit = off"
 
 
+def _ignore(_rule: str) -> None:
+    """Count nothing."""
+
+
 class Queries:
     """One connection for all queries of a rule set.
 
     Args:
         dsn: where they run.
-        metrics: what to count.
+        asked: is told the rule whose query is asked.
+        failed: is told the rule whose query has failed twice.
     """
 
-    def __init__(self, dsn: str, metrics: Metrics) -> None:
+    def __init__(
+        self, dsn: str, *, asked: Callable[[str], None] = _ignore, failed: Callable[[str], None] = _ignore
+    ) -> None:
         self._dsn = dsn
-        self._metrics = metrics
+        self._asked = asked
+        self._failed = failed
         self._connection: psycopg.AsyncConnection[Any] | None = None
         # By table: its columns' types.
         self._types: dict[str, Mapping[str, str]] = {}
@@ -67,7 +76,7 @@ class Queries:
             try:
                 found = await self._ask_twice(target, arguments)
             except errors.InvalidatorError as error:
-                self._metrics.rule_errors.labels(target.rule).inc()
+                self._failed(target.rule)
                 _log.error("query_failed", rule=target.rule, cache=target.cache.name, error=str(error))
                 for _, busts in all_busts:
                     busts.sweep = True
@@ -101,7 +110,7 @@ class Queries:
         assert target.bust is not None
         rows = [split_arguments(argument) for argument in arguments]
         types = await self._types_of(self._connection, target.table)
-        self._metrics.queries.labels(target.rule).inc()
+        self._asked(target.rule)
         given: list[Any] = [[_text(row[at]) for row in rows] for at in range(len(query.columns))]
         with translated():
             # Not by name: a query may give a column what name it likes.
@@ -131,9 +140,10 @@ class Queries:
     async def _types_of(self, connection: psycopg.AsyncConnection[Any], table: str) -> Mapping[str, str]:
         types = self._types.get(table)
         if types is None:
-            with translated():
-                cursor = await connection.execute(_TYPES, {"table": table})
-                types = self._types[table] = {row.name: row.type for row in await cursor.fetchall()}
+            named = read_table(table)
+            found = await columns(connection, [named])
+            # Without lengths: a cast to a length that is not the column's any more would cut values.
+            types = self._types[table] = {column.name: column.bare_type for column in found.get(named, ())}
         return types
 
 
@@ -178,10 +188,3 @@ def _text(value: bytes | None) -> str | None:
 
 def _take(target: Target, busts: TargetBusts, found: Mapping[bytes, Sequence[bytes]]) -> None:
     busts.derive(target, [key for argument in busts.keys for key in found.get(argument, ())])
-
-
-# Without lengths: a cast to a length that is not the column's any more would cut values.
-_TYPES = """
-SELECT attname AS name, format_type(atttypid, -1) AS type
-FROM pg_attribute WHERE attrelid = to_regclass(%(table)s) AND attnum > 0 AND NOT attisdropped
-"""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,15 @@ async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
         )
         await connection.execute(PATIENCE)
         return connection
+
+
+async def rows(
+    connection: psycopg.AsyncConnection[Any], query: str, given: Mapping[str, Any] | None = None
+) -> list[Any]:
+    """Run a query and return its rows, as named tuples."""
+    with translated():
+        cursor = await connection.execute(query.encode(), given)
+        return await cursor.fetchall() if cursor.description is not None else []
 
 
 @contextmanager

@@ -7,10 +7,10 @@ import time
 from typing import Any, NamedTuple
 
 import psycopg
-from psycopg import sql
 
 from cdc_invalidator import errors, lsn
-from cdc_invalidator.postgres.connection import translated
+from cdc_invalidator.postgres.connection import rows
+from cdc_invalidator.postgres.quoting import literal
 
 
 class SlotState(NamedTuple):
@@ -56,9 +56,7 @@ class Slot:
         self.name = name
 
     async def _rows(self, query: str) -> list[Any]:
-        with translated():
-            cursor = await self._connection.execute(query, {"slot": self.name})
-            return await cursor.fetchall()
+        return await rows(self._connection, query, {"slot": self.name})
 
     async def server(self) -> ServerInfo:
         """Look at the server, and refuse one that can't decode.
@@ -98,7 +96,7 @@ class Slot:
 
         A slot that stands before the publication was made can't: PostgreSQL before 18 fails to decode from there.
         """
-        name = sql.Literal(self.name).as_string(None)
+        name = literal(self.name)
         drop = [f"SELECT pg_drop_replication_slot({name});"]
         # A slot that is synchronized to the standbys survives a failover; a standby's own can't be.
         more = ", failover => true" if server.version >= 170000 and not server.in_recovery else ""
@@ -116,7 +114,7 @@ class Slot:
         """
         if await self.state() is None:
             return []
-        statement = f"SELECT pg_drop_replication_slot({sql.Literal(self.name).as_string(None)});"
+        statement = f"SELECT pg_drop_replication_slot({literal(self.name)});"
         await self._rows(statement)
         return [statement]
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from psycopg import sql
+import psycopg
 
-from cdc_invalidator.errors import Problem
-from cdc_invalidator.rules.condition import Condition
-from cdc_invalidator.rules.model import Rule, RuleSet
+from cdc_invalidator.postgres.connection import rows
+from cdc_invalidator.postgres.queries import IDENTITY, IDENTITY_COLUMNS, given_tables
+from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 
 
@@ -37,7 +36,7 @@ class Leaf(NamedTuple):
     @property
     def published(self) -> bool:
         """Whether all changes of it are in the stream."""
-        return bool(self.carriers) and not self.limited and self.kind not in _NOT_TABLES
+        return bool(self.carriers) and not self.limited and self.kind not in NOT_TABLES
 
 
 @dataclass(slots=True)
@@ -64,7 +63,7 @@ class TableState:
     @property
     def usable(self) -> bool:
         """Whether publishing it hurts nobody."""
-        return all(leaf.usable and leaf.kind not in _NOT_TABLES for leaf in self.leaves) and not self.refused
+        return all(leaf.usable and leaf.kind not in NOT_TABLES for leaf in self.leaves) and not self.refused
 
     @property
     def refused(self) -> str | None:
@@ -195,25 +194,12 @@ class Survey:
             if name not in blind
         }
 
-    def mistakes(self, rules: RuleSet) -> list[Problem]:
-        """Give the rules that can't be kept on this database, each with its place and what helps."""
-        problems: list[Problem] = []
-        for table, state in self.tables.items():
-            if state is not None:
-                of_table = [rule for rule in rules.rules if rule.table == table]
-                if state.refused:
-                    place = of_table[0].place
-                    sentence = f"{table} can't be published: {state.refused}."
-                    problems.append(Problem(*place, sentence, "not_publishable"))
-                problems += _mistakes(table, state.leaves, of_table)
-        return problems
-
 
 def _shape(state: TableState | None) -> set[int]:
     return set(state.shape) if state else set()
 
 
-_NOT_TABLES = {
+NOT_TABLES = {
     "v": "a view",
     "m": "a materialized view",
     "f": "a foreign table",
@@ -223,102 +209,163 @@ _NOT_TABLES = {
 }
 
 
-def _usable_identity(leaf: Leaf, name: str) -> str:
-    if leaf.carried & leaf.generated:
-        return (
-            "it contains a generated column, which PostgreSQL 18 does not publish; set REPLICA IDENTITY DEFAULT, or "
-            f"USING INDEX without {', '.join(sorted(leaf.carried & leaf.generated))}"
+class Surveyor:
+    """Looks at one publication and at the tables of rules.
+
+    Args:
+        connection: an ordinary one.
+        publication: the publication's name.
+    """
+
+    def __init__(self, connection: psycopg.AsyncConnection[Any], publication: str) -> None:
+        self._connection = connection
+        self._publication = publication
+        self._last: tuple[object, Survey] | None = None
+
+    async def survey(self, rules: RuleSet) -> Survey:
+        """Look at the publication and at the tables of the rules; the same object while nothing has changed."""
+        tables = rules.tables
+        # PostgreSQL 14 publishes no schemas.
+        schemas = _SCHEMAS if self._connection.info.server_version >= 150000 else ""
+        of_roots = _ROOTS.format(carriers=_CARRIERS.format(table="roots", schemas=schemas))
+        of_leaves = _LEAVES.format(
+            identity=IDENTITY,
+            identity_columns=IDENTITY_COLUMNS,
+            usable=_USABLE,
+            carriers=_CARRIERS.format(table="tree", schemas=schemas),
         )
-    return f"add a primary key, or run ALTER TABLE {name} REPLICA IDENTITY FULL"
-
-
-def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> list[Problem]:
-    problems: list[Problem] = []
-
-    def add(rule: Rule, code: str, sentence: str) -> None:
-        problems.append(Problem(rule.place.file, rule.place.line, rule.place.column, sentence, code))
-
-    for leaf in leaves:
-        name = quoted(leaf.table)
-        if leaf.kind in _NOT_TABLES:
-            add(
-                rules[0],
-                "not_publishable",
-                f"{table} is {_NOT_TABLES[leaf.kind]}, whose changes PostgreSQL does not publish; name a table.",
+        given = {"publication": self._publication, **given_tables(tables)}
+        publications = await rows(self._connection, _PUBLICATION, given)
+        roots = await rows(self._connection, _KIN + of_roots, given)
+        leaves = await rows(self._connection, _KIN + of_leaves, given)
+        harmed = await rows(self._connection, _WITHOUT_IDENTITY, given)
+        seen = (tables, publications, roots, leaves, harmed)
+        if self._last is not None and self._last[0] == seen:
+            return self._last[1]
+        states: dict[Table, TableState | None] = dict.fromkeys(tables)
+        for row in roots:
+            states[Table(row.schema, row.name)] = TableState(
+                row.oid, row.partitioned, row.keyed, row.parent, row.listed, tuple(row.carriers)
             )
-            continue
-        if not leaf.usable:
-            add(
-                rules[0],
-                "no_replica_identity",
-                f"{leaf.table} has no usable replica identity, and publishing it would make the application's "
-                f"UPDATE and DELETE fail; {_usable_identity(leaf, name)}.",
-            )
-            continue
-        if leaf.limited:
-            add(
-                rules[0],
-                "limited_publication",
-                f"the publication has a row filter or a column list on {leaf.table}, which hides changes from the "
-                "rules; take the table out of the publication, and it is added without them.",
-            )
-        for rule in rules:
-            for column in sorted((rule.key_columns | set(rule.columns)) - (leaf.columns - leaf.generated)):
-                add(rule, *_no_column(rule, leaf, column))
-            problems += _not_of_condition(rule, leaf)
-            unknown = unknown_old(rule, leaf)
-            if unknown and rule.old_row == "require":
-                add(
-                    rule,
-                    "old_row_unknown",
-                    f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of "
-                    f"{leaf.table} does not carry, so that the entry under a former value would stay; "
-                    f"run ALTER TABLE {name} REPLICA IDENTITY FULL, or set old_row to sweep or ignore.",
-                )
-    return problems
+        for row in leaves:
+            state = states[Table(row.root_schema, row.root_name)]
+            if state is not None:
+                state.leaves.append(_leaf(row))
+        suits = bool(publications) and publications[0].suits
+        survey = Survey(bool(publications), suits, states, [Table(row.schema, row.name) for row in harmed])
+        self._last = seen, survey
+        return survey
 
 
-def _no_column(rule: Rule, leaf: Leaf, column: str) -> tuple[str, str]:
-    """Give the code and the sentence about a column that the stream does not have."""
-    if column in leaf.generated:
-        return "generated_column", (
-            f"rule {rule.name} reads column {column} of {leaf.table}, a generated column, "
-            "which PostgreSQL does not publish; use the columns that it is generated from."
-        )
-    near = get_close_matches(column, leaf.columns, 1)
-    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(leaf.columns))}."
-    return "unknown_column", f"rule {rule.name} reads column {column}, which {leaf.table} does not have; {hint}"
+def _leaf(row: Any) -> Leaf:
+    return Leaf(
+        table=Table(row.schema, row.name),
+        oid=row.oid,
+        kind=row.kind,
+        columns=frozenset(row.columns),
+        generated=frozenset(row.generated),
+        carried=frozenset(row.carried),
+        usable=row.usable,
+        carriers=tuple(row.carriers),
+        limited=row.limited,
+    )
 
 
-def _not_of_condition(rule: Rule, leaf: Leaf) -> list[Problem]:
-    """Give the columns that only the rule's condition reads, and that the stream does not have."""
-    if rule.when is None:
-        return []
-    read = {column for reads in Condition(rule.when).reads.values() for column in reads.columns}
-    lacking = read - (leaf.columns - leaf.generated) - rule.key_columns - set(rule.columns)
-    place = rule.when_place
-    problems = []
-    for column in sorted(lacking):
-        code, sentence = _no_column(rule, leaf, column)
-        problems.append(Problem(place.file, place.line, place.column, sentence, code))
-    return problems
+_PUBLICATION = """
+SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot AS suits
+FROM pg_publication WHERE pubname = %(publication)s
+"""
 
+# No function that looks at a table itself (pg_publication_tables, pg_partition_tree, pg_relation_size): it would wait
+# for whoever has locked that table.
+_KIN = """
+WITH RECURSIVE publication AS (
+  SELECT oid, puballtables FROM pg_publication WHERE pubname = %(publication)s
+), roots AS (
+  SELECT n.nspname AS schema, c.relname AS name, c.oid, c.relkind
+  FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
+  JOIN pg_namespace n ON n.nspname = wanted.schema
+  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind IN ('r', 'p', 'v', 'm', 'f', 'S')
+), tree (schema, name, oid, relkind) AS (
+  SELECT schema, name, oid, relkind FROM roots
+  UNION ALL
+  SELECT tree.schema, tree.name, c.oid, c.relkind FROM tree
+  JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending JOIN pg_class c ON c.oid = i.inhrelid
+  WHERE tree.relkind = 'p'
+)
+"""
 
-def unknown_old(rule: Rule, leaf: Leaf) -> list[str]:
-    """Give the key columns whose old values an UPDATE or DELETE of this table does not tell."""
-    unknown: set[str] = set()
-    if "delete" in rule.on:
-        unknown |= rule.key_columns - leaf.carried
-    if "update" in rule.on:
-        unknown |= rule.key_columns - leaf.carried - rule.immutable
-    return sorted(unknown & leaf.columns)
+# What of the publication carries a table: it or a table above it, its schema, all tables. One look-up in an index for
+# each table: joined as a whole, the planner would compare each table with each, every three seconds.
+# The two columns of `limited` came with PostgreSQL 15. A filter on a root holds for its partitions.
+_CARRIERS = """
+LEFT JOIN LATERAL (
+  SELECT array_agg(DISTINCT entries.oid) AS oids, bool_or(entries.limited) AS limited
+  FROM (SELECT {table}.oid UNION SELECT above.relid FROM pg_partition_ancestors({table}.oid) above) AS kin (oid)
+  CROSS JOIN LATERAL (
+    SELECT r.oid, coalesce(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') IS NOT NULL AS limited
+    FROM publication p JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = kin.oid
+    UNION ALL
+    SELECT p.oid, false FROM publication p WHERE p.puballtables
+    {schemas}
+  ) AS entries
+) AS carriers ON true
+"""
 
+_SCHEMAS = """UNION ALL
+    SELECT s.oid, false FROM publication p JOIN pg_publication_namespace s ON s.pnpubid = p.oid
+    JOIN pg_class c ON c.oid = kin.oid AND c.relnamespace = s.pnnspid"""
 
-def identifier(name: str) -> str:
-    """Give the name quoted for SQL."""
-    return sql.Identifier(name).as_string(None)
+_ROOTS = """
+SELECT schema, name, oid, relkind = 'p' AS partitioned,
+  EXISTS (SELECT FROM pg_index i WHERE i.indrelid = roots.oid AND i.indisprimary AND i.indimmediate) AS keyed,
+  relkind = 'r' AND EXISTS (SELECT FROM pg_inherits i WHERE i.inhparent = roots.oid) AS parent,
+  EXISTS (SELECT FROM publication p JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = roots.oid) AS listed,
+  coalesce(carriers.oids, '{{}}') AS carriers
+FROM roots {carriers}
+"""
 
+# From PostgreSQL 18 on, an identity must not contain a generated column, which the publication does not have.
+_USABLE = """(
+  (c.relreplident = 'f' OR (c.relreplident <> 'n' AND i.indexrelid IS NOT NULL))
+  AND NOT (current_setting('server_version_num')::int >= 180000 AND EXISTS (
+    SELECT FROM pg_attribute g WHERE g.attrelid = c.oid AND g.attnum > 0 AND NOT g.attisdropped
+      AND g.attgenerated <> '' AND (c.relreplident = 'f' OR g.attnum = ANY (i.indkey::int2[]))
+  ))
+)"""
 
-def quoted(table: Table) -> str:
-    """Give the table's name quoted for SQL."""
-    return sql.Identifier(table.schema, table.name).as_string(None)
+_LEAVES = """
+SELECT tree.schema AS root_schema, tree.name AS root_name, n.nspname AS schema, c.relname AS name, c.oid,
+  CASE c.relpersistence WHEN 'p' THEN c.relkind ELSE c.relpersistence END::text AS kind,
+  ARRAY(SELECT attname::text FROM pg_attribute
+        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns,
+  ARRAY(SELECT attname::text FROM pg_attribute
+        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attgenerated <> '') AS generated,
+  CASE c.relreplident
+    WHEN 'f' THEN ARRAY(SELECT attname::text FROM pg_attribute
+                        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
+    WHEN 'n' THEN '{{}}'
+    ELSE ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid
+               AND attnum = ANY ({identity_columns})) END AS carried,
+  {usable} AS usable,
+  coalesce(carriers.oids, '{{}}') AS carriers,
+  coalesce(carriers.limited, false) AS limited
+FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
+{identity} {carriers}
+WHERE tree.relkind <> 'p'
+ORDER BY 1, 2, 3, 4
+"""
+
+_WITHOUT_IDENTITY = f"""
+WITH RECURSIVE tree (root, oid) AS (
+  SELECT r.prrelid, r.prrelid FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
+  WHERE p.pubname = %(publication)s
+  UNION ALL
+  SELECT tree.root, i.inhrelid FROM tree
+  JOIN pg_class c ON c.oid = tree.oid AND c.relkind = 'p' JOIN pg_inherits i ON i.inhparent = tree.oid
+)
+SELECT DISTINCT n.nspname AS schema, root.relname AS name
+FROM tree JOIN pg_class root ON root.oid = tree.root JOIN pg_namespace n ON n.oid = root.relnamespace
+JOIN pg_class c ON c.oid = tree.oid AND c.relkind = 'r' {IDENTITY}
+WHERE NOT {_USABLE}
+"""  # noqa: S608  what is pasted is ours

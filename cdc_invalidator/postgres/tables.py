@@ -13,6 +13,7 @@ import psycopg
 import structlog
 
 from cdc_invalidator import errors
+from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.publication import run as run_statements
 from cdc_invalidator.postgres.snapshot import Snapshots, all_over
@@ -80,7 +81,7 @@ class Tables:
     async def publish(self) -> tuple[Survey, Survey]:
         """Make the publication what it must be, and give how the tables were before and are now."""
         before = survey = await self._publication.survey(self._rules)
-        problems = survey.mistakes(self._rules)
+        problems = mistakes(survey, self._rules)
         if problems and self._strict:
             # What hurts the application does not wait until somebody has put the rules right.
             self._strict = False
@@ -111,8 +112,8 @@ class Tables:
         """
         before, now = self.survey, await self._publication.survey(self._rules)
         if now.harmful:
-            mistakes = "; ".join(map(str, now.mistakes(self._rules)))
-            _log.error("table_taken_out", tables=[str(table) for table in now.harmful], error=mistakes)
+            wrong = "; ".join(map(str, mistakes(now, self._rules)))
+            _log.error("table_taken_out", tables=[str(table) for table in now.harmful], error=wrong)
         if await self._set_up_each(self._publication.statements(now)):
             now = await self._publication.survey(self._rules)
         if now is before:

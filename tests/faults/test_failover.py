@@ -214,7 +214,7 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
     metrics = Metrics(CollectorRegistry())
     return Apply(
         open_server,
-        PostgresView(hidden, Queries("", metrics), Standbys([], limit=1, metrics=metrics)),
+        PostgresView(hidden, Queries(""), Standbys([], limit=1, metrics=metrics)),
         Kept(RuleSet({}, (), ""), {}, Position("1", 1, 100, 100)),
         backlog=Backlog(),
         checkpoint=Checkpoint(100),

@@ -1,0 +1,118 @@
+"""The rules that a database can't keep, each with its place and what helps. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+from cdc_invalidator.errors import Problem
+from cdc_invalidator.postgres.quoting import qualified
+from cdc_invalidator.postgres.survey import NOT_TABLES, Leaf, Survey
+from cdc_invalidator.rules.condition import Condition
+from cdc_invalidator.rules.model import Rule, RuleSet
+from cdc_invalidator.rules.table import Table
+
+
+def mistakes(survey: Survey, rules: RuleSet) -> list[Problem]:
+    """Return the rules that can't be kept on this database, each with its place and what helps."""
+    problems: list[Problem] = []
+    for table, state in survey.tables.items():
+        if state is not None:
+            of_table = [rule for rule in rules.rules if rule.table == table]
+            if state.refused:
+                place = of_table[0].place
+                sentence = f"{table} can't be published: {state.refused}."
+                problems.append(Problem(*place, sentence, "not_publishable"))
+            problems += _mistakes(table, state.leaves, of_table)
+    return problems
+
+
+def _usable_identity(leaf: Leaf, name: str) -> str:
+    if leaf.carried & leaf.generated:
+        return (
+            "it contains a generated column, which PostgreSQL 18 does not publish; set REPLICA IDENTITY DEFAULT, or "
+            f"USING INDEX without {', '.join(sorted(leaf.carried & leaf.generated))}"
+        )
+    return f"add a primary key, or run ALTER TABLE {name} REPLICA IDENTITY FULL"
+
+
+def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> list[Problem]:
+    problems: list[Problem] = []
+
+    def add(rule: Rule, code: str, sentence: str) -> None:
+        problems.append(Problem(rule.place.file, rule.place.line, rule.place.column, sentence, code))
+
+    for leaf in leaves:
+        name = qualified(leaf.table)
+        if leaf.kind in NOT_TABLES:
+            add(
+                rules[0],
+                "not_publishable",
+                f"{table} is {NOT_TABLES[leaf.kind]}, whose changes PostgreSQL does not publish; name a table.",
+            )
+            continue
+        if not leaf.usable:
+            add(
+                rules[0],
+                "no_replica_identity",
+                f"{leaf.table} has no usable replica identity, and publishing it would make the application's "
+                f"UPDATE and DELETE fail; {_usable_identity(leaf, name)}.",
+            )
+            continue
+        if leaf.limited:
+            add(
+                rules[0],
+                "limited_publication",
+                f"the publication has a row filter or a column list on {leaf.table}, which hides changes from the "
+                "rules; take the table out of the publication, and it is added without them.",
+            )
+        for rule in rules:
+            for column in sorted((rule.key_columns | set(rule.columns)) - (leaf.columns - leaf.generated)):
+                add(rule, *_no_column(rule, leaf, column))
+            problems += _not_of_condition(rule, leaf)
+            unknown = unknown_old(rule, leaf)
+            if unknown and rule.old_row == "require":
+                add(
+                    rule,
+                    "old_row_unknown",
+                    f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of "
+                    f"{leaf.table} does not carry, so that the entry under a former value would stay; "
+                    f"run ALTER TABLE {name} REPLICA IDENTITY FULL, or set old_row to sweep or ignore.",
+                )
+    return problems
+
+
+def _no_column(rule: Rule, leaf: Leaf, column: str) -> tuple[str, str]:
+    """Give the code and the sentence about a column that the stream does not have."""
+    if column in leaf.generated:
+        return "generated_column", (
+            f"rule {rule.name} reads column {column} of {leaf.table}, a generated column, "
+            "which PostgreSQL does not publish; use the columns that it is generated from."
+        )
+    near = get_close_matches(column, leaf.columns, 1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(leaf.columns))}."
+    return "unknown_column", f"rule {rule.name} reads column {column}, which {leaf.table} does not have; {hint}"
+
+
+def _not_of_condition(rule: Rule, leaf: Leaf) -> list[Problem]:
+    """Give the columns that only the rule's condition reads, and that the stream does not have."""
+    if rule.when is None:
+        return []
+    read = {column for reads in Condition(rule.when).reads.values() for column in reads.columns}
+    lacking = read - (leaf.columns - leaf.generated) - rule.key_columns - set(rule.columns)
+    place = rule.when_place
+    problems = []
+    for column in sorted(lacking):
+        code, sentence = _no_column(rule, leaf, column)
+        problems.append(Problem(place.file, place.line, place.column, sentence, code))
+    return problems
+
+
+def unknown_old(rule: Rule, leaf: Leaf) -> list[str]:
+    """Give the key columns whose old values an UPDATE or DELETE of this table does not tell."""
+    unknown: set[str] = set()
+    if "delete" in rule.on:
+        unknown |= rule.key_columns - leaf.carried
+    if "update" in rule.on:
+        unknown |= rule.key_columns - leaf.carried - rule.immutable
+    return sorted(unknown & leaf.columns)

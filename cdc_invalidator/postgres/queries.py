@@ -1,0 +1,86 @@
+"""What more than one part asks the catalogs about tables: columns and their types, replica identities, ancestors.
+
+No query here looks at a table itself, as `pg_relation_size` does: it would wait for whoever has locked that table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import psycopg
+
+from cdc_invalidator.postgres.connection import rows
+from cdc_invalidator.rules.table import Table
+
+# For a table `c`: the index `i` that is its replica identity. One that is deferrable does not serve as that.
+IDENTITY = """
+LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
+  AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END
+"""
+# The numbers of its columns. INCLUDEd ones are not part of the identity.
+IDENTITY_COLUMNS = "(i.indkey::int2[])[0:i.indnkeyatts - 1]"
+
+
+class ColumnInfo(NamedTuple):
+    """A column, as the catalogs have it.
+
+    ``type``: as SQL writes it; ``bare_type``: the same without its length, so that a cast to it cuts nothing;
+    ``base_oid``, ``base_category``, ``base_modifier``: of the type under a domain; ``identity``: old keys carry it;
+    ``unique``: it has a unique index of its own.
+    """
+
+    name: str
+    type: str
+    bare_type: str
+    type_oid: int
+    modifier: int
+    base_oid: int
+    base_category: str
+    base_modifier: int
+    generated: bool
+    identity: bool
+    unique: bool
+
+
+def given_tables(tables: Sequence[Table]) -> Mapping[str, list[str]]:
+    """Return the arguments of a query about these tables: its ``schemas`` and ``names``."""
+    return {"schemas": [table.schema for table in tables], "names": [table.name for table in tables]}
+
+
+async def columns(connection: psycopg.AsyncConnection[Any], tables: Sequence[Table]) -> dict[Table, list[ColumnInfo]]:
+    """Return the columns of those of these tables that exist and hold rows or partitions, in their order."""
+    found: dict[Table, list[ColumnInfo]] = {}
+    for schema, name, *column in await rows(connection, _COLUMNS, given_tables(tables)):
+        found.setdefault(Table(schema, name), []).append(ColumnInfo(*column))
+    return found
+
+
+async def ancestors(connection: psycopg.AsyncConnection[Any], oid: int) -> list[Table]:
+    """Return the partitioned tables above a partition, nearest first; empty for any other table."""
+    return [Table(row.schema, row.name) for row in await rows(connection, _ANCESTORS, {"oid": oid})]
+
+
+_COLUMNS = f"""
+SELECT n.nspname AS schema, c.relname AS table_name, a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
+  format_type(a.atttypid, -1) AS bare_type, a.atttypid::bigint AS type_oid, a.atttypmod AS modifier,
+  base.oid::bigint AS base_oid, base.typcategory::text AS base_category,
+  CASE t.typtype WHEN 'd' THEN t.typtypmod ELSE a.atttypmod END AS base_modifier, a.attgenerated <> '' AS generated,
+  c.relreplident = 'f' OR coalesce(a.attnum = ANY ({IDENTITY_COLUMNS}), false) AS identity,
+  EXISTS (SELECT FROM pg_index u WHERE u.indrelid = c.oid AND u.indisunique AND u.indisvalid AND u.indpred IS NULL
+          AND u.indnkeyatts = 1 AND u.indkey[0] = a.attnum) AS unique
+FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
+JOIN pg_namespace n ON n.nspname = wanted.schema
+JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind IN ('r', 'p') {IDENTITY}
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+JOIN pg_type t ON t.oid = a.atttypid
+JOIN pg_type base ON base.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+ORDER BY c.oid, a.attnum
+"""  # noqa: S608  what is pasted is this module's own
+
+_ANCESTORS = """
+SELECT n.nspname AS schema, c.relname AS name
+FROM pg_partition_ancestors(%(oid)s::oid) WITH ORDINALITY above (oid, nearness)
+JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.oid <> %(oid)s::oid ORDER BY above.nearness
+"""

@@ -36,13 +36,13 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, labels, namespace=NAMESPACE, registry=registry)
 
-        def told(family: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str) -> Told:
-            figure = Told(family, f"{NAMESPACE}_{name}", text)
+        def reported(family: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str) -> Reported:
+            figure = Reported(family, f"{NAMESPACE}_{name}", text)
             registry.register(figure)
-            self._told.append(figure)
+            self._reported.append(figure)
             return figure
 
-        self._told: list[Told] = []
+        self._reported: list[Reported] = []
 
         self.build_info = gauge("build_info", "Constant 1, labelled with the version.", "version")
         self.build_info.labels(__version__).set(1)
@@ -66,20 +66,20 @@ class Metrics:
         self.leader = gauge("leader", "1 while this daemon streams from the slot, 0 while it stands by.")
         self.received_lsn = gauge("received_lsn", "LSN up to which the stream has been received.")
         self.confirmed_lsn = gauge("confirmed_lsn", "LSN confirmed to PostgreSQL.")
-        self.slot_active = told(GaugeMetricFamily, "slot_active", "1 while a session streams from the slot.")
+        self.slot_active = reported(GaugeMetricFamily, "slot_active", "1 while a session streams from the slot.")
         self.slot_wal_status = gauge(
             "slot_wal_status", "1 for the slot's wal_status in pg_replication_slots.", "wal_status"
         )
-        self.retained_wal = told(GaugeMetricFamily, "retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.")
+        self.retained_wal = reported(GaugeMetricFamily, "retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.")
         self.retained_wal_limit = gauge("retained_wal_limit_bytes", "CDC_MAX_RETAINED_WAL.")
         self.postgres_up = gauge("postgres_up", "1 while a session with PostgreSQL stands.")
         self.postgres_errors = counter("postgres_errors_total", "Lost or failed PostgreSQL sessions.", "error")
         self.postgres_connects = counter("postgres_connects_total", "PostgreSQL sessions opened.")
         self.watches = counter("watches_total", "Looks at the slot, the publication and the tables of the rules.")
-        self.database_commits = told(
+        self.database_commits = reported(
             CounterMetricFamily, "database_commits", "xact_commit of the database in pg_stat_database."
         )
-        self.database_rollbacks = told(
+        self.database_rollbacks = reported(
             CounterMetricFamily, "database_rollbacks", "xact_rollback of the database in pg_stat_database."
         )
 
@@ -115,7 +115,7 @@ class Metrics:
         self.watermark_at = gauge(
             "watermark_timestamp_seconds", "When the watermark was last written; its age is time() minus this."
         )
-        self.watermark_as_of = told(
+        self.watermark_as_of = reported(
             GaugeMetricFamily,
             "watermark_as_of_timestamp_seconds",
             "All that had been committed at that time is busted, as the watermark says; not known of a standby's slot.",
@@ -129,16 +129,16 @@ class Metrics:
         )
 
         # Redis.
-        self.redis_up = told(GaugeMetricFamily, "redis_up", "1 while the leader's connection to Redis stands.")
+        self.redis_up = reported(GaugeMetricFamily, "redis_up", "1 while the leader's connection to Redis stands.")
         self.redis_errors = counter(
             "redis_errors_total", "Failures of Redis, by the first word of its reply, or TIMEOUT, CLOSED, …", "error"
         )
         self.redis_connects = counter("redis_connects_total", "Connections to Redis opened.")
-        self.redis_hits = told(CounterMetricFamily, "redis_keyspace_hits", "keyspace_hits of INFO.")
-        self.redis_misses = told(CounterMetricFamily, "redis_keyspace_misses", "keyspace_misses of INFO.")
-        self.redis_evicted = told(CounterMetricFamily, "redis_evicted_keys", "evicted_keys of INFO.")
-        self.redis_expired = told(CounterMetricFamily, "redis_expired_keys", "expired_keys of INFO.")
-        self.redis_memory = told(GaugeMetricFamily, "redis_used_memory_bytes", "used_memory of INFO.")
+        self.redis_hits = reported(CounterMetricFamily, "redis_keyspace_hits", "keyspace_hits of INFO.")
+        self.redis_misses = reported(CounterMetricFamily, "redis_keyspace_misses", "keyspace_misses of INFO.")
+        self.redis_evicted = reported(CounterMetricFamily, "redis_evicted_keys", "evicted_keys of INFO.")
+        self.redis_expired = reported(CounterMetricFamily, "redis_expired_keys", "expired_keys of INFO.")
+        self.redis_memory = reported(GaugeMetricFamily, "redis_used_memory_bytes", "used_memory of INFO.")
 
     def gap(self, reason: str) -> None:
         """Count a gap, and when it was: one at the start is counted before anybody has seen the counter at 0."""
@@ -154,7 +154,7 @@ class Metrics:
 
     def forget(self) -> None:
         """Show no more what a session knew: it is over, and another daemon may know better."""
-        for figure in self._told:
+        for figure in self._reported:
             figure.forget()
         for labelled in (self.slot_wal_status, self.standby_awaited, self.standby_replayed):
             labelled.clear()
@@ -179,7 +179,7 @@ class Metrics:
         return registry
 
 
-class Told(Collector):
+class Reported(Collector):
     """One figure that a server tells: no sample until it has, and none once that is forgotten.
 
     A counter that began at 0 and jumped to what Redis has counted for months would look like a burst.

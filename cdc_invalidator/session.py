@@ -53,7 +53,7 @@ DRAIN_SECONDS = 1.5
 FAREWELL_SECONDS = 0.3
 
 Role = Literal["connecting", "leader", "standby"]
-Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +194,7 @@ class Session:
             _log.warning("not_drained", error="Not all was busted in time; the next start receives the rest again.")
         await self._farewell(opened.replication, opened.checkpoint, receiving)
 
-    def _start(self, work: Coroutine[None, None, Result], name: str) -> asyncio.Task[Result]:
+    def _start(self, work: Coroutine[None, None, Value], name: str) -> asyncio.Task[Value]:
         task = asyncio.create_task(work, name=name)
         self._tasks.append(task)
         return task

@@ -1,4 +1,4 @@
-"""The edge that `check` looks through: what the live PostgreSQL would make of the rules; Redis: `redis_inspection`.
+"""The edge that `check` looks through: what the live PostgreSQL would make of the rules; Redis: `check_redis`.
 
 The rule that holds here: nothing is changed. Only catalogs are read and queries are explained, on a connection that
 can't write. A server that is away is a finding, like everything else.
@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 
 from cdc_invalidator import errors
-from cdc_invalidator.commands import check_redis as redis_inspection
+from cdc_invalidator.commands import check_redis
 from cdc_invalidator.commands.check_rules import Columns, never, offline
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
@@ -59,18 +59,18 @@ async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Findin
         rules: the rule set; ``None`` where the files are wrong, and the servers are looked at alone.
     """
     database = _Database(servers, rules)
-    findings = await _told(database.look, POSTGRES, "postgres_unavailable")
+    findings = await _or_finding(database.look, POSTGRES, "postgres_unavailable")
     if rules is not None:
         findings += offline(rules, database.columns, cluster=servers.redis.kind == "cluster")
-    findings += await _told(
-        lambda: redis_inspection.look_at(servers.redis, servers.slot, servers.event_stream, rules),
-        redis_inspection.REDIS,
+    findings += await _or_finding(
+        lambda: check_redis.look_at(servers.redis, servers.slot, servers.event_stream, rules),
+        check_redis.REDIS,
         "redis_unavailable",
     )
     return findings
 
 
-async def _told(look: Callable[[], Awaitable[list[Finding]]], place: str, code: str) -> list[Finding]:
+async def _or_finding(look: Callable[[], Awaitable[list[Finding]]], place: str, code: str) -> list[Finding]:
     """Make a finding of what can't be looked at."""
     try:
         return await look()
@@ -107,7 +107,7 @@ class _Rights:
 
     role: str
     replicates: bool
-    slots_left: int
+    free_slots: int
     keep_size: int
 
 
@@ -175,7 +175,7 @@ class _Database:
                 f"there is no slot {name} yet, so the caches are swept at the first start; the daemon makes it, or "
                 "`cdc-invalidator setup`.",
             )
-            if rights.slots_left <= 0:
+            if rights.free_slots <= 0:
                 self._add(
                     Severity.ERROR,
                     "no_slot_free",
@@ -294,7 +294,7 @@ class _Database:
         self._look_at_parameters(rules)
 
     def _look_at_parameters(self, rules: RuleSet) -> None:
-        told: set[tuple[str, str]] = set()
+        named: set[tuple[str, str]] = set()
         for rule in rules.rules:
             known = self._columns.get(rule.table, {})
             for bust in rule.busts:
@@ -305,8 +305,8 @@ class _Database:
                         continue  # that is told already
                     self._learn(bust.cache, parameter, _texts(column.base_oid, column.base_category))
                     long = _unbounded(column) and not column.unique and not _hashed(bust.cache, parameter)
-                    if long and (bust.cache.name, parameter) not in told:
-                        told.add((bust.cache.name, parameter))
+                    if long and (bust.cache.name, parameter) not in named:
+                        named.add((bust.cache.name, parameter))
                         self._findings.append(_of_unbounded(bust.cache, parameter, rule.table, name, column))
 
     def _learn(self, cache: Cache, parameter: str, values: Texts) -> None:
@@ -491,7 +491,7 @@ SELECT current_user::text AS role,
     SELECT FROM pg_roles g WHERE g.rolname IN ('rds_replication', 'rds_superuser', 'cloudsqlsuperuser')
     AND pg_has_role(current_user, g.oid, 'MEMBER')
   ) AS replicates,
-  (current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots))::int AS slots_left,
+  (current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots))::int AS free_slots,
   (SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size') AS keep_size
 FROM pg_roles r WHERE r.rolname = current_user
 """

@@ -1,7 +1,7 @@
-"""A daemon's life, in reading order: start, sessions one after the other, shutdown.
+"""A daemon's life, in reading order: start, one session after another, shutdown.
 
-When anything on PostgreSQL's side fails, or other rules come, the session is thrown away whole and the next one
-computes everything anew; there is no repair. Retries for PostgreSQL live here and nowhere else.
+When anything fails on PostgreSQL's side, or the rules change, the session is thrown away and a new one starts from
+scratch; there is no repair. Sessions are retried here and nowhere else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
 
-# A session that lived so long did not fail for what made the one before it fail.
+# A session that lived this long did not fail for the same reason as the one before it.
 SETTLED_SECONDS = 10.0
 
 
@@ -39,10 +39,10 @@ class Daemon:
     """Busts caches until it is told to stop.
 
     Args:
-        options: where the servers are, and what is ours there.
+        options: the settings of its sessions.
         rules: what to bust.
         metrics: what to count.
-        events: where busts are told.
+        events: where busts are recorded.
         standbys: the standbys that busts wait for.
         source: the rule file, or the directory of rule files, that ``rules`` were read from.
     """
@@ -62,10 +62,10 @@ class Daemon:
         metrics.retained_wal_limit.set(options.max_retained_wal)
         self._events = events
         self._stop = asyncio.Event()
-        # The session's end: we are told to stop, or other rules come.
+        # Set to end the session: the daemon must stop, or the rules have changed.
         self._over = asyncio.Event()
         self._backoff = Backoff()
-        # The rules were right for this database once: from now on they are kept as far as they can be.
+        # The database could keep the rules once: from now on, keep them as far as possible instead of refusing.
         self._proven = False
         self._unsettled: set[Table] = set()
         self._role: Role = "connecting"
@@ -87,11 +87,11 @@ class Daemon:
         )
 
     async def run(self, http_host: str, http_port: int) -> None:
-        """Run until SIGTERM or SIGINT, with the pages on that address.
+        """Run until SIGTERM or SIGINT, and serve the HTTP pages on that address.
 
         Raises:
-            errors.WrongSettings: settings or rules can't be kept on this database.
-            errors.ServerRefuses: a server says no for good.
+            errors.WrongSettings: this database can't keep the settings or the rules.
+            errors.ServerRefuses: a server refuses for good.
         """
         pages = http.Pages(self._metrics.shown(self._options.slot), self.status, lambda: self._role != "connecting")
         with _signals(self._ask_to_stop, self._reload.ask):
@@ -99,7 +99,7 @@ class Daemon:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
                 self._check_hash_tags()
                 reloading = asyncio.create_task(self._reload.run(), name="reload")
-                # It never ends by itself; if it does, the daemon does not limp.
+                # It never ends by itself; if it does, the daemon stops rather than limps.
                 reloading.add_done_callback(lambda _: self._end())
                 try:
                     while not self._stop.is_set():
@@ -113,7 +113,7 @@ class Daemon:
 
     def _ask_to_stop(self) -> None:
         if self._stop.is_set():
-            # The operator insists: nothing is lost, what was not confirmed is received again.
+            # The second signal. Nothing is lost: what was not confirmed is received again.
             os._exit(errors.InvalidatorError.exit_code)
         self._end()
 
@@ -122,12 +122,12 @@ class Daemon:
         self._over.set()
 
     def _switch(self, rules: RuleSet) -> None:
-        """Let a session of other rules follow this one; the digests in the watermark tell it what to sweep."""
-        # A table that was not named before may be published, by another daemon, and have transactions under way that
-        # are not in the stream.
+        """End the session, and start one with other rules; the digests in the watermark tell it what to sweep."""
+        # Another daemon may just have published a table that is new in the rules, and running transactions may have
+        # written to it before.
         self._unsettled |= set(rules.tables) - set(self._rules.tables)
         self._rules = rules
-        # What was busted by the old rules says nothing of what the new ones would have.
+        # The busts of the old rules don't tell what the new ones would have busted.
         self._recent = Recent()
         self._proven = True
         self._check_hash_tags()
@@ -164,9 +164,9 @@ class Daemon:
         try:
             await session.run(self._over)
         except errors.SlotInUse:
-            # Another standby was faster.
+            # Another daemon was faster.
             self._be("standby")
-            # Those who wait hold no walsender: there are few of them.
+            # Daemons on standby must not hold a walsender: there are few of them.
             await self._close(session)
             await self._pause(STANDBY_SECONDS)
         except errors.PositionGivenUp as error:
@@ -190,18 +190,18 @@ class Daemon:
 
     async def _close(self, session: Session) -> None:
         await session.close()
-        # Its tasks have said their last.
+        # Its tasks have ended and report nothing more.
         self._metrics.forget()
 
     async def _give_up(self, session: Session, reason: errors.PositionGivenUp) -> None:
         try:
             await session.give_up(reason)
         except errors.Retryable as error:
-            # Then the server has other troubles; if its WAL still grows, the next session comes here again.
+            # The server has other troubles; if its WAL still grows, the next session gets here again.
             _log.warning("postgres_unavailable", error=str(error))
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, but not longer than until we are told to stop, or have other rules to begin with."""
+        """Wait, but only until the daemon must stop or the rules change."""
         await within(seconds, self._over)
 
     def _lead(self, opened: Opened) -> None:
@@ -217,7 +217,7 @@ class Daemon:
         self._metrics.leader.set(role == "leader")
 
     def status(self) -> dict[str, Any]:
-        """Give what /status shows."""
+        """Return what /status shows."""
         session, opened = self._session, self._opened
         checkpoint = opened.checkpoint if opened else None
         apply = opened.apply if opened else None

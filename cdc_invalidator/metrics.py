@@ -1,7 +1,7 @@
-"""All metrics, in one class with a registry that is passed in. Labels come from rule files and SQL, never from data.
+"""All metrics of the daemon, in one class that takes a registry. Labels come from rule files and SQL, never from data.
 
-Of the daemons of one slot one leads. What only the leader knows, the others don't show, or show as 0: so that `max` and
-`sum` over all of them give the truth, whoever led before.
+One of the daemons of a slot leads. The others leave out what only the leader knows, or show it as 0, so that `max` and
+`sum` over all daemons are right.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from cdc_invalidator import __version__
 
 NAMESPACE = "cdc_invalidator"
-# Seconds from a commit to its acknowledged bust: sub-millisecond when idle, minutes after an outage.
+# Seconds from a commit to its acknowledged bust: under a millisecond when idle, minutes after an outage.
 LAG_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 
 
@@ -24,7 +24,7 @@ class Metrics:
     """The daemon's metrics.
 
     Args:
-        registry: where they are registered; each test brings its own.
+        registry: where they are registered; each test passes its own.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -44,116 +44,139 @@ class Metrics:
 
         self._reported: list[Reported] = []
 
-        self.build_info = gauge("build_info", "Constant 1, labelled with the version.", "version")
+        self.build_info = gauge("build_info", "Always 1, labelled with the version.", "version")
         self.build_info.labels(__version__).set(1)
 
         # The rules.
-        self.rule_set = gauge("rule_set_info", "Constant 1, labelled with the digest of the rules in force.", "digest")
-        self.reloads = counter("reloads_total", "Times the rule files were read again.", "result")
+        self.rule_set = gauge("rule_set_info", "Always 1, labelled with the digest of the rules in force.", "digest")
+        self.reloads = counter("reloads_total", "Reloads of the rule files.", "result")
         for result in ("ok", "failed", "unchanged"):
             self.reloads.labels(result)
         self.reload_successful = gauge(
-            "reload_successful", "0 while the rule files hold other rules than those in force."
+            "reload_successful", "1 if the rule files hold the rules in force, 0 if they hold others."
         )
         self.reloaded_at = gauge(
-            "reload_success_timestamp_seconds", "When the rule files were last found to be as they are in force."
+            "reload_success_timestamp_seconds", "Unix time when the rule files last matched the rules in force."
         )
 
         # The stream.
         self.changes = counter("changes_total", "Row changes matched against rules.", "table", "op")
         self.transactions = counter("transactions_total", "Transactions received.")
-        self.backlog = gauge("backlog_keys", "Keys matched and not yet acknowledged by Redis.")
-        self.leader = gauge("leader", "1 while this daemon streams from the slot, 0 while it stands by.")
-        self.received_lsn = gauge("received_lsn", "LSN up to which the stream has been received.")
+        self.backlog = gauge("backlog_keys", "Keys to bust that Redis has not acknowledged yet.")
+        self.leader = gauge("leader", "1 while this daemon streams from the slot, 0 while it is on standby.")
+        self.received_lsn = gauge("received_lsn", "LSN up to which the stream is received.")
         self.confirmed_lsn = gauge("confirmed_lsn", "LSN confirmed to PostgreSQL.")
         self.slot_active = reported(GaugeMetricFamily, "slot_active", "1 while a session streams from the slot.")
         self.slot_wal_status = gauge(
-            "slot_wal_status", "1 for the slot's wal_status in pg_replication_slots.", "wal_status"
+            "slot_wal_status", "Always 1, labelled with the slot's wal_status in pg_replication_slots.", "wal_status"
         )
         self.retained_wal = reported(GaugeMetricFamily, "retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.")
-        self.retained_wal_limit = gauge("retained_wal_limit_bytes", "CDC_MAX_RETAINED_WAL.")
-        self.postgres_up = gauge("postgres_up", "1 while a session with PostgreSQL stands.")
-        self.postgres_errors = counter("postgres_errors_total", "Lost or failed PostgreSQL sessions.", "error")
-        self.postgres_connects = counter("postgres_connects_total", "PostgreSQL sessions opened.")
-        self.watches = counter("watches_total", "Looks at the slot, the publication and the tables of the rules.")
+        self.retained_wal_limit = gauge("retained_wal_limit_bytes", "The setting CDC_MAX_RETAINED_WAL, in bytes.")
+        self.postgres_up = gauge("postgres_up", "1 while connected to PostgreSQL.")
+        self.postgres_errors = counter(
+            "postgres_errors_total",
+            "Failed PostgreSQL sessions, by error; standby: failures of a standby's connection.",
+            "error",
+        )
+        self.postgres_connects = counter("postgres_connects_total", "PostgreSQL sessions that started to stream.")
+        self.watches = counter("watches_total", "Checks of the slot, the publication and the tables of the rules.")
         self.database_commits = reported(
-            CounterMetricFamily, "database_commits", "xact_commit of the database in pg_stat_database."
+            CounterMetricFamily, "database_commits", "Commits in the database (xact_commit in pg_stat_database)."
         )
         self.database_rollbacks = reported(
-            CounterMetricFamily, "database_rollbacks", "xact_rollback of the database in pg_stat_database."
+            CounterMetricFamily, "database_rollbacks", "Rollbacks in the database (xact_rollback in pg_stat_database)."
         )
 
         # The busts.
         self.busts = counter("busts_total", "Bust events.", "rule", "cache", "action")
-        self.keys = counter("busted_keys_total", "Keys deleted and versions bumped.", "rule", "cache", "action")
-        self.existed = counter("busted_keys_existed_total", "Busted keys that were there.", "rule", "cache", "action")
+        self.keys = counter("busted_keys_total", "Keys deleted and version counters bumped.", "rule", "cache", "action")
+        self.existed = counter(
+            "busted_keys_existed_total", "Busted keys that existed in Redis.", "rule", "cache", "action"
+        )
         self.again = counter(
             "busted_again_total",
-            "Transactions busted a second time: visible (at the first, no reader saw them), standby (a standby had not "
-            "replayed them), again_after (the cache asks for it).",
+            "Transactions busted again: visible (readers did not see their rows yet at the first bust), standby (a "
+            "standby had not replayed them yet), again_after (the cache has that option).",
             "reason",
         )
         self.reapplied = counter(
-            "redis_behind_transactions_total", "Transactions busted anew in a Redis that came back older."
+            "redis_behind_transactions_total", "Transactions applied again to a Redis that had lost them."
         )
         self.lag = Lags()
         registry.register(self.lag)
-        self.sweeps = counter("sweeps_total", "Whole caches busted by their key pattern.", "cache", "reason")
-        self.sweeps_running = gauge("sweeps_running", "Sweeps begun and not finished.")
-        self.swept = counter("sweep_scanned_keys_total", "Keys looked at by sweeps, of everybody's.", "cache")
-        self._gaps = counter("gaps_total", "Times continuity could not be proven.", "reason")
-        self._gap_at = gauge("gap_timestamp_seconds", "When continuity could last not be proven.", "reason")
-        self.rule_errors = counter(
-            "rule_errors_total", "Relations on which a rule can't name its keys, and failures of its queries.", "rule"
+        self.sweeps = counter("sweeps_total", "Sweeps: whole caches busted by their key pattern.", "cache", "reason")
+        self.sweeps_running = gauge("sweeps_running", "Sweeps in progress.")
+        self.swept = counter(
+            "sweep_scanned_keys_total", "Keys scanned by sweeps, including other applications' keys.", "cache"
         )
-        self.queries = counter("via_queries_total", "Queries of `via`, each for all changes of a flush.", "rule")
+        self._gaps = counter("gaps_total", "Gaps: times when changes may have been missed.", "reason")
+        self._gap_at = gauge("gap_timestamp_seconds", "Unix time of the last gap.", "reason")
+        self.rule_errors = counter(
+            "rule_errors_total",
+            "Relations for which a rule can't build its keys, and failures of its via queries.",
+            "rule",
+        )
+        self.queries = counter(
+            "via_queries_total", "Runs of via queries; one run covers all changes of a flush.", "rule"
+        )
 
-        self.event_stream_refused = counter("event_stream_refused_total", "Events that the event stream did not take.")
+        self.event_stream_refused = counter(
+            "event_stream_refused_total", "Events that Redis did not add to the event stream."
+        )
 
         # The watermark.
         self.watermark_lsn = gauge("watermark_lsn", "LSN up to which every bust is in Redis.")
         self.watermark_at = gauge(
-            "watermark_timestamp_seconds", "When the watermark was last written; its age is time() minus this."
+            "watermark_timestamp_seconds",
+            "Unix time when the watermark was last written; its age is time() minus this.",
         )
         self.watermark_as_of = reported(
             GaugeMetricFamily,
             "watermark_as_of_timestamp_seconds",
-            "All that had been committed at that time is busted, as the watermark says; not known of a standby's slot.",
+            "Unix time up to which every commit is busted, as the watermark says; missing for a slot on a standby.",
         )
-        self.watermark_stalled = gauge("watermark_stalled", "1 while Redis has no memory for the watermark.")
+        self.watermark_stalled = gauge("watermark_stalled", "1 while Redis refuses the watermark for lack of memory.")
 
         # The standbys that readers use.
         self.standby_replayed = gauge("standby_replayed_lsn", "LSN that the standby has replayed.", "standby")
         self.standby_awaited = gauge(
-            "standby_awaited", "1 while busts wait for the standby, 0 once dropped.", "standby"
+            "standby_awaited", "1 while busts wait for the standby, 0 once it is dropped.", "standby"
         )
 
         # Redis.
-        self.redis_up = reported(GaugeMetricFamily, "redis_up", "1 while the leader's connection to Redis stands.")
+        self.redis_up = reported(GaugeMetricFamily, "redis_up", "1 while the leader is connected to Redis.")
         self.redis_errors = counter(
-            "redis_errors_total", "Failures of Redis, by the first word of its reply, or TIMEOUT, CLOSED, …", "error"
+            "redis_errors_total", "Redis errors, by the first word of the reply, or TIMEOUT, CLOSED, …", "error"
         )
-        self.redis_connects = counter("redis_connects_total", "Connections to Redis opened.")
-        self.redis_hits = reported(CounterMetricFamily, "redis_keyspace_hits", "keyspace_hits of INFO.")
-        self.redis_misses = reported(CounterMetricFamily, "redis_keyspace_misses", "keyspace_misses of INFO.")
-        self.redis_evicted = reported(CounterMetricFamily, "redis_evicted_keys", "evicted_keys of INFO.")
-        self.redis_expired = reported(CounterMetricFamily, "redis_expired_keys", "expired_keys of INFO.")
-        self.redis_memory = reported(GaugeMetricFamily, "redis_used_memory_bytes", "used_memory of INFO.")
+        self.redis_connects = counter("redis_connects_total", "Connections opened to Redis.")
+        self.redis_hits = reported(CounterMetricFamily, "redis_keyspace_hits", "Hits (keyspace_hits in INFO of Redis).")
+        self.redis_misses = reported(
+            CounterMetricFamily, "redis_keyspace_misses", "Misses (keyspace_misses in INFO of Redis)."
+        )
+        self.redis_evicted = reported(
+            CounterMetricFamily, "redis_evicted_keys", "Evicted keys (evicted_keys in INFO of Redis)."
+        )
+        self.redis_expired = reported(
+            CounterMetricFamily, "redis_expired_keys", "Expired keys (expired_keys in INFO of Redis)."
+        )
+        self.redis_memory = reported(
+            GaugeMetricFamily, "redis_used_memory_bytes", "Memory (used_memory in INFO of Redis)."
+        )
 
     def gap(self, reason: str) -> None:
-        """Count a gap, and when it was: one at the start is counted before anybody has seen the counter at 0."""
+        """Count a gap and note its time: a gap at the start is counted before anybody has seen the counter at 0."""
         self._gaps.labels(reason).inc()
         self._gap_at.labels(reason).set_to_current_time()
 
     def rules(self, digest: str, names: Iterable[str]) -> None:
-        """Show which rules are in force; their errors are counted from 0, so that the first is seen as a rise."""
+        """Show which rules are in force; count their errors from 0, so that the first one shows as an increase."""
         self.rule_set.clear()
         self.rule_set.labels(digest).set(1)
         for name in ("", *names):
             self.rule_errors.labels(name)
 
     def forget(self) -> None:
-        """Show no more what a session knew: it is over, and another daemon may know better."""
+        """Stop showing what a session knew: it is over, and another daemon may know better."""
         for figure in self._reported:
             figure.forget()
         for labelled in (self.slot_wal_status, self.standby_awaited, self.standby_replayed):
@@ -170,9 +193,9 @@ class Metrics:
             gauge.set(0)
 
     def shown(self, slot: str) -> CollectorRegistry:
-        """Give all metrics as they are served: ours labelled with the slot.
+        """Return all metrics as they are served: ours get the label ``slot``.
 
-        One job of Prometheus may hold the daemons of several slots, and only they know which of them belong together.
+        One Prometheus job may scrape the daemons of several slots, and only they know which of them belong together.
         """
         registry = CollectorRegistry()
         registry.register(_OfSlot(self.registry, slot))
@@ -180,14 +203,14 @@ class Metrics:
 
 
 class Reported(Collector):
-    """One figure that a server tells: no sample until it has, and none once that is forgotten.
+    """One figure that a server reports. It has no sample before the first report and after `forget`.
 
-    A counter that began at 0 and jumped to what Redis has counted for months would look like a burst.
+    A counter that started at 0 and jumped to what Redis has counted for months would look like a burst.
 
     Args:
-        family: what it is: a counter if only the server's restart ever lowers it.
-        name: its whole name; a counter's gets ``_total``.
-        text: its help.
+        family: its type: a counter if only a restart of the server ever lowers it.
+        name: its full name; ``_total`` is added to a counter's.
+        text: its help text.
     """
 
     def __init__(self, family: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str) -> None:
@@ -197,15 +220,15 @@ class Reported(Collector):
         self._figure: float | None = None
 
     def set(self, figure: float) -> None:
-        """Note what the server has told."""
+        """Store what the server reported."""
         self._figure = figure
 
     def forget(self) -> None:
-        """Show nothing until the server has told something again."""
+        """Show nothing until the server reports again."""
         self._figure = None
 
     def collect(self) -> Iterator[Metric]:
-        """Give the metric as it is now."""
+        """Yield the metric as it is now."""
         yield self._family(self._name, self._text, value=self._figure)
 
 
@@ -224,7 +247,7 @@ class _OfSlot(Collector):
 class Lags(Collector):
     """A histogram of the seconds from a commit to its acknowledged bust, by cache.
 
-    It takes what one flush has to tell in one call: the library's own costs more for each value than matching a row.
+    It takes all lags of a flush in one call: the library's own histogram costs more for each value than matching a row.
     """
 
     def __init__(self) -> None:
@@ -232,13 +255,13 @@ class Lags(Collector):
         self._sums: dict[str, float] = {}
 
     def observe(self, cache: str, counts: Sequence[int], seconds: float) -> None:
-        """Count lags: how many fall into each bucket, one more than LAG_BUCKETS has bounds, and their sum."""
+        """Add lags: how many fall into each bucket (one more than LAG_BUCKETS has bounds), and their sum."""
         before = self._counts.get(cache)
         self._counts[cache] = list(counts) if before is None else list(map(add, before, counts))
         self._sums[cache] = self._sums.get(cache, 0.0) + seconds
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Give the metric as it is now."""
+        """Yield the metric as it is now."""
         family = HistogramMetricFamily(
             f"{NAMESPACE}_commit_to_bust_seconds", "Time from a commit to its acknowledged bust.", labels=["cache"]
         )

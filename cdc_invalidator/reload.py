@@ -1,11 +1,11 @@
-"""The reload: watches the rule files, and hands the daemon other rules once they are known to be good.
+"""Watches the rule files, and hands new rules to the daemon once they are known to be good.
 
-The rule that holds here: whatever happens to the files, busting goes on with the rules in force. New ones are read
-whole, and held against the database, before anything is changed; with a mistake in them, nothing is.
+The rule that holds here: whatever happens to the files, busting goes on with the rules in force. New rules are read
+whole and checked against the database before anything changes; if there is a mistake in them, nothing changes.
 
-What is watched is the directory, also for a single file: a ConfigMap's volume never writes to a file, it swaps the
-link `..data` beside it. And since no kernel tells everything (a network's file system, the target of a link, a
-directory that was moved away), the files' texts are compared now and then.
+We watch the directory, even for a single file: a ConfigMap volume never writes to a file, but swaps the link `..data`
+beside it. The kernel does not report everything (network file systems, the target of a link, a directory that was moved
+away), so the files' texts are also compared now and then.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger()
 
-# An editor and `kubectl apply` write more than once: files are read when nothing has come for so long, but not later
-# than after the second one. The first is also how often the watching thread wakes up.
+# Editors and `kubectl apply` write more than once: files are read after a quiet time of QUIET_MS, but at the latest
+# LATEST_MS after the first change. The watching thread wakes up every QUIET_MS.
 QUIET_MS = 200
 LATEST_MS = 2000
-# How often texts are compared whether anything was seen or not, and rules tried again that the database can't keep.
+# How often texts are compared even if no change was reported, and rules that the database can't keep are tried again.
 LOOK_SECONDS = 30.0
-# A server that can't be asked about new rules is asked again, at most so far apart.
+# The longest pause between two attempts to check new rules on a server that is away.
 MOST_SECONDS = 10.0
 
 Result = Literal["ok", "failed", "unchanged"]
@@ -51,14 +51,14 @@ Result = Literal["ok", "failed", "unchanged"]
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What came of one reading; ``at`` is in UTC, ``error`` holds all sentences about what was wrong."""
+    """The result of one reload; ``at`` is in UTC, ``error`` holds a sentence for each mistake."""
 
     result: Result
     at: datetime
     error: str | None = None
 
     def shown(self) -> dict[str, str | None]:
-        """Give what /status shows of it."""
+        """Return what /status shows of it."""
         return {"result": self.result, "at": self.at.isoformat(timespec="milliseconds"), "error": self.error}
 
 
@@ -67,13 +67,13 @@ class Reload:
 
     Args:
         path: the rule file, or the directory of rule files.
-        environment: what keys may name, as `load_rules` takes it.
+        environment: the variables that keys may use, as in `load_rules`.
         running: the rules in force.
-        dsn: the database that new rules are held against.
+        dsn: the database that new rules are checked against.
         publication: its publication.
-        event_stream: the Redis stream that new rules must leave alone; empty for none.
+        event_stream: the key of the event stream, which no new rule may touch; empty for none.
         metrics: what to count.
-        switch: is told new rules, which are in force from then on.
+        switch: is called with new rules, which are in force from then on.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Reload:
         self._in_step()
 
     def ask(self) -> None:
-        """Read the files now, whether they seem to have changed or not."""
+        """Read the files now, even if they seem unchanged."""
         self._asked.set()
 
     async def run(self) -> None:
@@ -126,7 +126,7 @@ class Reload:
             try:
                 await self._watch_folder(self._folder)
             except (OSError, RuntimeError, ExceptionGroup) as error:
-                # There is no such directory for now, or the kernel watches no more of them for this user.
+                # The directory does not exist now, or this user has too many watches.
                 if not self._unwatched:
                     _log.warning("rules_not_watched", error=f"{error}; texts are compared every {LOOK_SECONDS:.0f} s.")
                 self._unwatched = True
@@ -134,8 +134,8 @@ class Reload:
                 self._look()
 
     async def _watch_folder(self, folder: Path) -> None:
-        """Watch one directory until another stands in its place."""
-        # Not before the daemon runs: no other command needs it.
+        """Watch a directory until another one takes its place."""
+        # Imported late: only the running daemon needs it.
         from watchfiles import awatch  # noqa: PLC0415
 
         identity = _identity(folder)
@@ -148,7 +148,7 @@ class Reload:
             yield_on_timeout=True,
             recursive=False,
         )
-        # What was changed since the rules were read, and before the watch began, is seen by looking.
+        # A change between reading the rules and this watch is found by comparing the texts.
         looking = asyncio.get_running_loop().call_later(QUIET_MS / 1000, self._look)
         try:
             async with aclosing(changes):
@@ -161,7 +161,7 @@ class Reload:
             looking.cancel()
 
     def _concerns(self, _change: Change, path: str) -> bool:
-        name = os.path.basename(path)  # noqa: PTH119  a Path for each file of a busy directory is too much
+        name = os.path.basename(path)  # noqa: PTH119  a Path for each file of a busy directory costs too much
         if name.startswith("..") or self._path.name == name:
             return True
         return not name.startswith(".") and name.endswith((".yaml", ".yml"))
@@ -172,7 +172,7 @@ class Reload:
             self._look()
 
     def _look(self) -> None:
-        """Compare the texts with those that were read last."""
+        """Ask for a reload if the texts differ from those that were read last."""
         if self._text() != self._looked_at:
             self._asked.set()
 
@@ -188,7 +188,7 @@ class Reload:
         backoff = Backoff(first=1.0, most=MOST_SECONDS)
         again: float | None = None
         while True:
-            # Else, what could not be found out is tried once more.
+            # If nobody asked, the last attempt is repeated.
             asked = await within(again, self._asked)
             if asked:
                 backoff.reset()
@@ -207,7 +207,7 @@ class Reload:
                 failure = f"The new rules can't be held against the database, and the old ones stay: {error}"
                 again = backoff.next()
             except errors.InvalidatorError as error:
-                # A table is put right, a privilege is given: the files need not be touched for that.
+                # Somebody may correct a table or grant a privilege without touching the files: try again.
                 failure, again = str(error), LOOK_SECONDS
             else:
                 self._take(found)
@@ -216,13 +216,13 @@ class Reload:
                 self._failed(failure)
 
     async def _read(self) -> RuleSet | None:
-        """Read the files; None if they hold the rules in force.
+        """Read the files; return ``None`` if they hold the rules in force.
 
         Raises:
-            errors.WrongRules: they have mistakes.
+            errors.WrongRules: the files have mistakes.
         """
         self._looked_at = self._text()
-        # In a thread, since a large set takes a while, and busts go on.
+        # In a thread: a large set takes a while, and busts must go on.
         found = await asyncio.to_thread(load_rules, self._path, self._environment)
         running = self._running
         if (found.fingerprint, found.digest) != (running.fingerprint, running.digest):
@@ -240,10 +240,10 @@ class Reload:
         self._switch(found)
 
     async def _hold_against_database(self, found: RuleSet) -> None:
-        """Make sure that the database can keep the rules, before anything is changed.
+        """Check that the database can keep the rules, before anything is changed.
 
         Raises:
-            errors.WrongRules: there are rules that it can't keep.
+            errors.WrongRules: it can't keep some of them.
             errors.ServerRefuses: the role may not set up what they need.
             errors.Retryable: it can't be asked now.
         """
@@ -254,7 +254,7 @@ class Reload:
             problems = mistakes(survey, found)
             if problems:
                 raise errors.WrongRules(problems)
-            # Nothing is published yet: the session does that, which then knows since when it has seen a table.
+            # Nothing is published yet. The session does that, so that it knows since when it has seen a table.
             await rehearse(connection, publication.statements(survey))
         finally:
             connection.pgconn.finish()
@@ -278,7 +278,7 @@ class Reload:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Tell one directory from another that was put in its place."""
+    """Return what tells a directory from another one in its place."""
     try:
         found = folder.stat()
     except OSError:
@@ -287,7 +287,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 
 
 def _difference(before: RuleSet, now: RuleSet) -> dict[str, Any]:
-    """Give the caches that are new, busted otherwise, or gone."""
+    """Return the caches that are new, busted by other rules, or gone."""
     was = {name: cache.digest for name, cache in before.caches.items()}
     will = {name: cache.digest for name, cache in now.caches.items()}
     return {

@@ -1,7 +1,7 @@
-"""One stream from the slot: opened, run until it fails or is told to stop, thrown away.
+"""One stream from the slot: open it, run it until it fails or must stop, throw it away.
 
-Opening ends with the slot being ours and with a `Position`: where the stream goes on, which apply compares with what
-Redis has had. Then the named tasks run: receive, apply, confirm, and watch, which looks after the slot.
+Once opened, the slot is ours, and a `Position` says where the stream goes on, which apply compares with the watermark
+in Redis. Then the tasks run: receive, apply, confirm, watch, alarm and standbys.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from cdc_invalidator.watch import Watch, show
 
 _log = structlog.get_logger()
 
-# How often a standby looks whether the leader is gone.
+# How often a daemon on standby checks whether the leader is gone.
 STANDBY_SECONDS = 0.25
-# How long the walsender may take to notice that we are gone.
+# How long the walsender may take to notice that we are gone, before the slot can be dropped.
 GIVE_UP_SECONDS = 10.0
-# SIGTERM: what has been received is applied within this time, or is received again at the next start.
+# SIGTERM: what is not applied within this time is received again at the next start.
 DRAIN_SECONDS = 1.5
 FAREWELL_SECONDS = 0.3
 
@@ -58,7 +58,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOptions:
-    """Where the servers are, and what is ours there."""
+    """The settings that a session needs."""
 
     postgres_dsn: str
     redis: Endpoint
@@ -72,7 +72,7 @@ class SessionOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """All that is open once the slot is ours: what the stream comes from and what works on it."""
+    """All that is open once the slot is ours."""
 
     slot: Slot
     publication: Publication
@@ -85,19 +85,19 @@ class Opened:
 
 
 class Session:
-    """Made anew for each attempt; closes all that an attempt opened.
+    """One attempt to stream; the next attempt makes a new session. Call `close` in the end, however far it came.
 
     Args:
         options: where to connect.
         rules: what to bust.
         metrics: what to count.
-        events: where busts are told.
-        be: is told the role, until it is the leader's.
-        lead: is told what is open, once the slot is ours.
-        recent: remembers what was applied, across sessions.
+        events: where busts are recorded.
+        be: is called with the role while this daemon does not lead.
+        lead: is called with all that is open, once the slot is ours.
+        recent: the busts applied lately; kept across sessions.
         standbys: the standbys that busts wait for.
-        strict: refuse rules that this database can't keep; else keep those that it can.
-        unsettled: remembers, across sessions, the tables that may be in the stream with only a part of their changes.
+        strict: refuse rules that this database can't keep; otherwise keep those that it can.
+        unsettled: the tables whose changes may be only partly in the stream; kept across sessions.
     """
 
     def __init__(
@@ -130,12 +130,12 @@ class Session:
             failed=lambda rule: metrics.rule_errors.labels(rule).inc(),
         )
         self._tasks: list[asyncio.Task[Any]] = []
-        # Closed in the opposite order: the stream first.
+        # Closed in reverse order: the stream first.
         self._connections = ExitStack()
         self._connections.callback(self._queries.close)
         self._connections.callback(standbys.close)
         self.backlog = Backlog()
-        # Gives the tables of rules whose changes are not seen: they don't exist, or can't be published.
+        # Returns the tables of rules whose changes are not in the stream: they don't exist, or can't be published.
         self.unpublished: Callable[[], list[Table]] = list
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -143,7 +143,7 @@ class Session:
 
         Raises:
             errors.Retryable: the stream failed; make another session.
-            errors.InvalidatorError: another one would fail as well.
+            errors.InvalidatorError: another one would fail too.
         """
         stopping = self._start(_wait(stop), "stop")
         opening = self._start(self._open(), "open")
@@ -208,11 +208,11 @@ class Session:
         )
 
     async def close(self) -> None:
-        """End everything that the session began, however far it came."""
-        # Connections first: a task that is cancelled in the middle of a query would wait for the server.
+        """Close the connections and end the tasks, however far the session came."""
+        # Connections first: a task cancelled in the middle of a query would wait for the server.
         self._connections.close()
-        # Told again until they end: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it
-        # returns, and the driver of Redis uses it.
+        # Cancelled until they end: before Python 3.12, asyncio.wait_for swallows a cancellation that comes while it
+        # returns, and the Redis driver uses it.
         pending = set(self._tasks)
         while pending:
             for task in pending:
@@ -278,28 +278,28 @@ class Session:
         return opened
 
     async def _have_slot(self, slot: Slot, tables: Tables) -> tuple[bool, list[Table]]:
-        """Wait until nobody streams from the slot, and make it if need be.
+        """Wait until nobody streams from the slot, and create it if needed.
 
         Returns:
-            Whether it is new, and the tables that may be in the stream with only a part of their changes.
+            Whether it is new, and the published tables whose changes may be only partly in the stream.
         """
         server = await slot.server()
         while True:
             before, survey = await tables.publish()
-            # Who stands by may publish long before it leads.
+            # A daemon on standby may publish a table long before it leads.
             self._unsettled.update(survey.published_since(before))
             state = await slot.state()
             show(state, self._metrics)
             if state is None or not state.active:
                 break
-            # What the catalogs said may be hours old once it is our turn: they are asked again then.
+            # When it is our turn, this survey may be hours old: make a new one then.
             await self._stand_by(slot)
         statements = slot.statements(state, server, new_publication=not before.exists)
         if statements:
-            # A slot holds WAL back: none is made for a Redis that is not there to take the busts.
+            # A slot holds WAL back: don't create it before Redis is there to take the busts.
             await self._redis_there()
             await tables.set_up(statements)
-            # Making a slot waits for all transactions, so that nothing is left to settle.
+            # Creating a slot waits for all running transactions: from here on the stream is complete.
             self._unsettled.clear()
         return bool(statements), [table for table in survey.published if table in self._unsettled]
 
@@ -328,16 +328,16 @@ class Session:
                 await server.close()
 
     async def give_up(self, reason: errors.PositionGivenUp) -> None:
-        """Drop the slot, so that PostgreSQL may drop the WAL: the next session makes a new one and sweeps.
+        """Drop the slot, so that PostgreSQL can remove its WAL; the next session creates a new one and sweeps.
 
-        Call it after `close`.
+        Call `close` first.
         """
         connection = await connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
         try:
             slot = Slot(connection, self._options.slot)
             await slot.drop_soon(GIVE_UP_SECONDS)
         except errors.SlotInUse:
-            # A standby took it over before we could drop it: it is the leader's now.
+            # Another daemon took it over before we could drop it, and leads now.
             return
         finally:
             await connection.close()
@@ -345,7 +345,7 @@ class Session:
         self._events.gap("position_given_up", caches, swept=False, level="error", error=str(reason))
 
     async def _farewell(self, replication: Replication, checkpoint: Checkpoint, receiving: asyncio.Task[None]) -> None:
-        """Confirm what is applied, so that the next daemon need not apply it again."""
+        """Confirm what is applied, so that the next daemon does not apply it again."""
         await asyncio.wait({receiving})
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):

@@ -1,4 +1,4 @@
-"""To wait for an event, but not longer than so many seconds."""
+"""Waiting for an event with a limit of time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 async def within(seconds: float | None, event: asyncio.Event) -> bool:
-    """Wait until the event is set, at most so many seconds (``None``: without a limit); return whether it was set."""
+    """Wait for the event, at most this many seconds (``None``: no limit); return whether it was set."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()

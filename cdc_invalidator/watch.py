@@ -1,7 +1,7 @@
-"""What happens to slot, publication and tables while the stream runs: looked at every few seconds, and acted upon.
+"""Watches slot, publication and tables while the stream runs, and reacts to what changed.
 
-The walsender says nothing when another session takes the slot, when the slot holds too much WAL, or when a table is
-created, altered or renamed: only the catalogs show it.
+The stream does not say when another session takes the slot, when the slot holds too much WAL, or when a table is
+created, altered or renamed. So the catalogs are read every few seconds.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.tables import Tables
 
 WATCH_SECONDS = 3.0
-# A server that has not answered for so long is not going to; statements of ours end sooner by themselves.
+# After this silence the server will not answer any more: our statements time out sooner.
 SILENCE_SECONDS = 60.0
-# A Redis that is away for so long while WAL piles up has its position given up.
+# If Redis is away for this long and the slot holds too much WAL, the position is given up.
 AWAY_SECONDS = 2.0
 
 
 class Watch:
-    """The watch of one session. Its construction counts as the first look, for the alarm.
+    """The watch of one session. Its construction counts as its first look.
 
     Args:
         slot: the slot that we stream from.
         tables: the tables of the rules.
-        snapshots: to know which transactions are older than a publishing.
-        apply: is told what to sweep, and to hurry.
+        snapshots: to know which transactions began before a table was published.
+        apply: is told what to sweep, and when to hurry.
         walsender_pid: the process id of our walsender.
         max_retained_wal: bytes of WAL that the slot may hold while Redis is away.
         metrics: what to count.
@@ -72,7 +72,7 @@ class Watch:
             await asyncio.sleep(WATCH_SECONDS)
 
     async def alarm(self) -> None:
-        """End the session when the watch has not come round for long: the server is frozen, or the network deaf."""
+        """Fail when the last look is long ago: the server is frozen, or the network drops packets."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             if time.monotonic() - self._looked_at > SILENCE_SECONDS:
@@ -81,7 +81,7 @@ class Watch:
     async def _look_at_slot(self) -> None:
         state = await self._slot.state()
         if state is None or state.active_pid != self._walsender_pid:
-            # Our walsender is gone, whether we have heard of it or not; somebody else may lead by now.
+            # Our walsender is gone, even if our connection does not know yet; another daemon may lead by now.
             raise errors.PostgresUnavailable(f"Slot {self._slot.name} is not ours any more.")
         show(state, self._metrics)
         much_wal = state.retained > self._max_retained_wal

@@ -1,7 +1,7 @@
-"""The edge that `check` looks through: what the live PostgreSQL would make of the rules; Redis: `check_redis`.
+"""Checks the rules against the live PostgreSQL; `check_redis` does the same for Redis.
 
-The rule that holds here: nothing is changed. Only catalogs are read and queries are explained, on a connection that
-can't write. A server that is away is a finding, like everything else.
+The rule that holds here: nothing is changed. Catalogs are read and queries explained, on a connection that can't write.
+A server that is away is a finding too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from cdc_invalidator.rules.wording import Place, nearest
 
 POSTGRES = "PostgreSQL"
 
-# A table of less is read in a millisecond or two, whether it has an index or not.
+# A smaller table is read in a millisecond or two, with or without an index.
 LARGE_BYTES = 1 << 20
 
 
@@ -52,11 +52,11 @@ class ServerSettings:
 
 
 async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Finding]:
-    """Look at the servers and at the rules.
+    """Check the servers and the rules.
 
     Args:
-        servers: the servers.
-        rules: the rule set; ``None`` where the files are wrong, and the servers are looked at alone.
+        servers: how to reach the servers.
+        rules: the rule set; ``None`` if the files have mistakes, to check only the servers.
     """
     database = _Database(servers, rules)
     findings = await _or_finding(database.look, POSTGRES, "postgres_unavailable")
@@ -71,7 +71,7 @@ async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Findin
 
 
 async def _or_finding(look: Callable[[], Awaitable[list[Finding]]], place: str, code: str) -> list[Finding]:
-    """Make a finding of what can't be looked at."""
+    """Turn the error of a look that fails into a finding."""
     try:
         return await look()
     except errors.InvalidatorError as error:
@@ -103,7 +103,7 @@ def _texts(oid: int, category: str = "S") -> Texts:
 
 @dataclass(slots=True)
 class _Rights:
-    """What the role may do."""
+    """The role's privileges, and the server's room for slots."""
 
     role: str
     replicates: bool
@@ -112,7 +112,7 @@ class _Rights:
 
 
 class _Database:
-    """One look at the database of the settings."""
+    """One check of the database in the settings."""
 
     def __init__(self, servers: ServerSettings, rules: RuleSet | None) -> None:
         self._settings = servers
@@ -122,7 +122,7 @@ class _Database:
         self.columns = Columns()
 
     async def look(self) -> list[Finding]:
-        """Give what is found."""
+        """Return the findings."""
         connection = await connect(self._settings.postgres_dsn, "cdc-invalidator check")
         async with connection:
             await rows(connection, "SET default_transaction_read_only = on")
@@ -268,7 +268,7 @@ class _Database:
                 )
 
     def _not_set_up(self, place: Place | str, code: str, what: str, statements: list[str], *, may: bool) -> None:
-        """Tell what the daemon puts right when it starts, or an administrator must."""
+        """Report what the daemon corrects when it starts, or an administrator must correct."""
         if may:
             severity = Severity.NOTE if code == "no_publication" else Severity.WARNING
             self._add(severity, code, f"{what}; the daemon runs, when it starts: {' '.join(statements)}", place)
@@ -302,7 +302,7 @@ class _Database:
                 for parameter, name in mapped.items():
                     column = known.get(name)
                     if column is None:
-                        continue  # that is told already
+                        continue  # reported already
                     self._learn(bust.cache, parameter, _texts(column.base_oid, column.base_category))
                     long = _unbounded(column) and not column.unique and not _hashed(bust.cache, parameter)
                     if long and (bust.cache.name, parameter) not in named:
@@ -310,7 +310,7 @@ class _Database:
                         self._findings.append(_of_unbounded(bust.cache, parameter, rule.table, name, column))
 
     def _learn(self, cache: Cache, parameter: str, values: Texts) -> None:
-        """Note what a parameter can be; where rules disagree, that is any text."""
+        """Store what values a parameter can have; if rules disagree, any text."""
         known = self.columns.values.setdefault(cache.name, {})
         known[parameter] = values if known.get(parameter, values) == values else overlap.TEXT
 
@@ -319,7 +319,7 @@ class _Database:
             known = self._columns.get(rule.table, {})
             for bust in rule.busts:
                 if bust.query is None or not set(bust.columns.values()) <= known.keys():
-                    continue  # an unknown table or column is told already
+                    continue  # an unknown table or column is reported already
                 types = {name: column.type for name, column in known.items()}
                 query = statement(bust.query, types)
                 try:
@@ -397,7 +397,7 @@ def _rules_on(rules: RuleSet, table: Table) -> list[Rule]:
 
 
 def _of_old_rows(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
-    """What comes of old rows that don't carry what a rule reads of them, beyond what is refused."""
+    """Yield findings on old rows that lack what a rule reads of them, as far as that is not refused."""
     remedy = f"run ALTER TABLE {qualified(leaf.table)} REPLICA IDENTITY FULL"
     ops = rule.on & {"update", "delete"}
     watched = (set(rule.columns) if "update" in ops else set()) & leaf.columns - leaf.carried
@@ -469,7 +469,7 @@ _CONDITIONS = ("Filter", "Join Filter", "Hash Cond", "Merge Cond", "Recheck Cond
 
 
 def _compared(alias: str, nodes: Iterable[Mapping[str, Any]]) -> str:
-    """The columns of a table that the plan compares with something by ``=``, as of an index; empty if not all do."""
+    """Return the columns of a table that the plan compares by ``=``, as for an index; empty if there is an OR."""
     name = re.escape(alias)
     column = rf'\(*"?{name}"?\.("(?:[^"]|"")+"|\w+)\)?(?:::[\w ]+)?'
     conditions = [str(plan[kind]) for plan in nodes for kind in _CONDITIONS if kind in plan]
@@ -484,7 +484,7 @@ def _compared(alias: str, nodes: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(dict.fromkeys(found))
 
 
-# Services where nobody is a superuser have a role of their own that may replicate.
+# Managed services, where nobody is a superuser, have their own roles for replication.
 _RIGHTS = """
 SELECT current_user::text AS role,
   r.rolsuper OR r.rolreplication OR EXISTS (

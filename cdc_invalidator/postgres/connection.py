@@ -1,7 +1,8 @@
-"""What every connection to PostgreSQL has in common: how it is opened, and what the driver's errors mean for us.
+"""Opens ordinary connections to PostgreSQL, and translates the driver's errors into ours.
 
-Every failure leaves an edge as `errors.PostgresUnavailable` (come back later), `errors.SlotInUse` (stand by) or
-`errors.ServerRefuses` (give up, with the remedy).
+A failure becomes `errors.PostgresUnavailable` (try again later), `errors.Locked` (try the statement again),
+`errors.SlotInUse` (stand by), `errors.PositionGivenUp` (start over with a new slot) or `errors.ServerRefuses` (give up,
+with the remedy).
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from psycopg.rows import namedtuple_row
 
 from cdc_invalidator import errors
 
-# Of every connection. A server that vanished without a word is noticed in half a minute, not in two hours.
+# For every connection. A server that vanished without a word is noticed in half a minute, not in two hours.
 OPTIONS: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # Names and keys are UTF-8 here, whatever the database is stored in.
+    # Names and keys are UTF-8 here, whatever the database's own encoding.
     "client_encoding": "UTF8",
 }
-# Ours never waits long for a lock, and never makes others wait behind it.
+# Our statements never wait long for a lock, and so never make others wait behind them.
 PATIENCE = "SET statement_timeout = '30s'; SET lock_timeout = '2s'"
-# Making a slot waits for all transactions that are running, and holds nobody up.
+# Creating a slot waits for all running transactions, and blocks nobody.
 ENDLESS = "SET statement_timeout = 0; SET lock_timeout = 0"
 
-# What never gets better by itself; the remedy is an administrator's.
+# Errors that never go away by themselves, with what an administrator must do.
 _REMEDIES: dict[str, str] = {
     "42501": "grant the role of CDC_POSTGRES_DSN the privilege (to stream: ALTER ROLE … REPLICATION)",
     "28P01": "put the right user and password into CDC_POSTGRES_DSN",
@@ -56,10 +57,10 @@ _WORDS = {
 
 
 def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
-    """Refuse what can't be a connection string.
+    """Refuse a text that can't be a connection string.
 
     Raises:
-        errors.WrongSettings: without libpq's words, which may repeat the password.
+        errors.WrongSettings: the message leaves out libpq's text, which may repeat the password.
     """
     try:
         given = psycopg.conninfo.conninfo_to_dict(dsn)
@@ -73,7 +74,7 @@ def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
 
 
 async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
-    """Open an ordinary connection that shows itself under this name and never waits long for a lock."""
+    """Open an ordinary connection with this application_name, which never waits long for a lock."""
     with translated():
         connection = await psycopg.AsyncConnection.connect(
             dsn,
@@ -105,21 +106,21 @@ def translated() -> Iterator[None]:
 
 
 def translate(error: Exception) -> errors.InvalidatorError:
-    """Tell what an error of the driver means for the session: come back later, stand by, or give up.
+    """Return our error for an error of the driver.
 
-    The server's sentence is kept; connection strings are not part of it.
+    It keeps the server's sentence, which holds no connection string.
     """
     state = getattr(error, "sqlstate", None) or ""
     if state == "55006":
         return errors.SlotInUse()
     if state == "42704" and _PUBLICATION_GONE.search(str(error)):
-        # The slot stands before the publication was made, and PostgreSQL can't decode from there.
+        # The slot's position is older than the publication, and PostgreSQL can't decode from there.
         return errors.PositionGivenUp("The publication was dropped; slot and publication are made anew.")
     if state == "55P03":
         return errors.Locked(f"PostgreSQL did not give a lock in time ({first_line(error)}); it is tried again.")
     if state in _REMEDIES:
         return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state]}.")
-    # Before a session exists, psycopg gives no SQLSTATE: the server's words must do.
+    # While connecting, psycopg gives no SQLSTATE: only the server's text tells what is wrong.
     for words, sqlstate in _WORDS.items():
         if not state and words in str(error):
             return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[sqlstate]}.")
@@ -129,14 +130,14 @@ def translate(error: Exception) -> errors.InvalidatorError:
 
 
 def first_line(error: Exception) -> str:
-    """Give the server's sentence, without what follows it."""
+    """Return the server's sentence, without the lines that follow it."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 async def ready(descriptor: int, *, writable: bool = False) -> None:
-    """Wait until there is something to read, or to be ``writable``."""
-    # The reader is removed again each time: while the backlog is full nobody reads, and it must not fire then.
+    """Wait until the socket can be read or, with ``writable``, written."""
+    # The reader is removed each time: while the backlog is full nobody reads, and it must not fire then.
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
     loop.add_reader(descriptor, _wake, ready)

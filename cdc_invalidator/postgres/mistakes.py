@@ -1,4 +1,4 @@
-"""The rules that a database can't keep, each with its place and what helps. Pure."""
+"""Finds the rules that a database can't keep, and says what helps. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cdc_invalidator.rules.table import Table
 
 
 def mistakes(survey: Survey, rules: RuleSet) -> list[Problem]:
-    """Return the rules that can't be kept on this database, each with its place and what helps."""
+    """Return a problem, with place and remedy, for each rule that this database can't keep."""
     problems: list[Problem] = []
     for table, state in survey.tables.items():
         if state is not None:
@@ -83,7 +83,7 @@ def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> li
 
 
 def _no_column(rule: Rule, leaf: Leaf, column: str) -> tuple[str, str]:
-    """Give the code and the sentence about a column that the stream does not have."""
+    """Return the code and the sentence for a column that the stream does not carry."""
     if column in leaf.generated:
         return "generated_column", (
             f"rule {rule.name} reads column {column} of {leaf.table}, a generated column, "
@@ -95,7 +95,7 @@ def _no_column(rule: Rule, leaf: Leaf, column: str) -> tuple[str, str]:
 
 
 def _not_of_condition(rule: Rule, leaf: Leaf) -> list[Problem]:
-    """Give the columns that only the rule's condition reads, and that the stream does not have."""
+    """Return a problem for each column that only the rule's condition reads and that the stream does not carry."""
     if rule.when is None:
         return []
     read = {column for reads in Condition(rule.when).reads.values() for column in reads.columns}
@@ -109,7 +109,7 @@ def _not_of_condition(rule: Rule, leaf: Leaf) -> list[Problem]:
 
 
 def unknown_old(rule: Rule, leaf: Leaf) -> list[str]:
-    """Give the key columns whose old values an UPDATE or DELETE of this table does not tell."""
+    """Return the key columns whose old values an UPDATE or DELETE of this table does not carry."""
     unknown: set[str] = set()
     if "delete" in rule.on:
         unknown |= rule.key_columns - leaf.carried

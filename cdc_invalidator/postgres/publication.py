@@ -1,9 +1,8 @@
-"""The edge to the publication: which tables the stream carries, and whether their old rows carry what rules read.
+"""Creates, alters and drops the publication, which says which tables the stream carries.
 
-Promise 4 holds here: a table is published only with a replica identity that PostgreSQL can use, because publishing it
-without one makes the application's UPDATE and DELETE fail; and it is taken out again when it loses that. Statements
-wait for locks only briefly, and none of them blocks reads or writes. A look at the catalogs takes no lock on a table,
-so that nobody who has locked one keeps the daemon from the others.
+Promise 4 holds here: a table is published only with a replica identity that PostgreSQL can use, because without one the
+application's UPDATE and DELETE fail; a table that loses its identity is taken out. Statements wait for locks only
+briefly, and none of them blocks reads or writes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Publication:
 
     Args:
         connection: an ordinary one.
-        name: the publication's.
+        name: the publication's name.
     """
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], name: str) -> None:
@@ -36,11 +35,11 @@ class Publication:
         self._surveyor = Surveyor(connection, name)
 
     async def survey(self, rules: RuleSet) -> Survey:
-        """Look at the publication and at the tables of the rules; the same object while nothing has changed."""
+        """Return the publication and the tables of the rules as they are; the same object while nothing has changed."""
         return await self._surveyor.survey(rules)
 
     async def filled(self, oids: Sequence[int]) -> set[int]:
-        """Give those of these tables that take any space, or may: one that is locked is not waited for long."""
+        """Return those of these tables that hold data; if a lock prevents the look, all of them."""
         if not oids:
             return set()
         try:
@@ -49,9 +48,9 @@ class Publication:
             return set(oids)
 
     def statements(self, survey: Survey) -> list[str]:
-        """Give the SQL that makes the publication what it must be; it takes an owner of the database and the tables."""
+        """Return the SQL that makes the publication fit; it takes an owner of the database and of the tables."""
         name = identifier(self._name)
-        # Without ONLY, PostgreSQL would publish the tables that inherit from it as well. A partitioned one has no rows.
+        # Without ONLY, PostgreSQL would also publish tables that inherit from it. A partitioned table has no rows.
         add = [
             qualified(table) if (state := survey.tables[table]) and state.partitioned else f"ONLY {qualified(table)}"
             for table in survey.unpublished
@@ -64,19 +63,19 @@ class Publication:
                 f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate',"
                 " publish_via_partition_root = false);"
             )
-        # One by one: what fails for one of them must not keep the others in or out.
+        # One by one, so that a failure of one does not stop the others.
         return statements + self.removals(survey) + [f"ALTER PUBLICATION {name} ADD TABLE {table};" for table in add]
 
     def removals(self, survey: Survey) -> list[str]:
-        """Give the SQL that takes out the tables that must not be published."""
-        # Without ONLY, PostgreSQL would look for the tables that inherit from it, and not find them.
+        """Return the SQL that takes out the tables that must not be published."""
+        # Without ONLY, PostgreSQL would also look for tables that inherit from it, and not find them.
         return [
             f"ALTER PUBLICATION {identifier(self._name)} DROP TABLE ONLY {qualified(table)};"
             for table in survey.harmful
         ]
 
     async def drop(self) -> list[str]:
-        """Drop the publication if it is there, and give what was run."""
+        """Drop the publication if it exists, and return the statements that were run."""
         if not await rows(self._connection, _EXISTS, {"publication": self._name}):
             return []
         statements = [f"DROP PUBLICATION {identifier(self._name)};"]
@@ -92,18 +91,18 @@ async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str
     """Run set-up statements one after the other.
 
     Raises:
-        errors.ServerRefuses: the role may not; the message holds what an administrator must run.
-        errors.Locked: a lock was not to be had for one of them; all others have been run.
+        errors.ServerRefuses: the role lacks a privilege; the message says what an administrator must run.
+        errors.Locked: one of them did not get a lock in time; all others have been run.
     """
     locked: psycopg.errors.LockNotAvailable | None = None
     for number, statement in enumerate(statements):
-        # Making a slot waits for the transactions that are running, which may take long.
+        # Creating a slot waits for all running transactions, which may take long.
         slow = "create_logical_replication_slot" in statement
         try:
             await connection.execute(ENDLESS if slow else PATIENCE)
             await connection.execute(statement.encode())
         except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject):
-            # Another daemon of the same rules was faster, or an administrator.
+            # Another daemon or an administrator was faster.
             continue
         except psycopg.errors.LockNotAvailable as error:
             locked = error
@@ -120,10 +119,10 @@ async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str
 
 
 async def rehearse(connection: psycopg.AsyncConnection[Any], statements: Sequence[str]) -> None:
-    """Run set-up statements and take them all back, to know whether the role may.
+    """Run set-up statements and roll them all back, to learn whether the role has the privileges.
 
     Raises:
-        errors.ServerRefuses: as of `run`.
+        errors.ServerRefuses: as in `run`.
     """
     for number, statement in enumerate(statements):
         try:
@@ -132,7 +131,7 @@ async def rehearse(connection: psycopg.AsyncConnection[Any], statements: Sequenc
         except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
             raise _may_not(error, statements[number:]) from error
         except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject, psycopg.errors.LockNotAvailable):
-            # What does not come of the role is `run`'s to deal with.
+            # Only privileges matter here; `run` deals with the rest.
             continue
         except psycopg.Error as error:
             raise translate(error) from error

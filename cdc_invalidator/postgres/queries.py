@@ -1,6 +1,6 @@
-"""What more than one part asks the catalogs about tables: columns and their types, replica identities, ancestors.
+"""Catalog queries that several modules need: columns and their types, replica identities, ancestors.
 
-No query here looks at a table itself, as `pg_relation_size` does: it would wait for whoever has locked that table.
+No query here opens the table itself, as `pg_relation_size` does: it would wait for whoever has locked the table.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import psycopg
 from cdc_invalidator.postgres.connection import rows
 from cdc_invalidator.rules.table import Table
 
-# For a table `c`: the index `i` that is its replica identity. One that is deferrable does not serve as that.
+# For a table `c`: the index `i` that is its replica identity. A deferrable one can't be.
 IDENTITY = """
 LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisvalid AND i.indimmediate
   AND CASE c.relreplident WHEN 'd' THEN i.indisprimary WHEN 'i' THEN i.indisreplident ELSE false END
 """
-# The numbers of its columns. INCLUDEd ones are not part of the identity.
+# The numbers of its columns. INCLUDE columns are not part of the identity.
 IDENTITY_COLUMNS = "(i.indkey::int2[])[0:i.indnkeyatts - 1]"
 
 
 class ColumnInfo(NamedTuple):
     """A column, as the catalogs have it.
 
-    ``type``: as SQL writes it; ``bare_type``: the same without its length, so that a cast to it cuts nothing;
-    ``base_oid``, ``base_category``, ``base_modifier``: of the type under a domain; ``identity``: old keys carry it;
-    ``unique``: it has a unique index of its own.
+    ``type``: as written in SQL; ``bare_type``: the same without a length, so that a cast to it cuts nothing off;
+    ``base_oid``, ``base_category``, ``base_modifier``: of the type under a domain; ``identity``: the replica identity
+    contains it; ``unique``: it has a unique index of its own.
     """
 
     name: str
@@ -44,12 +44,12 @@ class ColumnInfo(NamedTuple):
 
 
 def given_tables(tables: Sequence[Table]) -> Mapping[str, list[str]]:
-    """Return the arguments of a query about these tables: its ``schemas`` and ``names``."""
+    """Return the arguments of a query about these tables: ``schemas`` and ``names``."""
     return {"schemas": [table.schema for table in tables], "names": [table.name for table in tables]}
 
 
 async def columns(connection: psycopg.AsyncConnection[Any], tables: Sequence[Table]) -> dict[Table, list[ColumnInfo]]:
-    """Return the columns of those of these tables that exist and hold rows or partitions, in their order."""
+    """Return the columns of each of these that is a table, in their order; views and the like are left out."""
     found: dict[Table, list[ColumnInfo]] = {}
     for schema, name, *column in await rows(connection, _COLUMNS, given_tables(tables)):
         found.setdefault(Table(schema, name), []).append(ColumnInfo(*column))

@@ -1,11 +1,11 @@
-"""The edge to the walsender: CopyData messages in, standby status updates out.
+"""The connection to the walsender: CopyData messages in, standby status updates out.
 
-Follows https://www.postgresql.org/docs/current/protocol-replication.html, from START_REPLICATION on. Every failure is
-raised as `errors.PostgresUnavailable`, `errors.SlotInUse` or `errors.ServerRefuses`; after that the connection is
-thrown away.
+Follows https://www.postgresql.org/docs/current/protocol-replication.html from START_REPLICATION on. Every failure is
+raised as `errors.PostgresUnavailable`, `errors.SlotInUse` or `errors.ServerRefuses`; then the connection is thrown
+away.
 
-libpq opens the connection. Where it is not encrypted we then read from the socket itself: libpq hands out a message at
-a time, which costs more than all that is done with it. What is read is the same both ways.
+libpq opens the connection. If it is not encrypted, we then read its socket ourselves: libpq returns one message at a
+time, which costs more than all further work on it. Both ways read the same messages.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from cdc_invalidator.lsn import EPOCH_OFFSET_US
 from cdc_invalidator.postgres.connection import OPTIONS, ready, translated
 from cdc_invalidator.postgres.stream import whole
 
-# Bytes a read: enough to pay for the wake-up, few enough that other tasks get their turn.
+# Bytes a read: enough to be worth the wake-up, few enough that other tasks get their turn.
 BYTES_A_READ = 1 << 20
-# Where so many reads in a row found something at once, the walsender may be busy, and is left alone for a moment, and
-# for longer as long as it goes on like that: a packet and a wake-up for each of its messages cost both sides more than
-# the messages do. A quiet stream never waits.
+# After this many reads in a row that did not wait, the walsender may be busy. Then we nap before each read, longer and
+# longer while it stays busy: a packet and a wake-up for each message cost both sides more than the message itself. On a
+# quiet stream we never nap.
 AT_ONCE = 4
 AT_ONCE_SECONDS = 0.0002
 NAP_SECONDS = 0.001
@@ -48,17 +48,17 @@ _HEAD = struct.Struct(">cI")
 
 
 class Keepalive(NamedTuple):
-    """The server's word that all WAL before ``end`` has been sent; ``reply``: it wants a status update at once."""
+    """The server has sent all WAL before ``end``; ``reply``: it wants a status update at once."""
 
     end: int
     reply: bool
 
     @classmethod
     def read(cls, data: bytes) -> Keepalive:
-        """Read what a CopyData message carries.
+        """Decode the content of a CopyData message.
 
         Raises:
-            errors.MalformedMessage: it is no keepalive.
+            errors.MalformedMessage: it is not a keepalive.
         """
         if len(data) != _KEEPALIVE.size or data[:1] != b"k":
             raise errors.MalformedMessage
@@ -67,7 +67,7 @@ class Keepalive(NamedTuple):
 
 
 class System(NamedTuple):
-    """What IDENTIFY_SYSTEM answers: the cluster's identifier, its timeline and the flushed end of its WAL."""
+    """The answer to IDENTIFY_SYSTEM: the cluster's identifier, its timeline and the flushed end of its WAL."""
 
     system_id: str
     timeline: int
@@ -75,7 +75,7 @@ class System(NamedTuple):
 
 
 class Replication:
-    """One replication connection. Open it, `identify`, `start`, then `read` and `status`; `close` in the end.
+    """One replication connection. Call `open`, `identify` and `start`, then `read` and `status`, finally `close`.
 
     Args:
         connection: a psycopg connection opened with ``replication=database``.
@@ -100,7 +100,7 @@ class Replication:
             )
 
     async def identify(self) -> System:
-        """Ask who the server is."""
+        """Ask the server for its identity."""
         with translated():
             cursor = await self._connection.execute("IDENTIFY_SYSTEM")
             row = await cursor.fetchone()
@@ -124,21 +124,21 @@ class Replication:
         with translated():
             text = command.as_bytes(self._connection)
             if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
-                # What such a database holds need not be UTF-8, and the server would refuse to send it as that.
+                # The data of such a database may not be UTF-8, and then the server would refuse to send it as UTF-8.
                 await self._connection.execute("SET client_encoding = 'SQL_ASCII'")
             if await self._readable_by_others():
                 self._stream = _Socket(self._connection.pgconn)
             await self._stream.start(text)
 
     async def _readable_by_others(self) -> bool:
-        """Tell whether what the socket brings is the protocol as it is: neither TLS nor GSSAPI encrypts it."""
+        """Return whether the socket carries the plain protocol: neither TLS nor GSSAPI encrypts it."""
         if self._connection.pgconn.ssl_in_use:
             return False
         cursor = await self._connection.execute("SELECT FROM pg_stat_gssapi WHERE pid = pg_backend_pid() AND encrypted")
         return await cursor.fetchone() is None
 
     async def read(self) -> bytes:
-        """Give what has arrived, at least one: whole CopyData messages, one after the other."""
+        """Return the CopyData messages that have arrived, whole and at least one; wait if there is none."""
         with translated():
             data = await self._stream.read()
         if not data:
@@ -163,7 +163,7 @@ class Replication:
             self._stream.send(_STATUS.pack(b"r", max(received, confirmed), confirmed, confirmed, now_us, reply))
 
     async def finish(self) -> None:
-        """End the stream in order, so that the server has taken in the last status update."""
+        """End the stream in order, so that the server has processed the last status update."""
         with translated():
             self._stream.end()
             while await self._stream.read():
@@ -180,27 +180,27 @@ class _Stream(ABC):
 
     @abstractmethod
     async def start(self, command: bytes) -> None:
-        """Begin."""
+        """Send the command and wait until the stream has started."""
 
     @abstractmethod
     async def read(self) -> bytes:
-        """Give whole CopyData messages, at least one; empty once the server has ended the stream in order."""
+        """Return whole CopyData messages, at least one; nothing once the server has ended the stream in order."""
 
     @abstractmethod
     def send(self, data: bytes) -> None:
-        """Send what one CopyData message carries."""
+        """Send the content of one CopyData message."""
 
     @abstractmethod
     def end(self) -> None:
-        """Tell the server that we are done."""
+        """Tell the server that we end the stream."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what is ours; the connection itself is closed by whoever opened it."""
+        """Close what this object opened; the connection is closed by its owner."""
 
 
 class _Libpq(_Stream):
-    """By the driver, a message at a time."""
+    """Reads through the driver, one message at a time."""
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self._pgconn = pgconn
@@ -234,7 +234,7 @@ class _Libpq(_Stream):
                 result = self._pgconn.get_result()
                 if result is not None and result.status == pq.ExecStatus.FATAL_ERROR:
                     raise _of_result(result)
-                # What came before it is given first.
+                # First return what came before it.
                 self._over = True
                 return True
             messages.append(_HEAD.pack(b"d", found + 4) + view)
@@ -254,15 +254,15 @@ class _Libpq(_Stream):
 
 
 class _Socket(_Stream):
-    """By the connection's socket, as much at a time as there is; libpq does not see it any more."""
+    """Reads from the connection's socket, as much at a time as there is. From then on libpq reads nothing."""
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
         self._socket = socket.socket(fileno=os.dup(pgconn.socket))
         self._socket.setblocking(False)
         self._buffer = memoryview(bytearray(BYTES_A_READ))
-        # What has come of a message that is not whole yet.
+        # The beginning of a message that is not whole yet.
         self._rest = bytearray()
-        # How many reads in a row did not have to wait, and how long to let more come before the next one.
+        # How many reads in a row did not wait, and how long to sleep before the next one.
         self._at_once = 0
         self._nap = 0.0
         self._longest_nap = (
@@ -276,7 +276,7 @@ class _Socket(_Stream):
         while not self._rest:
             await self._receive()
         while self._rest[:1] != b"W":
-            # An error is raised here; a notice is none of ours.
+            # `_skip` raises an error message; notices are ignored.
             if not self._skip():
                 await self._receive()
         while not self._skip():
@@ -296,7 +296,7 @@ class _Socket(_Stream):
         return b""
 
     def _skip(self) -> bool:
-        """Pass over a message that is no CopyData, if all of it is there."""
+        """Skip a message that is not CopyData if it is whole; return whether it was."""
         rest = self._rest
         if len(rest) < COPY or len(rest) <= _length(rest):
             return False
@@ -330,7 +330,7 @@ class _Socket(_Stream):
                 raise
             if not received:
                 if size:
-                    # What came before the end is taken first: it may be why. The end is there at the next read again.
+                    # First take what came before the end: it may tell the cause. The next read finds the end again.
                     break
                 raise errors.PostgresUnavailable("PostgreSQL closed the replication connection; it is opened anew.")
             size += received
@@ -356,9 +356,9 @@ class _Socket(_Stream):
         except BlockingIOError:
             sent = 0
         except OSError:
-            # The server has gone; what it said last is still to be read, and then there is nothing more.
+            # The server has gone. Its last messages can still be read; there is no point in sending.
             sent = len(data)
-        # The server is not reading; what is left goes with the next one, or as soon as it reads again.
+        # If the server does not read, the rest goes with the next message, or as soon as it reads again.
         self._unsent = data[sent:]
 
     def close(self) -> None:
@@ -366,7 +366,7 @@ class _Socket(_Stream):
 
 
 def _length(data: bytearray) -> int:
-    """Give the length of the message at the beginning, without its tag."""
+    """Return the length of the first message, without its tag."""
     return int.from_bytes(data[1:COPY], "big")
 
 
@@ -377,7 +377,7 @@ def _of_result(result: pq.abc.PGresult | None) -> Exception:
 
 
 def _of_fields(body: bytes) -> Exception:
-    """Make the driver's error of what an ErrorResponse carries, with the words that the driver gives it."""
+    """Return the driver's error for the content of an ErrorResponse, with the same text as the driver's."""
     fields = {field[:1]: field[1:].decode("utf-8", "replace") for field in body.split(b"\0") if field}
     sentence = fields.get(b"M", "")
     try:

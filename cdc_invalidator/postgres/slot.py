@@ -1,4 +1,4 @@
-"""The edge to the replication slot as PostgreSQL's catalogs show it: looked at, made, dropped."""
+"""The replication slot as PostgreSQL's catalogs show it: read, create and drop it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class SlotState(NamedTuple):
 
     @property
     def lost(self) -> bool:
-        """Whether PostgreSQL has given the slot up: nobody can stream from it any more."""
+        """Whether PostgreSQL has invalidated the slot: nobody can stream from it any more."""
         return self.wal_status == "lost"
 
 
 class ServerInfo(NamedTuple):
-    """What the slot's server is; ``version`` as in server_version_num."""
+    """The slot's server; ``version`` as in server_version_num."""
 
     version: int
     wal_level: str
@@ -44,11 +44,11 @@ class Activity(NamedTuple):
 
 
 class Slot:
-    """One slot, whether it is there or not.
+    """One slot, which may or may not exist.
 
     Args:
         connection: an ordinary one, to the slot's database.
-        name: the slot's.
+        name: the slot's name.
     """
 
     def __init__(self, connection: psycopg.AsyncConnection[Any], name: str) -> None:
@@ -59,10 +59,10 @@ class Slot:
         return await rows(self._connection, query, {"slot": self.name})
 
     async def server(self) -> ServerInfo:
-        """Look at the server, and refuse one that can't decode.
+        """Read the server's properties, and refuse a server that can't decode.
 
         Raises:
-            errors.ServerRefuses: with what must be set.
+            errors.ServerRefuses: the message says what to set.
         """
         (row,) = await self._rows(_SERVER)
         if row.version < 150000:
@@ -76,7 +76,7 @@ class Slot:
         return ServerInfo(row.version, row.wal_level, row.in_recovery)
 
     async def state(self) -> SlotState | None:
-        """Look at the slot; ``None`` when there is none of that name.
+        """Read the slot's row; ``None`` if there is no slot of that name.
 
         Raises:
             errors.ServerRefuses: a slot of that name belongs to something else.
@@ -92,25 +92,25 @@ class Slot:
         return SlotState(row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
 
     def statements(self, state: SlotState | None, server: ServerInfo, *, new_publication: bool) -> list[str]:
-        """Give the SQL that makes the slot what it must be: nothing if it can be streamed from.
+        """Return the SQL that creates or replaces the slot; nothing if we can stream from it as it is.
 
-        A slot that stands before the publication was made can't: PostgreSQL before 18 fails to decode from there.
+        We can't if its position is older than the publication: PostgreSQL before 18 fails to decode from there.
         """
         name = literal(self.name)
         drop = [f"SELECT pg_drop_replication_slot({name});"]
-        # A slot that is synchronized to the standbys survives a failover; a standby's own can't be.
+        # A slot that is synchronized to standbys survives a failover. A slot on a standby can't be synchronized.
         more = ", failover => true" if server.version >= 170000 and not server.in_recovery else ""
         make = [f"SELECT pg_create_logical_replication_slot({name}, 'pgoutput'{more});"]
         if state is None:
             return make
-        # Of a lost slot PostgreSQL has removed the WAL: only a new one can go on, and that is a gap.
+        # PostgreSQL has removed the WAL of a lost slot: only a new slot can go on, and that is a gap.
         return drop + make if (state.lost or new_publication) and not state.active else []
 
     async def drop(self) -> list[str]:
-        """Drop the slot if it is there, and give what was run.
+        """Drop the slot if it exists, and return the statements that were run.
 
         Raises:
-            errors.SlotInUse: somebody streams from it.
+            errors.SlotInUse: a session streams from it.
         """
         if await self.state() is None:
             return []
@@ -122,7 +122,7 @@ class Slot:
         """Drop the slot as soon as its walsender has noticed that we are gone.
 
         Raises:
-            errors.SlotInUse: somebody still streams from it after so many seconds.
+            errors.SlotInUse: a session still streams from it after this many seconds.
         """
         deadline = time.monotonic() + seconds
         while True:

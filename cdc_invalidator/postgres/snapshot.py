@@ -1,8 +1,8 @@
-"""The edge that asks PostgreSQL what is committed, and which of that its readers can see already.
+"""Asks PostgreSQL what is committed, and which committed transactions readers can see already.
 
-The walsender sends a transaction as soon as its commit record is flushed. Its rows become visible a little later: some
-microseconds on a quiet server, and as long as the standbys take where commits are synchronous. A bust in between does
-not last: the next reader loads the old row and caches it again. So apply asks before it busts, and busts again what
+The walsender sends a transaction as soon as its commit record is flushed. Its rows become visible a little later: after
+microseconds on a quiet server, with synchronous replication after the standbys' answer. A bust in between does not
+last: the next reader loads the old row and caches it again. So apply asks before it busts, and busts again later what
 was not visible yet.
 """
 
@@ -17,8 +17,8 @@ from psycopg import pq
 
 from cdc_invalidator.postgres.connection import connect, ready, translated
 
-# An insert position at the beginning of a page already counts the page's header, which no record reaches: it is that
-# of the page then (24 bytes, or 40 for the first one of a segment).
+# At the beginning of a page, the insert position is already past the page's header (24 bytes; 40 for a segment's first
+# page), but no record ends there: then take the page's start.
 _WRITTEN = """
 PREPARE written AS
 SELECT lsn - CASE WHEN lsn % page IN (24, 40) THEN lsn % page ELSE 0 END
@@ -48,30 +48,30 @@ class Snapshots:
         return cls(connection)
 
     def close(self) -> None:
-        """Drop the connection at once."""
+        """Close the connection at once."""
         self._connection.pgconn.finish()
 
     async def take(self) -> str:
-        """Take a snapshot and give its text form, ``xmin:xmax:xip,xip…``, in 64 bits.
+        """Take a snapshot and return its text form, ``xmin:xmax:xip,xip…``, with ids of 64 bits.
 
         Raises:
-            errors.PostgresUnavailable: nobody knows.
+            errors.PostgresUnavailable: the server did not answer.
         """
         taken = await self._ask(b"taken")
         assert taken is not None
         return taken.decode()
 
     async def written(self) -> int | None:
-        """Give an LSN that all lies below that has been committed by now; ``None`` on a standby, which can't know.
+        """Return an LSN above everything that is committed by now; ``None`` on a standby, which can't know.
 
         Raises:
-            errors.PostgresUnavailable: nobody knows.
+            errors.PostgresUnavailable: the server did not answer.
         """
         written = await self._ask(b"written")
         return None if written is None else int(written)
 
     async def _ask(self, statement: bytes) -> bytes | None:
-        # By libpq itself: each bust waits for this, and the driver's way takes twice as long.
+        # Through libpq itself: each bust waits for this, and the driver's way takes twice as long.
         pgconn = self._connection.pgconn
         async with self._turn:
             with translated():
@@ -91,24 +91,24 @@ class Snapshots:
         return found
 
     async def hidden(self, xids: Iterable[int]) -> set[int]:
-        """Give those of these committed transactions that a reader who starts now does not see yet.
+        """Return those of these committed transactions that a reader who starts now does not see yet.
 
         Raises:
-            errors.PostgresUnavailable: nobody knows.
+            errors.PostgresUnavailable: the server did not answer.
         """
         return hidden(await self.take(), xids)
 
 
 def all_over(before: str, now: str) -> bool:
-    """Tell whether every transaction that was running at one snapshot is over at a later one."""
+    """Return whether every transaction that was running at one snapshot is over at a later one."""
     return int(now.partition(":")[0]) >= int(before.split(":", 2)[1])
 
 
 def hidden(snapshot: str, xids: Iterable[int]) -> set[int]:
-    """Give those of the transactions that a snapshot does not see.
+    """Return those of the transactions that a snapshot does not see.
 
     Args:
-        snapshot: in its text form; see `Snapshots.take`.
+        snapshot: its text form; see `Snapshots.take`.
         xids: transaction ids in the 32 bits of the replication stream, at most 2³¹ transactions old.
     """
     _, xmax_text, running_text = snapshot.split(":")
@@ -118,5 +118,5 @@ def hidden(snapshot: str, xids: Iterable[int]) -> set[int]:
 
 
 def _not_before(xid: int, xmax: int) -> bool:
-    # Ids go round: of two that are less than 2³¹ apart, the difference tells which is the later.
+    # Ids wrap around: if two are less than 2³¹ apart, their difference tells which is later.
     return (xid - xmax) & 0xFFFFFFFF < 0x80000000

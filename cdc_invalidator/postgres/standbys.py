@@ -1,10 +1,10 @@
-"""The edge to the standbys that readers use: how far each has replayed, and which of them the busts wait for.
+"""The standbys that readers use: how far each has replayed, and which of them busts wait for.
 
-A reader of a standby that lags loads the old row and caches it again after the bust. So what was busted is busted again
-once every named standby has replayed its commit. One that is down or too far behind is dropped from the wait, loudly;
-when it has caught up, the caches are swept, since nobody knows what was read from it meanwhile. One that was restarted
-shows older rows than before until it has caught up, so it is dropped as well, and so is one that is new. Which ones the
-watermark speaks for stands in it: a daemon that starts later knows which of them it may go on with.
+A reader on a lagging standby loads the old row, and caches it again after the bust. So each bust is applied again once
+every standby has replayed its commit. A standby that is down or too far behind is dropped from the wait, with an error;
+when it has caught up, all caches are swept, since nobody knows what was read from it meanwhile. A restarted standby
+shows older rows than before until it has caught up, so it is dropped too, and so is a new one. The watermark lists the
+standbys that it covers, so that a daemon that starts later knows which of them it may go on waiting for.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
 
-# A standby is asked this often while something waits for it, and otherwise.
+# Seconds between two questions to a standby: while something waits for it, and otherwise.
 ASK_SECONDS = 0.02
 REST_SECONDS = 1.0
 
 
 class _Standby:
-    """One standby, and what it says."""
+    """One standby, and what is known of it."""
 
     def __init__(self, name: str, dsn: str) -> None:
         self.name = name
         self.dsn = dsn
-        # Whether it is known what the watermark says of it, and since when it has been running.
+        # Whether the watermark's word on it has been taken over, and when the server was started.
         self.judged = False
         self.started: str | None = None
         self.replayed = 0
-        # Dropped: nothing waits for it. Returning: what is busted from now on waits for it again, and once it has
-        # replayed `target`, which covers what did not, the caches are swept.
+        # Dropped: no bust waits for it. With a `target` it is returning: new busts wait for it again, and once it has
+        # replayed `target`, which covers the busts that did not wait, the caches are swept.
         self.dropped = True
         self.target: int | None = None
         self.connection: psycopg.AsyncConnection[Any] | None = None
@@ -56,8 +56,8 @@ class Standbys:
     """The standbys of one daemon; they outlive its sessions.
 
     Args:
-        dsns: their connection strings; an empty list is fine.
-        limit: seconds that busts wait for one of them.
+        dsns: their connection strings; may be empty.
+        limit: seconds that busts wait for a standby before it is dropped.
         metrics: what to count.
     """
 
@@ -76,48 +76,48 @@ class Standbys:
 
     @property
     def known(self) -> dict[str, str | None]:
-        """What the watermark says of them: when each was started, ``None`` for one that is dropped."""
+        """What the watermark records of them: when each was started, ``None`` for a dropped one."""
         return {standby.name: None if standby.dropped else standby.started for standby in self._standbys}
 
     @property
     def dropped(self) -> list[str]:
-        """The names of those that are dropped."""
+        """The names of the dropped ones."""
         return [standby.name for standby in self._standbys if standby.dropped]
 
     @property
     def awaited(self) -> bool:
-        """Whether busts wait for any."""
+        """Whether busts wait for any standby."""
         return any(standby.awaited for standby in self._standbys)
 
     @property
     def replayed(self) -> int:
-        """The LSN that all that are awaited have replayed; without any, one that no WAL reaches."""
+        """The LSN that all awaited standbys have replayed; if none is awaited, one that no WAL reaches."""
         return min((standby.replayed for standby in self._standbys if standby.awaited), default=2**64)
 
     def want(self) -> None:
-        """Ask until told otherwise: something waits."""
+        """Ask often from now on: something waits."""
         for standby in self._standbys:
             standby.wanted.set()
 
     def rest(self) -> None:
-        """Nothing waits any more."""
+        """Ask seldom from now on: nothing waits any more."""
         for standby in self._standbys:
             standby.wanted.clear()
 
     def returned(self) -> bool:
-        """Tell, once, whether one has come back, so that the caches must be swept."""
+        """Return whether a standby has come back since the last call, so that the caches must be swept."""
         returned, self._returned = self._returned, False
         return returned
 
     def recall(self, known: Mapping[str, str | None] | None) -> bool:
-        """Take over what a watermark says of them; True if one that was dropped is not named any more.
+        """Take over a watermark's record of them; return whether a dropped standby is not in the settings any more.
 
-        Without a watermark nothing is known of those that are new.
+        Without a watermark (``None``), nothing is known of the standbys that are new.
         """
         for standby in self._standbys:
             started = (known or {}).get(standby.name)
             if not standby.judged and started is not None and standby.started in {None, started}:
-                # Whether it has been running since then is seen when it is asked, if it was not already.
+                # Whether it has run since then shows when it is asked, if it has not been asked already.
                 standby.started, standby.dropped = started, False
                 self._show(standby)
             elif known is not None and started is None and not standby.dropped:
@@ -128,12 +128,12 @@ class Standbys:
         return bool({name for name, started in known.items() if started is None} - {r.name for r in self._standbys})
 
     def overdue(self, since: float, due: float) -> None:
-        """Drop those that have not replayed ``due``, which waits since then by the monotonic clock, if for too long."""
+        """Drop the standbys that have not replayed ``due`` if that has waited too long (``since``, monotonic clock)."""
         if time.monotonic() - since > self._limit:
             self.relent(due, f"it has not caught up within {self._limit:g} s")
 
     def relent(self, due: float, why: str) -> None:
-        """Wait no longer for those that have not replayed this LSN."""
+        """Drop the standbys that have not replayed this LSN."""
         for standby in self._standbys:
             if standby.awaited and standby.replayed <= due:
                 self._drop(standby, why)
@@ -144,15 +144,15 @@ class Standbys:
         """Ask the standbys until cancelled.
 
         Args:
-            system_id: the primary's; a server with another one is no standby of it.
-            position: gives the LSN up to which all is applied.
-            received: gives the LSN up to which the stream has been received.
-            wake: is called when one has gone ahead.
+            system_id: the primary's; a server with another one is not its standby.
+            position: returns the LSN up to which everything is applied.
+            received: returns the LSN up to which the stream has been received.
+            wake: is called when a standby has replayed more.
         """
         self._system_id, self._position, self._received, self._wake = system_id, position, received, wake
         for standby in self._standbys:
             self._show(standby)
-        # Without any, too, this ends by being cancelled.
+        # Without standbys, too, this ends only by being cancelled.
         await asyncio.gather(asyncio.Event().wait(), *map(self._follow, self._standbys))
 
     async def _follow(self, standby: _Standby) -> None:
@@ -181,7 +181,7 @@ class Standbys:
             _close(standby)
 
     def close(self) -> None:
-        """Drop the connections at once: whoever is in the middle of a query need not wait for the server."""
+        """Close the connections at once, so that a task in the middle of a query does not wait for the server."""
         for standby in self._standbys:
             _close(standby)
 
@@ -190,7 +190,7 @@ class Standbys:
         standby.replayed = replayed
         self._metrics.standby_replayed.labels(standby.name).set(replayed)
         if standby.judged and standby.dropped and standby.target is None and replayed >= passed > 0:
-            # It is where we were a moment ago: worth waiting for.
+            # It has reached our position of a moment ago, so it keeps up: wait for it again.
             standby.target = self._received()
         if standby.target is not None and replayed >= standby.target:
             standby.dropped, standby.target = False, None
@@ -238,7 +238,7 @@ class Standbys:
 
 def _close(standby: _Standby) -> None:
     connection, standby.connection = standby.connection, None
-    # A standby that comes back may show less than before.
+    # A standby that comes back may have replayed less than before.
     standby.replayed = 0
     if connection is not None:
         connection.pgconn.finish()
@@ -248,7 +248,7 @@ _WHO = """
 SELECT system_identifier AS system, extract(epoch FROM pg_postmaster_start_time())::text AS started
 FROM pg_control_system()
 """
-# One that was promoted has its own writes to show: its readers see all of them.
+# A promoted standby has its own writes: its readers see all of them.
 _REPLAYED = """
 SELECT coalesce(
   CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, '0/0'
@@ -257,7 +257,7 @@ SELECT coalesce(
 
 
 def name(dsn: str) -> str:
-    """Give what a standby is called in logs, metrics and the watermark: its hosts and ports, no secrets.
+    """Return a standby's name in logs, metrics and the watermark: its hosts and ports, no secrets.
 
     Raises:
         errors.WrongSettings: the connection string can't be read.

@@ -1,4 +1,7 @@
-"""How the tables of the rules stand in the database and the publication."""
+"""Reads how the tables of the rules stand in the database and in the publication.
+
+A look takes no lock on a table, so that somebody who has locked one does not keep the daemon from the others.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from cdc_invalidator.rules.table import Table
 class Leaf(NamedTuple):
     """One table that holds rows: a rule's table, or a partition of it.
 
-    ``carried``: columns that old rows carry; ``usable``: whether its replica identity lets it be published;
-    ``carriers``: the OIDs of the publication's entries that have it, also as a partition or by its schema, and of the
-    publication itself where that has all tables; ``limited``: whether a row filter or a column list hides changes.
+    ``carried``: columns that old rows carry; ``usable``: whether its replica identity allows to publish it;
+    ``carriers``: the OIDs of the publication's entries that include it, directly, as a partition or by its schema, and
+    of the publication itself if that is FOR ALL TABLES; ``limited``: a row filter or a column list hides changes.
     """
 
     table: Table
@@ -44,7 +47,7 @@ class TableState:
     """A table that a rule names, as the catalogs have it now. A plain table is its own only leaf.
 
     ``keyed``: it has a primary key; ``parent``: other tables inherit from it; ``listed``: the publication has an entry
-    for it and nothing else; ``carriers``: as of a `Leaf`.
+    for this very table; ``carriers``: as in `Leaf`.
     """
 
     oid: int
@@ -62,12 +65,12 @@ class TableState:
 
     @property
     def usable(self) -> bool:
-        """Whether publishing it hurts nobody."""
+        """Whether it can be published without harm to the application."""
         return all(leaf.usable and leaf.kind not in NOT_TABLES for leaf in self.leaves) and not self.refused
 
     @property
     def refused(self) -> str | None:
-        """Why the table as such must not be published."""
+        """Why the table must not be published, whatever its leaves; ``None`` if it may."""
         if self.parent:
             return "other tables inherit from it, and changes of their rows would not be seen; name those tables"
         if self.partitioned and not self.keyed:
@@ -79,12 +82,12 @@ class TableState:
 
     @property
     def limited(self) -> bool:
-        """Whether somebody hides changes of it."""
+        """Whether a row filter or a column list hides changes of it."""
         return any(leaf.limited for leaf in self.leaves)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What changes when rows come or go unseen: another table of the name, other partitions, published anew."""
+        """Changes when rows may have come or gone unseen: another table, other partitions, or published again."""
         carriers = {*self.carriers, *(oid for leaf in self.leaves for oid in leaf.carriers)}
         return (self.oid, *sorted(carriers), *sorted(leaf.oid for leaf in self.leaves))
 
@@ -93,8 +96,8 @@ class TableState:
 class Survey:
     """The publication and all tables of the rules; ``None`` for a table that does not exist.
 
-    ``without_identity``: tables that the publication lists, whether rules name them or not, and whose rows the
-    application can't update because of that.
+    ``suits``: the publication's options are right; ``without_identity``: tables that the publication lists and whose
+    rows the application can't update because of that, whether rules name them or not.
     """
 
     exists: bool
@@ -104,12 +107,12 @@ class Survey:
 
     @property
     def unknown(self) -> list[Table]:
-        """Tables of rules that don't exist (yet)."""
+        """Tables of rules that don't exist, or not yet."""
         return [table for table, state in self.tables.items() if state is None]
 
     @property
     def unpublished(self) -> list[Table]:
-        """Tables that can be published and are not."""
+        """Tables that can be published but are not."""
         return [
             table
             for table, state in self.tables.items()
@@ -118,23 +121,23 @@ class Survey:
 
     @property
     def harmful(self) -> list[Table]:
-        """Tables that are published and must not be."""
+        """Tables that are published but must not be."""
         refused = [table for table, state in self.tables.items() if state and not state.usable and state.listed]
-        # A table that was renamed away is still listed, under a name that no rule knows.
+        # A table that was renamed is still listed, under a name that no rule knows.
         return list(dict.fromkeys(refused + self.without_identity))
 
     @property
     def blind(self) -> list[Table]:
-        """Tables that exist and whose changes are not seen."""
+        """Tables that exist but whose changes are not in the stream."""
         return [table for table, state in self.tables.items() if state and not state.published]
 
     @property
     def published(self) -> list[Table]:
-        """Tables whose changes are seen."""
+        """Tables whose changes are in the stream."""
         return [table for table, state in self.tables.items() if state and state.published]
 
     def published_since(self, before: Survey) -> list[Table]:
-        """Give the tables whose changes are seen now and were not then, whoever published them."""
+        """Return the tables that are published now and were not before, whoever published them."""
         return [
             table
             for table, state in self.tables.items()
@@ -142,7 +145,7 @@ class Survey:
         ]
 
     def known_as(self, oid: int) -> list[Table]:
-        """Give the tables of rules that a table was or was a partition of, whatever it is called now."""
+        """Return the tables of rules that the table with this OID was, or was a partition of, under any name."""
         return [
             table
             for table, state in self.tables.items()
@@ -150,7 +153,7 @@ class Survey:
         ]
 
     def leaves_since(self, before: Survey) -> list[int]:
-        """Give the OIDs of the tables that hold rows and did not then."""
+        """Return the OIDs of the leaves that are new since then."""
         return [
             leaf.oid
             for table, state in self.tables.items()
@@ -159,11 +162,11 @@ class Survey:
         ]
 
     def changed_since(self, before: Survey, filled: Container[int]) -> list[Table]:
-        """Give the tables where rows may have come or gone since then without a change in the stream.
+        """Return the tables where rows may have come or gone since then without a change in the stream.
 
         Args:
             before: an earlier survey.
-            filled: which of `leaves_since` brought rows.
+            filled: those of `leaves_since` that hold rows.
         """
         changed = []
         for table, state in self.tables.items():
@@ -174,10 +177,10 @@ class Survey:
         return changed
 
     def digests(self, rules: RuleSet, besides: Container[Table] = ()) -> dict[str, str]:
-        """Give, for each cache whose rules all see their tables (and none of ``besides``), a digest of what busts it.
+        """Return, for each cache all of whose tables are published and not in ``besides``, a digest of what busts it.
 
-        It changes with the rules and with the shapes of their tables, so that the watermark tells a later start
-        whether a cache was kept by the same rules on the same tables.
+        It changes with the rules and with the shapes of their tables. So the watermark tells a later start whether a
+        cache was kept by the same rules on the same tables.
         """
         shapes: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in rules.caches}
         blind: set[str] = set()
@@ -210,7 +213,7 @@ NOT_TABLES = {
 
 
 class Surveyor:
-    """Looks at one publication and at the tables of rules.
+    """Reads the state of one publication and of the tables of rules.
 
     Args:
         connection: an ordinary one.
@@ -276,8 +279,8 @@ SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot 
 FROM pg_publication WHERE pubname = %(publication)s
 """
 
-# No function that looks at a table itself (pg_publication_tables, pg_partition_tree, pg_relation_size): it would wait
-# for whoever has locked that table.
+# These queries call no function that opens the table itself (pg_publication_tables, pg_partition_tree,
+# pg_relation_size): it would wait for whoever has locked the table.
 _KIN = """
 WITH RECURSIVE publication AS (
   SELECT oid, puballtables FROM pg_publication WHERE pubname = %(publication)s
@@ -295,9 +298,9 @@ WITH RECURSIVE publication AS (
 )
 """
 
-# What of the publication carries a table: it or a table above it, its schema, all tables. One look-up in an index for
-# each table: joined as a whole, the planner would compare each table with each, every three seconds.
-# The two columns of `limited` came with PostgreSQL 15. A filter on a root holds for its partitions.
+# The publication's entries that carry a table: for it or a table above it, its schema, or all tables. LATERAL, for one
+# index look-up a table: in a plain join, the planner would compare each table with each, every three seconds.
+# The two columns of `limited` came with PostgreSQL 15. A filter on a root also holds for its partitions.
 _CARRIERS = """
 LEFT JOIN LATERAL (
   SELECT array_agg(DISTINCT entries.oid) AS oids, bool_or(entries.limited) AS limited
@@ -325,7 +328,7 @@ SELECT schema, name, oid, relkind = 'p' AS partitioned,
 FROM roots {carriers}
 """
 
-# From PostgreSQL 18 on, an identity must not contain a generated column, which the publication does not have.
+# From PostgreSQL 18 on, an identity must not contain a generated column, which is not published.
 _USABLE = """(
   (c.relreplident = 'f' OR (c.relreplident <> 'n' AND i.indexrelid IS NOT NULL))
   AND NOT (current_setting('server_version_num')::int >= 180000 AND EXISTS (

@@ -1,7 +1,7 @@
-"""The tables of the rules, kept in step: published as soon as they can be, taken out as soon as they must be.
+"""Keeps the publication in step with the tables of the rules: publishes a table once it can, takes it out if it must.
 
-What happens to tables rather than to rows is not in the stream. So they are looked at now and then, and where rows may
-have come or gone without a change in the stream, the caches are named that must be swept.
+DDL is not in the stream. So the catalogs are read every few seconds, and where rows may have come or gone without a
+change in the stream, the caches to sweep are named.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cdc_invalidator.rules.table import Table
 
 _log = structlog.get_logger()
 
-# Rivals with other rules may be setting up at the same time.
+# Daemons with other rules may be setting up at the same time.
 ATTEMPTS = 3
 
 
@@ -32,10 +32,10 @@ class Tables:
 
     Args:
         connection: an ordinary one.
-        publication: the one to keep.
+        publication: the publication to keep in step.
         rules: the rule set.
-        strict: refuse rules that this database can't keep; else keep those that it can.
-        unsettled: remembers, across sessions, the tables that may be in the stream with only a part of their changes.
+        strict: refuse rules that this database can't keep; otherwise keep those that it can.
+        unsettled: the tables whose changes may be only partly in the stream; kept across sessions.
     """
 
     def __init__(
@@ -58,32 +58,32 @@ class Tables:
 
     @property
     def survey(self) -> Survey:
-        """The tables as they were seen last; there is one once they have been published."""
+        """The last survey; call `publish` first."""
         assert self._survey is not None
         return self._survey
 
     @property
     def unseen(self) -> list[Table]:
-        """Tables of rules whose changes are not seen: they don't exist, or can't be published."""
+        """Tables of rules whose changes are not in the stream: they don't exist, or can't be published."""
         return self._survey.unknown + self._survey.blind if self._survey else []
 
     def digests(self) -> dict[str, str]:
-        """Give, for each cache that is kept, what the watermark says of its rules and tables."""
+        """Return, for each cache that is kept, the digest of its rules and tables for the watermark."""
         survey, settling = self.survey, list(self._settling)
         if self._digested is None or self._digested[0] is not survey or self._digested[1] != settling:
             self._digested = survey, settling, survey.digests(self._rules, self._settling)
         return self._digested[2]
 
     def relent(self) -> None:
-        """Refuse nothing from now on: what was right enough to start with goes on, whatever becomes of it."""
+        """Refuse nothing from now on: rules that were good enough at the start stay in force."""
         self._strict = False
 
     async def publish(self) -> tuple[Survey, Survey]:
-        """Make the publication what it must be, and give how the tables were before and are now."""
+        """Bring the publication up to date, and return the surveys from before and after."""
         before = survey = await self._publication.survey(self._rules)
         problems = mistakes(survey, self._rules)
         if problems and self._strict:
-            # What hurts the application does not wait until somebody has put the rules right.
+            # Tables that break the application's writes are taken out at once, before the rules are corrected.
             self._strict = False
             await self._set_up_each(self._publication.removals(survey))
             raise errors.WrongRules(problems)
@@ -101,14 +101,14 @@ class Tables:
         return before, survey
 
     async def look(self, snapshots: Snapshots, *, sweeping: bool) -> dict[str, str]:
-        """Keep the publication in step with the tables, and tell where rows may have come or gone unseen.
+        """Bring the publication up to date, and find where rows may have come or gone unseen.
 
         Args:
-            snapshots: to know which transactions are older than a publishing.
+            snapshots: to know which transactions began before a table was published.
             sweeping: whether a gap is being swept already.
 
         Returns:
-            The caches to sweep and why; `digests` is what is true once they are swept.
+            The caches to sweep, each with the reason; `digests` holds once they are swept.
         """
         before, now = self.survey, await self._publication.survey(self._rules)
         if now.harmful:
@@ -122,18 +122,18 @@ class Tables:
             filled = await self._publication.filled(now.leaves_since(before))
             added = await self.settled(now.published_since(before), snapshots)
             broken = self.caches(now.changed_since(before, filled), "table_changed") | added
-        # What happens to a table that can't be published is not seen: its caches are kept empty until it can be.
-        # One sweep after the other, with the watermark written in between: else the slot would never move on.
+        # Changes of a table that can't be published are not seen, so its caches are swept again and again. The next
+        # sweep waits until the watermark has been written; otherwise the slot would never move on.
         if not sweeping:
             broken |= self.caches(now.blind, "table_unpublished")
         self._survey = now
         return broken
 
     async def settled(self, added: Iterable[Table], snapshots: Snapshots) -> dict[str, str]:
-        """Give the caches to sweep because tables were published: at once, and when the stream has all of them.
+        """Return the caches to sweep because tables were published: once now, and once the stream is complete.
 
-        A transaction that wrote to the table before it was published is not in the stream with those writes, though
-        it may commit later: so there is a second sweep once all transactions of that time are over.
+        Writes from before the table was published are not in the stream, though their transaction may commit later.
+        So there is a second sweep once all transactions of that time are over.
         """
         added = list(added)
         if not added and not self._settling:
@@ -148,12 +148,12 @@ class Tables:
         return self.caches(added + over, "table_added")
 
     def caches(self, tables: Iterable[Table], why: str) -> dict[str, str]:
-        """Give the caches that rules on these tables bust, each with the reason."""
+        """Return the caches that rules on these tables bust, each with the reason."""
         named = set(tables)
         return {bust.cache.name: why for rule in self._rules.rules if rule.table in named for bust in rule.busts}
 
     async def set_up(self, statements: list[str]) -> bool:
-        """Run set-up statements; False if they could not be run now and the stream can do without."""
+        """Run set-up statements; return False if they can't be run now and the stream can go on without."""
         _log.info("setting_up", statements=statements)
         try:
             await run_statements(self._connection, statements)
@@ -161,7 +161,7 @@ class Tables:
             _log.warning("not_set_up", error=str(error))
             return False
         except errors.ServerRefuses as error:
-            # At the first start somebody looks on. Later, what can be busted is busted.
+            # At the first start somebody is watching, so refuse. Later, go on with what works.
             if self._strict:
                 raise
             _log.error("not_set_up", error=str(error))
@@ -169,5 +169,5 @@ class Tables:
         return True
 
     async def _set_up_each(self, statements: list[str]) -> bool:
-        """Run each set-up statement whatever becomes of the others; True if any could be run."""
+        """Run each set-up statement, whether or not others fail; return whether any succeeded."""
         return any([await self.set_up([statement]) for statement in statements])

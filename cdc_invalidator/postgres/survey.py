@@ -228,14 +228,12 @@ class Surveyor:
     async def survey(self, rules: RuleSet) -> Survey:
         """Look at the publication and at the tables of the rules; the same object while nothing has changed."""
         tables = rules.tables
-        # PostgreSQL 14 publishes no schemas.
-        schemas = _SCHEMAS if self._connection.info.server_version >= 150000 else ""
-        of_roots = _ROOTS.format(carriers=_CARRIERS.format(table="roots", schemas=schemas))
+        of_roots = _ROOTS.format(carriers=_CARRIERS.format(table="roots"))
         of_leaves = _LEAVES.format(
             identity=IDENTITY,
             identity_columns=IDENTITY_COLUMNS,
             usable=_USABLE,
-            carriers=_CARRIERS.format(table="tree", schemas=schemas),
+            carriers=_CARRIERS.format(table="tree"),
         )
         given = {"publication": self._publication, **given_tables(tables)}
         publications = await rows(self._connection, _PUBLICATION, given)
@@ -300,24 +298,22 @@ WITH RECURSIVE publication AS (
 
 # The publication's entries that carry a table: for it or a table above it, its schema, or all tables. LATERAL, for one
 # index look-up a table: in a plain join, the planner would compare each table with each, every three seconds.
-# The two columns of `limited` came with PostgreSQL 15. A filter on a root also holds for its partitions.
+# A filter on a root also holds for its partitions.
 _CARRIERS = """
 LEFT JOIN LATERAL (
   SELECT array_agg(DISTINCT entries.oid) AS oids, bool_or(entries.limited) AS limited
   FROM (SELECT {table}.oid UNION SELECT above.relid FROM pg_partition_ancestors({table}.oid) above) AS kin (oid)
   CROSS JOIN LATERAL (
-    SELECT r.oid, coalesce(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') IS NOT NULL AS limited
+    SELECT r.oid, r.prqual IS NOT NULL OR r.prattrs IS NOT NULL AS limited
     FROM publication p JOIN pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = kin.oid
     UNION ALL
     SELECT p.oid, false FROM publication p WHERE p.puballtables
-    {schemas}
+    UNION ALL
+    SELECT s.oid, false FROM publication p JOIN pg_publication_namespace s ON s.pnpubid = p.oid
+    JOIN pg_class c ON c.oid = kin.oid AND c.relnamespace = s.pnnspid
   ) AS entries
 ) AS carriers ON true
 """
-
-_SCHEMAS = """UNION ALL
-    SELECT s.oid, false FROM publication p JOIN pg_publication_namespace s ON s.pnpubid = p.oid
-    JOIN pg_class c ON c.oid = kin.oid AND c.relnamespace = s.pnnspid"""
 
 _ROOTS = """
 SELECT schema, name, oid, relkind = 'p' AS partitioned,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.mistakes import mistakes
-from cdc_invalidator.postgres.publication import Publication, run
+from cdc_invalidator.postgres.publication import Publication, run_statements
 from cdc_invalidator.postgres.slot import Slot
 from cdc_invalidator.rules.model import RuleSet
 
@@ -42,7 +42,7 @@ async def set_up(
         statements = publication.statements(survey)
         statements += slot.statements(await slot.state(), server, new_publication=not survey.exists)
         if not show:
-            await run(connection, statements)
+            await run_statements(connection, statements)
         return statements
 
 

@@ -79,7 +79,7 @@ class Publication:
         if not await rows(self._connection, _EXISTS, {"publication": self._name}):
             return []
         statements = [f"DROP PUBLICATION {identifier(self._name)};"]
-        await run(self._connection, statements)
+        await run_statements(self._connection, statements)
         return statements
 
     async def ancestors(self, oid: int) -> list[Table]:
@@ -87,7 +87,7 @@ class Publication:
         return await ancestors(self._connection, oid)
 
 
-async def run(connection: psycopg.AsyncConnection[Any], statements: Sequence[str]) -> None:
+async def run_statements(connection: psycopg.AsyncConnection[Any], statements: Sequence[str]) -> None:
     """Run set-up statements one after the other.
 
     Raises:
@@ -122,7 +122,7 @@ async def rehearse(connection: psycopg.AsyncConnection[Any], statements: Sequenc
     """Run set-up statements and roll them all back, to learn whether the role has the privileges.
 
     Raises:
-        errors.ServerRefuses: as in `run`.
+        errors.ServerRefuses: as in `run_statements`.
     """
     for number, statement in enumerate(statements):
         try:
@@ -131,7 +131,7 @@ async def rehearse(connection: psycopg.AsyncConnection[Any], statements: Sequenc
         except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
             raise _may_not(error, statements[number:]) from error
         except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject, psycopg.errors.LockNotAvailable):
-            # Only privileges matter here; `run` deals with the rest.
+            # Only privileges matter here; `run_statements` deals with the rest.
             continue
         except psycopg.Error as error:
             raise translate(error) from error

@@ -83,7 +83,7 @@ class Replication:
 
     def __init__(self, connection: psycopg.AsyncConnection[tuple[object, ...]]) -> None:
         self._connection = connection
-        self._stream: _Stream = _Libpq(connection.pgconn)
+        self._transport: _Transport = _Libpq(connection.pgconn)
 
     @classmethod
     async def open(cls, dsn: str) -> Replication:
@@ -127,8 +127,8 @@ class Replication:
                 # The data of such a database may not be UTF-8, and then the server would refuse to send it as UTF-8.
                 await self._connection.execute("SET client_encoding = 'SQL_ASCII'")
             if await self._readable_by_others():
-                self._stream = _Socket(self._connection.pgconn)
-            await self._stream.start(text)
+                self._transport = _Socket(self._connection.pgconn)
+            await self._transport.start(text)
 
     async def _readable_by_others(self) -> bool:
         """Return whether the socket carries the plain protocol: neither TLS nor GSSAPI encrypts it."""
@@ -140,7 +140,7 @@ class Replication:
     async def read(self) -> bytes:
         """Return the CopyData messages that have arrived, whole and at least one; wait if there is none."""
         with translated():
-            data = await self._stream.read()
+            data = await self._transport.read()
         if not data:
             raise errors.PostgresUnavailable("PostgreSQL ended the replication stream; it is started anew.")
         return data
@@ -160,22 +160,22 @@ class Replication:
         """
         now_us = time.time_ns() // 1000 - EPOCH_OFFSET_US
         with translated():
-            self._stream.send(_STATUS.pack(b"r", max(received, confirmed), confirmed, confirmed, now_us, reply))
+            self._transport.send(_STATUS.pack(b"r", max(received, confirmed), confirmed, confirmed, now_us, reply))
 
     async def finish(self) -> None:
         """End the stream in order, so that the server has processed the last status update."""
         with translated():
-            self._stream.end()
-            while await self._stream.read():
+            self._transport.end()
+            while await self._transport.read():
                 pass
 
     def close(self) -> None:
         """Drop the connection at once; PostgreSQL frees the slot."""
-        self._stream.close()
+        self._transport.close()
         self._connection.pgconn.finish()
 
 
-class _Stream(ABC):
+class _Transport(ABC):
     """The connection from START_REPLICATION on."""
 
     @abstractmethod
@@ -199,7 +199,7 @@ class _Stream(ABC):
         """Close what this object opened; the connection is closed by its owner."""
 
 
-class _Libpq(_Stream):
+class _Libpq(_Transport):
     """Reads through the driver, one message at a time."""
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:
@@ -253,7 +253,7 @@ class _Libpq(_Stream):
         pass
 
 
-class _Socket(_Stream):
+class _Socket(_Transport):
     """Reads from the connection's socket, as much at a time as there is. From then on libpq reads nothing."""
 
     def __init__(self, pgconn: pq.abc.PGconn) -> None:

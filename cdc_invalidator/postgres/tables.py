@@ -14,8 +14,7 @@ import structlog
 
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.mistakes import mistakes
-from cdc_invalidator.postgres.publication import Publication
-from cdc_invalidator.postgres.publication import run as run_statements
+from cdc_invalidator.postgres.publication import Publication, run_statements
 from cdc_invalidator.postgres.snapshot import Snapshots, all_over
 from cdc_invalidator.postgres.survey import Survey
 from cdc_invalidator.rules.model import RuleSet

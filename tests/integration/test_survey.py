@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from running import execute
 
 from cdc_invalidator.postgres.connection import connect
-from cdc_invalidator.postgres.publication import Publication, run
+from cdc_invalidator.postgres.publication import Publication, run_statements
 from cdc_invalidator.rules.load import parse_rules
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ async def test_a_table_costs_the_same_among_many_and_nothing_new_is_the_same_sur
     execute(database, *(f"CREATE TABLE things_{n} (id int PRIMARY KEY)" for n in range(TABLES)))
     async with await connect(database, "test") as connection:
         publication = Publication(connection, "p")
-        await run(connection, publication.statements(await publication.survey(rule_set)))
+        await run_statements(connection, publication.statements(await publication.survey(rule_set)))
         explained = Explained(connection)
         survey = await Publication(cast("psycopg.AsyncConnection[Any]", explained), "p").survey(rule_set)
         assert len(survey.published) == TABLES

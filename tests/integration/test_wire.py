@@ -92,7 +92,7 @@ async def streaming(dsn: str, slot_name: str, way: str) -> AsyncIterator[Replica
     try:
         await replication.identify()
         await replication.start(slot_name, slot_name)
-        assert type(replication._stream).__name__ == WAYS[way]
+        assert type(replication._transport).__name__ == WAYS[way]
         yield replication
     finally:
         replication.close()

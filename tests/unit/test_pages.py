@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -104,3 +105,10 @@ def test_what_the_maintainers_page_names_is_in_the_file_that_it_names() -> None:
     assert len(named) >= 4
     for name, file in named:
         assert re.search(rf"\b{name}\b", (page.parent / file).read_text()), name
+
+
+def test_the_layers_on_the_maintainers_page_are_those_that_are_checked() -> None:
+    shown = (PACKAGE / "README.md").read_text().split("Imports go down only:\n\n```\n")[1].split("```")[0].splitlines()
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["id"] == "layers")
+    assert [line.split() for line in shown] == [layer.split(" | ") for layer in layers if layer != "__main__"]

@@ -73,7 +73,7 @@ class Output:
         """Do nothing: the thread writes as soon as it can."""
 
     def close(self) -> None:
-        """Give what is unwritten a last chance."""
+        """Return what is unwritten a last chance."""
         self._written.wait(LAST_WORDS_SECONDS)
 
     def _run(self) -> None:
@@ -125,7 +125,7 @@ def configure(form: Form, level: str) -> Output:
 
 
 def console() -> structlog.dev.ConsoleRenderer:
-    """Give what makes text of an event, in colour on a terminal."""
+    """Return what makes text of an event, in colour on a terminal."""
     return structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), timestamp_key="ts")
 
 
@@ -163,7 +163,7 @@ class EventLog:
             self._log.log(_number(level), event, **shared, **own)
 
     def render(self, events: Iterable[Event], event: str = "bust", level: Level = "info") -> bytes:
-        """Give events as JSON lines."""
+        """Return events as JSON lines."""
         rendered: dict[int, bytes] = {}
         lines = []
         for shared, own in events:
@@ -172,7 +172,7 @@ class EventLog:
         return b"".join(lines)
 
     def begin(self, shared: dict[str, Any], event: str = "bust", level: Level = "info") -> bytes:
-        """Give what all lines of an event begin with that share these fields; the time is now."""
+        """Return what all lines of an event begin with that share these fields; the time is now."""
         head = orjson.dumps({"event": event, "level": level, "ts": datetime.now(UTC)}, option=orjson.OPT_UTC_Z)
         return head[:-1] + b"," + orjson.dumps(shared)[1:-1] + b","
 
@@ -208,13 +208,13 @@ class KeyDisplay:
         self.keyed = hashlib.blake2b(key=key, digest_size=8)
 
     def hash(self, key: bytes) -> str:
-        """Give 16 hexadecimal digits that stand for the key."""
+        """Return 16 hexadecimal digits that stand for the key."""
         keyed = self.keyed.copy()
         keyed.update(key)
         return keyed.hexdigest()
 
     def fields(self, keys: Sequence[bytes]) -> dict[str, Any]:
-        """Give the fields of an event that show these keys."""
+        """Return the fields of an event that show these keys."""
         if self.form == "prefix":
             return {}
         if self.form == "raw":

@@ -1,4 +1,4 @@
-"""The edge to the catalogs for `explain`: a table as the database has it, and values as it shows them. Reads only."""
+"""Asks the database for `explain`: the columns of a table, and values as PostgreSQL writes them. Reads only."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _LIMITS = f"SET default_transaction_read_only = on; SET statement_timeout = '{QU
 
 
 async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
-    """Let a change go through the rules, with the types, the replica identity and the answers of the database.
+    """Apply the rules to a change, with the types, replica identity and query results of this database.
 
     Raises:
-        errors.InvalidatorError: the table or a column is not there, or a value is none of its type.
+        errors.InvalidatorError: the table or a column is not there, or a value does not fit its type.
     """
     connection = await connect(dsn, "cdc-invalidator explain")
     async with connection:
@@ -62,7 +62,7 @@ async def _shape(connection: psycopg.AsyncConnection[Any], rules: RuleSet, table
 
 
 async def _texts(connection: psycopg.AsyncConnection[Any], change: Change, row: Row | None) -> Row | None:
-    """Give a row's values as PostgreSQL shows them, having read them as its columns' types."""
+    """Return a row's values as PostgreSQL shows them, having read them as its columns' types."""
     if not row:
         return row
     found_columns = (await columns(connection, [change.table])).get(change.table, ())

@@ -30,7 +30,7 @@ class Columns:
     values: dict[str, dict[str, Texts]] = field(default_factory=dict)
 
     def of(self, cache: Cache) -> Mapping[str, Texts]:
-        """Give what is known of a cache's parameters."""
+        """Return what is known of a cache's parameters."""
         return self.values.get(cache.name, {})
 
 
@@ -38,7 +38,7 @@ class Columns:
 
 
 def offline(rules: RuleSet, columns: Columns, *, cluster: bool) -> list[Finding]:
-    """Give what the rules alone show.
+    """Return what the rules alone show.
 
     Args:
         rules: the rule set.
@@ -91,7 +91,7 @@ def _of_rule(rule: Rule) -> Iterator[Finding]:
 
 
 def never(rule: Rule) -> frozenset[str]:
-    """Give the kinds of change that a rule names and can't fire on, whatever the rows hold."""
+    """Return the kinds of change that a rule names and can't fire on, whatever the rows hold."""
     silent: set[str] = set()
     if rule.when is not None:
         condition = Condition(rule.when)

@@ -1,6 +1,6 @@
-"""The edge that reads the event stream: its newest entries, and those that are still to come.
+"""Reads the event stream: its newest entries, and those that are still to come.
 
-The rule that holds here: nothing is written. An entry that is not one of ours is passed over.
+The rule that holds here: nothing is written. Entries that the daemon did not write are skipped.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class EventStreamReader:
             await reader._server.close()
 
     async def backwards(self) -> AsyncGenerator[StreamEntry]:
-        """Give all entries, the newest first."""
+        """Yield all entries, the newest first."""
         before = "+"
         while True:
             found = await self._ask("XREVRANGE", self._key, before, "-", "COUNT", ENTRIES_A_COMMAND)
@@ -79,12 +79,12 @@ class EventStreamReader:
             before = "(" + found[-1][0].decode()
 
     async def end(self) -> str:
-        """Give the id of the newest entry."""
+        """Return the id of the newest entry."""
         found = await self._ask("XREVRANGE", self._key, "+", "-", "COUNT", 1)
         return str(found[0][0].decode()) if found else FIRST
 
     async def ago(self, milliseconds: int) -> str:
-        """Give the id that those of the last milliseconds come after, by the clock of Redis."""
+        """Return the id that those of the last milliseconds come after, by the clock of Redis."""
         seconds, us = await self._ask("TIME")
         return f"{max(0, int(seconds) * 1000 + int(us) // 1000 - milliseconds)}-0"
 
@@ -131,7 +131,7 @@ def _each(some: Any) -> list[Any]:
 async def follow(
     endpoint: Endpoint, key: str, *, since: int, lost: Callable[[errors.RedisUnavailable], None]
 ) -> AsyncGenerator[list[StreamEntry]]:
-    """Give entries as they come, across lost connections; an empty list now and then, while none come.
+    """Yield entries as they come, across lost connections; an empty list now and then, while none come.
 
     Args:
         endpoint: the Redis that the daemon busts.

@@ -71,7 +71,7 @@ class Reading(NamedTuple):
 
 
 def read_key(rules: RuleSet, key: str) -> list[Reading]:
-    """Give every cache that the key may be of, the likeliest first: where least of the key is parameters."""
+    """Return every cache that the key may be of, the likeliest first: where least of the key is parameters."""
     text = key.encode("utf-8", "surrogateescape")
     readings = [reading for cache in rules.caches.values() for reading in _read(cache, text)]
     return sorted(readings, key=lambda reading: sum(map(len, reading.params.values())))
@@ -259,7 +259,7 @@ _WHAT: dict[What, str] = {
 
 
 def key_lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """Give what `explain_key` tells as lines of text."""
+    """Return what `explain_key` tells as lines of text."""
     for cache in told["caches"]:
         what = _WHAT[cache["is"]]
         yield f"{told['key']} is {what} of cache {cache['cache']} ({cache['defined_at']})"
@@ -386,7 +386,7 @@ def explain_change(change: Change, verdicts: Iterable[Verdict], *, live: bool) -
 
 
 def no_rule(rules: RuleSet, table: Table) -> errors.InvalidatorError:
-    """Give the error for a table that no rule names."""
+    """Return the error for a table that no rule names."""
     remedy = nearest(str(table), map(str, rules.tables), "write a rule for it")
     return errors.InvalidatorError(f"No rule names the table {table}; {remedy}")
 
@@ -407,7 +407,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 
 
 def change_lines(told: Mapping[str, Any]) -> Iterator[str]:
-    """Give what `explain_change` tells as lines of text."""
+    """Return what `explain_change` tells as lines of text."""
     source = "as the database has the table" if told["database"] else "by the rule files alone, without the database"
     yield f"{told['op']} of {told['table']}, {source}"
     for rule in told["rules"]:

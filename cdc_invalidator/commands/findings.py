@@ -19,7 +19,7 @@ _PLACE_WIDTH = 34
 
 
 class Severity(StrEnum):
-    """How bad it is; they sort by that. Errors make `check` fail."""
+    """How bad a finding is. Errors make `check` fail."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -46,7 +46,7 @@ class Finding:
         return cls(Severity.ERROR, problem.code, place, problem.sentence)
 
     def fields(self) -> dict[str, Any]:
-        """Give it for JSON; ``file``, ``line`` and ``column`` are ``None`` where the place is a server."""
+        """Return plain values, for JSON; ``file``, ``line`` and ``column`` are ``None`` where the place is a server."""
         file, line, column = self.place if isinstance(self.place, Place) else (None, None, None)
         return {
             "severity": str(self.severity),
@@ -60,7 +60,7 @@ class Finding:
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """Give them sorted, the worst first, each once."""
+    """Return findings sorted, the worst first, without duplicates."""
     worst = list(Severity)
     return sorted(
         dict.fromkeys(findings),
@@ -75,12 +75,12 @@ def in_order(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def count(findings: Iterable[Finding], severity: Severity) -> int:
-    """Give how many there are of a severity."""
+    """Return how many findings have a severity."""
     return sum(found.severity is severity for found in findings)
 
 
 def report(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Give all of it for JSON."""
+    """Return the report as plain values, for JSON."""
     return {
         "findings": [found.fields() for found in findings],
         "errors": count(findings, Severity.ERROR),
@@ -89,7 +89,7 @@ def report(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def table(findings: Sequence[Finding], width: int = WIDTH) -> str:
-    """Give all of it as text, in columns, and the counts in the last line."""
+    """Return the report as text: a line for each finding, then the counts."""
     if not findings:
         return "nothing found"
     at = min(_PLACE_WIDTH, max(len(str(found.place)) for found in findings))

@@ -105,7 +105,7 @@ class Played:
     unanswered: list[Unanswered] = field(default_factory=list)
 
     def answer(self, answers: Answers) -> None:
-        """Give the rows of the rule's queries, by cache."""
+        """Return the rows of the rule's queries, by cache."""
         for target, busts in self._asked():
             rows = answers.get(target.cache.name)
             if rows is None:
@@ -114,7 +114,7 @@ class Played:
                 self._derive(target, busts, rows)
 
     def verdict(self) -> Verdict:
-        """Give what it has come to."""
+        """Return what it has come to."""
         found = {bust: None for batch in self.batches for bust in _busts(batch)}
         return Verdict(
             self.rule, self.fired, self.why_not, tuple(found), self.notes, tuple(dict.fromkeys(self.unanswered))
@@ -148,7 +148,7 @@ class Played:
 
 
 def simulate(rules: RuleSet, change: Change, answers: Answers, shape: Shape | None = None) -> list[Verdict]:
-    """Give what each rule of the table makes of a change.
+    """Return what each rule of the table makes of a change.
 
     Args:
         rules: the rule set.
@@ -215,7 +215,7 @@ def _columns(rule: Rule) -> set[str]:
 
 
 def _message(change: Change, relation: pgoutput.Relation) -> pgoutput.Change:
-    """Give the change as the server sends it."""
+    """Return the change as the server sends it."""
     carried = [column.name for column in relation.columns if column.is_key]
     if change.op == "insert":
         return pgoutput.Insert(None, relation.oid, _row(change.new, relation))
@@ -257,7 +257,7 @@ def _busts(batch: Batch) -> Iterator[Busted]:
 
 
 def key_bust(cache: Cache, busted: bytes) -> Busted:
-    """Give the bust of what `Cache.bust_template` gives for a row."""
+    """Return the bust of what `Cache.bust_template` gives for a row."""
     if cache.bump_over is not None and cache.version is not None:
         return Busted("delete", cache.name, _shown(Pair.split(busted).key(b"{version}")))
     return Busted("delete" if cache.version is None else "bump", cache.name, _shown(busted))

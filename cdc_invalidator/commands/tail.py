@@ -86,7 +86,7 @@ def _lost(error: errors.RedisUnavailable) -> None:
 
 
 def _printable(event: dict[str, Any]) -> dict[str, Any]:
-    """Give an event whose texts can do nothing to a terminal."""
+    """Return an event whose texts can do nothing to a terminal."""
     return {
         repr(name)[1:-1]: repr(value) if isinstance(value, str) and not value.isprintable() else value
         for name, value in event.items()

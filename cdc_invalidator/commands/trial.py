@@ -1,6 +1,6 @@
-"""The `tests:` of rule files: what a change is said to bust, held against what it busts. Pure.
+"""The `tests:` of rule files: compares what a change should bust with what it busts. Pure.
 
-Where the busts come from is not decided here: from `simulate`, or from a daemon on real servers (`rehearsal`).
+The busts come from `simulate`, or from a daemon on real servers (`rehearsal`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cdc_invalidator.rules.model import RuleSet, Test
 
 @dataclass(frozen=True, slots=True)
 class TestResult:
-    """What a test has come to; it failed if a bust is missing or unexpected, or because of ``faults``.
+    """The result of a test; it failed if a bust is missing or unexpected, or because of ``faults``.
 
     ``remarks`` help to see why it failed.
     """
@@ -43,7 +43,7 @@ def run(rules: RuleSet) -> Iterator[TestResult]:
 
 
 def compare(test: Test, busts: Iterable[str], faults: Iterable[str] = (), remarks: Iterable[str] = ()) -> TestResult:
-    """Hold busts, as a test writes them, against those that the test names."""
+    """Compare busts, as a test writes them, with those that the test names."""
     found = dict.fromkeys(busts)
     wanted = dict.fromkeys(test.busts)
     missing = tuple(bust for bust in wanted if bust not in found)
@@ -53,13 +53,13 @@ def compare(test: Test, busts: Iterable[str], faults: Iterable[str] = (), remark
 
 @dataclass(slots=True)
 class Report:
-    """Counts results while it shows them."""
+    """Counts results and renders them."""
 
     passed: int = 0
     failed: int = 0
 
     def lines(self, results: Iterable[TestResult]) -> Iterator[str]:
-        """Give the lines that show the failures, as they come, and then the sum."""
+        """Yield a line for each failure as it comes, and then the totals."""
         for result in results:
             self.passed += result.passed
             self.failed += not result.passed

@@ -19,7 +19,8 @@ from pathlib import Path
 import psycopg
 from bench.measure import cpu_seconds
 
-from cdc_invalidator.embedded.servers import Postgres, Valkey, free_port
+from cdc_invalidator.embedded.process import free_port
+from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 STARTS = 9
 RULES = """version: 1

@@ -52,7 +52,9 @@ def test_every_requirement_is_pinned_with_hashes_and_no_host_is_named(name: str)
 
 @pytest.fixture(scope="module")
 def images() -> Iterator[Images]:
-    """A store for images, if they can be built here."""
+    """A store for images, where CI is set: to build one is 40 s of work."""
+    if not os.environ.get("CI"):
+        pytest.skip("the image is built where CI is set")
     if os.geteuid() != 0:
         missing("building without a registry needs root")
     for name in ("buildah", "chroot", "unshare"):

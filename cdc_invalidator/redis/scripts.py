@@ -85,12 +85,13 @@ return versions
 # KEYS: the watermark. ARGV: the `watermark_id` of the one that was read or written last (empty: whatever is there),
 # a field to remove, then fields and values.
 # What is there must be what we left there, else this is another data set than the one that has had the busts: a
-# snapshot was loaded, or another daemon leads. The time is looked at as well, since the LSN may stand for long. A
-# missing one may have been evicted; the connection tells that the server is the same.
-# Returns 1; 0 when another watermark is there; -1 when memory is full.
+# snapshot was loaded, the database was swapped (SWAPDB) or emptied, or another daemon leads. The connection does not
+# tell: it stays open in all these cases. The time is looked at as well, since the LSN may stand for long. A missing one
+# may also have been evicted, but nothing proves that.
+# Returns 1; 0 when another watermark is there, or none; -1 when memory is full.
 WRITE_WATERMARK = """
 local found = redis.call('HMGET', KEYS[1], 'lsn', 'at')
-if found[1] and ARGV[1] ~= '' and found[1] .. ':' .. (found[2] or '') ~= ARGV[1] then return 0 end
+if ARGV[1] ~= '' and (found[1] or '') .. ':' .. (found[2] or '') ~= ARGV[1] then return 0 end
 local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, 3))
 if type(stored) ~= 'table' or not stored.err then
   redis.call('HDEL', KEYS[1], ARGV[2])
@@ -160,11 +161,11 @@ def watermark_written(answer: int) -> bool:
     """Read the reply to `ScriptDigests.to_write_watermark`: False when memory is full.
 
     Raises:
-        errors.RedisUnavailable: somebody else's watermark is there.
+        errors.RedisUnavailable: the watermark that was written last is not there.
     """
     if answer == _OTHER_WATERMARK:
         raise errors.RedisUnavailable(
-            "Redis holds another watermark than the one written last, so its data are others; they are compared anew.",
+            "Redis does not hold the watermark that was written last, so its data are others; they are compared anew.",
             code="OTHER_DATA",
         )
     return answer == _WATERMARK_WRITTEN

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+import redis
 from running import RunningDaemon, confirmed, eventually, execute, wal_position, watermark
 from stage import Stage
 from writing import assert_nothing_confirmed_too_early
@@ -380,8 +381,32 @@ def test_a_watermark_that_vanishes_while_the_daemon_streams_is_written_anew(stag
     else:
         stage.client.delete(f"cdc:{stage.slot}:watermark")
     stage.change()
+    stage.gap("no_watermark")
     eventually(lambda: watermark(stage.client, stage.slot), "there is a watermark again")
     stage.assert_all_gone()
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["never had a bust", "had busts once"])
+def test_a_database_that_is_swapped_in_under_the_connection_is_swept(
+    database: str, tmp_path: Path, slot_name: str, known: bool
+) -> None:
+    with (
+        Valkey() as valkey,
+        redis.Redis.from_url(valkey.url_for(1)) as other,
+        staged(database, valkey.url_for(0), tmp_path, slot_name) as stage,
+    ):
+        if known:
+            stage.client.copy(f"cdc:{slot_name}:watermark", f"cdc:{slot_name}:watermark", destination_db=1)
+        other.set("t:thing:50", "old")
+        other.set("t:thing:51", "never changed")
+        execute(database, "UPDATE things SET n = 50 WHERE id = 50")
+        stage.settle()
+        assert other.exists("t:thing:50")
+        stage.client.swapdb(0, 1)
+        eventually(lambda: not stage.cached("t:thing:50"), "the other data are swept, or get what they lack")
+        assert bool(stage.cached("t:thing:51")) == known
+        stage.daemon.seen("gap", reason="redis_behind" if known else "no_watermark")
+        stage.assert_all_gone()
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ A command's modules are imported when it runs, so that ``--help`` imports none o
 
 from __future__ import annotations
 
-import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import typer
+import click
 
 from cdc_invalidator import __version__, errors, settings
 from cdc_invalidator.commands import healthcheck as probe
@@ -23,34 +23,39 @@ if TYPE_CHECKING:
     from cdc_invalidator.rules.model import RuleSet
 
 Result = TypeVar("Result")
-
-app = typer.Typer(
-    name="cdc-invalidator",
-    help="Bust the Redis keys that each PostgreSQL commit made stale, by declarative rules.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+Command = Callable[..., None]
 
 # How the help names types; values are validated when all settings are read.
 _METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH", settings.Size: "SIZE"}
 
 
+class _Commands(click.Group):
+    """The commands, in the order in which they are defined below."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  the order of click's help
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> None:
+        try:
+            super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
 def _takes(
     kind: type[settings.Database | settings.Rules | settings.Tail], offline: type[settings.CheckOffline] | None = None
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+) -> Callable[[Command], Command]:
     """Give a command a flag for each setting of that kind, and call it with the settings.
 
     With its flag ``--offline``, those are of the kind ``offline``.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for name, p in inspect.signature(command, eval_str=True).parameters.items() if name != "given"]
-        flags = [_flag(name, setting) for name, setting in settings.fields(kind).items()]
+    def decorate(command: Command) -> Command:
+        fields = settings.fields(kind)
 
+        @wraps(command)
         def wrapped(**arguments: Any) -> None:
-            flagged = {flag.name: arguments.pop(flag.name) for flag in flags}
+            flagged = {name: arguments.pop(name) for name in fields}
             if offline is not None and arguments["offline"]:
                 command(settings.load(offline, flagged), **arguments)
                 return
@@ -61,27 +66,27 @@ def _takes(
                 check_dsn(given.postgres_dsn)
             command(given, **arguments)
 
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + flags
-        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        wrapped.__doc__ = command.__doc__
-        wrapped.__name__ = command.__name__
+        for name, setting in reversed(list(fields.items())):  # as decorators are applied: the last one first
+            _flag(name, setting)(wrapped)
         return wrapped
 
     return decorate
 
 
-def _flag(name: str, setting: settings.Setting) -> inspect.Parameter:
+def _flag(name: str, setting: settings.Setting) -> Callable[[Command], Command]:
     variants = setting.variants
-    option = typer.Option(
+    return click.option(
         settings.flag(name),
         metavar=f"[{'|'.join(variants)}]" if variants else _METAVARS.get(setting.type, "TEXT"),
         help=_described(setting.help, name, "required" if setting.required else setting.shown_default),
-        show_default=False,
         hidden=name in settings.RENAMED,
     )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+
+
+def _format(*formats: str, help: str) -> Callable[[Command], Command]:  # noqa: A002  as click calls it
+    """Give a command the flag ``--format``; its default is the first of these formats."""
+    return click.option(
+        "--format", "output", type=click.Choice(formats), default=formats[0], show_default=True, help=help
     )
 
 
@@ -103,11 +108,10 @@ def _completed(work: Coroutine[Any, Any, Result]) -> Result:
     return asyncio.run(work)
 
 
-@app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
+@click.group(cls=_Commands)
+@click.version_option(__version__, message="%(version)s", help="Print the version and exit.")
+def app() -> None:
+    """Bust the Redis keys that each PostgreSQL commit made stale, by declarative rules."""
 
 
 def _load_structlog() -> None:
@@ -135,27 +139,21 @@ def run(given: settings.Settings) -> None:
 
 
 @app.command()
+@click.option("--print", "show", is_flag=True, help="Print the SQL for an administrator; change nothing.")
 @_takes(settings.Stream)
-def setup(
-    given: settings.Stream,
-    show: Annotated[bool, typer.Option("--print", help="Print the SQL for an administrator; change nothing.")] = False,
-) -> None:
+def setup(given: settings.Stream, show: bool) -> None:
     """Create or update the slot and the publication. They then match the rules."""
     from cdc_invalidator.commands.setup import set_up
 
-    work = set_up(given.postgres_dsn, given.slot, given.publication, _rules(given), show=show, say=typer.echo)
-    typer.echo("\n".join(_completed(work)) or "-- nothing is missing")
+    work = set_up(given.postgres_dsn, given.slot, given.publication, _rules(given), show=show, say=click.echo)
+    click.echo("\n".join(_completed(work)) or "-- nothing is missing")
 
 
 @app.command()
+@click.option("--offline", is_flag=True, help="Check the rule files only; contact no server.")
+@_format("table", "json", help="Output format: a table, or JSON for pipelines.")
 @_takes(settings.Settings, offline=settings.CheckOffline)
-def check(
-    given: settings.Settings | settings.CheckOffline,
-    offline: Annotated[bool, typer.Option("--offline", help="Check the rule files only; contact no server.")] = False,  # noqa: ARG001  `_takes` heeds it
-    output: Annotated[
-        Literal["table", "json"], typer.Option("--format", help="Output format: a table, or JSON for pipelines.")
-    ] = "table",
-) -> None:
+def check(given: settings.Settings | settings.CheckOffline, offline: bool, output: str) -> None:  # noqa: ARG001  `_takes` heeds it
     """Check the rule files, the database and Redis for mistakes. Exit 1 if there are errors."""
     import orjson
 
@@ -172,11 +170,11 @@ def check(
         servers = ServerSettings(given.postgres_dsn, redis, given.event_stream, given.slot, given.publication)
         found = _completed(check.check_servers(given.rules, os.environ, servers))
     if output == "json":
-        typer.echo(orjson.dumps(findings.report(found), option=orjson.OPT_INDENT_2))
+        click.echo(orjson.dumps(findings.report(found), option=orjson.OPT_INDENT_2))
     else:
-        typer.echo(findings.table(found))
+        click.echo(findings.table(found))
     if findings.count(found, findings.Severity.ERROR):
-        raise typer.Exit(1)
+        sys.exit(1)
 
 
 @app.command()
@@ -186,39 +184,35 @@ def teardown(given: settings.Database) -> None:
     from cdc_invalidator.commands.setup import tear_down
 
     statements = _completed(tear_down(given.postgres_dsn, given.slot, given.publication))
-    typer.echo("\n".join(statements) or "-- nothing to drop")
+    click.echo("\n".join(statements) or "-- nothing to drop")
 
 
 @app.command()
+@click.argument("cache", help="Name of the cache, as in the rule files.  [required]")
+@click.argument(
+    "parameters",
+    metavar="[PARAMETER]...",
+    nargs=-1,
+    help="name=value for each parameter of the cache's key; without any, the whole cache.",
+)
 @_takes(settings.Stream)
-def bust(
-    given: settings.Stream,
-    cache: Annotated[str, typer.Argument(help="Name of the cache, as in the rule files.")],
-    parameter: Annotated[
-        list[str] | None,
-        typer.Argument(help="name=value for each parameter of the cache's key; without any, the whole cache."),
-    ] = None,
-) -> None:
+def bust(given: settings.Stream, cache: str, parameters: Sequence[str]) -> None:
     """Bust a key or a whole cache manually. It goes through PostgreSQL's WAL, in order with all writes."""
     from cdc_invalidator.commands.bust import emit, message
 
-    written_at = _completed(emit(given.postgres_dsn, message(_rules(given), cache, parameter or [])))
-    typer.echo(f"written at {written_at}; it is done once the watermark has passed that")
+    written_at = _completed(emit(given.postgres_dsn, message(_rules(given), cache, parameters)))
+    click.echo(f"written at {written_at}; it is done once the watermark has passed that")
 
 
 @app.command("test")
+@click.option(
+    "--live",
+    type=click.Path(path_type=Path),
+    metavar="SCHEMA.sql",
+    help="Run them through a real daemon, on an embedded PostgreSQL with this schema and an embedded Valkey.",
+)
 @_takes(settings.Rules)
-def run_tests(
-    given: settings.Rules,
-    live: Annotated[
-        Path | None,
-        typer.Option(
-            "--live",
-            metavar="SCHEMA.sql",
-            help="Run them through a real daemon, on an embedded PostgreSQL with this schema and an embedded Valkey.",
-        ),
-    ] = None,
-) -> None:
+def run_tests(given: settings.Rules, live: Path | None) -> None:
     """Run the tests of the rule files. Each compares what a change busts with what it should. Needs no server."""
     from cdc_invalidator.commands import trial
 
@@ -230,21 +224,27 @@ def run_tests(
         results = rehearsal.run(rules, given.rules, live)
     report = trial.Report()
     for line in report.lines(results):
-        typer.echo(line)
+        click.echo(line)
     if report.failed:
-        raise typer.Exit(1)
+        sys.exit(1)
 
 
 @app.command()
+@click.argument("key", required=False, help="A key: show its cache and what busts it.")
+@click.option("--table", metavar="SCHEMA.TABLE", help="Table of the change.")
+@click.option("--op", metavar="KIND", help="Kind of the change: insert, update, delete or truncate.")
+@click.option("--old", metavar="JSON", help="The row before the change.")
+@click.option("--new", metavar="JSON", help="The row after the change.")
+@_format("text", "json", help="Output format.")
 @_takes(settings.Explain)
 def explain(
     given: settings.Explain,
-    key: Annotated[str | None, typer.Argument(help="A key: show its cache and what busts it.")] = None,
-    table: Annotated[str | None, typer.Option(metavar="SCHEMA.TABLE", help="Table of the change.")] = None,
-    op: Annotated[str | None, typer.Option(help="Kind of the change: insert, update, delete or truncate.")] = None,
-    old: Annotated[str | None, typer.Option(metavar="JSON", help="The row before the change.")] = None,
-    new: Annotated[str | None, typer.Option(metavar="JSON", help="The row after the change.")] = None,
-    output: Annotated[Literal["text", "json"], typer.Option("--format", help="Output format.")] = "text",
+    key: str | None,
+    table: str | None,
+    op: str | None,
+    old: str | None,
+    new: str | None,
+    output: str,
 ) -> None:
     """Show what busts a KEY, or what a change busts and why nothing else. Give --table and --op for a change."""
     import orjson
@@ -265,7 +265,7 @@ def explain(
         answer, lines = _explained(given.postgres_dsn, rules, read_change(table, op, old, new)), change_lines
     else:
         raise errors.WrongSettings("Give explain either a KEY, or a change with --table and --op.")
-    typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(answer)))
+    click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(answer)))
 
 
 def _explained(dsn: str | None, rules: RuleSet, change: Change) -> dict[str, Any]:
@@ -285,18 +285,17 @@ def _explained(dsn: str | None, rules: RuleSet, change: Change) -> dict[str, Any
 
 
 @app.command()
+@click.option("--cache", help="Only events of this cache.")
+@click.option("--rule", help="Only busts of this rule.")
+@click.option(
+    "--since",
+    metavar="DURATION",
+    help="Begin with the events of the last DURATION, such as 10m, or with all.",
+)
+@_format("console", "json", help="Output format: text, or the log's JSON.")
 @_takes(settings.Tail)
 def tail(
-    given: settings.Tail,
-    cache: Annotated[str | None, typer.Option(help="Only events of this cache.")] = None,
-    rule: Annotated[str | None, typer.Option(help="Only busts of this rule.")] = None,
-    since: Annotated[
-        str | None,
-        typer.Option(metavar="DURATION", help="Begin with the events of the last DURATION, such as 10m, or with all."),
-    ] = None,
-    output: Annotated[
-        Literal["console", "json"], typer.Option("--format", help="Output format: text, or the log's JSON.")
-    ] = "console",
+    given: settings.Tail, cache: str | None, rule: str | None, since: str | None, output: Literal["console", "json"]
 ) -> None:
     """Show live busts from the event stream. The daemon writes it if CDC_EVENT_STREAM is set."""
     if not given.event_stream:
@@ -321,32 +320,34 @@ def schema() -> None:
 
     from cdc_invalidator.rules.schema import schema as make_schema
 
-    typer.echo(orjson.dumps(make_schema(), option=orjson.OPT_INDENT_2))
+    click.echo(orjson.dumps(make_schema(), option=orjson.OPT_INDENT_2))
 
 
 @app.command()
-def healthcheck(
-    http_port: Annotated[
-        int,
-        typer.Option(
-            metavar="INTEGER",
-            help=_described("Port of the daemon's pages.", "http_port", str(probe.DEFAULT_PORT)),
-            envvar="CDC_HTTP_PORT",
-            show_envvar=False,
-            show_default=False,
-        ),
-    ] = probe.DEFAULT_PORT,
-) -> None:
+@click.option(
+    "--http-port",
+    type=int,
+    default=probe.DEFAULT_PORT,
+    envvar=settings.variable("http_port"),
+    help=_described("Port of the daemon's pages.", "http_port", str(probe.DEFAULT_PORT)),
+)
+def healthcheck(http_port: int) -> None:
     """Exit 0 if the daemon on this machine is live, 1 if not."""
     probe.check(http_port)
 
 
 @app.command()
-def demo(
-    seconds: Annotated[float, typer.Option(min=1, metavar="NUMBER", help="Seconds that each half runs.")] = 5,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the servers running afterwards, to try psql on.")] = False,
-) -> None:
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=5,
+    metavar="NUMBER",
+    show_default=True,
+    help="Seconds that each half runs.",
+)
+@click.option("--keep", is_flag=True, help="Keep the servers running afterwards, to try psql on.")
+def demo(seconds: float, keep: bool) -> None:
     """Demonstrate everything on embedded servers. Stale entries appear without the daemon, and none with it."""
     from cdc_invalidator.embedded.demo import run as run_demo
 
-    raise typer.Exit(run_demo(seconds, keep=keep))
+    sys.exit(run_demo(seconds, keep=keep))

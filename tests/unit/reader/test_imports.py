@@ -16,8 +16,8 @@ rules:
   - {name: user-changed, table: public.users, when: "op != 'update' || new.name != old.name", bust: [user]}
 """
 DAEMONS = (
-    *("aiohttp", "asyncpg", "cel", "django", "h11", "prometheus_client", "psycopg", "pydantic_settings", "rich"),
-    *("sqlalchemy", "structlog", "typer", "uvloop", "watchfiles"),
+    *("aiohttp", "asyncpg", "cel", "click", "django", "h11", "prometheus_client", "psycopg", "pydantic_settings"),
+    *("rich", "sqlalchemy", "structlog", "uvloop", "watchfiles"),
 )
 PROGRAM = """
 import importlib.abc, sys

@@ -52,7 +52,7 @@ class Stage:
 
     def cache(self, *keys: str) -> None:
         for key in keys:
-            self.client.set(key, "cached")
+            self.client.set(key, 1)  # a version counter is a number
 
     def cached(self, *keys: str) -> list[str]:
         """Return those of the keys that exist."""

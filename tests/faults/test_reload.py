@@ -350,6 +350,7 @@ def test_a_table_that_the_role_may_not_publish_keeps_the_old_rules_and_gives_the
         dsn = psycopg.conninfo.make_conninfo(server.dsn, user="limited", password="secret")
         with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
             stage = ReloadStage(daemon)
+            stage.dsn = server.dsn
             stage.assert_in_force("thing", "other")
             rules.write_text(MORE)
             error = daemon.seen("reload_failed")["error"]

@@ -167,7 +167,9 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
         from cdc_invalidator.commands.check_postgres import ServerSettings
 
         assert redis is not None
-        servers = ServerSettings(given.postgres_dsn, redis, given.event_stream, given.slot, given.publication)
+        servers = ServerSettings(
+            given.postgres_dsn, redis, given.event_stream, given.slot, given.watermark_name, given.publication
+        )
         found = _completed(check.check_servers(given.rules, os.environ, servers))
     if output == "json":
         click.echo(orjson.dumps(findings.report(found), option=orjson.OPT_INDENT_2))

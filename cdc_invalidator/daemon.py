@@ -175,6 +175,15 @@ class Daemon:
             await self._close(session)
             await self._give_up(session, error)
             await self._pause(self._backoff.next())
+        except errors.WatermarkTaken as error:
+            self._be("connecting")
+            self._last_error = str(error)
+            delay = self._backoff.next()
+            _log.error("watermark_taken", error=str(error), retry_in_s=round(delay, 2))
+            await self._close(session)
+            # The watermark tells nothing of our position: whenever we lead, everything is swept. So hold no WAL.
+            await self._give_up(session, error)
+            await self._pause(delay)
         except errors.Retryable as error:
             if time.monotonic() - began > SETTLED_SECONDS:
                 self._backoff.reset()
@@ -193,7 +202,7 @@ class Daemon:
         # Its tasks have ended and report nothing more.
         self._metrics.forget()
 
-    async def _give_up(self, session: Session, reason: errors.PositionGivenUp) -> None:
+    async def _give_up(self, session: Session, reason: errors.PositionGivenUp | errors.WatermarkTaken) -> None:
         try:
             await session.give_up(reason)
         except errors.Retryable as error:
@@ -239,7 +248,9 @@ class Daemon:
                 "rules": len(self._rules.rules),
                 "last_reload": self._reload.last.shown() if self._reload.last else None,
             },
-            "last_error": (apply.redis.last_error if apply else None) or self._last_error,
+            "last_error": (apply.redis.last_error if apply else None)
+            or (session.last_error if session else None)
+            or self._last_error,
         }
 
 

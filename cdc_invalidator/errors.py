@@ -15,6 +15,7 @@
         ├── PositionGivenUp                  the slot is of no use any more: drop it, and sweep
         ├── SlotInUse                        another daemon leads
         ├── Superseded                       Redis holds a later watermark than ours: another daemon leads
+        ├── WatermarkTaken                   another PostgreSQL's daemon writes the watermark
         └── RedisUnavailable
 
 A message is one sentence that names the place, and ends with what the operator should do.
@@ -106,6 +107,10 @@ class PositionGivenUp(Retryable):
 
 class Superseded(Retryable):
     """Redis holds a later watermark of this slot: another daemon leads it, and this session ends."""
+
+
+class WatermarkTaken(Retryable):
+    """Another PostgreSQL's daemon writes the watermark; set CDC_WATERMARK to another name for one of the two."""
 
 
 class RedisUnavailable(Retryable):

@@ -36,6 +36,7 @@ from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
 from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
@@ -64,6 +65,7 @@ class SessionOptions:
     redis: Endpoint
     event_stream: str
     slot: str
+    watermark: str
     publication: str
     sweep_gaps: bool
     sweep_rate: int
@@ -135,6 +137,8 @@ class Session:
         self._connections.callback(self._queries.close)
         self._connections.callback(standbys.close)
         self.backlog = Backlog()
+        # Why the slot is not made yet.
+        self.last_error: str | None = None
         # Returns the tables of rules whose changes are not in the stream: they don't exist, or can't be published.
         self.unpublished: Callable[[], list[Table]] = list
 
@@ -250,7 +254,7 @@ class Session:
             new_slot=new_slot,
         )
         apply = Apply(
-            lambda: cache_server(options.redis, options.slot),
+            lambda: cache_server(options.redis, options.watermark),
             PostgresView(snapshots.hidden, self._queries, self._standbys),
             Kept(self._rules, tables.digests(), position),
             backlog=self.backlog,
@@ -297,7 +301,7 @@ class Session:
         statements = slot.statements(state, server, new_publication=not before.exists)
         if statements:
             # A slot holds WAL back: don't create it before Redis is there to take the busts.
-            await self._redis_there()
+            await self._redis_there(server.system_id)
             await tables.set_up(statements)
             # Creating a slot waits for all running transactions: from here on the stream is complete.
             self._unsettled.clear()
@@ -312,22 +316,30 @@ class Session:
             if state is None or not state.active:
                 return
 
-    async def _redis_there(self) -> None:
+    async def _redis_there(self, system_id: str) -> None:
+        """Wait until Redis can take the busts.
+
+        Raises:
+            errors.WatermarkTaken: the daemon of another PostgreSQL has it.
+        """
         backoff = Backoff()
         while True:
-            server = cache_server(self._options.redis, self._options.slot)
+            server = cache_server(self._options.redis, self._options.watermark)
             try:
                 await server.connect()
+                await refuse_occupied(server, await server.read_watermarks(), system_id)
             except errors.RedisUnavailable as error:
+                self.last_error = str(error)
                 delay = backoff.next()
                 _log.warning("slot_waits_for_redis", error=str(error), retry_in_s=round(delay, 2))
                 await asyncio.sleep(delay)
             else:
+                self.last_error = None
                 return
             finally:
                 await server.close()
 
-    async def give_up(self, reason: errors.PositionGivenUp) -> None:
+    async def give_up(self, reason: errors.PositionGivenUp | errors.WatermarkTaken) -> None:
         """Drop the slot, so that PostgreSQL can remove its WAL; the next session creates a new one and sweeps.
 
         Call `close` first.
@@ -335,7 +347,8 @@ class Session:
         connection = await connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
         try:
             slot = Slot(connection, self._options.slot)
-            await slot.drop_soon(GIVE_UP_SECONDS)
+            if not await slot.drop_soon(GIVE_UP_SECONDS):
+                return
         except errors.SlotInUse:
             # Another daemon took it over before we could drop it, and leads now.
             return

@@ -103,6 +103,12 @@ class Settings(Stream):
     redis_url: Secret = _setting(
         "URL of the cache's Redis: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
     )
+    watermark: str = _setting(
+        "Name of the watermark, the key cdc:NAME:watermark in Redis. Empty: the slot's name. Deployments that share a "
+        "Redis need different ones.",
+        "",
+        pattern=r"^[A-Za-z0-9_.-]{0,63}$",
+    )
     postgres_standbys: Secret = _setting(
         "Connection strings of the standbys that readers use, separated by spaces. Busts wait for them.", Secret("")
     )
@@ -136,6 +142,11 @@ class Settings(Stream):
     on_gap: Literal["sweep", "warn"] = _setting(
         "What to do when changes may have been missed: sweep the caches, or only warn.", "sweep"
     )
+
+    @property
+    def watermark_name(self) -> str:
+        """The watermark's name, given or not."""
+        return self.watermark or self.slot
 
 
 Kind = TypeVar("Kind")

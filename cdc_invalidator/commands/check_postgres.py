@@ -48,6 +48,7 @@ class ServerSettings:
     redis: Endpoint
     event_stream: str
     slot: str
+    watermark: str
     publication: str
 
 
@@ -63,7 +64,9 @@ async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Findin
     if rules is not None:
         findings += offline(rules, database.columns, cluster=servers.redis.kind == "cluster")
     findings += await _or_finding(
-        lambda: check_redis.look_at(servers.redis, servers.slot, servers.event_stream, rules),
+        lambda: check_redis.look_at(
+            servers.redis, servers.watermark, servers.event_stream, rules, system_id=database.system_id
+        ),
         check_redis.REDIS,
         "redis_unavailable",
     )
@@ -120,6 +123,8 @@ class _Database:
         self._findings: list[Finding] = []
         self._columns: dict[Table, dict[str, ColumnInfo]] = {}
         self.columns = Columns()
+        # Of the server, where it could be asked.
+        self.system_id: str | None = None
 
     async def look(self) -> list[Finding]:
         """Return the findings."""
@@ -127,11 +132,12 @@ class _Database:
         async with connection:
             await rows(connection, "SET default_transaction_read_only = on")
             slot = Slot(connection, self._settings.slot)
+            server: ServerInfo | None = None
             try:
-                server: ServerInfo | None = await slot.server()
+                server = await slot.server()
+                self.system_id = server.system_id
             except errors.ServerRefuses as error:
                 self._add(Severity.ERROR, "no_logical_decoding", str(error))
-                server = None
             await self._look_at_slot(connection, slot, server)
             if self._rules is not None:
                 publication = Publication(connection, self._settings.publication)

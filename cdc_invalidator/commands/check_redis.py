@@ -18,6 +18,7 @@ from cdc_invalidator.pipeline.eventstream import FIELD
 from cdc_invalidator.redis import node, replies
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Command, Node
+from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.sentinel import Sentinels
 from cdc_invalidator.redis.topology import TIMEOUT, cache_server
 from cdc_invalidator.rules.model import RuleSet
@@ -27,28 +28,42 @@ REDIS = "Redis"
 OLDEST = (6, 2)
 
 
-async def look_at(endpoint: Endpoint, slot: str, event_stream: str, rules: RuleSet | None) -> list[Finding]:
+async def look_at(
+    endpoint: Endpoint, watermark: str, event_stream: str, rules: RuleSet | None, *, system_id: str | None
+) -> list[Finding]:
     """Look at the Redis that is busted.
 
     Args:
         endpoint: where it is.
-        slot: the slot, which names the watermark.
+        watermark: name of the watermark.
         event_stream: the key of the stream of bust events; empty for none.
         rules: the rule set; ``None`` where the files are wrong.
+        system_id: identifies our PostgreSQL; ``None`` where it could not be asked.
 
     Raises:
         errors.RedisUnavailable: it is away, or refuses to be looked at.
     """
-    findings = await _look_at_rights(endpoint, slot, event_stream, rules)
+    findings = await _look_at_rights(endpoint, watermark, event_stream, rules)
     if any(found.severity is Severity.ERROR for found in findings):
         return findings  # the daemon's own way in fails for what is told already
-    server = cache_server(endpoint, slot, timeout=TIMEOUT)
+    server = cache_server(endpoint, watermark, timeout=TIMEOUT)
     try:
         await server.connect()
         marks = await server.read_watermarks()
+        if system_id is not None:
+            marks = list(await refuse_occupied(server, marks, system_id))
+    except errors.WatermarkTaken as error:
+        return [*findings, Finding(Severity.ERROR, "watermark_taken", REDIS, str(error))]
     finally:
         await server.close()
     mark = marks[0] if marks else None
+    if mark is not None and system_id not in {None, mark.system_id}:
+        sentence = (
+            f"cdc:{watermark}:watermark is of another PostgreSQL, whose daemon does not run now, and the caches are "
+            "swept at the start; if that one is to use this Redis as well, give one of the two another name in "
+            "CDC_WATERMARK."
+        )
+        return [*findings, Finding(Severity.WARNING, "watermark_of_another", REDIS, sentence)]
     if mark is None:
         sentence = "there is no watermark yet, so the caches are swept at the first start; nothing needs to be done."
     else:
@@ -84,14 +99,16 @@ class _Server:
         return tuple(int(number) for number in re.findall(r"\d+", self.fields.get("redis_version", ""))[:2])
 
 
-async def _look_at_rights(endpoint: Endpoint, slot: str, event_stream: str, rules: RuleSet | None) -> list[Finding]:
+async def _look_at_rights(
+    endpoint: Endpoint, watermark: str, event_stream: str, rules: RuleSet | None
+) -> list[Finding]:
     opened, close = await _open(endpoint)
     try:
         findings = _of_server(endpoint, rules, _Server.read(await opened.send([("INFO",)])))
-        findings += await _of_commands(opened, slot)
+        findings += await _of_commands(opened, watermark)
         if rules is not None:
             findings += await _of_keys(opened, rules)
-            findings += await _of_old_values(opened, slot, rules)
+            findings += await _of_old_values(opened, watermark, rules)
         if event_stream:
             findings += await _of_event_stream(opened, event_stream)
     finally:
@@ -155,9 +172,9 @@ def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> li
     return findings
 
 
-async def _of_commands(opened: Node, slot: str) -> list[Finding]:
+async def _of_commands(opened: Node, watermark: str) -> list[Finding]:
     """Try what the daemon does on keys of our own."""
-    text, mapping = f"cdc:{slot}:check", f"cdc:{slot}:check:hash"
+    text, mapping = f"cdc:{watermark}:check", f"cdc:{watermark}:check:hash"
     tried: tuple[Command, ...] = (
         ("SET", text, 1, "PX", 1000),
         ("GET", text),
@@ -186,8 +203,8 @@ async def _of_commands(opened: Node, slot: str) -> list[Finding]:
             findings.append(Finding(Severity.ERROR, "redis_refuses", REDIS, sentence))
     if refused:
         sentence = (
-            f"the ACL user of CDC_REDIS_URL lacks rights; grant it ~cdc:{slot}:* and {' '.join(refused)}, and what "
-            "else the README lists."
+            f"the ACL user of CDC_REDIS_URL lacks rights; grant it ~cdc:{watermark}:* and {' '.join(refused)}, and "
+            "what else the README lists."
         )
         findings.append(Finding(Severity.ERROR, "redis_rights", REDIS, sentence))
     return list(dict.fromkeys(findings))
@@ -253,11 +270,11 @@ async def _of_keys(opened: Node, rules: RuleSet) -> list[Finding]:
     return list(dict.fromkeys(findings))
 
 
-async def _of_old_values(opened: Node, slot: str, rules: RuleSet) -> list[Finding]:
+async def _of_old_values(opened: Node, watermark: str, rules: RuleSet) -> list[Finding]:
     """See whether old values may be left for `stale_for`, by moving a key of our own that is not there."""
     kept = [cache for cache in rules.caches.values() if cache.stale_for is not None and not cache.ttl_only]
     # In a cluster the two may lie in different slots; rights are looked at first.
-    key = f"cdc:{slot}:check"
+    key = f"cdc:{watermark}:check"
     tried: tuple[Command, ...] = (("PEXPIRE", key, 1), ("RENAME", key, f"{key}{STALE_SUFFIX.decode()}"))
     answers = await opened.send(tried) if kept else []
     refused = [

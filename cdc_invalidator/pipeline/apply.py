@@ -26,6 +26,7 @@ from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
 from cdc_invalidator.pipeline.sweep import Sweeps
 from cdc_invalidator.redis.info import InfoMetrics
+from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
 
 # Keys a flush: many enough to pay for the round trip, few enough that the watermark keeps moving.
@@ -88,6 +89,7 @@ class Apply:
         # In the hands of this turn until Redis has acknowledged them.
         self._taken: list[tuple[Batch | PlainBatch, Ticket]] = []
         self._finishing = False
+        self._system_id = kept.position.system_id
 
     @property
     def drained(self) -> bool:
@@ -159,7 +161,7 @@ class Apply:
 
     async def _connect(self) -> CacheServer:
         server, found = await self.redis.open()
-        self._continuity.prove(found)
+        self._continuity.prove(await refuse_occupied(server, found, self._system_id))
         self._follow_ups.sweeps.restart()
         return server
 

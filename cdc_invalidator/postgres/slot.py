@@ -29,11 +29,12 @@ class SlotState(NamedTuple):
 
 
 class ServerInfo(NamedTuple):
-    """The slot's server; ``version`` as in server_version_num."""
+    """The slot's server; ``version`` as in server_version_num, ``system_id``: of its data, in decimals."""
 
     version: int
     wal_level: str
     in_recovery: bool
+    system_id: str
 
 
 class Activity(NamedTuple):
@@ -73,7 +74,7 @@ class Slot:
             raise errors.ServerRefuses(
                 f"PostgreSQL {row.version // 10000} can't decode on a standby; point CDC_POSTGRES_DSN to the primary."
             )
-        return ServerInfo(row.version, row.wal_level, row.in_recovery)
+        return ServerInfo(row.version, row.wal_level, row.in_recovery, row.system_id)
 
     async def state(self) -> SlotState | None:
         """Read the slot's row; ``None`` if there is no slot of that name.
@@ -118,8 +119,8 @@ class Slot:
         await self._rows(statement)
         return [statement]
 
-    async def drop_soon(self, seconds: float) -> None:
-        """Drop the slot as soon as its walsender has noticed that we are gone.
+    async def drop_soon(self, seconds: float) -> bool:
+        """Drop the slot as soon as its walsender has noticed that we are gone; return whether there was one.
 
         Raises:
             errors.SlotInUse: a session still streams from it after this many seconds.
@@ -127,13 +128,11 @@ class Slot:
         deadline = time.monotonic() + seconds
         while True:
             try:
-                await self.drop()
+                return bool(await self.drop())
             except errors.SlotInUse:
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.05)
-            else:
-                return
 
     async def activity(self) -> Activity:
         """Read the database's transaction counters."""
@@ -143,7 +142,8 @@ class Slot:
 
 _SERVER = """
 SELECT current_setting('server_version_num')::int AS version, current_setting('wal_level') AS wal_level,
-  pg_is_in_recovery() AS in_recovery
+  pg_is_in_recovery() AS in_recovery, system_identifier::text AS system_id
+FROM pg_control_system()
 """
 
 _STATE = """

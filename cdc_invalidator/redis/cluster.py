@@ -77,12 +77,12 @@ class Cluster(CacheServer):
 
     Args:
         endpoint: the nodes to ask first.
-        slot: name of the replication slot; it names the watermark.
+        watermark: name of the watermark.
         timeout: seconds until a server that does not answer counts as lost.
     """
 
-    def __init__(self, endpoint: Endpoint, slot: str, *, timeout: float) -> None:
-        super().__init__(slot)
+    def __init__(self, endpoint: Endpoint, watermark: str, *, timeout: float) -> None:
+        super().__init__(watermark)
         self._endpoint = endpoint
         self._timeout = timeout
         # Wrong options of the URL are reported now.

@@ -45,11 +45,11 @@ class CacheServer(ABC):
     """Where the caches live. Make it, `connect`, use it until it fails, `close` it, make another one.
 
     Args:
-        slot: name of the replication slot; it names the watermark.
+        watermark: name of the watermark, which is kept under ``cdc:NAME:watermark``.
     """
 
-    def __init__(self, slot: str) -> None:
-        self.watermark_key = f"cdc:{slot}:watermark".encode()
+    def __init__(self, watermark: str) -> None:
+        self.watermark_key = f"cdc:{watermark}:watermark".encode()
         self.scripts = ScriptDigests()
 
     @abstractmethod

@@ -29,7 +29,7 @@ class Single(CacheServer):
     """One server at a time: at a URL, or wherever Sentinel says that the master is.
 
     Args:
-        slot: name of the replication slot.
+        watermark: name of the watermark.
         find: opens a connection to the server.
         why_lost: returns, without waiting, why this server is no longer the one to write to; ``None`` while it is.
         close: ends what finding the server needed.
@@ -37,13 +37,13 @@ class Single(CacheServer):
 
     def __init__(
         self,
-        slot: str,
+        watermark: str,
         find: Callable[[], Awaitable[Node]],
         *,
         why_lost: Callable[[], str | None] = lambda: None,
         close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        super().__init__(slot)
+        super().__init__(watermark)
         self._find = find
         self._why_lost = why_lost
         self._close = close

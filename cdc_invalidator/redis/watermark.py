@@ -29,7 +29,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Watermark:
-    """The hash ``cdc:{slot}:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970).
+    """The hash ``cdc:NAME:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970).
 
     ``rules``: the caches that this holds for, each with a digest of what busts it. ``standbys``: the standbys that have
     replayed ``lsn`` too, each with the time of its start; ``None`` for a dropped one, for which busts do not wait.

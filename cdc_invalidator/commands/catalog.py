@@ -50,15 +50,15 @@ async def _shape(connection: psycopg.AsyncConnection[Any], rules: RuleSet, table
         found = await cursor.fetchone()
         if found is None:
             raise errors.InvalidatorError(f"The database has no table {table}; check its name and CDC_POSTGRES_DSN.")
+    stored = [column for column in (await columns(connection, [table])).get(table, ()) if not column.generated]
     of_stream = tuple(
-        pgoutput.Column(column.name, column.identity, column.type_oid, column.modifier)
-        for column in (await columns(connection, [table])).get(table, ())
-        if not column.generated
+        pgoutput.Column(column.name, column.identity, column.type_oid, column.modifier) for column in stored
     )
     above = await ancestors(connection, found.oid)
     relation = pgoutput.Relation(None, found.oid, found.schema, found.name, found.identity, of_stream)
     named = {rule.table for rule in rules.rules}
-    return Shape(relation, tuple(each for each in (Table(found.schema, found.name), *above) if each in named))
+    tables = tuple(each for each in (Table(found.schema, found.name), *above) if each in named)
+    return Shape(relation, tables, {column.name: column.compared for column in stored})
 
 
 async def _texts(connection: psycopg.AsyncConnection[Any], change: Change, row: Row | None) -> Row | None:

@@ -156,7 +156,8 @@ class Receive:
         tables = await self._tables(message) or self._survey().known_as(message.oid)
         plan = None
         if tables:
-            plan, complaints = self._invalidation.compile(message, tables)
+            types = self._survey().types(message.oid, tables)
+            plan, complaints = self._invalidation.compile(message, tables, types)
             for complaint in complaints:
                 self._metrics.rule_errors.labels(complaint.rule).inc()
                 _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)

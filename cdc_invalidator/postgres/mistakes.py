@@ -95,16 +95,20 @@ def _no_column(rule: Rule, leaf: Leaf, column: str) -> tuple[str, str]:
 
 
 def _not_of_condition(rule: Rule, leaf: Leaf) -> list[Problem]:
-    """Return a problem for each column that only the rule's condition reads and that the stream does not carry."""
+    """Return the problems of the rule's condition: columns that the stream lacks, values that CEL can't compare."""
     if rule.when is None:
         return []
-    read = {column for reads in Condition(rule.when).reads.values() for column in reads.columns}
+    condition = Condition(rule.when)
+    read = {column for reads in condition.reads.values() for column in reads.columns}
     lacking = read - (leaf.columns - leaf.generated) - rule.key_columns - set(rule.columns)
     place = rule.when_place
     problems = []
     for column in sorted(lacking):
         code, sentence = _no_column(rule, leaf, column)
         problems.append(Problem(place.file, place.line, place.column, sentence, code))
+    for misuse in condition.misuses(leaf.types):
+        sentence = f"rule {rule.name} on {leaf.table}: {misuse}."
+        problems.append(Problem(place.file, place.line, place.column, sentence, "not_comparable"))
     return problems
 
 

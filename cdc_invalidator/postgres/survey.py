@@ -6,14 +6,16 @@ A look takes no lock on a table, so that somebody who has locked one does not ke
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import psycopg
 
 from cdc_invalidator.postgres.connection import rows
-from cdc_invalidator.postgres.queries import IDENTITY, IDENTITY_COLUMNS, given_tables
+from cdc_invalidator.postgres.queries import IDENTITY, IDENTITY_COLUMNS, compared_types, given_tables
+from cdc_invalidator.rules.comparison import ColumnType
+from cdc_invalidator.rules.condition import condition_of
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 
@@ -23,7 +25,8 @@ class Leaf(NamedTuple):
 
     ``carried``: columns that old rows carry; ``usable``: whether its replica identity allows to publish it;
     ``carriers``: the OIDs of the publication's entries that include it, directly, as a partition or by its schema, and
-    of the publication itself if that is FOR ALL TABLES; ``limited``: a row filter or a column list hides changes.
+    of the publication itself if that is FOR ALL TABLES; ``limited``: a row filter or a column list hides changes;
+    ``types``: of the columns that conditions of rules read.
     """
 
     table: Table
@@ -35,6 +38,7 @@ class Leaf(NamedTuple):
     usable: bool
     carriers: tuple[int, ...]
     limited: bool
+    types: Mapping[str, ColumnType]
 
     @property
     def published(self) -> bool:
@@ -144,6 +148,11 @@ class Survey:
             if state and state.published and not ((former := before.tables[table]) and former.published)
         ]
 
+    def types(self, oid: int, tables: Iterable[Table]) -> Mapping[str, ColumnType]:
+        """Return the types of columns that conditions read: of this table, or of one like it in these tables."""
+        leaves = [leaf for table in tables if (state := self.tables[table]) for leaf in state.leaves]
+        return next((leaf.types for leaf in leaves if leaf.oid == oid), leaves[0].types if leaves else {})
+
     def known_as(self, oid: int) -> list[Table]:
         """Return the tables of rules that the table with this OID was, or was a partition of, under any name."""
         return [
@@ -240,7 +249,8 @@ class Surveyor:
         roots = await rows(self._connection, _KIN + of_roots, given)
         leaves = await rows(self._connection, _KIN + of_leaves, given)
         harmed = await rows(self._connection, _WITHOUT_IDENTITY, given)
-        seen = (tables, publications, roots, leaves, harmed)
+        types = await self._types(rules, leaves)
+        seen = (tables, publications, roots, leaves, harmed, types)
         if self._last is not None and self._last[0] == seen:
             return self._last[1]
         states: dict[Table, TableState | None] = dict.fromkeys(tables)
@@ -251,14 +261,25 @@ class Surveyor:
         for row in leaves:
             state = states[Table(row.root_schema, row.root_name)]
             if state is not None:
-                state.leaves.append(_leaf(row))
+                state.leaves.append(_leaf(row, types.get(row.oid, {})))
         suits = bool(publications) and publications[0].suits
         survey = Survey(bool(publications), suits, states, [Table(row.schema, row.name) for row in harmed])
         self._last = seen, survey
         return survey
 
+    async def _types(self, rules: RuleSet, leaves: Sequence[Any]) -> dict[int, dict[str, ColumnType]]:
+        """Return the types of the columns that conditions read, by the OID of each table that holds rows."""
+        conditions = [(rule.table, condition_of(rule.when)) for rule in rules.rules if rule.when is not None]
+        tables = {table for table, _ in conditions}
+        oids = [row.oid for row in leaves if Table(row.root_schema, row.root_name) in tables]
+        if not oids:
+            return {}
+        reads = [each for _, condition in conditions for each in condition.reads.values()]
+        names = None if any(each.whole for each in reads) else sorted({name for each in reads for name in each.columns})
+        return await compared_types(self._connection, oids, names)
 
-def _leaf(row: Any) -> Leaf:
+
+def _leaf(row: Any, types: Mapping[str, ColumnType]) -> Leaf:
     return Leaf(
         table=Table(row.schema, row.name),
         oid=row.oid,
@@ -269,6 +290,7 @@ def _leaf(row: Any) -> Leaf:
         usable=row.usable,
         carriers=tuple(row.carriers),
         limited=row.limited,
+        types=types,
     )
 
 

@@ -93,7 +93,7 @@ class Daemon:
             errors.WrongSettings: this database can't keep the settings or the rules.
             errors.ServerRefuses: a server refuses for good.
         """
-        pages = http.Pages(self._metrics.shown(self._options.slot), self.status, lambda: self._role != "connecting")
+        pages = http.Pages(self._metrics.shown(self._options.slot), self.status, self._ready)
         with _signals(self._ask_to_stop, self._reload.ask):
             async with http.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
@@ -224,6 +224,11 @@ class Daemon:
             _log.info("role", role=role)
         self._role = role
         self._metrics.leader.set(role == "leader")
+
+    def _ready(self) -> bool:
+        """Return whether busts can work, here or with the leader; a Redis that is away for a while does not count."""
+        refused = self._opened is not None and self._opened.apply.redis.refused
+        return self._role != "connecting" and not refused
 
     def status(self) -> dict[str, Any]:
         """Return what /status shows."""

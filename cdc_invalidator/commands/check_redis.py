@@ -15,7 +15,7 @@ from typing import Any
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.eventstream import FIELD
-from cdc_invalidator.redis import node, replies
+from cdc_invalidator.redis import available, node, replies
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.occupied import refuse_occupied
@@ -105,6 +105,12 @@ async def _look_at_rights(
     opened, close = await _open(endpoint)
     try:
         findings = _of_server(endpoint, rules, _Server.read(await opened.send([("INFO",)])))
+        missing = await available.lacking(opened, available.NEEDED)
+        if missing:
+            # Without these, nothing else can be tried.
+            sentence = str(available.not_there(missing))
+            return [*findings, Finding(Severity.ERROR, "redis_lacks_commands", REDIS, sentence)]
+        findings += await _of_cosmetic(opened)
         findings += await _of_commands(opened, watermark)
         if rules is not None:
             findings += await _of_keys(opened, rules)
@@ -146,7 +152,7 @@ async def _open(endpoint: Endpoint) -> tuple[Node, Callable[[], Awaitable[None]]
 
 def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> list[Finding]:
     if not server.version:
-        sentence = "its version is not known, since the ACL refuses INFO; Redis 6.2 and later will do."
+        sentence = "its version is not known, since INFO is refused; Redis 6.2 and later will do."
         return [Finding(Severity.NOTE, "redis_version", REDIS, sentence)]
     kind = {"server": "a single server", "sentinel": "a master named by Sentinel", "cluster": "a cluster"}
     sentence = f"this is {server.product}, {kind[endpoint.kind]}; nothing needs to be done."
@@ -170,6 +176,15 @@ def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> li
             )
         )
     return findings
+
+
+async def _of_cosmetic(opened: Node) -> list[Finding]:
+    missing = await available.lacking(opened, available.COSMETIC)
+    if not missing:
+        return []
+    without = ", ".join(available.COSMETIC[name] for name in missing)
+    sentence = f"it does not have {', '.join(missing)}, so the daemon does without {without}; nothing needs to be done."
+    return [Finding(Severity.NOTE, "redis_lacks_commands", REDIS, sentence)]
 
 
 async def _of_commands(opened: Node, watermark: str) -> list[Finding]:
@@ -282,14 +297,19 @@ async def _of_old_values(opened: Node, watermark: str, rules: RuleSet) -> list[F
         for command, answer in zip(tried, answers, strict=False)
         if isinstance(answer, Exception) and node.code(answer) == "NOPERM"
     ]
+    missing = [str(command[0]) for command, answer in zip(tried, answers, strict=False) if available.unknown(answer)]
+    why = []
+    if refused:
+        why.append(("redis_rights", f"the ACL user of CDC_REDIS_URL may not; grant it {' '.join(refused)}"))
+    if missing:
+        why.append(("redis_lacks_commands", f"Redis does not have {', '.join(missing)}; have it enabled"))
     return [
         Finding(
             Severity.WARNING,
-            "redis_rights",
+            code,
             cache.place,
-            f"the ACL user of CDC_REDIS_URL may not leave old values of cache {cache.name} for its `stale_for`, and "
-            f"deletes them instead; grant it {' '.join(refused)}.",
+            f"old values of cache {cache.name} are deleted rather than left for its `stale_for`, because {reason}.",
         )
         for cache in kept
-        if refused
+        for code, reason in why
     ]

@@ -22,6 +22,7 @@ from redis.crc import key_slot
 
 from cdc_invalidator import errors
 from cdc_invalidator.redis import node, replies
+from cdc_invalidator.redis.available import require_commands
 from cdc_invalidator.redis.endpoint import Address, Endpoint
 from cdc_invalidator.redis.hashslots import View, read_view
 from cdc_invalidator.redis.node import Command, Node, end
@@ -113,6 +114,7 @@ class Cluster(CacheServer):
 
     async def _open(self, opened: Node) -> None:
         await opened.connect()
+        await require_commands(opened)
         await self.scripts.load(opened)
 
     async def close(self) -> None:

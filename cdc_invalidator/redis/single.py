@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from cdc_invalidator import errors
+from cdc_invalidator.redis.available import require_commands
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.scripts import watermark_id, watermark_written
 from cdc_invalidator.redis.server import (
@@ -53,6 +54,7 @@ class Single(CacheServer):
     async def connect(self) -> None:
         """See `CacheServer`."""
         self._node = await self._find()
+        await require_commands(self._node)
         await self.scripts.load(self._node)
 
     async def close(self) -> None:

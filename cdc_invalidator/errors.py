@@ -1,4 +1,4 @@
-"""Every error this package raises, in one tree. Nothing else defines exceptions.
+"""Every error that an operator can see, in one tree. Errors that are caught where they are raised stand beside their code.
 
 ::
 

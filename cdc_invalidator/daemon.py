@@ -19,6 +19,7 @@ import structlog
 
 from cdc_invalidator import errors, http, lsn
 from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.impasse import Impasse
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
@@ -65,6 +66,7 @@ class Daemon:
         # Set to end the session: the daemon must stop, or the rules have changed.
         self._over = asyncio.Event()
         self._backoff = Backoff()
+        self._impasse = Impasse()
         # The database could keep the rules once: from now on, keep them as far as possible instead of refusing.
         self._proven = False
         self._unsettled: set[Table] = set()
@@ -184,7 +186,7 @@ class Daemon:
             # The watermark tells nothing of our position: whenever we lead, everything is swept. So hold no WAL.
             await self._give_up(session, error)
             await self._pause(delay)
-        except errors.Retryable as error:
+        except (errors.Retryable, errors.MalformedMessage) as error:
             if time.monotonic() - began > SETTLED_SECONDS:
                 self._backoff.reset()
             delay = self._backoff.next()
@@ -193,9 +195,20 @@ class Daemon:
             self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
             _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
             await self._close(session)
+            if (skipped := self._skipped(error)) is not None:
+                await self._give_up(session, skipped)
             await self._pause(delay)
         finally:
             await self._close(session)
+
+    def _skipped(self, error: errors.InvalidatorError) -> errors.PositionSkipped | None:
+        """Return why to skip what comes next in the stream, if that has failed often enough."""
+        if self._opened is None or not isinstance(error, (errors.CannotSend, errors.MalformedMessage)):
+            return None
+        received = self._opened.checkpoint.received_lsn
+        if not self._impasse.failed(received, time.monotonic()):
+            return None
+        return errors.PositionSkipped(f"The stream has failed again and again behind {lsn.text(received)}: {error}")
 
     async def _close(self, session: Session) -> None:
         await session.close()

@@ -11,8 +11,10 @@
     ├── OutputLost                  exit 1   nobody takes the events
     └── Retryable                            lost for now: throw the session away and build it anew
         ├── PostgresUnavailable
+        │   └── CannotSend                   the server fails at what comes next in the stream
         ├── Locked                           a lock was not to be had in time
         ├── PositionGivenUp                  the slot is of no use any more: drop it, and sweep
+        │   └── PositionSkipped              only what comes next is: move the slot behind it, and sweep
         ├── SlotInUse                        another daemon leads
         ├── Superseded                       Redis holds a later watermark than ours: another daemon leads
         ├── WatermarkTaken                   another PostgreSQL's daemon writes the watermark
@@ -93,6 +95,10 @@ class PostgresUnavailable(Retryable):
     """PostgreSQL cannot be reached; check CDC_POSTGRES_DSN and the server."""
 
 
+class CannotSend(PostgresUnavailable):
+    """PostgreSQL fails at a change that comes next in the stream; after some attempts it is skipped."""
+
+
 class SlotInUse(Retryable):
     """Another daemon streams from the slot; this one stands by and takes over when that ends."""
 
@@ -103,6 +109,10 @@ class Locked(Retryable):
 
 class PositionGivenUp(Retryable):
     """Redis is away and the slot held more than CDC_MAX_RETAINED_WAL: it is dropped, and the caches swept later."""
+
+
+class PositionSkipped(PositionGivenUp):
+    """What comes next in the stream never gets through: the slot is moved behind it, and the caches are swept."""
 
 
 class Superseded(Retryable):

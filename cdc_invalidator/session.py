@@ -340,14 +340,18 @@ class Session:
                 await server.close()
 
     async def give_up(self, reason: errors.PositionGivenUp | errors.WatermarkTaken) -> None:
-        """Drop the slot, so that PostgreSQL can remove its WAL; the next session creates a new one and sweeps.
+        """Give up what the slot holds: the next session goes on behind it, or with a new slot, and sweeps.
+
+        `errors.PositionSkipped` moves the slot on, without waiting for running transactions, as a new slot would; if
+        that fails, or for any other reason, the slot is dropped, so that PostgreSQL can remove its WAL.
 
         Call `close` first.
         """
         connection = await connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
         try:
             slot = Slot(connection, self._options.slot)
-            if not await slot.drop_soon(GIVE_UP_SECONDS):
+            skipped = isinstance(reason, errors.PositionSkipped) and await _skipped(slot)
+            if not skipped and not await slot.drop_soon(GIVE_UP_SECONDS):
                 return
         except errors.SlotInUse:
             # Another daemon took it over before we could drop it, and leads now.
@@ -366,6 +370,15 @@ class Session:
                 await replication.finish()
         except (errors.Retryable, TimeoutError) as error:
             _log.warning("not_confirmed", error=str(error) or "PostgreSQL did not answer in time.")
+
+
+async def _skipped(slot: Slot) -> bool:
+    try:
+        await slot.skip_soon(GIVE_UP_SECONDS)
+    except (errors.PostgresUnavailable, errors.ServerRefuses, errors.Locked) as error:
+        _log.warning("slot_not_moved", error=str(error))
+        return False
+    return True
 
 
 async def _wait(event: asyncio.Event) -> None:

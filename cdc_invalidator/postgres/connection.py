@@ -30,6 +30,11 @@ OPTIONS: dict[str, Any] = {
 }
 # Our statements never wait long for a lock, and so never make others wait behind them.
 PATIENCE = "SET statement_timeout = '30s'; SET lock_timeout = '2s'"
+# A role or a database may limit how long its sessions live; ours are few, idle most of the time, and wait for long.
+UNLIMITED = """
+SELECT set_config(name, '0', false) FROM pg_settings
+WHERE name IN ('idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout')
+"""
 # Creating a slot waits for all running transactions, and blocks nobody.
 ENDLESS = "SET statement_timeout = 0; SET lock_timeout = 0"
 
@@ -83,7 +88,7 @@ async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
             row_factory=namedtuple_row,
             **OPTIONS,
         )
-        await connection.execute(PATIENCE)
+        await connection.execute(f"{PATIENCE}; {UNLIMITED}")
         return connection
 
 

@@ -23,7 +23,7 @@ from psycopg import pq, sql
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
-from cdc_invalidator.postgres.connection import OPTIONS, ready, translated
+from cdc_invalidator.postgres.connection import ENDLESS, OPTIONS, UNLIMITED, first_line, ready, translate, translated
 from cdc_invalidator.postgres.stream import whole
 
 # Bytes a read: enough to be worth the wake-up, few enough that other tasks get their turn.
@@ -41,6 +41,9 @@ COPY = 5
 """Where what a CopyData message carries begins: after its tag and length."""
 PAYLOAD = COPY + 25
 """Where the pgoutput message in an XLogData message begins: after its tag, start, end and send time."""
+
+# SQLSTATEs that say nothing of the change at hand: the connection ends, the server lacks resources or is shut down.
+_OF_THE_SERVER = ("08", "53", "55", "57")
 
 _KEEPALIVE = struct.Struct(">xQqB")
 _STATUS = struct.Struct(">cQQQqB")
@@ -123,6 +126,7 @@ class Replication:
         )
         with translated():
             text = command.as_bytes(self._connection)
+            await self._connection.execute(f"{ENDLESS}; {UNLIMITED}")
             if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
                 # The data of such a database may not be UTF-8, and then the server would refuse to send it as UTF-8.
                 await self._connection.execute("SET client_encoding = 'SQL_ASCII'")
@@ -139,8 +143,15 @@ class Replication:
 
     async def read(self) -> bytes:
         """Return the CopyData messages that have arrived, whole and at least one; wait if there is none."""
-        with translated():
+        try:
             data = await self._transport.read()
+        except (psycopg.Error, OSError) as error:
+            if _is_of_the_change(error):
+                raise errors.CannotSend(
+                    f"PostgreSQL can't send the change that comes next ({first_line(error)}); it is tried again a few "
+                    "times, and then skipped."
+                ) from error
+            raise translate(error) from error
         if not data:
             raise errors.PostgresUnavailable("PostgreSQL ended the replication stream; it is started anew.")
         return data
@@ -368,6 +379,16 @@ class _Socket(_Transport):
 def _length(data: bytearray) -> int:
     """Return the length of the first message, without its tag."""
     return int.from_bytes(data[1:COPY], "big")
+
+
+def _is_of_the_change(error: Exception) -> bool:
+    """Return whether the walsender has failed at what it was to send, rather than being gone."""
+    state = getattr(error, "sqlstate", None) or ""
+    return (
+        bool(state)
+        and not state.startswith(_OF_THE_SERVER)
+        and not isinstance(translate(error), errors.PositionGivenUp)
+    )
 
 
 def _of_result(result: pq.abc.PGresult | None) -> Exception:

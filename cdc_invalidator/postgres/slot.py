@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.postgres.connection import rows
 from cdc_invalidator.postgres.quoting import literal
+
+Value = TypeVar("Value")
 
 
 class SlotState(NamedTuple):
@@ -125,19 +128,34 @@ class Slot:
         Raises:
             errors.SlotInUse: a session still streams from it after this many seconds.
         """
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return bool(await self.drop())
-            except errors.SlotInUse:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.05)
+        return bool(await _soon(self.drop, seconds))
+
+    async def skip_soon(self, seconds: float) -> None:
+        """Move the slot behind all that is committed by now, as soon as its walsender has noticed that we are gone.
+
+        PostgreSQL reads the WAL for that, but does not build the changes.
+
+        Raises:
+            errors.SlotInUse: as `drop_soon`.
+            errors.PostgresUnavailable: it can't be moved.
+        """
+        await _soon(lambda: self._rows(_SKIP), seconds)
 
     async def activity(self) -> Activity:
         """Read the database's transaction counters."""
         (row,) = await self._rows(_ACTIVITY)
         return Activity(row.commits, row.rollbacks)
+
+
+async def _soon(work: Callable[[], Awaitable[Value]], seconds: float) -> Value:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return await work()
+        except errors.SlotInUse:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.05)
 
 
 _SERVER = """
@@ -153,6 +171,12 @@ SELECT active, active_pid, plugin, database = current_database() AS here, confir
     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn
   ), 0)::bigint AS retained
 FROM pg_replication_slots WHERE slot_name = %(slot)s
+"""
+
+_SKIP = """
+SELECT pg_replication_slot_advance(
+  %(slot)s, CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END
+)
 """
 
 _ACTIVITY = """

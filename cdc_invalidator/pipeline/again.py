@@ -32,6 +32,8 @@ class Waiting:
     since: float
     due: float
     widened: bool = False
+    # What its queue has counted for it; a batch may grow meanwhile.
+    weight: int = 0
 
 
 class _Queue:
@@ -46,7 +48,8 @@ class _Queue:
 
     def append(self, item: Waiting) -> None:
         self.waiting.append(item)
-        self._weight += item.batch.weight + BATCH
+        item.weight = item.batch.weight + BATCH
+        self._weight += item.weight
         if self._weight > self._capacity:
             self._widen()
 
@@ -54,7 +57,7 @@ class _Queue:
         while self.waiting and self.waiting[0].due < reached:
             item = self.waiting.popleft()
             if not item.widened:
-                self._weight -= item.batch.weight + BATCH
+                self._weight -= item.weight
             yield item
 
     def _widen(self) -> None:
@@ -140,7 +143,7 @@ class Again:
     def until_later(self, batch: Batch, ticket: Ticket, now: float) -> None:
         """Let the busts of caches with ``again_after`` wait for that time."""
         for delay in {target.cache.again_after for target in batch.busts if target.cache.again_after is not None}:
-            part = Batch(batch.commit_lsn, batch.committed_at, batch.xid)
+            part = Batch(batch.commit_lsn, batch.committed_at, batch.xid, whole=batch)
             for target, busts in batch.busts.items():
                 if target.cache.again_after == delay:
                     part.busts[target] = busts

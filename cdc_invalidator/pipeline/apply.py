@@ -81,6 +81,7 @@ class Apply:
             Sweeps(metrics, rate=sweep_rate),
             rules=kept.rules,
             resolve=resolve,
+            grown=recent.grown,
             events=events,
             metrics=metrics,
         )

@@ -84,7 +84,7 @@ class Queries:
             for batch, busts in all_busts:
                 before = len(busts.derived) + len(busts.bumps)
                 _take(target, busts, found)
-                batch.weight += len(busts.derived) + len(busts.bumps) - before
+                batch.grow(len(busts.derived) + len(busts.bumps) - before)
 
     async def _ask_twice(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
         try:

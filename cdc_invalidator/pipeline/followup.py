@@ -49,6 +49,7 @@ class FollowUps:
         sweeps: those that run.
         rules: the rule set.
         resolve: ends a part of a ticket.
+        grown: is told of batches that may have got more keys.
         events: where sweeps are logged.
         metrics: what to count.
     """
@@ -61,6 +62,7 @@ class FollowUps:
         *,
         rules: RuleSet,
         resolve: Callable[[Ticket], None],
+        grown: Callable[[Batch], None],
         events: Events,
         metrics: Metrics,
     ) -> None:
@@ -68,6 +70,7 @@ class FollowUps:
         self._flush = flush
         self.sweeps = sweeps
         self._resolve = resolve
+        self._grown = grown
         self._events = events
         self._metrics = metrics
         self._again = Again(resolve)
@@ -120,6 +123,8 @@ class FollowUps:
         self._early_backoff.reset()
         batches = [waiting.batch for _, waiting in self._due]
         await self._postgres.queries.derive(batches)
+        for batch in batches:
+            self._grown(batch)
         events, reply = await self._flush.bust(server, batches)
         visible = {each.batch.commit_lsn for reason, each in self._due if reason == "visible"}
         self._flush.log_derived(events, reply, visible, replay_until)

@@ -1,4 +1,4 @@
-"""Every error that an operator can see, in one tree. Errors that are caught where they are raised stand beside their code.
+"""Every error that an operator can see, in one tree. Errors that are caught near where they arise stand there.
 
 ::
 

@@ -56,5 +56,25 @@ def test_run_imports_nothing_of_other_commands_nor_what_no_rule_needs() -> None:
     assert "cdc_invalidator.daemon" in modules
     others = {name for name in modules if name.startswith("cdc_invalidator.commands.")}
     assert others == {"cdc_invalidator.commands.healthcheck"}
-    assert modules.isdisjoint({"cel", "multiprocessing.pool", "rich", "watchfiles"})
+    assert modules.isdisjoint({"cel", "multiprocessing.pool", "rich", "typer", "watchfiles"})
     assert not any(name.startswith(("cdc_invalidator.embedded", "cdc_invalidator.reader")) for name in modules)
+
+
+RUN = """
+import gc, sys
+from cdc_invalidator import __main__, start
+
+class Daemon:
+    async def run(self, *_address):
+        print(gc.isenabled(), gc.get_freeze_count() > 10_000)
+
+start._daemon = lambda *_: Daemon()
+sys.argv = ["cdc-invalidator", "run", "--postgres-dsn", "dbname=shop", "--redis-url", "redis://", "--rules", "rules"]
+__main__.main()
+"""
+
+
+def test_the_collector_is_on_once_the_daemon_runs_and_leaves_alone_what_was_loaded() -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", RUN], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]

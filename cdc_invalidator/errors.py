@@ -4,7 +4,8 @@
 
     InvalidatorError                exit 1
     ├── WrongSettings               exit 2   settings or rule files are wrong
-    │   └── WrongRules              exit 2   every mistake of the rule files at once
+    │   ├── WrongRules              exit 2   every mistake of the rule files at once
+    │   └── PoolerInBetween         exit 2   PostgreSQL's address is that of a connection pooler
     ├── ServerRefuses               exit 3   a server says no for good: privilege, wal_level
     ├── MalformedMessage            exit 1   the bytes are not pgoutput (they are wrong)
     ├── WrongMessage                         a manual bust can't be read: it is reported and skipped
@@ -67,6 +68,16 @@ class WrongRules(WrongSettings):
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = sorted(problems)
         super().__init__("\n".join(map(str, self.problems)))
+
+
+class PoolerInBetween(WrongSettings):
+    """The connection string leads to a connection pooler; name the host and port of PostgreSQL itself."""
+
+    def __init__(self, setting: str, sign: str) -> None:
+        super().__init__(
+            f"{setting} leads to a connection pooler such as PgBouncer ({sign}), through which nobody can stream, and "
+            "whose sessions are the application's; name the host and port of PostgreSQL itself."
+        )
 
 
 class ServerRefuses(InvalidatorError):

@@ -300,7 +300,8 @@ class Session:
             await self._stand_by(slot)
         statements = slot.statements(state, server, new_publication=not before.exists)
         if statements:
-            # A slot holds WAL back: don't create it before Redis is there to take the busts.
+            # A slot holds WAL back: don't create it before we know that we can stream, and Redis takes the busts.
+            await Replication.try_out(self._options.postgres_dsn)
             await self._redis_there(server.system_id)
             await tables.set_up(statements)
             # Creating a slot waits for all running transactions: from here on the stream is complete.

@@ -19,7 +19,7 @@ from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.wording import nearest, shown
 
 QUERY_SECONDS = 10
-_LIMITS = f"SET default_transaction_read_only = on; SET statement_timeout = '{QUERY_SECONDS}s'"
+_LIMITS = {"default_transaction_read_only": "on", "statement_timeout": f"{QUERY_SECONDS}s"}
 
 
 async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
@@ -28,10 +28,8 @@ async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
     Raises:
         errors.InvalidatorError: the table or a column is not there, or a value does not fit its type.
     """
-    connection = await connect(dsn, "cdc-invalidator explain")
+    connection = await connect(dsn, "cdc-invalidator explain", _LIMITS)
     async with connection:
-        with translated():
-            await connection.execute(_LIMITS)
         shape = await _shape(connection, rules, change.table)
         types = {column.name: column.type_oid for column in shape.relation.columns}
         old, new = await _texts(connection, change, change.old), await _texts(connection, change, change.new)

@@ -23,6 +23,7 @@ from cdc_invalidator.postgres.mistakes import mistakes, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables
 from cdc_invalidator.postgres.quoting import identifier, qualified
+from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import ServerInfo, Slot
 from cdc_invalidator.postgres.survey import Leaf, Survey
 from cdc_invalidator.redis.endpoint import Endpoint
@@ -77,6 +78,9 @@ async def _or_finding(look: Callable[[], Awaitable[list[Finding]]], place: str, 
     """Turn the error of a look that fails into a finding."""
     try:
         return await look()
+    except errors.PoolerInBetween:
+        # A wrong setting, behind which nothing else can be looked at.
+        raise
     except errors.InvalidatorError as error:
         return [Finding(Severity.ERROR, code, place, str(error))]
 
@@ -128,9 +132,10 @@ class _Database:
 
     async def look(self) -> list[Finding]:
         """Return the findings."""
-        connection = await connect(self._settings.postgres_dsn, "cdc-invalidator check")
+        connection = await connect(
+            self._settings.postgres_dsn, "cdc-invalidator check", {"default_transaction_read_only": "on"}
+        )
         async with connection:
-            await rows(connection, "SET default_transaction_read_only = on")
             slot = Slot(connection, self._settings.slot)
             server: ServerInfo | None = None
             try:
@@ -208,6 +213,11 @@ class _Database:
                 f"the slot {name} holds {state.retained >> 20} MiB of WAL, more than max_wal_size; look at why the "
                 "daemon does not keep up.",
             )
+        if rights.replicates and (state is None or not state.active):
+            try:
+                await Replication.try_out(self._settings.postgres_dsn)
+            except errors.InvalidatorError as error:
+                self._add(Severity.ERROR, "cannot_stream", str(error))
         if server is not None and server.in_recovery:
             self._add(
                 Severity.NOTE,

@@ -29,7 +29,7 @@ QUERY_SECONDS = 10
 # Rows of one query for one flush, each of which may be a key; with more, the cache is swept.
 MOST_ROWS = 50_000
 # What a query must not be able to do, and how long it may take.
-_LIMITS = f"SET default_transaction_read_only = on; SET statement_timeout = '{QUERY_SECONDS}s'; SET jit = off"
+_LIMITS = {"default_transaction_read_only": "on", "statement_timeout": f"{QUERY_SECONDS}s", "jit": "off"}
 
 
 def _ignore(_rule: str) -> None:
@@ -101,10 +101,7 @@ class Queries:
     async def _ask(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
         """Return, for each of the arguments (packed values), the keys that the query's rows name."""
         if self._connection is None:
-            connection = await connect(self._dsn, "cdc-invalidator queries")
-            with translated():
-                await connection.execute(_LIMITS)
-            self._connection = connection
+            self._connection = await connect(self._dsn, "cdc-invalidator queries", _LIMITS)
         query = target.query
         assert query is not None
         assert target.bust is not None

@@ -3,11 +3,15 @@
 A failure becomes `errors.PostgresUnavailable` (try again later), `errors.Locked` (try the statement again),
 `errors.SlotInUse` (stand by), `errors.PositionGivenUp` (start over with a new slot) or `errors.ServerRefuses` (give up,
 with the remedy).
+
+Behind a pooler the session is the application's, and would keep what is SET for it. So what we need is asked for as the
+connection is opened, or for one transaction (SET LOCAL), and a pooler is refused before any other statement.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,18 +29,19 @@ OPTIONS: dict[str, Any] = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # Names and keys are UTF-8 here, whatever the database's own encoding.
-    "client_encoding": "UTF8",
+    # A pooler sets these two on a session of the application, and leaves them there. So libpq sends none, not even
+    # those of the connection string; ours are among the parameters of the session.
+    "client_encoding": "",
+    "application_name": "",
 }
-# Our statements never wait long for a lock, and so never make others wait behind them.
-PATIENCE = "SET statement_timeout = '30s'; SET lock_timeout = '2s'"
+# Our statements never wait long for a lock, and so never make others wait behind them. As SHOW writes them.
+PATIENCE: Mapping[str, str] = {"statement_timeout": "30s", "lock_timeout": "2s"}
 # A role or a database may limit how long its sessions live; ours are few, idle most of the time, and wait for long.
-UNLIMITED = """
-SELECT set_config(name, '0', false) FROM pg_settings
-WHERE name IN ('idle_in_transaction_session_timeout', 'idle_session_timeout', 'transaction_timeout')
-"""
-# Creating a slot waits for all running transactions, and blocks nobody.
-ENDLESS = "SET statement_timeout = 0; SET lock_timeout = 0"
+UNLIMITED: Mapping[str, str] = {"idle_in_transaction_session_timeout": "0", "idle_session_timeout": "0"}
+# The same, but servers before PostgreSQL 17 don't know it, and would refuse the connection.
+UNLIMITED_SINCE_17 = "SET transaction_timeout = 0"
+# Streaming never ends, and creating a slot waits for all running transactions; both block nobody.
+ENDLESS: Mapping[str, str] = {"statement_timeout": "0", "lock_timeout": "0"}
 
 # Errors that never go away by themselves, with what an administrator must do.
 _REMEDIES: dict[str, str] = {
@@ -59,6 +64,8 @@ _WORDS = {
     "must be superuser or replication role": "42501",
     '" does not exist': "3D000",
 }
+# What poolers say of parameters that they can't pass on: PgBouncer, and RDS Proxy.
+_WORDS_OF_POOLERS = ("unsupported startup parameter", "RDS Proxy")
 
 
 def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
@@ -78,18 +85,81 @@ def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
         )
 
 
-async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
-    """Open an ordinary connection with this application_name, which never waits long for a lock."""
+async def connect(
+    dsn: str, application: str, parameters: Mapping[str, str] | None = None, *, setting: str = "CDC_POSTGRES_DSN"
+) -> psycopg.AsyncConnection[Any]:
+    """Open an ordinary connection with this application_name, which never waits long for a lock.
+
+    Args:
+        dsn: the connection string.
+        application: the name in pg_stat_activity.
+        parameters: the server's parameters that hold for the connection, besides `PATIENCE`, as SHOW writes them.
+        setting: where the connection string is from.
+
+    Raises:
+        errors.PoolerInBetween: it leads to a connection pooler.
+    """
+    wanted = {**PATIENCE, **(parameters or {})}
+    return await open_alone(dsn, application, wanted, setting, row_factory=namedtuple_row)
+
+
+async def open_alone(
+    dsn: str, application: str, parameters: Mapping[str, str], setting: str = "CDC_POSTGRES_DSN", **arguments: Any
+) -> psycopg.AsyncConnection[Any]:
+    """Open a connection whose session on the server is ours alone, with just these parameters of the server.
+
+    Raises:
+        errors.PoolerInBetween: it leads to a connection pooler.
+    """
+    # Names and keys are UTF-8 here, whatever the database's own encoding.
+    wanted = {"application_name": application, "client_encoding": "UTF8", **UNLIMITED, **parameters}
     with translated():
-        connection = await psycopg.AsyncConnection.connect(
+        try:
+            connection = await psycopg.AsyncConnection.connect(
+                dsn, autocommit=True, options=_options(dsn, wanted), **OPTIONS, **arguments
+            )
+        except psycopg.OperationalError as error:
+            if any(words in str(error) for words in _WORDS_OF_POOLERS):
+                raise errors.PoolerInBetween(setting, "it does not take the parameters of a session") from error
+            raise
+        try:
+            await _refuse_pooler(connection, wanted, setting)
+            if connection.info.server_version >= 170000:
+                await connection.execute(UNLIMITED_SINCE_17)
+        except BaseException:
+            connection.pgconn.finish()
+            raise
+        return connection
+
+
+async def connect_through_anything(dsn: str) -> psycopg.AsyncConnection[Any]:
+    """Open a connection for single statements, each a transaction of its own, through a pooler too: nothing is set."""
+    with translated():
+        return await psycopg.AsyncConnection.connect(
             dsn,
             autocommit=True,
-            application_name=application,
+            prepare_threshold=None,
             row_factory=namedtuple_row,
             **OPTIONS,
         )
-        await connection.execute(f"{PATIENCE}; {UNLIMITED}")
-        return connection
+
+
+def _options(dsn: str, wanted: Mapping[str, str]) -> str:
+    given = psycopg.conninfo.conninfo_to_dict(dsn).get("options") or os.environ.get("PGOPTIONS", "")
+    ours = ("-c " + f"{name}={value}".replace(" ", "\\ ") for name, value in wanted.items())
+    # The last one counts.
+    return " ".join([str(given), *ours]).strip()
+
+
+async def _refuse_pooler(connection: psycopg.AsyncConnection[Any], wanted: Mapping[str, str], setting: str) -> None:
+    """Refuse a pooler, which answers the connection itself, and then hands each statement to a session of its own."""
+    shown = ", ".join(f"current_setting('{name}')" for name in wanted)
+    cursor = await connection.execute(f"SELECT pg_backend_pid(), ARRAY[{shown}]::text[]".encode())
+    ((pid, settings),) = await cursor.fetchall()
+    if pid != connection.pgconn.backend_pid:
+        raise errors.PoolerInBetween(setting, "another server process than the connection's answers")
+    if settings != list(wanted.values()):
+        raise errors.PoolerInBetween(setting, "it drops the parameters of a session")
 
 
 async def rows(

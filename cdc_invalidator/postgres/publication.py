@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 
 from cdc_invalidator import errors
-from cdc_invalidator.postgres.connection import ENDLESS, PATIENCE, first_line, rows, translate, translated
+from cdc_invalidator.postgres.connection import ENDLESS, first_line, rows, translate
 from cdc_invalidator.postgres.queries import ancestors
 from cdc_invalidator.postgres.quoting import identifier, qualified
 from cdc_invalidator.postgres.survey import Survey, Surveyor
@@ -96,11 +96,16 @@ async def run_statements(connection: psycopg.AsyncConnection[Any], statements: S
     """
     locked: psycopg.errors.LockNotAvailable | None = None
     for number, statement in enumerate(statements):
-        # Creating a slot waits for all running transactions, which may take long.
-        slow = "create_logical_replication_slot" in statement
         try:
-            await connection.execute(ENDLESS if slow else PATIENCE)
-            await connection.execute(statement.encode())
+            # Creating a slot waits for all running transactions, which may take long.
+            if "create_logical_replication_slot" in statement:
+                async with connection.transaction():
+                    await connection.execute(
+                        "; ".join(f"SET LOCAL {name} = {value}" for name, value in ENDLESS.items()).encode()
+                    )
+                    await connection.execute(statement.encode())
+            else:
+                await connection.execute(statement.encode())
         except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject):
             # Another daemon or an administrator was faster.
             continue
@@ -110,10 +115,6 @@ async def run_statements(connection: psycopg.AsyncConnection[Any], statements: S
             raise _may_not(error, statements[number:]) from error
         except psycopg.Error as error:
             raise translate(error) from error
-        finally:
-            if slow and connection.pgconn.status == psycopg.pq.ConnStatus.OK:
-                with translated():
-                    await connection.execute(PATIENCE)
     if locked is not None:
         raise translate(locked) from locked
 

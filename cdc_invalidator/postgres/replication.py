@@ -23,7 +23,7 @@ from psycopg import pq, sql
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
-from cdc_invalidator.postgres.connection import ENDLESS, OPTIONS, UNLIMITED, first_line, ready, translate, translated
+from cdc_invalidator.postgres.connection import ENDLESS, first_line, open_alone, ready, translate, translated
 from cdc_invalidator.postgres.stream import whole
 
 # Bytes a read: enough to be worth the wake-up, few enough that other tasks get their turn.
@@ -91,16 +91,20 @@ class Replication:
     @classmethod
     async def open(cls, dsn: str) -> Replication:
         """Connect as a walsender's client."""
-        with translated():
-            return cls(
-                await psycopg.AsyncConnection.connect(
-                    dsn,
-                    autocommit=True,
-                    replication="database",
-                    application_name="cdc-invalidator",
-                    **OPTIONS,
-                )
-            )
+        return cls(await open_alone(dsn, "cdc-invalidator", ENDLESS, replication="database"))
+
+    @classmethod
+    async def try_out(cls, dsn: str) -> None:
+        """Connect as a walsender's client and leave again, to learn whether we can stream before anything is made.
+
+        Raises:
+            errors.InvalidatorError: we can't; the message says why.
+        """
+        replication = await cls.open(dsn)
+        try:
+            await replication.identify()
+        finally:
+            replication.close()
 
     async def identify(self) -> System:
         """Ask the server for its identity."""
@@ -126,7 +130,6 @@ class Replication:
         )
         with translated():
             text = command.as_bytes(self._connection)
-            await self._connection.execute(f"{ENDLESS}; {UNLIMITED}")
             if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
                 # The data of such a database may not be UTF-8, and then the server would refuse to send it as UTF-8.
                 await self._connection.execute("SET client_encoding = 'SQL_ASCII'")

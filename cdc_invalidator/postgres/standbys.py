@@ -212,7 +212,7 @@ class Standbys:
         self._metrics.standby_awaited.labels(standby.name).set(not standby.dropped)
 
     async def _connect(self, standby: _Standby) -> psycopg.AsyncConnection[Any]:
-        connection = await connect(standby.dsn, "cdc-invalidator standby")
+        connection = await connect(standby.dsn, "cdc-invalidator standby", setting="CDC_POSTGRES_STANDBYS")
         try:
             with translated():
                 row = await (await connection.execute(_WHO)).fetchone()

@@ -32,6 +32,8 @@ from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
 
+# SIGTERM: an end in order takes less. Kubernetes grants the sidecar 5 s.
+LEAVE_SECONDS = 4.5
 # A session that lived this long did not fail for the same reason as the one before it.
 SETTLED_SECONDS = 10.0
 
@@ -74,6 +76,8 @@ class Daemon:
         self._session: Session | None = None
         # Of that session, once the slot is ours.
         self._opened: Opened | None = None
+        # The process id of the last walsender that was ours.
+        self._walsender: int | None = None
         self._last_error: str | None = None
         self._recent = Recent()
         self._standbys = standbys
@@ -117,6 +121,8 @@ class Daemon:
         if self._stop.is_set():
             # The second signal. Nothing is lost: what was not confirmed is received again.
             os._exit(errors.InvalidatorError.exit_code)
+        # A look-up of addresses that hangs would hold up the end of the process: nothing can interrupt it.
+        asyncio.get_running_loop().call_later(LEAVE_SECONDS, os._exit, 0)
         self._end()
 
     def _end(self) -> None:
@@ -160,6 +166,7 @@ class Daemon:
             recent=self._recent,
             standbys=self._standbys,
             strict=not self._proven,
+            former_walsender=self._walsender,
             unsettled=self._unsettled,
         )
         began = time.monotonic()
@@ -229,6 +236,7 @@ class Daemon:
     def _lead(self, opened: Opened) -> None:
         self._be("leader")
         self._opened = opened
+        self._walsender = opened.replication.backend_pid
         self._proven = True
         self._last_error = None
 
@@ -241,7 +249,8 @@ class Daemon:
     def _ready(self) -> bool:
         """Return whether busts can work, here or with the leader; a Redis that is away for a while does not count."""
         refused = self._opened is not None and self._opened.apply.redis.refused
-        return self._role != "connecting" and not refused
+        hangs = self._session is not None and self._session.last_error is not None
+        return self._role != "connecting" and not refused and not hangs
 
     def status(self) -> dict[str, Any]:
         """Return what /status shows."""

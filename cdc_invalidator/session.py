@@ -7,6 +7,7 @@ in Redis. Then the tasks run: receive, apply, confirm, watch, alarm and standbys
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ _log = structlog.get_logger()
 STANDBY_SECONDS = 0.25
 # How long the walsender may take to notice that we are gone, before the slot can be dropped.
 GIVE_UP_SECONDS = 10.0
+# How long the walsender of our last session may take to end.
+OUTLIVE_SECONDS = 10.0
+# Making a slot waits for running transactions: how often that is looked at, and how long it may take.
+MAKE_WATCH_SECONDS = 3.0
+MAKE_SECONDS = 3600.0
 # SIGTERM: what is not applied within this time is received again at the next start.
 DRAIN_SECONDS = 1.5
 FAREWELL_SECONDS = 0.3
@@ -99,6 +105,7 @@ class Session:
         recent: the busts applied lately; kept across sessions.
         standbys: the standbys that busts wait for.
         strict: refuse rules that this database can't keep; otherwise keep those that it can.
+        former_walsender: the process id of the last session's walsender.
         unsettled: the tables whose changes may be only partly in the stream; kept across sessions.
     """
 
@@ -114,6 +121,7 @@ class Session:
         recent: Recent,
         standbys: Standbys,
         strict: bool,
+        former_walsender: int | None,
         unsettled: set[Table],
     ) -> None:
         self._options = options
@@ -125,6 +133,7 @@ class Session:
         self._recent = recent
         self._standbys = standbys
         self._strict = strict
+        self._former_walsender = former_walsender
         self._unsettled = unsettled
         self._queries = Queries(
             options.postgres_dsn,
@@ -137,7 +146,7 @@ class Session:
         self._connections.callback(self._queries.close)
         self._connections.callback(standbys.close)
         self.backlog = Backlog()
-        # Why the slot is not made yet.
+        # Why the slot is not made yet, or what hangs.
         self.last_error: str | None = None
         # Returns the tables of rules whose changes are not in the stream: they don't exist, or can't be published.
         self.unpublished: Callable[[], list[Table]] = list
@@ -171,7 +180,8 @@ class Session:
             opened.tables,
             opened.snapshots,
             opened.apply,
-            walsender_pid=opened.replication.backend_pid,
+            replication=opened.replication,
+            tell=self._tell,
             max_retained_wal=self._options.max_retained_wal,
             metrics=self._metrics,
         )
@@ -197,6 +207,11 @@ class Session:
         else:
             _log.warning("not_drained", error="Not all was busted in time; the next start receives the rest again.")
         await self._farewell(opened.replication, opened.checkpoint, receiving)
+
+    def _tell(self, error: str | None) -> None:
+        if error is not None and self.last_error is None:
+            _log.warning("postgres_waits", error=error)
+        self.last_error = error
 
     def _start(self, work: Coroutine[None, None, Value], name: str) -> asyncio.Task[Value]:
         task = asyncio.create_task(work, name=name)
@@ -297,16 +312,71 @@ class Session:
             if state is None or not state.active:
                 break
             # When it is our turn, this survey may be hours old: make a new one then.
-            await self._stand_by(slot)
+            if state.active_pid == self._former_walsender:
+                await self._outlive(slot)
+            else:
+                await self._stand_by(slot)
         statements = slot.statements(state, server, new_publication=not before.exists)
         if statements:
             # A slot holds WAL back: don't create it before we know that we can stream, and Redis takes the busts.
             await Replication.try_out(self._options.postgres_dsn)
             await self._redis_there(server.system_id)
-            await tables.set_up(statements)
+            await self._make_slot(slot, tables, statements)
             # Creating a slot waits for all running transactions: from here on the stream is complete.
             self._unsettled.clear()
         return bool(statements), [table for table in survey.published if table in self._unsettled]
+
+    async def _make_slot(self, slot: Slot, tables: Tables, statements: list[str]) -> None:
+        """Make the slot. That waits for all running transactions, and holds WAL back meanwhile: so it is watched.
+
+        Raises:
+            errors.PostgresUnavailable: it takes too long, or too much WAL; it is begun anew.
+        """
+        making = self._start(tables.set_up(statements), "make slot")
+        began = time.monotonic()
+        await asyncio.wait({making}, timeout=MAKE_WATCH_SECONDS)
+        if not making.done():
+            connection = await connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
+            self._connections.callback(connection.pgconn.finish)
+            other = Slot(connection, slot.name)
+            while not making.done():
+                seconds = time.monotonic() - began
+                xid = await other.oldest_running()
+                why = (
+                    f"Making slot {slot.name} takes {seconds:.0f} s so far: it waits for running transactions. Look "
+                    f"for xid {xid} in pg_stat_activity (backend_xid) and in pg_prepared_xacts (transaction)"
+                )
+                state = await other.state()
+                show(state, self._metrics)
+                much_wal = state is not None and state.retained > self._options.max_retained_wal
+                if much_wal or seconds > MAKE_SECONDS:
+                    await other.end_walsender()
+                    await asyncio.wait({making}, timeout=GIVE_UP_SECONDS)
+                    more = " The slot would hold more than CDC_MAX_RETAINED_WAL." if much_wal else ""
+                    raise errors.PostgresUnavailable(f"{why}.{more} It is begun anew.")
+                self._tell(f"{why}.")
+                await asyncio.wait({making}, timeout=MAKE_WATCH_SECONDS)
+            self._tell(None)
+        making.result()
+
+    async def _outlive(self, slot: Slot) -> None:
+        """Wait until the walsender of our last session has ended, and end it if that takes long.
+
+        Raises:
+            errors.PostgresUnavailable: it does not end.
+        """
+        began = time.monotonic()
+        while time.monotonic() - began < OUTLIVE_SECONDS:
+            await asyncio.sleep(STANDBY_SECONDS)
+            state = await slot.state()
+            if state is None or state.active_pid != self._former_walsender:
+                return
+            if time.monotonic() - began > OUTLIVE_SECONDS / 2:
+                await slot.end_walsender()
+        raise errors.PostgresUnavailable(
+            f"Slot {slot.name} is still held by the walsender of the last session, pid {self._former_walsender}, which "
+            "hangs; end it on the server."
+        )
 
     async def _stand_by(self, slot: Slot) -> None:
         self._be("standby")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from cdc_invalidator import errors
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.apply import Apply
+from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import Slot, SlotState
 from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.tables import Tables
@@ -19,6 +21,8 @@ from cdc_invalidator.postgres.tables import Tables
 WATCH_SECONDS = 3.0
 # After this silence the server will not answer any more: our statements time out sooner.
 SILENCE_SECONDS = 60.0
+# After this silence of the walsender, it is told.
+HUSH_SECONDS = 10.0
 # If Redis is away for this long and the slot holds too much WAL, the position is given up.
 AWAY_SECONDS = 2.0
 
@@ -31,7 +35,8 @@ class Watch:
         tables: the tables of the rules.
         snapshots: to know which transactions began before a table was published.
         apply: is told what to sweep, and when to hurry.
-        walsender_pid: the process id of our walsender.
+        replication: our stream.
+        tell: is called with what hangs, and with ``None`` once nothing does.
         max_retained_wal: bytes of WAL that the slot may hold while Redis is away.
         metrics: what to count.
     """
@@ -43,7 +48,8 @@ class Watch:
         snapshots: Snapshots,
         apply: Apply,
         *,
-        walsender_pid: int,
+        replication: Replication,
+        tell: Callable[[str | None], None],
         max_retained_wal: int,
         metrics: Metrics,
     ) -> None:
@@ -51,7 +57,8 @@ class Watch:
         self._tables = tables
         self._snapshots = snapshots
         self._apply = apply
-        self._walsender_pid = walsender_pid
+        self._replication = replication
+        self._tell = tell
         self._max_retained_wal = max_retained_wal
         self._metrics = metrics
         self._looked_at = time.monotonic()
@@ -72,15 +79,26 @@ class Watch:
             await asyncio.sleep(WATCH_SECONDS)
 
     async def alarm(self) -> None:
-        """Fail when the last look is long ago: the server is frozen, or the network drops packets."""
+        """Fail when the last look is long ago, or the walsender silent for long; tell it before.
+
+        The server or a backend is frozen then, or the network drops packets.
+        """
+        stream = self._replication
         while True:
             await asyncio.sleep(WATCH_SECONDS)
+            silent = stream.silent_for
+            silence = (
+                f"The walsender, pid {stream.backend_pid}, has not answered for {silent:.0f} s; look whether it hangs."
+            )
+            if silent > stream.most_silence:
+                raise errors.PostgresUnavailable(silence)
+            self._tell(silence if silent > HUSH_SECONDS else None)
             if time.monotonic() - self._looked_at > SILENCE_SECONDS:
                 raise errors.PostgresUnavailable(f"PostgreSQL has not answered for {SILENCE_SECONDS:.0f} s.")
 
     async def _look_at_slot(self) -> None:
         state = await self._slot.state()
-        if state is None or state.active_pid != self._walsender_pid:
+        if state is None or state.active_pid != self._replication.backend_pid:
             # Our walsender is gone, even if our connection does not know yet; another daemon may lead by now.
             raise errors.PostgresUnavailable(f"Slot {self._slot.name} is not ours any more.")
         show(state, self._metrics)

@@ -12,7 +12,7 @@ from cdc_invalidator import errors
 from cdc_invalidator.commands.simulate import Change, Played, Row, Shape, play
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.postgres.connection import connect, first_line, translate, translated
+from cdc_invalidator.postgres.connection import answered, connect, first_line, translate
 from cdc_invalidator.postgres.queries import ancestors, columns
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
@@ -43,7 +43,7 @@ async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
 
 
 async def _shape(connection: psycopg.AsyncConnection[Any], rules: RuleSet, table: Table) -> Shape:
-    with translated():
+    with answered(connection):
         cursor = await connection.execute(_TABLE, {"table": str(table)})
         found = await cursor.fetchone()
         if found is None:

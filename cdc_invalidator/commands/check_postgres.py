@@ -18,7 +18,7 @@ from cdc_invalidator.commands import check_redis
 from cdc_invalidator.commands.check_rules import Columns, never, offline
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
-from cdc_invalidator.postgres.connection import connect, first_line, rows, translated
+from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
 from cdc_invalidator.postgres.mistakes import mistakes, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables
@@ -362,7 +362,7 @@ class _Database:
     ) -> None:
         assert bust.query is not None
         arguments: list[Any] = [[None] for _ in bust.query.columns] or [1]
-        with translated():
+        with answered(connection):
             nothing = f"SELECT * FROM (\n{query}\n) AS found LIMIT 0"  # noqa: S608  the rule file's own SQL
             cursor = await connection.execute(nothing.encode(), arguments)
         given = {column.name: column.type_code for column in (cursor.description or [])[1:]}
@@ -377,7 +377,7 @@ class _Database:
             )
         for parameter, oid in given.items():
             self._learn(bust.cache, parameter, _texts(oid))
-        with translated():
+        with answered(connection):
             explained = await connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON) {query}".encode(), arguments)
             ((plans,),) = await explained.fetchall()
         nodes = list(_nodes(plans[0]["Plan"]))

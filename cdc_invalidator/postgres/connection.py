@@ -13,9 +13,11 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg.rows import namedtuple_row
@@ -34,6 +36,12 @@ OPTIONS: dict[str, Any] = {
     "client_encoding": "",
     "application_name": "",
 }
+# A server with several hosts and addresses is tried at one after the other, each for 10 s.
+CONNECT_SECONDS = 60.0
+# The server ends our statements after 30 s, but for those that have limits of their own.
+ANSWER_SECONDS = 40.0
+# What costs the server nothing.
+AT_ONCE_SECONDS = 10.0
 # Our statements never wait long for a lock, and so never make others wait behind them. As SHOW writes them.
 PATIENCE: Mapping[str, str] = {"statement_timeout": "30s", "lock_timeout": "2s"}
 # A role or a database may limit how long its sessions live; ours are few, idle most of the time, and wait for long.
@@ -66,6 +74,8 @@ _WORDS = {
 }
 # What poolers say of parameters that they can't pass on: PgBouncer, and RDS Proxy.
 _WORDS_OF_POOLERS = ("unsupported startup parameter", "RDS Proxy")
+# Connections that were cut, and why.
+_hung: WeakKeyDictionary[psycopg.AsyncConnection[Any], str] = WeakKeyDictionary()
 
 
 def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
@@ -115,17 +125,16 @@ async def open_alone(
     wanted = {"application_name": application, "client_encoding": "UTF8", **UNLIMITED, **parameters}
     with translated():
         try:
-            connection = await psycopg.AsyncConnection.connect(
-                dsn, autocommit=True, options=_options(dsn, wanted), **OPTIONS, **arguments
-            )
+            connection = await _open(dsn, options=_options(dsn, wanted), **arguments)
         except psycopg.OperationalError as error:
             if any(words in str(error) for words in _WORDS_OF_POOLERS):
                 raise errors.PoolerInBetween(setting, "it does not take the parameters of a session") from error
             raise
         try:
-            await _refuse_pooler(connection, wanted, setting)
-            if connection.info.server_version >= 170000:
-                await connection.execute(UNLIMITED_SINCE_17)
+            with limited(connection):
+                await _refuse_pooler(connection, wanted, setting)
+                if connection.info.server_version >= 170000:
+                    await connection.execute(UNLIMITED_SINCE_17)
         except BaseException:
             connection.pgconn.finish()
             raise
@@ -135,13 +144,18 @@ async def open_alone(
 async def connect_through_anything(dsn: str) -> psycopg.AsyncConnection[Any]:
     """Open a connection for single statements, each a transaction of its own, through a pooler too: nothing is set."""
     with translated():
-        return await psycopg.AsyncConnection.connect(
-            dsn,
-            autocommit=True,
-            prepare_threshold=None,
-            row_factory=namedtuple_row,
-            **OPTIONS,
-        )
+        return await _open(dsn, prepare_threshold=None, row_factory=namedtuple_row)
+
+
+async def _open(dsn: str, **arguments: Any) -> psycopg.AsyncConnection[Any]:
+    try:
+        # The driver limits each attempt, but not the look-up of the addresses.
+        async with asyncio.timeout(CONNECT_SECONDS):
+            return await psycopg.AsyncConnection.connect(dsn, autocommit=True, **OPTIONS, **arguments)
+    except TimeoutError as error:
+        raise errors.PostgresUnavailable(
+            f"No connection to PostgreSQL within {CONNECT_SECONDS:g} s; check the host in CDC_POSTGRES_DSN, and DNS."
+        ) from error
 
 
 def _options(dsn: str, wanted: Mapping[str, str]) -> str:
@@ -166,9 +180,58 @@ async def rows(
     connection: psycopg.AsyncConnection[Any], query: str, given: Mapping[str, Any] | None = None
 ) -> list[Any]:
     """Run a query and return its rows, as named tuples."""
-    with translated():
+    with answered(connection):
         cursor = await connection.execute(query.encode(), given)
         return await cursor.fetchall() if cursor.description is not None else []
+
+
+@contextmanager
+def answered(connection: psycopg.AsyncConnection[Any], seconds: float = ANSWER_SECONDS) -> Iterator[None]:
+    """Turn the driver's errors into ours, and cut the connection if the server has not answered in time."""
+    with translated(), limited(connection, seconds):
+        yield
+
+
+@contextmanager
+def limited(connection: psycopg.AsyncConnection[Any], seconds: float = ANSWER_SECONDS) -> Iterator[None]:
+    """Cut the connection if the server has not answered in time.
+
+    The server's own limits do not help against a backend that hangs. To cut the socket ends the wait as a server that
+    goes away does: the driver, if cancelled, would wait for the server once more.
+
+    Raises:
+        errors.PostgresUnavailable: the server has not answered.
+    """
+    pgconn = connection.pgconn
+    pid, application = pgconn.backend_pid, pgconn.parameter_status(b"application_name")
+    late = False
+
+    def cut() -> None:
+        nonlocal late
+        late = True
+        shut(pgconn.socket)
+
+    timer = asyncio.get_running_loop().call_later(seconds, cut)
+    try:
+        yield
+    except (psycopg.Error, OSError) as error:
+        if late:
+            _hung[connection] = (
+                f"PostgreSQL has not answered {(application or b'a session').decode()} for {seconds:g} s; look for a "
+                f"backend that hangs, pid {pid}."
+            )
+        # Also for those who waited for their turn.
+        if connection in _hung:
+            raise errors.PostgresUnavailable(_hung[connection]) from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def shut(descriptor: int) -> None:
+    """End a socket's connection; whoever waits for it is told. The descriptor stays open."""
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as wire:
+        wire.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 
 from cdc_invalidator import errors
-from cdc_invalidator.postgres.connection import ENDLESS, first_line, rows, translate
+from cdc_invalidator.postgres.connection import ENDLESS, first_line, limited, rows, translate
 from cdc_invalidator.postgres.queries import ancestors
 from cdc_invalidator.postgres.quoting import identifier, qualified
 from cdc_invalidator.postgres.survey import Survey, Surveyor
@@ -105,7 +105,8 @@ async def run_statements(connection: psycopg.AsyncConnection[Any], statements: S
                     )
                     await connection.execute(statement.encode())
             else:
-                await connection.execute(statement.encode())
+                with limited(connection):
+                    await connection.execute(statement.encode())
         except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject):
             # Another daemon or an administrator was faster.
             continue
@@ -127,8 +128,9 @@ async def rehearse(connection: psycopg.AsyncConnection[Any], statements: Sequenc
     """
     for number, statement in enumerate(statements):
         try:
-            async with connection.transaction(force_rollback=True):
-                await connection.execute(statement.encode())
+            with limited(connection):
+                async with connection.transaction(force_rollback=True):
+                    await connection.execute(statement.encode())
         except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
             raise _may_not(error, statements[number:]) from error
         except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject, psycopg.errors.LockNotAvailable):

@@ -23,7 +23,7 @@ from psycopg import pq, sql
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
-from cdc_invalidator.postgres.connection import ENDLESS, first_line, open_alone, ready, translate, translated
+from cdc_invalidator.postgres.connection import ENDLESS, answered, first_line, open_alone, ready, translate, translated
 from cdc_invalidator.postgres.stream import whole
 
 # Bytes a read: enough to be worth the wake-up, few enough that other tasks get their turn.
@@ -37,6 +37,8 @@ NAP_SECONDS = 0.001
 LONGEST_NAP_SECONDS = 0.010
 LONGEST_NAP_ON_UNIX_SECONDS = 0.001
 BUSY_BYTES_A_SECOND = 8_000_000
+# A walsender answers each second: see `confirm` in receive.
+SILENCE_SECONDS = 30.0
 COPY = 5
 """Where what a CopyData message carries begins: after its tag and length."""
 PAYLOAD = COPY + 25
@@ -87,6 +89,12 @@ class Replication:
     def __init__(self, connection: psycopg.AsyncConnection[tuple[object, ...]]) -> None:
         self._connection = connection
         self._transport: _Transport = _Libpq(connection.pgconn)
+        # The process id of our walsender.
+        self.backend_pid = connection.pgconn.backend_pid
+        self._waits_since: float | None = None
+        # So long a walsender that works may be silent: while it decodes a large transaction, it looks for our questions
+        # once in half its own timeout.
+        self.most_silence = SILENCE_SECONDS
 
     @classmethod
     async def open(cls, dsn: str) -> Replication:
@@ -108,7 +116,7 @@ class Replication:
 
     async def identify(self) -> System:
         """Ask the server for its identity."""
-        with translated():
+        with answered(self._connection):
             cursor = await self._connection.execute("IDENTIFY_SYSTEM")
             row = await cursor.fetchone()
         assert row is not None
@@ -128,14 +136,21 @@ class Replication:
             # A list of names: quoted as identifiers inside one literal.
             publication=sql.Literal(sql.Identifier(publication).as_string(self._connection)),
         )
-        with translated():
+        with answered(self._connection):
             text = command.as_bytes(self._connection)
             if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
                 # The data of such a database may not be UTF-8, and then the server would refuse to send it as UTF-8.
                 await self._connection.execute("SET client_encoding = 'SQL_ASCII'")
+            self.most_silence = SILENCE_SECONDS + await self._sender_timeout() / 2
             if await self._readable_by_others():
                 self._transport = _Socket(self._connection.pgconn)
             await self._transport.start(text)
+
+    async def _sender_timeout(self) -> float:
+        """Return wal_sender_timeout in seconds."""
+        cursor = await self._connection.execute("SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")
+        row = await cursor.fetchone()
+        return int(str(row[0])) / 1000 if row else 0.0
 
     async def _readable_by_others(self) -> bool:
         """Return whether the socket carries the plain protocol: neither TLS nor GSSAPI encrypts it."""
@@ -146,6 +161,7 @@ class Replication:
 
     async def read(self) -> bytes:
         """Return the CopyData messages that have arrived, whole and at least one; wait if there is none."""
+        self._waits_since = time.monotonic()
         try:
             data = await self._transport.read()
         except (psycopg.Error, OSError) as error:
@@ -155,14 +171,18 @@ class Replication:
                     "times, and then skipped."
                 ) from error
             raise translate(error) from error
+        finally:
+            self._waits_since = None
         if not data:
             raise errors.PostgresUnavailable("PostgreSQL ended the replication stream; it is started anew.")
         return data
 
     @property
-    def backend_pid(self) -> int:
-        """The process id of our walsender."""
-        return self._connection.pgconn.backend_pid
+    def silent_for(self) -> float:
+        """For how many seconds we have waited for a word of the walsender; 0 while nobody reads."""
+        if self._waits_since is None:
+            return 0.0
+        return time.monotonic() - max(self._waits_since, self._transport.heard_at)
 
     def status(self, confirmed: int, received: int, *, reply: bool = False) -> None:
         """Send a standby status update.
@@ -190,7 +210,9 @@ class Replication:
 
 
 class _Transport(ABC):
-    """The connection from START_REPLICATION on."""
+    """The connection from START_REPLICATION on; ``heard_at``: when the last bytes came (monotonic clock)."""
+
+    heard_at = 0.0
 
     @abstractmethod
     async def start(self, command: bytes) -> None:
@@ -236,6 +258,7 @@ class _Libpq(_Transport):
         while not (self._over or self._drain(messages)):
             await ready(self._pgconn.socket)
             self._pgconn.consume_input()
+            self.heard_at = time.monotonic()
         return b"".join(messages)
 
     def _drain(self, messages: list[bytes]) -> bool:
@@ -329,7 +352,8 @@ class _Socket(_Transport):
             await asyncio.sleep(nap)
         asked = time.monotonic()
         await ready(self._socket.fileno(), writable=bool(self._unsent))
-        waited = time.monotonic() - asked
+        self.heard_at = time.monotonic()
+        waited = self.heard_at - asked
         if self._unsent:
             self._write(b"")
         size = 0

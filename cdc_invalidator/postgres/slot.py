@@ -141,6 +141,15 @@ class Slot:
         """
         await _soon(lambda: self._rows(_SKIP), seconds)
 
+    async def end_walsender(self) -> None:
+        """Ask the backend that streams from the slot, or makes it, to end."""
+        await self._rows(_END)
+
+    async def oldest_running(self) -> int:
+        """Return the oldest transaction that runs, in the 32 bits of pg_stat_activity; without any, the next one."""
+        (row,) = await self._rows(_OLDEST)
+        return int(row.xid)
+
     async def activity(self) -> Activity:
         """Read the database's transaction counters."""
         (row,) = await self._rows(_ACTIVITY)
@@ -178,6 +187,10 @@ SELECT pg_replication_slot_advance(
   %(slot)s, CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END
 )
 """
+
+_END = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %(slot)s AND active"
+
+_OLDEST = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint & 4294967295 AS xid"
 
 _ACTIVITY = """
 SELECT xact_commit AS commits, xact_rollback AS rollbacks FROM pg_stat_database WHERE datname = current_database()

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import pq
 
-from cdc_invalidator.postgres.connection import connect, ready, translated
+from cdc_invalidator.postgres.connection import AT_ONCE_SECONDS, answered, connect, ready
 
 # At the beginning of a page, the insert position is already past the page's header (24 bytes; 40 for a segment's first
 # page), but no record ends there: then take the page's start.
@@ -42,7 +42,7 @@ class Snapshots:
     async def open(cls, dsn: str) -> Snapshots:
         """Connect."""
         connection = await connect(dsn, "cdc-invalidator snapshots")
-        with translated():
+        with answered(connection):
             await connection.execute("PREPARE taken AS SELECT pg_current_snapshot()::text")
             await connection.execute(_WRITTEN)
         return cls(connection)
@@ -74,7 +74,7 @@ class Snapshots:
         # Through libpq itself: each bust waits for this, and the driver's way takes twice as long.
         pgconn = self._connection.pgconn
         async with self._turn:
-            with translated():
+            with answered(self._connection, AT_ONCE_SECONDS):
                 pgconn.send_query_prepared(statement, [])
                 pgconn.flush()
                 found = None

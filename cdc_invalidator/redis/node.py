@@ -90,9 +90,15 @@ class Node:
             errors.RedisUnavailable: it can't be opened.
         """
         try:
-            await self._connection.connect()  # type: ignore[no-untyped-call]  # of redis-py
+            # With the greeting, for which the driver would wait without end.
+            async with asyncio.timeout(self._timeout):
+                await self._connection.connect()  # type: ignore[no-untyped-call]  # of redis-py
         except (exceptions.RedisError, OSError) as error:
+            await self.close()
             raise failed("the connection", error) from error
+        except BaseException:
+            await self.close()
+            raise
         if self._database:
             await self.ask(("SELECT", self._database))
         # Only for those who look at CLIENT LIST: a server without it, or an ACL that refuses it, is as good.

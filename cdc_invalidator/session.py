@@ -267,6 +267,7 @@ class Session:
             start=state.confirmed,
             flushed=max(system.flushed, state.confirmed),
             new_slot=new_slot,
+            crash_free_since=await snapshots.crash_free_since(),
         )
         apply = Apply(
             lambda: cache_server(options.redis, options.watermark),

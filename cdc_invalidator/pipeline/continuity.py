@@ -229,4 +229,5 @@ class Continuity:
             rules=self._digests,
             standbys=self._standbys.known,
             as_of=as_of,
+            crash_free_since=self._position.crash_free_since,
         )

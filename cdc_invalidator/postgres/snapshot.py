@@ -26,6 +26,12 @@ FROM (SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn, current_setting('wal_b
   WHERE NOT pg_is_in_recovery()) AS written (lsn, page)
 """
 
+# A crash discards the statistics, so that all counters begin anew; a clean stop keeps them. Of the kinds of statistics,
+# these are the ones that people hardly ever reset, and of one row among them the oldest remains.
+_CRASH_FREE = """
+PREPARE crash_free AS SELECT extract(epoch FROM min(stats_reset))::text FROM pg_stat_slru
+"""
+
 
 class Snapshots:
     """One connection that takes snapshots.
@@ -45,6 +51,7 @@ class Snapshots:
         with answered(connection):
             await connection.execute("PREPARE taken AS SELECT pg_current_snapshot()::text")
             await connection.execute(_WRITTEN)
+            await connection.execute(_CRASH_FREE)
         return cls(connection)
 
     def close(self) -> None:
@@ -69,6 +76,18 @@ class Snapshots:
         """
         written = await self._ask(b"written")
         return None if written is None else int(written)
+
+    async def crash_free_since(self) -> str:
+        """Return a time (in s since 1970) since when the server has not crashed; it changes at each crash.
+
+        A crash also takes back commits that readers have seen: those with ``synchronous_commit = off`` that were not
+        flushed yet. They were never in the stream.
+
+        Raises:
+            errors.PostgresUnavailable: the server did not answer.
+        """
+        since = await self._ask(b"crash_free")
+        return "" if since is None else since.decode()
 
     async def _ask(self, statement: bytes) -> bytes | None:
         # Through libpq itself: each bust waits for this, and the driver's way takes twice as long.

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 class Position:
     """Where the stream stands: the server's history and the LSN from which it will send.
 
-    ``flushed``: the end of the server's WAL, in LSN; ``new_slot``: the slot has just been made.
+    ``flushed``: the end of the server's WAL, in LSN; ``new_slot``: the slot has just been made; ``crash_free_since``: a
+    text that changes when the server crashes.
     """
 
     system_id: str
@@ -25,6 +26,7 @@ class Position:
     start: int
     flushed: int
     new_slot: bool = False
+    crash_free_since: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Watermark:
 
     ``rules``: the caches that this holds for, each with a digest of what busts it. ``standbys``: the standbys that have
     replayed ``lsn`` too, each with the time of its start; ``None`` for a dropped one, for which busts do not wait.
-    ``as_of``: everything committed by that time (ms since 1970) lies below ``lsn``; 0 if unknown.
+    ``crash_free_since``: as of `Position`, when it was written. ``as_of``: everything committed by that time (ms since
+    1970) lies below ``lsn``; 0 if unknown.
     """
 
     lsn: int
@@ -43,6 +46,7 @@ class Watermark:
     rules: Mapping[str, str]
     standbys: Mapping[str, str | None] = field(default_factory=dict)
     as_of: int = 0
+    crash_free_since: str = ""
 
     def fields(self) -> dict[str, str | int]:
         """Return the hash's fields; ``rules`` and ``standbys`` are JSON.
@@ -60,6 +64,8 @@ class Watermark:
             fields["standbys"] = json.dumps(dict(self.standbys), separators=(",", ":"), sort_keys=True)
         if self.as_of:
             fields["as_of"] = self.as_of
+        if self.crash_free_since:
+            fields["crash_free_since"] = self.crash_free_since
         return fields
 
     @classmethod
@@ -78,6 +84,7 @@ class Watermark:
                 rules={str(cache): str(digest) for cache, digest in rules.items()},
                 standbys={str(name): None if since is None else str(since) for name, since in standbys.items()},
                 as_of=int(fields.get(b"as_of", 0)),
+                crash_free_since=fields.get(b"crash_free_since", b"").decode(),
             )
         except (KeyError, ValueError, RecursionError):  # RecursionError: JSON nested too deep
             return None
@@ -109,6 +116,9 @@ def _broken_history(found: Watermark | None, position: Position) -> str | None:
         return "other_system"
     if found.timeline != position.timeline:
         return "other_timeline"
+    if found.crash_free_since != position.crash_free_since:
+        # Commits that readers have seen, and cached, may be gone.
+        return "server_crashed"
     if found.lsn < position.start:
         return "missed_changes"
     if found.lsn > position.flushed:

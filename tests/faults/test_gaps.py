@@ -291,6 +291,60 @@ def test_a_database_restored_from_an_older_copy_is_noticed(
         stage.assert_all_gone()
 
 
+# Commits stay in memory for long, unless they are flushed.
+LAZY = {"wal_writer_delay": "10s", "bgwriter_delay": "10s", "autovacuum": "off"}
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["away", "running"])
+@pytest.mark.parametrize("version", sorted(postgres_bin_dirs()), ids=lambda version: f"PostgreSQL {version}")
+def test_commits_that_a_crash_takes_back_are_swept_and_a_restart_sweeps_nothing(
+    redis_url: str, tmp_path: Path, slot_name: str, version: int, running: bool
+) -> None:
+    with (
+        Postgres(bin_dir=postgres_bin_dirs()[version], settings=LAZY) as server,
+        staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
+    ):
+
+        def again(end: Callable[[], None]) -> None:
+            stage.settle()
+            if not running:
+                stage.stop()
+            stage.forget()
+            end()
+            server.start()
+            if running:
+                stage.daemon.seen("streaming")
+            else:
+                stage.start()
+            stage.settle()
+
+        stage.cache("t:thing:1")
+        again(server.stop)
+        assert stage.cached("t:thing:1")
+        assert not stage.daemon.named("gap")
+
+        def crash() -> None:
+            for _ in range(20):
+                with psycopg.connect(stage.dsn, autocommit=True) as connection:
+                    connection.execute("SET synchronous_commit = off")
+                    connection.execute("UPDATE things SET n = 99 WHERE id = 2")
+                    # A reader has seen it.
+                    stage.cache("t:thing:2")
+                    server.kill()
+                server.start()
+                if value(stage.dsn, "SELECT n FROM things WHERE id = 2") != 99:
+                    break
+                execute(stage.dsn, "UPDATE things SET n = 0 WHERE id = 2")
+            else:
+                raise AssertionError("no commit was taken back")
+            server.stop()
+
+        again(crash)
+        stage.gap("server_crashed")
+        assert not stage.cached("t:thing:2")
+        stage.assert_all_gone()
+
+
 def test_a_promoted_standby_that_has_the_slot_is_noticed_by_its_timeline(
     redis_url: str, tmp_path: Path, slot_name: str
 ) -> None:

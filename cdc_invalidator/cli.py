@@ -64,6 +64,8 @@ def _takes(
                 from cdc_invalidator.postgres.connection import check_dsn
 
                 check_dsn(given.postgres_dsn)
+                if isinstance(given, settings.Settings) and given.postgres_readers:
+                    check_dsn(given.postgres_readers, "CDC_POSTGRES_READERS")
             command(given, **arguments)
 
         for name, setting in reversed(list(fields.items())):  # as decorators are applied: the last one first
@@ -168,7 +170,13 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
 
         assert redis is not None
         servers = ServerSettings(
-            given.postgres_dsn, redis, given.event_stream, given.slot, given.watermark_name, given.publication
+            given.postgres_dsn,
+            given.postgres_readers,
+            redis,
+            given.event_stream,
+            given.slot,
+            given.watermark_name,
+            given.publication,
         )
         found = _completed(check.check_servers(given.rules, os.environ, servers))
     if output == "json":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -32,7 +32,7 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
-from cdc_invalidator.postgres.slot import Slot
+from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
 from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
@@ -68,6 +68,7 @@ class SessionOptions:
     """The settings that a session needs."""
 
     postgres_dsn: str
+    postgres_readers: str
     redis: Endpoint
     event_stream: str
     slot: str
@@ -249,8 +250,7 @@ class Session:
         tables = Tables(connection, publication, self._rules, strict=self._strict, unsettled=self._unsettled)
         self.unpublished = lambda: tables.unseen
         new_slot, added = await self._have_slot(slot, tables)
-        snapshots = await Snapshots.open(options.postgres_dsn)
-        self._connections.callback(snapshots.close)
+        snapshots, hidden = await self._visibility()
         replication = await Replication.open(options.postgres_dsn)
         self._connections.callback(replication.close)
         system = await replication.identify()
@@ -271,7 +271,7 @@ class Session:
         )
         apply = Apply(
             lambda: cache_server(options.redis, options.watermark),
-            PostgresView(snapshots.hidden, self._queries, self._standbys),
+            PostgresView(hidden, self._queries, self._standbys),
             Kept(self._rules, tables.digests(), position),
             backlog=self.backlog,
             checkpoint=checkpoint,
@@ -304,6 +304,7 @@ class Session:
             Whether it is new, and the published tables whose changes may be only partly in the stream.
         """
         server = await slot.server()
+        self._know_readers(server)
         while True:
             before, survey = await tables.publish()
             # A daemon on standby may publish a table long before it leads.
@@ -378,6 +379,36 @@ class Session:
             f"Slot {slot.name} is still held by the walsender of the last session, pid {self._former_walsender}, which "
             "hangs; end it on the server."
         )
+
+    def _know_readers(self, server: ServerInfo) -> None:
+        """Make sure that the server that readers load from is known.
+
+        Raises:
+            errors.WrongSettings: it is not; `errors.PostgresUnavailable` if this daemon has led already, since after a
+                failover a standby may soon be promoted.
+        """
+        if server.in_recovery and not self._options.postgres_readers:
+            raise (errors.WrongSettings if self._strict else errors.PostgresUnavailable)(READERS_UNKNOWN)
+
+    async def _visibility(self) -> tuple[Snapshots, Callable[[Iterable[int]], Awaitable[set[int]]]]:
+        """Return what takes snapshots of the readers' server, and what gives the transactions that are hidden.
+
+        A commit may be visible on a standby and not on the primary yet, where it waits for that standby; and the other
+        way round.
+        """
+        dsn, readers_dsn = self._options.postgres_dsn, self._options.postgres_readers
+        source = await Snapshots.open(dsn)
+        self._connections.callback(source.close)
+        if readers_dsn in {"", dsn}:
+            return source, source.hidden
+        readers = await Snapshots.open_readers(readers_dsn, await source.system_id())
+        self._connections.callback(readers.close)
+
+        async def hidden(xids: Iterable[int]) -> set[int]:
+            some = list(xids)
+            return await source.hidden(some) | await readers.hidden(some)
+
+        return readers, hidden
 
     async def _stand_by(self, slot: Slot) -> None:
         self._be("standby")

@@ -103,6 +103,11 @@ class Settings(Stream):
     redis_url: Secret = _setting(
         "URL of the cache's Redis: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
     )
+    postgres_readers: Secret = _setting(
+        "Connection string of the server that readers load from, which says what they see. Needed if "
+        "CDC_POSTGRES_DSN names a standby; empty: the same server.",
+        Secret(""),
+    )
     watermark: str = _setting(
         "Name of the watermark, the key cdc:NAME:watermark in Redis. Empty: the slot's name. Deployments that share a "
         "Redis need different ones.",

@@ -52,6 +52,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     eventstream.check_key(given.event_stream, given.watermark_name)
     options = SessionOptions(
         postgres_dsn=given.postgres_dsn,
+        postgres_readers=given.postgres_readers,
         redis=redis,
         event_stream=given.event_stream,
         slot=given.slot,

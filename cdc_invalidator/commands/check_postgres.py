@@ -24,7 +24,8 @@ from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables
 from cdc_invalidator.postgres.quoting import identifier, qualified
 from cdc_invalidator.postgres.replication import Replication
-from cdc_invalidator.postgres.slot import ServerInfo, Slot
+from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
+from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.survey import Leaf, Survey
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
@@ -46,6 +47,7 @@ class ServerSettings:
     """The daemon's settings about its servers."""
 
     postgres_dsn: str
+    postgres_readers: str
     redis: Endpoint
     event_stream: str
     slot: str
@@ -143,6 +145,7 @@ class _Database:
                 self.system_id = server.system_id
             except errors.ServerRefuses as error:
                 self._add(Severity.ERROR, "no_logical_decoding", str(error))
+            await self._look_at_readers(server)
             await self._look_at_slot(connection, slot, server)
             if self._rules is not None:
                 publication = Publication(connection, self._settings.publication)
@@ -154,6 +157,18 @@ class _Database:
 
     def _add(self, severity: Severity, code: str, sentence: str, place: Place | str = POSTGRES) -> None:
         self._findings.append(Finding(severity, code, place, sentence))
+
+    async def _look_at_readers(self, server: ServerInfo | None) -> None:
+        readers = self._settings.postgres_readers
+        if server is None:
+            return
+        if server.in_recovery and not readers:
+            self._add(Severity.ERROR, "readers_unknown", READERS_UNKNOWN)
+        if readers:
+            try:
+                (await Snapshots.open_readers(readers, server.system_id)).close()
+            except errors.InvalidatorError as error:
+                self._add(Severity.ERROR, "readers_unavailable", str(error))
 
     async def _look_at_slot(
         self, connection: psycopg.AsyncConnection[Any], slot: Slot, server: ServerInfo | None

@@ -16,6 +16,13 @@ from cdc_invalidator.postgres.quoting import literal
 Value = TypeVar("Value")
 
 
+# A standby shows a commit before the primary does, if the primary waits for it.
+READERS_UNKNOWN = (
+    "CDC_POSTGRES_DSN names a standby, and it is not known which server readers load from; set CDC_POSTGRES_READERS to "
+    "the connection string of that server: the primary, or this standby if nobody reads from the primary."
+)
+
+
 class SlotState(NamedTuple):
     """The slot's row in pg_replication_slots; LSNs as numbers, ``retained`` in bytes of WAL."""
 

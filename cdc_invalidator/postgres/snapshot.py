@@ -15,6 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import pq
 
+from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import AT_ONCE_SECONDS, answered, connect, ready
 
 # At the beginning of a page, the insert position is already past the page's header (24 bytes; 40 for a segment's first
@@ -52,7 +53,30 @@ class Snapshots:
             await connection.execute("PREPARE taken AS SELECT pg_current_snapshot()::text")
             await connection.execute(_WRITTEN)
             await connection.execute(_CRASH_FREE)
+            await connection.execute("PREPARE system AS SELECT system_identifier::text FROM pg_control_system()")
         return cls(connection)
+
+    @classmethod
+    async def open_readers(cls, dsn: str, system_id: str) -> Snapshots:
+        """Connect to the server that readers load from, if that is another one.
+
+        Args:
+            dsn: of ``CDC_POSTGRES_READERS``.
+            system_id: identifies the data of the server that we stream from, which must be the same.
+
+        Raises:
+            errors.ServerRefuses: the server has other data.
+        """
+        try:
+            opened = await cls.open(dsn)
+        except errors.InvalidatorError as error:
+            raise type(error)(str(error).replace("CDC_POSTGRES_DSN", "CDC_POSTGRES_READERS")) from error
+        if await opened.system_id() != system_id:
+            opened.close()
+            raise errors.ServerRefuses(
+                "CDC_POSTGRES_READERS names a server with other data than CDC_POSTGRES_DSN; correct one of the two."
+            )
+        return opened
 
     def close(self) -> None:
         """Close the connection at once."""
@@ -88,6 +112,10 @@ class Snapshots:
         """
         since = await self._ask(b"crash_free")
         return "" if since is None else since.decode()
+
+    async def system_id(self) -> str:
+        """Return what identifies the data of the server, its standbys and its copies."""
+        return (await self._ask(b"system") or b"").decode()
 
     async def _ask(self, statement: bytes) -> bytes | None:
         # Through libpq itself: each bust waits for this, and the driver's way takes twice as long.

@@ -21,6 +21,7 @@ from cdc_invalidator.pipeline.debounce import Debounce
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.flush import Flush
 from cdc_invalidator.pipeline.followup import FollowUps, PostgresView
+from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
@@ -74,7 +75,15 @@ class Apply:
         self._flush = Flush(events, self.record, kept.rules)
         self._gap_sweeps = GapSweeps(kept, checkpoint, events, enabled=sweep_gaps)
         resolve = self._gap_sweeps.resolve
-        self._continuity = Continuity(kept, self._gap_sweeps, self.record, recent=recent, standbys=postgres.standbys)
+        self._lineage = Lineage()
+        self._continuity = Continuity(
+            kept,
+            self._gap_sweeps,
+            self.record,
+            recent=recent,
+            standbys=postgres.standbys,
+            lineage=self._lineage,
+        )
         self._follow_ups = FollowUps(
             postgres,
             self._flush,
@@ -175,6 +184,10 @@ class Apply:
 
     async def _take(self) -> list[tuple[Batch | PlainBatch, Ticket]]:
         taken = self._backlog.take(FLUSH_WEIGHT)
+        all_taken = 0 if self._backlog else self._checkpoint.received_lsn
+        if self._lineage.differs([batch for batch, _ in taken], all_taken):
+            self._lineage.trust()
+            self._continuity.all_broken("other_history")
         if self._debounce is not None:
             now = time.monotonic()
             self._debounce.hold(taken, now)

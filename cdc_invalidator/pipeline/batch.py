@@ -244,6 +244,11 @@ class PlainBatch:
         return self._events[-1].commit_lsn
 
     @property
+    def committed_at(self) -> int | None:
+        """The time of the last commit record."""
+        return self._events[-1].committed_at
+
+    @property
     def targets(self) -> Iterable[Target]:
         """What is busted."""
         return {event.target for event in self._events}

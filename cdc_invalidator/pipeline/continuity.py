@@ -17,6 +17,7 @@ from cdc_invalidator import errors, lsn
 from cdc_invalidator.pipeline.batch import Batch, PlainBatch, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.postgres.standbys import Standbys
@@ -110,6 +111,7 @@ class Continuity:
         record: knows what was written into the watermark.
         recent: remembers what was applied.
         standbys: the standbys that busts wait for.
+        lineage: knows whether the stream is of the history that the watermark speaks of.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Continuity:
         *,
         recent: Recent,
         standbys: Standbys,
+        lineage: Lineage,
     ) -> None:
         self._position = kept.position
         self._digests = kept.digests
@@ -127,6 +130,8 @@ class Continuity:
         self._record = record
         self._recent = recent
         self._standbys = standbys
+        self._lineage = lineage
+        self._compared = False
         # Applied before, and lost by a Redis that came back older.
         self._lost: deque[Batch | PlainBatch] = deque()
         # What was committed before this LSN had been busted by an earlier run.
@@ -136,7 +141,7 @@ class Continuity:
     @property
     def proven(self) -> bool:
         """Whether this Redis has had all busts up to the position."""
-        return not self._gap_sweeps.unfinished and not self._lost
+        return not self._gap_sweeps.unfinished and not self._lost and self._lineage.proven
 
     @property
     def must_reapply(self) -> bool:
@@ -162,6 +167,9 @@ class Continuity:
             lowest = min(lowest, watermark.lsn if watermark else 0)
         if self._record.lsn is None:
             self.replay_until = lowest
+        if not self._compared and not broken.keys() >= self._digests.keys():
+            self._lineage.expect(found, position.start)
+        self._compared = True
         self._record.found(found)
         self._lost.clear()
         # Where all is swept anyway, nothing need be re-applied.
@@ -230,4 +238,5 @@ class Continuity:
             standbys=self._standbys.known,
             as_of=as_of,
             crash_free_since=self._position.crash_free_since,
+            last_commit=str(self._lineage.last or ""),
         )

@@ -35,8 +35,8 @@ class Watermark:
 
     ``rules``: the caches that this holds for, each with a digest of what busts it. ``standbys``: the standbys that have
     replayed ``lsn`` too, each with the time of its start; ``None`` for a dropped one, for which busts do not wait.
-    ``crash_free_since``: as of `Position`, when it was written. ``as_of``: everything committed by that time (ms since
-    1970) lies below ``lsn``; 0 if unknown.
+    ``last_commit``: a commit of that history, see `pipeline.lineage`. ``crash_free_since``: as of `Position`, when it
+    was written. ``as_of``: everything committed by that time (ms since 1970) lies below ``lsn``; 0 if unknown.
     """
 
     lsn: int
@@ -47,6 +47,7 @@ class Watermark:
     standbys: Mapping[str, str | None] = field(default_factory=dict)
     as_of: int = 0
     crash_free_since: str = ""
+    last_commit: str = ""
 
     def fields(self) -> dict[str, str | int]:
         """Return the hash's fields; ``rules`` and ``standbys`` are JSON.
@@ -66,6 +67,8 @@ class Watermark:
             fields["as_of"] = self.as_of
         if self.crash_free_since:
             fields["crash_free_since"] = self.crash_free_since
+        if self.last_commit:
+            fields["last_commit"] = self.last_commit
         return fields
 
     @classmethod
@@ -85,6 +88,7 @@ class Watermark:
                 standbys={str(name): None if since is None else str(since) for name, since in standbys.items()},
                 as_of=int(fields.get(b"as_of", 0)),
                 crash_free_since=fields.get(b"crash_free_since", b"").decode(),
+                last_commit=fields.get(b"last_commit", b"").decode(),
             )
         except (KeyError, ValueError, RecursionError):  # RecursionError: JSON nested too deep
             return None

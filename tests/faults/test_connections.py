@@ -88,7 +88,7 @@ def test_a_crash_of_postgres_costs_no_bust(
             streams_again(daemon, times)
         writer.goes_on()
     assert_all_is_well(dsn, redis_client, daemon)
-    assert only_gaps(daemon, "new_slot")
+    assert only_gaps(daemon, "new_slot", "server_crashed", "server_crashed")
 
 
 @pytest.mark.parametrize("redis_away", [False, True], ids=["redis is there", "redis is away"])

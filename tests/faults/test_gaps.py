@@ -291,6 +291,54 @@ def test_a_database_restored_from_an_older_copy_is_noticed(
         stage.assert_all_gone()
 
 
+@pytest.mark.parametrize("running", [False, True], ids=["away", "running"])
+def test_a_copy_that_has_written_more_than_was_lost_is_noticed_by_the_last_commit(
+    redis_url: str, tmp_path: Path, slot_name: str, running: bool
+) -> None:
+    with (
+        Postgres() as server,
+        staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
+    ):
+        stage.change()
+        stage.stop()
+        server.stop()
+        copy = server.folder / "copy"
+        shutil.copytree(server.data, copy)
+        server.start()
+        stage.start()
+        stage.change()
+        stage.settle()
+        stage.cache("t:thing:2", "t:thing:50")
+        lost = wal_position(stage.dsn)
+        if running:
+            stage.daemon.send(signal.SIGSTOP)
+        else:
+            stage.stop()
+        server.stop()
+        shutil.rmtree(server.data)
+        copy.rename(server.data)
+        give_to_nobody(server.data)
+        server.start()
+        execute(stage.dsn, *("INSERT INTO junk SELECT generate_series(1, 10000)",) * 3)
+        stage.change()
+        assert wal_position(stage.dsn) > lost
+        stage.forget()
+        if running:
+            stage.daemon.send(signal.SIGCONT)
+        else:
+            stage.start()
+        stage.gap("other_history")
+        assert not stage.cached("t:thing:2", "t:thing:50")
+        stage.assert_all_gone()
+        # From here on it is the history.
+        stage.daemon.kill()
+        stage.cache("t:thing:50")
+        stage.start()
+        stage.assert_all_gone()
+        assert stage.cached("t:thing:50")
+        assert not stage.daemon.named("gap")
+
+
 # Commits stay in memory for long, unless they are flushed.
 LAZY = {"wal_writer_delay": "10s", "bgwriter_delay": "10s", "autovacuum": "off"}
 

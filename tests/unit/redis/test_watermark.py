@@ -46,6 +46,7 @@ def test_its_fields_are_those_of_the_design() -> None:
         standbys=st.dictionaries(st.text(), st.none() | st.text()),
         as_of=st.integers(0, 2**53),
         crash_free_since=st.text(),
+        last_commit=st.text(),
     )
 )
 def test_what_is_written_is_read_again(written: Watermark) -> None:

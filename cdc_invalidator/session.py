@@ -250,10 +250,10 @@ class Session:
         tables = Tables(connection, publication, self._rules, strict=self._strict, unsettled=self._unsettled)
         self.unpublished = lambda: tables.unseen
         new_slot, added = await self._have_slot(slot, tables)
-        snapshots, hidden = await self._visibility()
         replication = await Replication.open(options.postgres_dsn)
         self._connections.callback(replication.close)
         system = await replication.identify()
+        snapshots, hidden = await self._visibility(system.system_id)
         await replication.start(options.slot, options.publication)
         # From here on the slot is ours: nobody else moves it.
         state = await slot.state()
@@ -321,8 +321,8 @@ class Session:
         statements = slot.statements(state, server, new_publication=not before.exists)
         if statements:
             # A slot holds WAL back: don't create it before we know that we can stream, and Redis takes the busts.
-            await Replication.try_out(self._options.postgres_dsn)
-            await self._redis_there(server.system_id)
+            system = await Replication.try_out(self._options.postgres_dsn)
+            await self._redis_there(system.system_id)
             await self._make_slot(slot, tables, statements)
             # Creating a slot waits for all running transactions: from here on the stream is complete.
             self._unsettled.clear()
@@ -390,7 +390,7 @@ class Session:
         if server.in_recovery and not self._options.postgres_readers:
             raise (errors.WrongSettings if self._strict else errors.PostgresUnavailable)(READERS_UNKNOWN)
 
-    async def _visibility(self) -> tuple[Snapshots, Callable[[Iterable[int]], Awaitable[set[int]]]]:
+    async def _visibility(self, system_id: str) -> tuple[Snapshots, Callable[[Iterable[int]], Awaitable[set[int]]]]:
         """Return what takes snapshots of the readers' server, and what gives the transactions that are hidden.
 
         A commit may be visible on a standby and not on the primary yet, where it waits for that standby; and the other
@@ -401,7 +401,7 @@ class Session:
         self._connections.callback(source.close)
         if readers_dsn in {"", dsn}:
             return source, source.hidden
-        readers = await Snapshots.open_readers(readers_dsn, await source.system_id())
+        readers = await Snapshots.open_readers(readers_dsn, system_id)
         self._connections.callback(readers.close)
 
         async def hidden(xids: Iterable[int]) -> set[int]:

@@ -129,7 +129,7 @@ class _Database:
         self._findings: list[Finding] = []
         self._columns: dict[Table, dict[str, ColumnInfo]] = {}
         self.columns = Columns()
-        # Of the server, where it could be asked.
+        # Of the server, where it could be asked; nobody streams from the slot then.
         self.system_id: str | None = None
 
     async def look(self) -> list[Finding]:
@@ -142,11 +142,10 @@ class _Database:
             server: ServerInfo | None = None
             try:
                 server = await slot.server()
-                self.system_id = server.system_id
             except errors.ServerRefuses as error:
                 self._add(Severity.ERROR, "no_logical_decoding", str(error))
-            await self._look_at_readers(server)
             await self._look_at_slot(connection, slot, server)
+            await self._look_at_readers(server)
             if self._rules is not None:
                 publication = Publication(connection, self._settings.publication)
                 survey = await publication.survey(self._rules)
@@ -166,7 +165,7 @@ class _Database:
             self._add(Severity.ERROR, "readers_unknown", READERS_UNKNOWN)
         if readers:
             try:
-                (await Snapshots.open_readers(readers, server.system_id)).close()
+                (await Snapshots.open_readers(readers, self.system_id)).close()
             except errors.InvalidatorError as error:
                 self._add(Severity.ERROR, "readers_unavailable", str(error))
 
@@ -230,7 +229,7 @@ class _Database:
             )
         if rights.replicates and (state is None or not state.active):
             try:
-                await Replication.try_out(self._settings.postgres_dsn)
+                self.system_id = (await Replication.try_out(self._settings.postgres_dsn)).system_id
             except errors.InvalidatorError as error:
                 self._add(Severity.ERROR, "cannot_stream", str(error))
         if server is not None and server.in_recovery:

@@ -102,15 +102,18 @@ class Replication:
         return cls(await open_alone(dsn, "cdc-invalidator", ENDLESS, replication="database"))
 
     @classmethod
-    async def try_out(cls, dsn: str) -> None:
+    async def try_out(cls, dsn: str) -> System:
         """Connect as a walsender's client and leave again, to learn whether we can stream before anything is made.
+
+        Returns:
+            The server's identity.
 
         Raises:
             errors.InvalidatorError: we can't; the message says why.
         """
         replication = await cls.open(dsn)
         try:
-            await replication.identify()
+            return await replication.identify()
         finally:
             replication.close()
 

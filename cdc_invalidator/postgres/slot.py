@@ -39,12 +39,11 @@ class SlotState(NamedTuple):
 
 
 class ServerInfo(NamedTuple):
-    """The slot's server; ``version`` as in server_version_num, ``system_id``: of its data, in decimals."""
+    """The slot's server; ``version`` as in server_version_num."""
 
     version: int
     wal_level: str
     in_recovery: bool
-    system_id: str
 
 
 class Activity(NamedTuple):
@@ -84,7 +83,7 @@ class Slot:
             raise errors.ServerRefuses(
                 f"PostgreSQL {row.version // 10000} can't decode on a standby; point CDC_POSTGRES_DSN to the primary."
             )
-        return ServerInfo(row.version, row.wal_level, row.in_recovery, row.system_id)
+        return ServerInfo(row.version, row.wal_level, row.in_recovery)
 
     async def state(self) -> SlotState | None:
         """Read the slot's row; ``None`` if there is no slot of that name.
@@ -176,8 +175,7 @@ async def _soon(work: Callable[[], Awaitable[Value]], seconds: float) -> Value:
 
 _SERVER = """
 SELECT current_setting('server_version_num')::int AS version, current_setting('wal_level') AS wal_level,
-  pg_is_in_recovery() AS in_recovery, system_identifier::text AS system_id
-FROM pg_control_system()
+  pg_is_in_recovery() AS in_recovery
 """
 
 _STATE = """

@@ -32,6 +32,7 @@ FROM (SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn, current_setting('wal_b
 _CRASH_FREE = """
 PREPARE crash_free AS SELECT extract(epoch FROM min(stats_reset))::text FROM pg_stat_slru
 """
+_SYSTEM = "SELECT system_identifier::text FROM pg_control_system()"
 
 
 class Snapshots:
@@ -46,32 +47,35 @@ class Snapshots:
         self._turn = asyncio.Lock()
 
     @classmethod
-    async def open(cls, dsn: str) -> Snapshots:
-        """Connect."""
-        connection = await connect(dsn, "cdc-invalidator snapshots")
+    async def open(cls, dsn: str, setting: str = "CDC_POSTGRES_DSN") -> Snapshots:
+        """Connect; ``setting`` is where the connection string is from."""
+        connection = await connect(dsn, "cdc-invalidator snapshots", setting=setting)
         with answered(connection):
             await connection.execute("PREPARE taken AS SELECT pg_current_snapshot()::text")
             await connection.execute(_WRITTEN)
             await connection.execute(_CRASH_FREE)
-            await connection.execute("PREPARE system AS SELECT system_identifier::text FROM pg_control_system()")
         return cls(connection)
 
     @classmethod
-    async def open_readers(cls, dsn: str, system_id: str) -> Snapshots:
+    async def open_readers(cls, dsn: str, system_id: str | None) -> Snapshots:
         """Connect to the server that readers load from, if that is another one.
 
         Args:
             dsn: of ``CDC_POSTGRES_READERS``.
-            system_id: identifies the data of the server that we stream from, which must be the same.
+            system_id: identifies the data of the server that we stream from, which must be the same; ``None``: unknown.
 
         Raises:
             errors.ServerRefuses: the server has other data.
         """
+        setting = "CDC_POSTGRES_READERS"
         try:
-            opened = await cls.open(dsn)
-        except errors.InvalidatorError as error:
-            raise type(error)(str(error).replace("CDC_POSTGRES_DSN", "CDC_POSTGRES_READERS")) from error
-        if await opened.system_id() != system_id:
+            opened = await cls.open(dsn, setting)
+        except errors.PoolerInBetween:
+            raise
+        except (errors.PostgresUnavailable, errors.ServerRefuses) as error:
+            raise type(error)(str(error).replace("CDC_POSTGRES_DSN", setting)) from error
+        theirs = await opened.system_id()
+        if None not in {theirs, system_id} and theirs != system_id:
             opened.close()
             raise errors.ServerRefuses(
                 "CDC_POSTGRES_READERS names a server with other data than CDC_POSTGRES_DSN; correct one of the two."
@@ -113,9 +117,16 @@ class Snapshots:
         since = await self._ask(b"crash_free")
         return "" if since is None else since.decode()
 
-    async def system_id(self) -> str:
-        """Return what identifies the data of the server, its standbys and its copies."""
-        return (await self._ask(b"system") or b"").decode()
+    async def system_id(self) -> str | None:
+        """Return what identifies the data of the server; ``None`` where it does not say."""
+        try:
+            with answered(self._connection):
+                row = await (await self._connection.execute(_SYSTEM)).fetchone()
+        except errors.InvalidatorError:
+            # Not every hoster has the function, and not every role may call it.
+            return None
+        assert row is not None
+        return str(row[0])
 
     async def _ask(self, statement: bytes) -> bytes | None:
         # Through libpq itself: each bust waits for this, and the driver's way takes twice as long.

@@ -12,7 +12,7 @@ from cdc_invalidator.postgres.slot import Slot
 
 
 def slot_on(version: int, wal_level: str, *, in_recovery: bool) -> Slot:
-    row = SimpleNamespace(version=version, wal_level=wal_level, in_recovery=in_recovery, system_id="7")
+    row = SimpleNamespace(version=version, wal_level=wal_level, in_recovery=in_recovery)
     connection = AsyncMock(pgconn=Mock())
     connection.execute.return_value.fetchall.return_value = [row]
     return Slot(connection, "s")

@@ -277,6 +277,7 @@ class Daemon:
             },
             "last_error": (apply.redis.last_error if apply else None)
             or (session.last_error if session else None)
+            or self._events.trouble
             or self._last_error,
         }
 

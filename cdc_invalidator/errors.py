@@ -17,6 +17,7 @@
         ├── PositionGivenUp                  the slot is of no use any more: drop it, and sweep
         │   └── PositionSkipped              only what comes next is: move the slot behind it, and sweep
         ├── SlotInUse                        another daemon leads
+        ├── Untold                           busts went untold: they are received again
         ├── Superseded                       Redis holds a later watermark than ours: another daemon leads
         ├── WatermarkTaken                   another PostgreSQL's daemon writes the watermark
         └── RedisUnavailable
@@ -124,6 +125,10 @@ class PositionGivenUp(Retryable):
 
 class PositionSkipped(PositionGivenUp):
     """What comes next in the stream never gets through: the slot is moved behind it, and the caches are swept."""
+
+
+class Untold(Retryable):
+    """Standard output is read again: what was busted meanwhile, and could not be told, is received again, and told."""
 
 
 class Superseded(Retryable):

@@ -57,6 +57,7 @@ MAKE_WATCH_SECONDS = 3.0
 MAKE_SECONDS = 3600.0
 # SIGTERM: what is not applied within this time is received again at the next start.
 DRAIN_SECONDS = 1.5
+TELL_SECONDS = 1.0
 FAREWELL_SECONDS = 0.3
 
 Role = Literal["connecting", "leader", "standby"]
@@ -260,7 +261,8 @@ class Session:
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
         gap = await tables.settled(added, snapshots)
-        checkpoint = Checkpoint(state.confirmed)
+        self._events.begin()
+        checkpoint = Checkpoint(state.confirmed, self._events.told)
         position = Position(
             system_id=system.system_id,
             timeline=system.timeline,
@@ -467,6 +469,7 @@ class Session:
     async def _farewell(self, replication: Replication, checkpoint: Checkpoint, receiving: asyncio.Task[None]) -> None:
         """Confirm what is applied, so that the next daemon does not apply it again."""
         await asyncio.wait({receiving})
+        await self._events.farewell(TELL_SECONDS)
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 replication.status(checkpoint.confirmable, checkpoint.received_lsn)

@@ -114,6 +114,7 @@ class Apply:
     def hurry(self, *, much_wal: bool) -> None:
         """Note whether PostgreSQL keeps more WAL than it may; if so, hold the position back only where it must be."""
         self._follow_ups.hurry(much_wal=much_wal)
+        self._events.hurry(much_wal=much_wal)
 
     def gap(self, broken: Mapping[str, str]) -> None:
         """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""

@@ -94,10 +94,10 @@ class WatermarkRecord:
         self.lsn, self._tried_at = position, now
         return True
 
-    def confirm(self) -> None:
-        """Let the position that was written last be confirmed to PostgreSQL."""
+    def confirm(self, mark: int) -> None:
+        """Let the position that was written last be confirmed to PostgreSQL, once the events up to a mark are told."""
         if self.lsn is not None:
-            self._checkpoint.record(self.lsn)
+            self._checkpoint.record(self.lsn, mark)
 
     def due_in(self, now: float) -> float:
         """Return the seconds until it is written again though the position has not moved."""

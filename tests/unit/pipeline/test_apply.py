@@ -79,7 +79,7 @@ class World:
         self.backlog = Backlog()
         self.checkpoint = Checkpoint(START)
         self.written = b""
-        output: Any = Mock(full=False, failure=None, write=self._write)
+        output: Any = Mock(full=False, stuck=False, dropped=0, failure=None, mark=0, written=0, write=self._write)
         queries: Any = Mock(derive=AsyncMock())
         server: Any = lambda: Server(self)  # noqa: E731
         self.apply = Apply(

@@ -53,9 +53,12 @@ return existed
 
 # KEYS: version counters. ARGV: for each, the milliseconds that it is kept; then, for each, for how many milliseconds
 # the version before it is left under a suffix (0: not at all), and the suffix.
-# A version becomes the larger of current + 1 and Redis TIME in microseconds: it never repeats, not even after it was
-# evicted and created anew. A missing one needs no bump: the next reader creates it before it loads. Where the write is
-# refused (memory is full, or the key holds something else) the counter is deleted instead, which serves as well.
+# A version becomes the larger of current + 1 and Redis TIME in microseconds, and a step more that depends on both. It
+# never repeats, not even after it was evicted and created anew and the clock went back: steps are so wide (134 million
+# on average) that one made later meets none made before. A missing version needs no bump: the next reader creates it
+# before it loads. Lua counts exactly below 2^53 only: a version near that or above is left for one of the clock. Where
+# the write is refused (memory is full, or the key holds something else) the counter is deleted instead, which serves as
+# well.
 # Returns the new version, 0 for one that was missing, -1 for one that was deleted.
 BUMP = """
 local time = redis.call('TIME')
@@ -67,7 +70,8 @@ for at, key in ipairs(KEYS) do
     versions[at] = 0
   else
     local number = type(current) == 'string' and tonumber(current)
-    local version = math.max((number or 0) + 1, now)
+    local before = number and number >= 0 and number < 9007198717870080 and math.floor(number) or 0
+    local version = math.max(before + 1, now) + (now % 1000000007 + before % 1000003) * 48271 % 268435399
     local stored = number and redis.pcall('SET', key, string.format('%.0f', version), 'PX', ARGV[at])
     if stored and not stored.err then
       versions[at] = version

@@ -135,7 +135,9 @@ class _Database:
     async def look(self) -> list[Finding]:
         """Return the findings."""
         connection = await connect(
-            self._settings.postgres_dsn, "cdc-invalidator check", {"default_transaction_read_only": "on"}
+            self._settings.postgres_dsn,
+            "cdc-invalidator check",
+            {"default_transaction_read_only": "on", "row_security": "off"},
         )
         async with connection:
             slot = Slot(connection, self._settings.slot)
@@ -359,7 +361,10 @@ class _Database:
                         raise
                     self._query_fails(rule, bust, error)
                 except (errors.ServerRefuses, errors.Locked) as error:
-                    self._query_fails(rule, bust, error)
+                    if "row-level security" in str(error):
+                        await self._hides_rows(connection, rule, bust, query)
+                    else:
+                        self._query_fails(rule, bust, error)
 
     def _query_fails(self, rule: Rule, bust: Bust, error: errors.InvalidatorError) -> None:
         cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
@@ -371,11 +376,29 @@ class _Database:
             rule.place,
         )
 
+    async def _hides_rows(self, connection: psycopg.AsyncConnection[Any], rule: Rule, bust: Bust, query: str) -> None:
+        """Report the tables of a query from which policies hide rows."""
+        # Once planned, the query holds a lock on each of its tables, also on one that the plan leaves out.
+        with answered(connection):
+            async with connection.transaction():
+                await connection.execute("SET LOCAL row_security = on")
+                await connection.execute(f"EXPLAIN {query}".encode(), _nothing(bust))
+                found = await (await connection.execute(_WITH_POLICIES)).fetchall()
+        (row,) = await rows(connection, "SELECT current_user::text AS role")
+        tables = " and ".join(str(Table(each.schema, each.name)) for each in found)
+        self._add(
+            Severity.ERROR,
+            "query_hides_rows",
+            f"the `via` query of rule {rule.name} for cache {bust.cache.name} reads {tables}, where row-level security "
+            f"hides rows from the role {row.role}, so that the cache would be swept at each change; "
+            f"run ALTER ROLE {identifier(row.role)} BYPASSRLS, or read a view that the table's owner owns.",
+            rule.place,
+        )
+
     async def _look_at_query(
         self, connection: psycopg.AsyncConnection[Any], rule: Rule, bust: Bust, query: str
     ) -> None:
-        assert bust.query is not None
-        arguments: list[Any] = [[None] for _ in bust.query.columns] or [1]
+        arguments = _nothing(bust)
         with answered(connection):
             nothing = f"SELECT * FROM (\n{query}\n) AS found LIMIT 0"  # noqa: S608  the rule file's own SQL
             cursor = await connection.execute(nothing.encode(), arguments)
@@ -489,6 +512,12 @@ def _of_unbounded(cache: Cache, parameter: str, table: Table, name: str, column:
     )
 
 
+def _nothing(bust: Bust) -> list[Any]:
+    """Return arguments for a bust's query that ask for one change of which all columns are NULL."""
+    assert bust.query is not None
+    return [[None] for _ in bust.query.columns] or [1]
+
+
 def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     yield plan
     for below in plan.get("Plans", ()):
@@ -549,6 +578,13 @@ _TABLES = """
 SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname <> 'information_schema'
   AND n.nspname NOT LIKE 'pg\\_%'
+ORDER BY 1, 2
+"""
+
+_WITH_POLICIES = """
+SELECT DISTINCT n.nspname AS schema, c.relname AS name
+FROM pg_locks l JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND row_security_active(c.oid)
 ORDER BY 1, 2
 """
 

@@ -256,6 +256,11 @@ def translate(error: Exception) -> errors.InvalidatorError:
         return errors.PositionGivenUp("The publication was dropped; slot and publication are made anew.")
     if state == "55P03":
         return errors.Locked(f"PostgreSQL did not give a lock in time ({first_line(error)}); it is tried again.")
+    if state == "42501" and "row-level security" in str(error):
+        return errors.ServerRefuses(
+            f"PostgreSQL refuses ({first_line(error)}); give the role of CDC_POSTGRES_DSN the right to see all rows: "
+            "ALTER ROLE … BYPASSRLS."
+        )
     if state in _REMEDIES:
         return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state]}.")
     # While connecting, psycopg gives no SQLSTATE: only the server's text tells what is wrong.

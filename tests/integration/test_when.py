@@ -132,7 +132,9 @@ def test_a_domain_of_a_table_that_is_created_later_is_known_too(
         assert stage.cached("t:0:1", "t:0:2") == ["t:0:2"]
 
 
-def test_text_is_ordered_only_where_postgresql_orders_by_code_points(database: str, tmp_path: Path) -> None:
+def test_text_is_ordered_only_where_postgresql_orders_by_code_points(
+    database: str, redis_url: str, tmp_path: Path
+) -> None:
     try:
         execute(database, "CREATE COLLATION english (locale = 'en_US.utf8')")
     except psycopg.Error:
@@ -141,6 +143,8 @@ def test_text_is_ordered_only_where_postgresql_orders_by_code_points(database: s
     tables(database, [Case("text COLLATE english", "1", "1", when, True), Case("text", "1", "1", when, True)])
     rules = tmp_path / "rules.yaml"
     rules.write_text(rules_for([Case("", "", "", when, True)] * 2))
-    told = json.loads(command("check", "--format", "json", rules=str(rules), postgres_dsn=database).stdout)
+    told = json.loads(
+        command("check", "--format", "json", rules=str(rules), postgres_dsn=database, redis_url=redis_url).stdout
+    )
     (found,) = [finding for finding in told["findings"] if finding["code"] == "not_comparable"]
     assert "orders by code points, and PostgreSQL by a collation" in found["sentence"]

@@ -18,11 +18,12 @@ from cdc_invalidator.commands import check_redis
 from cdc_invalidator.commands.check_rules import Columns, never, offline
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
+from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
 from cdc_invalidator.postgres.mistakes import mistakes, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables
-from cdc_invalidator.postgres.quoting import identifier, qualified
+from cdc_invalidator.postgres.quoting import qualified
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
 from cdc_invalidator.postgres.snapshot import Snapshots
@@ -181,19 +182,19 @@ class _Database:
             self._add(
                 Severity.ERROR,
                 "no_replication_right",
-                f"the role {rights.role} may not stream; run ALTER ROLE {identifier(rights.role)} REPLICATION.",
+                f"the role {rights.role} may not stream; run {remedies.replication_right(rights.role)}.",
             )
         if rights.keep_size == -1:
             self._add(
                 Severity.NOTE,
                 "wal_unbounded",
                 "max_slot_wal_keep_size is not set, so while no daemon runs the slot holds WAL without a bound; set "
-                "it, for example ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'.",
+                f"it, for example {remedies.bounded_wal()}.",
             )
         try:
             state = await slot.state()
         except errors.ServerRefuses as error:
-            self._add(Severity.ERROR, "foreign_slot", str(error))
+            self._add(Severity.ERROR, "unusable_slot", str(error))
             return
         if state is None:
             self._add(
@@ -249,6 +250,15 @@ class _Database:
         given = {"publication": name, **given_tables(rules.tables)}
         owned = {Table(row.schema, row.name) for row in await rows(connection, _OWNED, given)}
         missing = survey.unpublished
+        for leaf in await publication.bystanders():
+            if leaf.table not in survey.tables and leaf.table not in survey.without_identity:
+                self._add(
+                    Severity.ERROR,
+                    "no_replica_identity",
+                    f"the publication {name} is FOR ALL TABLES or a schema, and so carries {leaf.table}, which no rule "
+                    "names and which has no usable replica identity, so that the application's UPDATE and DELETE fail; "
+                    f"{remedies.usable_identity(leaf, name)}.",
+                )
         if not survey.exists:
             (row,) = await rows(connection, _MAY_CREATE)
             self._not_set_up(
@@ -262,13 +272,22 @@ class _Database:
         (row,) = await rows(connection, _PUBLISHED, given)
         used = {op for rule in rules.rules for op in rule.on}
         lacking = sorted(used - set(row.ops))
-        fix = next((made for made in publication.statements(survey) if " SET (publish" in made), "")
-        if lacking:
+        fix = publication.options(survey)
+        if survey.awaits_stored:
+            self._not_set_up(
+                POSTGRES,
+                "generated_columns_not_published",
+                f"the publication {name} does not carry stored generated columns, and a replica identity contains "
+                "some, so that the application's UPDATE and DELETE would fail",
+                fix,
+                may=row.mine,
+            )
+        if lacking and not survey.bystanders:
             self._not_set_up(
                 POSTGRES,
                 "operation_not_published",
                 f"the publication {name} does not publish {' and '.join(lacking)}, so that rules never see these",
-                [fix],
+                fix,
                 may=row.mine,
             )
         if row.via_root:
@@ -276,17 +295,16 @@ class _Database:
                 POSTGRES,
                 "published_via_root",
                 f"the publication {name} shows partitions under their root, which hides a TRUNCATE of one of them",
-                [fix],
+                fix,
                 may=row.mine,
             )
         for table in missing:
             state = survey.tables[table]
-            whole = "" if state is not None and state.partitioned else "ONLY "
             self._not_set_up(
                 _rules_on(rules, table)[0].place,
                 "table_not_published",
                 f"the publication {name} lacks {table}, whose changes are not seen",
-                [f"ALTER PUBLICATION {identifier(name)} ADD TABLE {whole}{qualified(table)};"],
+                [remedies.add_table(name, table, partitioned=state is not None and state.partitioned)],
                 may=row.mine and table in owned,
             )
         for table in survey.without_identity:
@@ -295,8 +313,7 @@ class _Database:
                     Severity.ERROR,
                     "no_replica_identity",
                     f"the publication {name} lists {table}, which no rule names and which has no replica identity, so "
-                    f"that the application's UPDATE and DELETE fail; run ALTER PUBLICATION {identifier(name)} DROP "
-                    f"TABLE {qualified(table)};",
+                    f"that the application's UPDATE and DELETE fail; run {remedies.remove_table(name, table)}",
                 )
 
     def _not_set_up(self, place: Place | str, code: str, what: str, statements: list[str], *, may: bool) -> None:
@@ -322,7 +339,7 @@ class _Database:
             for leaf in state.leaves if state is not None else ():
                 if leaf.usable:
                     for rule in _rules_on(rules, table):
-                        self._findings += _of_old_rows(rule, leaf)
+                        self._findings += _of_old_rows(rule, leaf, survey.publication)
         self._look_at_parameters(rules)
 
     def _look_at_parameters(self, rules: RuleSet) -> None:
@@ -435,7 +452,7 @@ class _Database:
         if row.size is None or row.size < LARGE_BYTES:
             return
         columns = _compared(scan["Alias"], nodes)
-        index = f"run CREATE INDEX CONCURRENTLY ON {qualified(table)} ({columns})" if columns else "add an index"
+        index = f"run {remedies.make_index(table, columns)}" if columns else "add an index"
         self._add(
             Severity.WARNING,
             "query_scans_table",
@@ -449,9 +466,9 @@ def _rules_on(rules: RuleSet, table: Table) -> list[Rule]:
     return [rule for rule in rules.rules if rule.table == table]
 
 
-def _of_old_rows(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
+def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
     """Yield findings on old rows that lack what a rule reads of them, as far as that is not refused."""
-    remedy = f"run ALTER TABLE {qualified(leaf.table)} REPLICA IDENTITY FULL"
+    remedy = remedies.with_full_identity(leaf, publication)
     ops = rule.on & {"update", "delete"}
     watched = (set(rule.columns) if "update" in ops else set()) & leaf.columns - leaf.carried
     compared: frozenset[str] = frozenset()
@@ -476,8 +493,8 @@ def _of_old_rows(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
             "old_row_sweeps",
             rule.place,
             f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of {leaf.table} "
-            f"does not carry, so that its caches are swept at every {_and(swept)}; {remedy} to "
-            "bust single keys.",
+            f"does not carry, so that its caches are swept at every {_and(swept)}; to bust single "
+            f"keys, {remedy}.",
         )
     if unknown and rule.old_row == "ignore" and rule.on == {"delete"}:
         yield Finding(

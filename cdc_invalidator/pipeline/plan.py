@@ -314,7 +314,7 @@ def _compile(
                     rule.name,
                     f"the replica identity of {name} does not carry "
                     f"{', '.join(unknown)}, so cache {bust.cache.name} is swept where the old row is needed; "
-                    f"run ALTER TABLE {name} REPLICA IDENTITY FULL.",
+                    "run `cdc-invalidator check`, which gives the remedy.",
                 )
             )
     compared = tuple(index[name] for name in rule.columns if name in index)

@@ -13,10 +13,11 @@ from typing import Any
 import psycopg
 
 from cdc_invalidator import errors
+from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import ENDLESS, first_line, limited, rows, translate
 from cdc_invalidator.postgres.queries import ancestors
-from cdc_invalidator.postgres.quoting import identifier, qualified
-from cdc_invalidator.postgres.survey import Survey, Surveyor
+from cdc_invalidator.postgres.quoting import identifier
+from cdc_invalidator.postgres.survey import Leaf, Survey, Surveyor
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 
@@ -49,30 +50,32 @@ class Publication:
 
     def statements(self, survey: Survey) -> list[str]:
         """Return the SQL that makes the publication fit; it takes an owner of the database and of the tables."""
-        name = identifier(self._name)
-        # Without ONLY, PostgreSQL would also publish tables that inherit from it. A partitioned table has no rows.
-        add = [
-            qualified(table) if (state := survey.tables[table]) and state.partitioned else f"ONLY {qualified(table)}"
-            for table in survey.unpublished
-        ]
+        add = [(table, state.partitioned) for table in survey.unpublished if (state := survey.tables[table])]
         if not survey.exists:
-            return [f"CREATE PUBLICATION {name}{' FOR TABLE ' if add else ''}{', '.join(add)};"]
-        statements = []
-        if not survey.suits:
-            statements.append(
-                f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate',"
-                " publish_via_partition_root = false);"
-            )
+            tables = [remedies.published(table, partitioned=partitioned) for table, partitioned in add]
+            return [remedies.make_publication(self._name, tables, stores=survey.stores)]
         # One by one, so that a failure of one does not stop the others.
-        return statements + self.removals(survey) + [f"ALTER PUBLICATION {name} ADD TABLE {table};" for table in add]
+        return (
+            self.removals(survey)
+            + self.options(survey)
+            + [remedies.add_table(self._name, table, partitioned=partitioned) for table, partitioned in add]
+        )
+
+    def options(self, survey: Survey) -> list[str]:
+        """Return the SQL that makes the publication hide nothing, at most one statement."""
+        # While it does not publish UPDATE or DELETE, it may carry tables without an identity.
+        all_ops = not (survey.all_ops or survey.harmful or survey.bystanders)
+        if all_ops or survey.via_root or survey.awaits_stored:
+            return [remedies.set_options(self._name, all_ops=all_ops, stored=survey.awaits_stored)]
+        return []
 
     def removals(self, survey: Survey) -> list[str]:
         """Return the SQL that takes out the tables that must not be published."""
-        # Without ONLY, PostgreSQL would also look for tables that inherit from it, and not find them.
-        return [
-            f"ALTER PUBLICATION {identifier(self._name)} DROP TABLE ONLY {qualified(table)};"
-            for table in survey.harmful
-        ]
+        return [remedies.remove_table(self._name, table) for table in survey.harmful]
+
+    async def bystanders(self) -> list[Leaf]:
+        """See `Surveyor.bystanders`."""
+        return await self._surveyor.bystanders()
 
     async def drop(self) -> list[str]:
         """Drop the publication if it exists, and return the statements that were run."""

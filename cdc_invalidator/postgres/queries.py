@@ -27,8 +27,9 @@ class ColumnInfo(NamedTuple):
     """A column, as the catalogs have it.
 
     ``type``: as written in SQL; ``bare_type``: the same without a length, so that a cast to it cuts nothing off;
-    ``base_oid``, ``base_category``, ``base_modifier``: of the type under domains; ``identity``: the replica identity
-    contains it; ``unique``: it has a unique index of its own; ``compared``: how `when` compares its values.
+    ``base_oid``, ``base_category``, ``base_modifier``: of the type under domains; ``generated``: it is, and our
+    publication can't carry it; ``identity``: the replica identity contains it; ``unique``: it has a unique index of its
+    own; ``compared``: how `when` compares its values.
     """
 
     name: str
@@ -110,7 +111,8 @@ _COLUMNS = f"""
 SELECT n.nspname AS schema, c.relname AS table_name, a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
   format_type(a.atttypid, -1) AS bare_type, a.atttypid::bigint AS type_oid, a.atttypmod AS modifier,
   base.oid::bigint AS base_oid, base.typcategory::text AS base_category,
-  CASE t.typtype WHEN 'd' THEN t.typtypmod ELSE a.atttypmod END AS base_modifier, a.attgenerated <> '' AS generated,
+  CASE t.typtype WHEN 'd' THEN t.typtypmod ELSE a.atttypmod END AS base_modifier,
+  a.attgenerated = 'v' OR a.attgenerated = 's' AND current_setting('server_version_num')::int < 180000 AS generated,
   c.relreplident = 'f' OR coalesce(a.attnum = ANY ({IDENTITY_COLUMNS}), false) AS identity,
   EXISTS (SELECT FROM pg_index u WHERE u.indrelid = c.oid AND u.indisunique AND u.indisvalid AND u.indpred IS NULL
           AND u.indnkeyatts = 1 AND u.indkey[0] = a.attnum) AS unique,

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import psycopg
 
 from cdc_invalidator import errors, lsn
+from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import rows
-from cdc_invalidator.postgres.quoting import literal
 
 Value = TypeVar("Value")
 
@@ -24,13 +24,17 @@ READERS_UNKNOWN = (
 
 
 class SlotState(NamedTuple):
-    """The slot's row in pg_replication_slots; LSNs as numbers, ``retained`` in bytes of WAL."""
+    """The slot's row in pg_replication_slots; LSNs as numbers, ``retained`` in bytes of WAL.
+
+    ``two_phase``: PREPARE TRANSACTION is decoded, which we don't read.
+    """
 
     active: bool
     active_pid: int | None
     confirmed: int
     wal_status: str
     retained: int
+    two_phase: bool
 
     @property
     def lost(self) -> bool:
@@ -89,8 +93,18 @@ class Slot:
         """Read the slot's row; ``None`` if there is no slot of that name.
 
         Raises:
-            errors.ServerRefuses: a slot of that name belongs to something else.
+            errors.ServerRefuses: a slot of that name belongs to something else, or was made with two_phase.
         """
+        state = await self._state()
+        if state is not None and state.two_phase:
+            raise errors.ServerRefuses(
+                f"Slot {self.name} was made with two_phase, which sends transactions before they are committed; end "
+                f"who streams from it, and run {remedies.drop_slot(self.name)} The daemon makes it anew and sweeps the "
+                "caches."
+            )
+        return state
+
+    async def _state(self) -> SlotState | None:
         rows = await self._rows(_STATE)
         if not rows:
             return None
@@ -99,18 +113,18 @@ class Slot:
             raise errors.ServerRefuses(
                 f"Slot {self.name} belongs to another database or plugin; set CDC_SLOT to a name of your own."
             )
-        return SlotState(row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
+        return SlotState(
+            row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained, row.two_phase
+        )
 
     def statements(self, state: SlotState | None, server: ServerInfo, *, new_publication: bool) -> list[str]:
         """Return the SQL that creates or replaces the slot; nothing if we can stream from it as it is.
 
         We can't if its position is older than the publication: PostgreSQL before 18 fails to decode from there.
         """
-        name = literal(self.name)
-        drop = [f"SELECT pg_drop_replication_slot({name});"]
+        drop = [remedies.drop_slot(self.name)]
         # A slot that is synchronized to standbys survives a failover. A slot on a standby can't be synchronized.
-        more = ", failover => true" if server.version >= 170000 and not server.in_recovery else ""
-        make = [f"SELECT pg_create_logical_replication_slot({name}, 'pgoutput'{more});"]
+        make = [remedies.make_slot(self.name, failover=server.version >= 170000 and not server.in_recovery)]
         if state is None:
             return make
         # PostgreSQL has removed the WAL of a lost slot: only a new slot can go on, and that is a gap.
@@ -122,9 +136,9 @@ class Slot:
         Raises:
             errors.SlotInUse: a session streams from it.
         """
-        if await self.state() is None:
+        if await self._state() is None:
             return []
-        statement = f"SELECT pg_drop_replication_slot({literal(self.name)});"
+        statement = remedies.drop_slot(self.name)
         await self._rows(statement)
         return [statement]
 
@@ -179,7 +193,8 @@ SELECT current_setting('server_version_num')::int AS version, current_setting('w
 """
 
 _STATE = """
-SELECT active, active_pid, plugin, database = current_database() AS here, confirmed_flush_lsn::text AS confirmed,
+SELECT active, active_pid, two_phase, plugin, database = current_database() AS here,
+  confirmed_flush_lsn::text AS confirmed,
   coalesce(wal_status, 'lost') AS wal_status,
   coalesce(pg_wal_lsn_diff(
     CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn

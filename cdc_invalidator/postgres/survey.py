@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psycopg
 
@@ -19,11 +19,19 @@ from cdc_invalidator.rules.condition import condition_of
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 
+Full = Literal["ok", "stored", "virtual", "listed", "unstored"]
+
 
 class Leaf(NamedTuple):
     """One table that holds rows: a rule's table, or a partition of it.
 
-    ``carried``: columns that old rows carry; ``usable``: whether its replica identity allows to publish it;
+    ``generated``: columns that the stream does not carry because they are generated; ``carried``: columns that old
+    rows carry; ``usable``: whether its replica identity allows to publish it; ``awaits_stored``: it does once the
+    publication carries stored generated columns; ``keyed``: its primary key can be the identity; ``full``: what REPLICA
+    IDENTITY FULL would do: ``ok``, or ``stored`` (the publication must carry stored generated columns first), or why
+    the application's UPDATE and DELETE would fail: ``virtual`` (it has a virtual generated column), ``listed`` (a
+    publication has a column list for it), ``unstored`` (another publication does not carry its stored generated
+    columns); ``filtered``: another publication has a row filter or a column list for it, and may need its identity;
     ``carriers``: the OIDs of the publication's entries that include it, directly, as a partition or by its schema, and
     of the publication itself if that is FOR ALL TABLES; ``limited``: a row filter or a column list hides changes;
     ``types``: of the columns that conditions of rules read.
@@ -36,6 +44,10 @@ class Leaf(NamedTuple):
     generated: frozenset[str]
     carried: frozenset[str]
     usable: bool
+    awaits_stored: bool
+    keyed: bool
+    full: Full
+    filtered: bool
     carriers: tuple[int, ...]
     limited: bool
     types: Mapping[str, ColumnType]
@@ -44,6 +56,11 @@ class Leaf(NamedTuple):
     def published(self) -> bool:
         """Whether all changes of it are in the stream."""
         return bool(self.carriers) and not self.limited and self.kind not in NOT_TABLES
+
+    @property
+    def harmful(self) -> bool:
+        """Whether it must not be published, whatever the publication's options."""
+        return self.kind in NOT_TABLES or not (self.usable or self.awaits_stored)
 
 
 @dataclass(slots=True)
@@ -73,6 +90,11 @@ class TableState:
         return all(leaf.usable and leaf.kind not in NOT_TABLES for leaf in self.leaves) and not self.refused
 
     @property
+    def awaits_stored(self) -> bool:
+        """Whether the publication must carry stored generated columns, and it can be published then."""
+        return any(leaf.awaits_stored for leaf in self.leaves) and not self.refused
+
+    @property
     def refused(self) -> str | None:
         """Why the table must not be published, whatever its leaves; ``None`` if it may."""
         if self.parent:
@@ -100,14 +122,22 @@ class TableState:
 class Survey:
     """The publication and all tables of the rules; ``None`` for a table that does not exist.
 
-    ``suits``: the publication's options are right; ``without_identity``: tables that the publication lists and whose
-    rows the application can't update because of that, whether rules name them or not.
+    ``publication``: its name; ``stores``: the server can publish stored generated columns, as PostgreSQL 18 can;
+    ``all_ops``, ``via_root``: what it publishes, and how; ``without_identity``: tables that the publication lists and
+    whose rows the application can't update because of that, whether rules name them or not; ``lists_unstored``: it
+    lists tables for which it must carry stored generated columns; ``bystanders``: tables without identity that it
+    carries by FOR ALL TABLES or a schema, known only unless ``all_ops``.
     """
 
+    publication: str
+    stores: bool
     exists: bool
-    suits: bool
+    all_ops: bool
+    via_root: bool
     tables: dict[Table, TableState | None]
     without_identity: list[Table]
+    lists_unstored: bool
+    bystanders: list[Leaf]
 
     @property
     def unknown(self) -> list[Table]:
@@ -124,9 +154,18 @@ class Survey:
         ]
 
     @property
+    def awaits_stored(self) -> bool:
+        """Whether the publication must carry stored generated columns."""
+        return self.lists_unstored or any(state and state.awaits_stored for state in self.tables.values())
+
+    @property
     def harmful(self) -> list[Table]:
         """Tables that are published but must not be."""
-        refused = [table for table, state in self.tables.items() if state and not state.usable and state.listed]
+        refused = [
+            table
+            for table, state in self.tables.items()
+            if state and state.listed and (state.refused or any(leaf.harmful for leaf in state.leaves))
+        ]
         # A table that was renamed is still listed, under a name that no rule knows.
         return list(dict.fromkeys(refused + self.without_identity))
 
@@ -238,19 +277,15 @@ class Surveyor:
         """Look at the publication and at the tables of the rules; the same object while nothing has changed."""
         tables = rules.tables
         of_roots = _ROOTS.format(carriers=_CARRIERS.format(table="roots"))
-        of_leaves = _LEAVES.format(
-            identity=IDENTITY,
-            identity_columns=IDENTITY_COLUMNS,
-            usable=_USABLE,
-            carriers=_CARRIERS.format(table="tree"),
-        )
         given = {"publication": self._publication, **given_tables(tables)}
         publications = await rows(self._connection, _PUBLICATION, given)
         roots = await rows(self._connection, _KIN + of_roots, given)
-        leaves = await rows(self._connection, _KIN + of_leaves, given)
+        leaves = await rows(self._connection, f"{_KIN} {_of_leaves()} ORDER BY 1, 2, 3, 4", given)
         harmed = await rows(self._connection, _WITHOUT_IDENTITY, given)
         types = await self._types(rules, leaves)
-        seen = (tables, publications, roots, leaves, harmed, types)
+        # If it publishes all operations already, only `check` asks.
+        bystanders = await self.bystanders() if publications and not publications[0].all_ops else []
+        seen = (tables, publications, roots, leaves, harmed, types, bystanders)
         if self._last is not None and self._last[0] == seen:
             return self._last[1]
         states: dict[Table, TableState | None] = dict.fromkeys(tables)
@@ -262,10 +297,27 @@ class Surveyor:
             state = states[Table(row.root_schema, row.root_name)]
             if state is not None:
                 state.leaves.append(_leaf(row, types.get(row.oid, {})))
-        suits = bool(publications) and publications[0].suits
-        survey = Survey(bool(publications), suits, states, [Table(row.schema, row.name) for row in harmed])
+        survey = Survey(
+            publication=self._publication,
+            stores=self._connection.info.server_version >= 180000,
+            exists=bool(publications),
+            all_ops=bool(publications) and publications[0].all_ops,
+            via_root=bool(publications) and publications[0].via_root,
+            tables=states,
+            without_identity=[Table(row.schema, row.name) for row in harmed if not row.awaits_stored],
+            lists_unstored=any(row.awaits_stored for row in harmed),
+            bystanders=bystanders,
+        )
         self._last = seen, survey
         return survey
+
+    async def bystanders(self) -> list[Leaf]:
+        """Return the tables without identity that the publication carries by FOR ALL TABLES or a schema.
+
+        The application can't update their rows if the publication publishes that.
+        """
+        query = f"{_CARRIED} SELECT * FROM ({_of_leaves()}) AS leaves WHERE NOT usable"  # noqa: S608  what is pasted is ours
+        return [_leaf(row, {}) for row in await rows(self._connection, query, {"publication": self._publication})]
 
     async def _types(self, rules: RuleSet, leaves: Sequence[Any]) -> dict[int, dict[str, ColumnType]]:
         """Return the types of the columns that conditions read, by the OID of each table that holds rows."""
@@ -279,6 +331,19 @@ class Surveyor:
         return await compared_types(self._connection, oids, names)
 
 
+def _of_leaves() -> str:
+    return _LEAVES.format(
+        identity=IDENTITY,
+        identity_columns=IDENTITY_COLUMNS,
+        identified=_IDENTIFIED,
+        virtual=_IN_IDENTITY.format(kind="v"),
+        awaits_stored=_AWAITS_STORED,
+        unstored=_UNSTORED,
+        carriers=_CARRIERS.format(table="tree"),
+        others=_OTHERS,
+    )
+
+
 def _leaf(row: Any, types: Mapping[str, ColumnType]) -> Leaf:
     return Leaf(
         table=Table(row.schema, row.name),
@@ -288,6 +353,10 @@ def _leaf(row: Any, types: Mapping[str, ColumnType]) -> Leaf:
         generated=frozenset(row.generated),
         carried=frozenset(row.carried),
         usable=row.usable,
+        awaits_stored=row.awaits_stored,
+        keyed=row.keyed,
+        full=row.full,
+        filtered=row.filtered,
         carriers=tuple(row.carriers),
         limited=row.limited,
         types=types,
@@ -295,16 +364,23 @@ def _leaf(row: Any, types: Mapping[str, ColumnType]) -> Leaf:
 
 
 _PUBLICATION = """
-SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AND NOT pubviaroot AS suits
+SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AS all_ops, pubviaroot AS via_root
 FROM pg_publication WHERE pubname = %(publication)s
 """
 
 # These queries call no function that opens the table itself (pg_publication_tables, pg_partition_tree,
 # pg_relation_size): it would wait for whoever has locked the table.
-_KIN = """
-WITH RECURSIVE publication AS (
+_PUBLICATIONS = """
+publication AS (
   SELECT oid, puballtables FROM pg_publication WHERE pubname = %(publication)s
-), roots AS (
+), others AS (
+  SELECT oid, puballtables, to_jsonb(pg_publication) ->> 'pubgencols' <> 's' AS unstored FROM pg_publication
+  WHERE pubname <> %(publication)s AND (pubupdate OR pubdelete)
+)
+"""
+
+_KIN = f"""
+WITH RECURSIVE {_PUBLICATIONS}, roots AS (
   SELECT n.nspname AS schema, c.relname AS name, c.oid, c.relkind
   FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
   JOIN pg_namespace n ON n.nspname = wanted.schema
@@ -316,7 +392,7 @@ WITH RECURSIVE publication AS (
   JOIN pg_inherits i ON i.inhparent = tree.oid AND NOT i.inhdetachpending JOIN pg_class c ON c.oid = i.inhrelid
   WHERE tree.relkind = 'p'
 )
-"""
+"""  # noqa: S608  what is pasted is ours
 
 # The publication's entries that carry a table: for it or a table above it, its schema, or all tables. LATERAL, for one
 # index look-up a table: in a plain join, the planner would compare each table with each, every three seconds.
@@ -346,35 +422,78 @@ SELECT schema, name, oid, relkind = 'p' AS partitioned,
 FROM roots {carriers}
 """
 
-# From PostgreSQL 18 on, an identity must not contain a generated column, which is not published.
-_USABLE = """(
-  (c.relreplident = 'f' OR (c.relreplident <> 'n' AND i.indexrelid IS NOT NULL))
-  AND NOT (current_setting('server_version_num')::int >= 180000 AND EXISTS (
-    SELECT FROM pg_attribute g WHERE g.attrelid = c.oid AND g.attnum > 0 AND NOT g.attisdropped
-      AND g.attgenerated <> '' AND (c.relreplident = 'f' OR g.attnum = ANY (i.indkey::int2[]))
-  ))
+_IDENTIFIED = "(c.relreplident = 'f' OR (c.relreplident <> 'n' AND i.indexrelid IS NOT NULL))"
+
+# Whether the identity contains a generated column of a kind, stored ('s') or virtual ('v').
+_IN_IDENTITY = """EXISTS (
+  SELECT FROM pg_attribute g WHERE g.attrelid = c.oid AND g.attnum > 0 AND NOT g.attisdropped
+    AND g.attgenerated = '{kind}' AND (c.relreplident = 'f' OR g.attnum = ANY (i.indkey::int2[]))
 )"""
+
+# From PostgreSQL 18 on, the application's UPDATE and DELETE fail if an identity contains a generated column that a
+# publication does not carry. It can carry stored ones, as ours does where we have made it.
+_UNSTORED = """EXISTS (
+  SELECT FROM pg_publication mine WHERE mine.pubname = %(publication)s AND to_jsonb(mine) ->> 'pubgencols' <> 's'
+)"""
+_AWAITS_STORED = f"""(
+  {_UNSTORED} AND {_IDENTIFIED} AND {_IN_IDENTITY.format(kind="s")} AND NOT {_IN_IDENTITY.format(kind="v")}
+)"""
+
+# What other publications with a table ask of its identity: `listed`, a column list; `filtered`, that or a row filter;
+# `unstored`, that stored generated columns are not part of it.
+_OTHERS = """
+LEFT JOIN LATERAL (
+  SELECT bool_or(entries.attrs) AS listed, bool_or(entries.attrs OR entries.qual) AS filtered,
+    bool_or(entries.unstored) AS unstored
+  FROM (SELECT tree.oid UNION SELECT above.relid FROM pg_partition_ancestors(tree.oid) above) AS kin (oid)
+  CROSS JOIN LATERAL (
+    SELECT r.prattrs IS NOT NULL AS attrs, r.prqual IS NOT NULL AS qual, o.unstored
+    FROM pg_publication_rel r JOIN others o ON o.oid = r.prpubid WHERE r.prrelid = kin.oid
+    UNION ALL
+    SELECT false, false, o.unstored FROM others o WHERE o.puballtables
+    UNION ALL
+    SELECT false, false, o.unstored FROM others o JOIN pg_publication_namespace s ON s.pnpubid = o.oid
+    JOIN pg_class c ON c.oid = kin.oid AND c.relnamespace = s.pnnspid
+  ) AS entries
+  WHERE EXISTS (SELECT FROM others)
+) AS others ON true
+"""
 
 _LEAVES = """
 SELECT tree.schema AS root_schema, tree.name AS root_name, n.nspname AS schema, c.relname AS name, c.oid,
   CASE c.relpersistence WHEN 'p' THEN c.relkind ELSE c.relpersistence END::text AS kind,
-  ARRAY(SELECT attname::text FROM pg_attribute
-        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped) AS columns,
-  ARRAY(SELECT attname::text FROM pg_attribute
-        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped AND attgenerated <> '') AS generated,
+  names.columns AS columns,
+  CASE WHEN current_setting('server_version_num')::int < 180000 OR {unstored} THEN names.virtual || names.stored
+    ELSE names.virtual END AS generated,
   CASE c.relreplident
-    WHEN 'f' THEN ARRAY(SELECT attname::text FROM pg_attribute
-                        WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped)
+    WHEN 'f' THEN names.columns
     WHEN 'n' THEN '{{}}'
     ELSE ARRAY(SELECT attname::text FROM pg_attribute WHERE attrelid = c.oid
                AND attnum = ANY ({identity_columns})) END AS carried,
-  {usable} AS usable,
+  {identified} AND NOT (names.virtual <> '{{}}' AND {virtual}) AND NOT {awaits_stored} AS usable,
+  {awaits_stored} AS awaits_stored,
+  EXISTS (SELECT FROM pg_index k WHERE k.indrelid = c.oid AND k.indisprimary AND k.indimmediate AND k.indisvalid
+          AND (names.stored = '{{}}' OR NOT EXISTS (
+            SELECT FROM pg_attribute g
+            WHERE g.attrelid = c.oid AND g.attgenerated <> '' AND g.attnum = ANY (k.indkey::int2[])
+          ))) AS keyed,
+  CASE WHEN names.virtual <> '{{}}' THEN 'virtual'
+    WHEN coalesce(others.listed, false) OR coalesce(carriers.limited, false) THEN 'listed'
+    WHEN names.stored <> '{{}}' AND coalesce(others.unstored, false) THEN 'unstored'
+    WHEN names.stored <> '{{}}' AND {unstored} THEN 'stored'
+    ELSE 'ok' END AS full,
+  coalesce(others.filtered, false) AS filtered,
   coalesce(carriers.oids, '{{}}') AS carriers,
   coalesce(carriers.limited, false) AS limited
 FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
-{identity} {carriers}
+CROSS JOIN LATERAL (
+  SELECT coalesce(array_agg(attname::text), '{{}}') AS columns,
+    coalesce(array_agg(attname::text) FILTER (WHERE attgenerated = 's'), '{{}}') AS stored,
+    coalesce(array_agg(attname::text) FILTER (WHERE attgenerated = 'v'), '{{}}') AS virtual
+  FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+) AS names
+{identity} {carriers} {others}
 WHERE tree.relkind <> 'p'
-ORDER BY 1, 2, 3, 4
 """
 
 _WITHOUT_IDENTITY = f"""
@@ -385,8 +504,23 @@ WITH RECURSIVE tree (root, oid) AS (
   SELECT tree.root, i.inhrelid FROM tree
   JOIN pg_class c ON c.oid = tree.oid AND c.relkind = 'p' JOIN pg_inherits i ON i.inhparent = tree.oid
 )
-SELECT DISTINCT n.nspname AS schema, root.relname AS name
+SELECT n.nspname AS schema, root.relname AS name, bool_and({_AWAITS_STORED}) AS awaits_stored
 FROM tree JOIN pg_class root ON root.oid = tree.root JOIN pg_namespace n ON n.oid = root.relnamespace
 JOIN pg_class c ON c.oid = tree.oid AND c.relkind = 'r' {IDENTITY}
-WHERE NOT {_USABLE}
+WHERE NOT {_IDENTIFIED} OR {_IN_IDENTITY.format(kind="v")} OR {_AWAITS_STORED}
+GROUP BY 1, 2
+"""  # noqa: S608  what is pasted is ours
+
+# In place of `_KIN`: all tables that the publication carries without listing them.
+_CARRIED = f"""
+WITH {_PUBLICATIONS}, tree AS (
+  SELECT n.nspname AS schema, c.relname AS name, c.oid, c.relkind
+  FROM publication p JOIN pg_class c ON c.relkind = 'r' AND c.relpersistence = 'p' AND c.oid >= 16384
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+  WHERE p.puballtables OR EXISTS (
+    SELECT FROM (SELECT c.oid UNION SELECT above.relid FROM pg_partition_ancestors(c.oid) above) AS kin (oid)
+    JOIN pg_class k ON k.oid = kin.oid
+    JOIN pg_publication_namespace s ON s.pnpubid = p.oid AND s.pnnspid = k.relnamespace
+  )
+)
 """  # noqa: S608  what is pasted is ours

@@ -478,13 +478,33 @@ def test_rules_on_a_root_and_on_its_partition_both_bust(start: Start) -> None:
         ((THINGS, "CREATE PUBLICATION {} FOR TABLE things (id)"), "row filter or a column list"),
         (
             (
-                "CREATE TABLE things (id int PRIMARY KEY, double int GENERATED ALWAYS AS (id * 2) STORED)",
+                "CREATE TABLE things (id int PRIMARY KEY, double int GENERATED ALWAYS AS (id * 2) VIRTUAL)",
                 "ALTER TABLE things REPLICA IDENTITY FULL",
             ),
-            "generated column",
+            "virtual generated column",
+        ),
+        (
+            (THINGS, "CREATE TABLE bare (id int)", "CREATE PUBLICATION {} FOR ALL TABLES WITH (publish = 'insert')"),
+            "tables without replica identity (public.bare)",
+        ),
+        (
+            (
+                THINGS,
+                "CREATE TABLE bare (id int)",
+                "CREATE PUBLICATION {} FOR TABLES IN SCHEMA public WITH (publish = 'insert')",
+            ),
+            "tables without replica identity (public.bare)",
         ),
     ],
-    ids=["inheritance", "partitioned without a primary key", "row filter", "column list", "generated column"],
+    ids=[
+        "inheritance",
+        "partitioned without a primary key",
+        "row filter",
+        "column list",
+        "virtual column",
+        "all tables",
+        "tables in a schema",
+    ],
 )
 def test_a_table_that_would_hurt_or_hide_is_refused_at_the_start(
     database: str, redis_url: str, tmp_path: Path, slot_name: str, statements: tuple[str, ...], sentence: str
@@ -495,6 +515,62 @@ def test_a_table_that_would_hurt_or_hide_is_refused_at_the_start(
         assert daemon.wait() == 2
     assert sentence in "\n".join(daemon.errors)
     execute(database, "UPDATE things SET id = id", "DELETE FROM things")
+    if "bare" in str(statements):
+        execute(database, "UPDATE bare SET id = id", "DELETE FROM bare")
+
+
+def test_a_table_without_identity_is_taken_out_before_updates_are_published(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    execute(
+        database,
+        THINGS,
+        "CREATE TABLE bare (id int)",
+        f"CREATE PUBLICATION {slot_name} FOR TABLE things, bare WITH (publish = 'insert')",
+    )
+    rules = rule_file(tmp_path, THING)
+    daemon = RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name)
+    with Application(database, "UPDATE bare SET id = id", "DELETE FROM bare") as app, daemon:
+        daemon.ready()
+        execute(database, "INSERT INTO things VALUES (1)", "UPDATE things SET id = 2")
+        daemon.seen("bust", op="update")
+    assert app.failures == []
+
+
+def test_an_identity_that_comes_to_contain_a_stored_column_never_makes_a_write_fail(start: Start) -> None:
+    stage = start(
+        "CREATE TABLE things (id int PRIMARY KEY, n int, double int GENERATED ALWAYS AS (n * 2) STORED)",
+        ROWS.format("things"),
+    )
+    with Application(stage.dsn, "UPDATE things SET n = n + 1 WHERE id = 99", "DELETE FROM things WHERE id = 98") as app:
+        execute(stage.dsn, "ALTER TABLE things REPLICA IDENTITY FULL")
+        stage.busts(["t:thing:1"], "UPDATE things SET n = 3 WHERE id = 1")
+    assert app.failures == []
+    stage.assert_well()
+
+
+def test_a_publication_of_an_older_release_comes_to_carry_stored_columns(start: Start) -> None:
+    stage = start(
+        "CREATE TABLE things (id int PRIMARY KEY, n int, double int GENERATED ALWAYS AS (n * 2) STORED)",
+        ROWS.format("things"),
+    )
+    execute(
+        stage.dsn,
+        f"ALTER PUBLICATION {stage.slot} SET (publish_generated_columns = none)",
+        "ALTER TABLE things REPLICA IDENTITY FULL",
+    )
+    eventually(lambda: _takes(stage.dsn, "UPDATE things SET n = 2 WHERE id = 1"), "the application can write again")
+    stage.publishes("public.things")
+    stage.busts(["t:thing:2"], "UPDATE things SET n = 3 WHERE id = 2")
+    stage.assert_well()
+
+
+def _takes(dsn: str, statement: str) -> bool:
+    try:
+        execute(dsn, statement)
+    except psycopg.Error:
+        return False
+    return True
 
 
 def test_a_table_that_others_come_to_inherit_from_is_taken_out_and_kept_swept(start: Start) -> None:

@@ -249,7 +249,7 @@ def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(setting: Setti
     assert "does not publish delete and truncate" in checked.only("operation_not_published")["sentence"]
     harmful = checked.only("no_replica_identity")
     assert harmful["severity"] == "error"
-    assert f'ALTER PUBLICATION "{name}" DROP TABLE "public"."bare"' in harmful["sentence"]
+    assert f'ALTER PUBLICATION "{name}" DROP TABLE ONLY "public"."bare"' in harmful["sentence"]
     execute(setting.dsn, f"ALTER PUBLICATION {name} DROP TABLE bare")
     assert setting.check(other).grave == []
     execute(setting.dsn, f"ALTER PUBLICATION {name} SET TABLE others WHERE (id > 1)")
@@ -280,7 +280,7 @@ def test_a_role_that_may_not_stream_or_set_up_is_an_error_with_what_an_administr
 def test_a_slot_of_something_else_is_an_error(setting: Setting) -> None:
     execute(setting.dsn, THINGS, f"SELECT pg_create_physical_replication_slot('{setting.given['slot']}')")
     try:
-        assert setting.check(THING).of("error") == ["foreign_slot"]
+        assert setting.check(THING).of("error") == ["unusable_slot"]
     finally:
         execute(setting.dsn, f"SELECT pg_drop_replication_slot('{setting.given['slot']}')")
 

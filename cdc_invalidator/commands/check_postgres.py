@@ -408,7 +408,7 @@ class _Database:
             "query_hides_rows",
             f"the `via` query of rule {rule.name} for cache {bust.cache.name} reads {tables}, where row-level security "
             f"hides rows from the role {row.role}, so that the cache would be swept at each change; "
-            f"run ALTER ROLE {identifier(row.role)} BYPASSRLS, or read a view that the table's owner owns.",
+            f"run {remedies.bypass_policies(row.role)}, or read a view that the table's owner owns.",
             rule.place,
         )
 

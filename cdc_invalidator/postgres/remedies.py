@@ -118,6 +118,11 @@ def replication_right(role: str) -> str:
     return f"ALTER ROLE {identifier(role)} REPLICATION"
 
 
+def bypass_policies(role: str) -> str:
+    """Return the SQL that lets a role read rows that row-level security hides."""
+    return f"ALTER ROLE {identifier(role)} BYPASSRLS"
+
+
 def bounded_wal() -> str:
     """Return the SQL that bounds the WAL that slots hold; for example."""
     return "ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'; SELECT pg_reload_conf()"

@@ -133,6 +133,19 @@ CASES = {
         "unusable_slot",
         (THINGS, FULL, "SELECT pg_create_logical_replication_slot('{p}', 'pgoutput', false, true)"),
     ),
+    "rows hidden from a query": Case(
+        "query_hides_rows",
+        (
+            THINGS,
+            FULL,
+            "CREATE TABLE members (thing int, id int)",
+            "ALTER TABLE members ENABLE ROW LEVEL SECURITY",
+            "GRANT SELECT ON things, members TO {p}_daemon",
+            "CREATE PUBLICATION {p} FOR TABLE things",
+        ),
+        limited=True,
+        bust=QUERY,
+    ),
     "scan by a query": Case(
         "query_scans_table",
         (

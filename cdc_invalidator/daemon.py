@@ -36,6 +36,8 @@ _log = structlog.get_logger()
 LEAVE_SECONDS = 4.5
 # A session that lived this long did not fail for the same reason as the one before it.
 SETTLED_SECONDS = 10.0
+# If somebody else has written the watermark, it is looked at for so long whether that goes on.
+SUSPICION_SECONDS = 60.0
 
 
 class Daemon:
@@ -79,6 +81,7 @@ class Daemon:
         # The process id of the last walsender that was ours.
         self._walsender: int | None = None
         self._last_error: str | None = None
+        self._suspicious_until = float("-inf")
         self._recent = Recent()
         self._standbys = standbys
         self._reload = Reload(
@@ -165,6 +168,7 @@ class Daemon:
             self._lead,
             recent=self._recent,
             standbys=self._standbys,
+            suspicious=time.monotonic() < self._suspicious_until,
             strict=not self._proven,
             former_walsender=self._walsender,
             unsettled=self._unsettled,
@@ -185,6 +189,7 @@ class Daemon:
             await self._give_up(session, error)
             await self._pause(self._backoff.next())
         except errors.WatermarkTaken as error:
+            self._suspicious_until = time.monotonic() + SUSPICION_SECONDS
             self._be("connecting")
             self._last_error = str(error)
             delay = self._backoff.next()
@@ -196,6 +201,8 @@ class Daemon:
         except (errors.Retryable, errors.MalformedMessage) as error:
             if time.monotonic() - began > SETTLED_SECONDS:
                 self._backoff.reset()
+            if isinstance(error, errors.Superseded):
+                self._suspicious_until = time.monotonic() + SUSPICION_SECONDS
             delay = self._backoff.next()
             self._be("connecting")
             self._last_error = str(error)

@@ -136,7 +136,7 @@ class Superseded(Retryable):
 
 
 class WatermarkTaken(Retryable):
-    """Another PostgreSQL's daemon writes the watermark; set CDC_WATERMARK to another name for one of the two."""
+    """Another deployment's daemon writes the watermark; set CDC_WATERMARK to another name for one of the two."""
 
 
 class RedisUnavailable(Retryable):

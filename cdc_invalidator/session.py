@@ -106,6 +106,7 @@ class Session:
         lead: is called with all that is open, once the slot is ours.
         recent: the busts applied lately; kept across sessions.
         standbys: the standbys that busts wait for.
+        suspicious: another deployment may write the watermark.
         strict: refuse rules that this database can't keep; otherwise keep those that it can.
         former_walsender: the process id of the last session's walsender.
         unsettled: the tables whose changes may be only partly in the stream; kept across sessions.
@@ -122,6 +123,7 @@ class Session:
         *,
         recent: Recent,
         standbys: Standbys,
+        suspicious: bool,
         strict: bool,
         former_walsender: int | None,
         unsettled: set[Table],
@@ -134,6 +136,7 @@ class Session:
         self._lead = lead
         self._recent = recent
         self._standbys = standbys
+        self._suspicious = suspicious
         self._strict = strict
         self._former_walsender = former_walsender
         self._unsettled = unsettled
@@ -278,6 +281,7 @@ class Session:
             backlog=self.backlog,
             checkpoint=checkpoint,
             recent=self._recent,
+            suspicious=self._suspicious,
             sweep_gaps=options.sweep_gaps,
             sweep_rate=options.sweep_rate,
             metrics=self._metrics,
@@ -428,11 +432,14 @@ class Session:
             errors.WatermarkTaken: the daemon of another PostgreSQL has it.
         """
         backoff = Backoff()
+        # There is no slot yet, so a watermark that moves is nobody's who has this server. Once this daemon has led, it
+        # makes a new slot in a hurry, and looks again only where there was another one.
+        suspicious = self._suspicious or self._strict
         while True:
             server = cache_server(self._options.redis, self._options.watermark)
             try:
                 await server.connect()
-                await refuse_occupied(server, await server.read_watermarks(), system_id)
+                await refuse_occupied(server, await server.read_watermarks(), system_id, suspicious=suspicious)
             except errors.RedisUnavailable as error:
                 self.last_error = str(error)
                 delay = backoff.next()

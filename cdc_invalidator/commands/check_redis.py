@@ -51,7 +51,7 @@ async def look_at(
         await server.connect()
         marks = await server.read_watermarks()
         if system_id is not None:
-            marks = list(await refuse_occupied(server, marks, system_id))
+            marks = list(await refuse_occupied(server, marks, system_id, suspicious=True))
     except errors.WatermarkTaken as error:
         return [*findings, Finding(Severity.ERROR, "watermark_taken", REDIS, str(error))]
     finally:

@@ -44,6 +44,7 @@ class Apply:
         backlog: where batches come from.
         checkpoint: is told what is resolved and recorded.
         recent: remembers what was applied.
+        suspicious: another deployment may write the watermark, see `refuse_occupied`.
         sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
         sweep_rate: how many keys a second sweeps may look at; 0 for as many as there are.
         metrics: what to count.
@@ -59,6 +60,7 @@ class Apply:
         backlog: Backlog,
         checkpoint: Checkpoint,
         recent: Recent,
+        suspicious: bool,
         sweep_gaps: bool,
         sweep_rate: int,
         metrics: Metrics,
@@ -100,6 +102,7 @@ class Apply:
         self._taken: list[tuple[Batch | PlainBatch, Ticket]] = []
         self._finishing = False
         self._system_id = kept.position.system_id
+        self._suspicious = suspicious
 
     @property
     def drained(self) -> bool:
@@ -172,7 +175,9 @@ class Apply:
 
     async def _connect(self) -> CacheServer:
         server, found = await self.redis.open()
-        self._continuity.prove(await refuse_occupied(server, found, self._system_id))
+        self._continuity.prove(
+            await refuse_occupied(server, found, self._system_id, suspicious=self._suspicious),
+        )
         self._follow_ups.sweeps.restart()
         return server
 

@@ -219,6 +219,7 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
         backlog=Backlog(),
         checkpoint=Checkpoint(100),
         recent=Recent(),
+        suspicious=False,
         sweep_gaps=True,
         sweep_rate=0,
         metrics=metrics,

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
-def other_server() -> Iterator[Postgres]:
-    with Postgres(own_identity=True) as server:
+def other_server(request: pytest.FixtureRequest) -> Iterator[Postgres]:
+    """Another PostgreSQL; where the parameter is False, with the same system identifier."""
+    with Postgres(own_identity=getattr(request, "param", True)) as server:
         yield server
 
 
@@ -32,7 +33,9 @@ def other(other_server: Postgres, slot_name: str) -> Iterator[str]:
 
 def slots(dsn: str) -> int:
     with psycopg.connect(dsn, autocommit=True) as connection:
-        row = connection.execute("SELECT count(*) FROM pg_replication_slots").fetchone()
+        row = connection.execute(
+            "SELECT count(*) FROM pg_replication_slots WHERE database = current_database()"
+        ).fetchone()
     assert row is not None
     return int(row[0])
 
@@ -60,7 +63,12 @@ def daemons(
         yield first, second
 
 
-@pytest.mark.parametrize("slot_is_there", [False, True], ids=["no slot", "a slot"])
+@pytest.mark.parametrize(
+    ("other_server", "slot_is_there"),
+    [(True, False), (True, True), (False, False)],
+    indirect=["other_server"],
+    ids=["another system", "another system with a slot", "a copy of the system"],
+)
 def test_a_second_deployment_refuses_to_lead_and_holds_no_wal(
     daemons: tuple[RunningDaemon, RunningDaemon],
     redis_client: redis.Redis,
@@ -94,6 +102,33 @@ def test_a_second_deployment_refuses_to_lead_and_holds_no_wal(
         second.ready()
         assert second.status()["last_error"] is None
         settled(second.dsn, redis_client, slot_name)
+
+
+@pytest.mark.parametrize("other_server", [False], indirect=True, ids=["a copy of the system"])
+def test_of_two_copies_that_both_have_a_slot_one_refuses(
+    daemons: tuple[RunningDaemon, RunningDaemon], redis_client: redis.Redis, other: str, slot_name: str
+) -> None:
+    first, second = daemons
+    settled(first.dsn, redis_client, slot_name)
+    execute(other, f"CREATE PUBLICATION {slot_name} FOR TABLE counters")
+    execute(other, f"SELECT pg_create_logical_replication_slot('{slot_name}', 'pgoutput')")
+    with second:
+
+        def refuses() -> RunningDaemon | None:
+            roles = [daemon.status().get("role") for daemon in daemons]
+            told = [daemon for daemon in daemons if len(daemon.named("watermark_taken")) > 1]
+            return told[0] if sorted(map(str, roles)) == ["connecting", "leader"] and told else None
+
+        loser: RunningDaemon = eventually(refuses, "one leads, the other says why not")
+        assert "another copy of this PostgreSQL" in loser.named("watermark_taken")[0]["error"]
+        winner = first if loser is second else second
+        assert slots(loser.dsn) == 0
+        winner.events.clear()
+        redis_client.mset({"a:thing:99": "good", "b:thing:99": "good"})
+        tried = len(loser.named("watermark_taken"))
+        eventually(lambda: len(loser.named("watermark_taken")) > tried + 1, "it goes on refusing")
+        assert redis_client.exists("a:thing:99", "b:thing:99") == 2
+        assert not winner.named("gap")
 
 
 def test_two_deployments_with_two_watermarks_get_along(

@@ -89,6 +89,7 @@ class World:
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             recent=Recent(),
+            suspicious=False,
             sweep_gaps=True,
             sweep_rate=0,
             metrics=metrics,

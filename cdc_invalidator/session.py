@@ -34,6 +34,7 @@ from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
 from cdc_invalidator.postgres.snapshot import Snapshots
+from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
 from cdc_invalidator.redis.endpoint import Endpoint
@@ -251,10 +252,12 @@ class Session:
         self._metrics.postgres_up.set(1)
         slot = Slot(connection, options.slot)
         publication = Publication(connection, options.publication)
-        tables = Tables(connection, publication, self._rules, strict=self._strict, unsettled=self._unsettled)
+        spelling = await Spelling.read(connection, options.postgres_dsn)
+        self._queries.spelling = spelling.values
+        tables = Tables(connection, publication, spelling, self._rules, strict=self._strict, unsettled=self._unsettled)
         self.unpublished = lambda: tables.unseen
         new_slot, added = await self._have_slot(slot, tables)
-        replication = await Replication.open(options.postgres_dsn)
+        replication = await Replication.open(options.postgres_dsn, spelling.values)
         self._connections.callback(replication.close)
         system = await replication.identify()
         snapshots, hidden = await self._visibility(system.system_id)

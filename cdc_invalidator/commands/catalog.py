@@ -14,6 +14,7 @@ from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.connection import answered, connect, first_line, translate
 from cdc_invalidator.postgres.queries import ancestors, columns
+from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.wording import nearest, shown
@@ -28,13 +29,16 @@ async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
     Raises:
         errors.InvalidatorError: the table or a column is not there, or a value does not fit its type.
     """
-    connection = await connect(dsn, "cdc-invalidator explain", _LIMITS)
+    async with await connect(dsn, "cdc-invalidator explain", _LIMITS) as plain:
+        spelling = (await Spelling.read(plain, dsn)).values
+    connection = await connect(dsn, "cdc-invalidator explain", {**_LIMITS, **spelling})
     async with connection:
         shape = await _shape(connection, rules, change.table)
         types = {column.name: column.type_oid for column in shape.relation.columns}
         old, new = await _texts(connection, change, change.old), await _texts(connection, change, change.new)
     played = play(rules, replace(change, old=old, new=new, types=types), shape)
     queries = Queries(dsn)
+    queries.spelling = spelling
     try:
         await queries.derive(batch for each in played for batch in each.batches)
     finally:

@@ -27,6 +27,7 @@ from cdc_invalidator.postgres.quoting import qualified
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
 from cdc_invalidator.postgres.snapshot import Snapshots
+from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Leaf, Survey
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
@@ -147,6 +148,7 @@ class _Database:
                 server = await slot.server()
             except errors.ServerRefuses as error:
                 self._add(Severity.ERROR, "no_logical_decoding", str(error))
+            await self._look_at_spelling(connection)
             await self._look_at_slot(connection, slot, server)
             await self._look_at_readers(server)
             if self._rules is not None:
@@ -171,6 +173,21 @@ class _Database:
                 (await Snapshots.open_readers(readers, self.system_id)).close()
             except errors.InvalidatorError as error:
                 self._add(Severity.ERROR, "readers_unavailable", str(error))
+
+    async def _look_at_spelling(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        try:
+            spelling = await Spelling.read(connection, self._settings.postgres_dsn)
+        except errors.ServerRefuses as error:
+            self._add(Severity.ERROR, "settings_hidden", str(error))
+            return
+        if int(spelling.values["extra_float_digits"]) < 1:
+            self._add(
+                Severity.WARNING,
+                "floats_rounded",
+                "extra_float_digits of the database is below 1, so that floats which differ a little are printed and "
+                "compared as equal; run ALTER DATABASE … SET extra_float_digits = 1, or keep floats out of keys, "
+                "`columns` and `when`.",
+            )
 
     async def _look_at_slot(
         self, connection: psycopg.AsyncConnection[Any], slot: Slot, server: ServerInfo | None

@@ -57,6 +57,8 @@ class Queries:
         self, dsn: str, *, asked: Callable[[str], None] = _ignore, failed: Callable[[str], None] = _ignore
     ) -> None:
         self._dsn = dsn
+        # The settings that values are spelled with; set it before the first query.
+        self.spelling: Mapping[str, str] = {}
         self._asked = asked
         self._failed = failed
         self._connection: psycopg.AsyncConnection[Any] | None = None
@@ -129,7 +131,7 @@ class Queries:
     async def _ask(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
         """Return, for each of the arguments (packed values), the keys that the query's rows name."""
         if self._connection is None:
-            connection = await connect(self._dsn, "cdc-invalidator queries", _LIMITS)
+            connection = await connect(self._dsn, "cdc-invalidator queries", {**_LIMITS, **self.spelling})
             self._connection, self._pid = connection, connection.pgconn.backend_pid
         query = target.query
         assert query is not None

@@ -74,6 +74,8 @@ _WORDS = {
 }
 # What poolers say of parameters that they can't pass on: PgBouncer, and RDS Proxy.
 _WORDS_OF_POOLERS = ("unsupported startup parameter", "RDS Proxy")
+# Variables by which libpq sets parameters of a session.
+_SETTINGS_OF_LIBPQ = ("PGTZ", "PGDATESTYLE", "PGGEQO")
 # Connections that were cut, and why.
 _hung: WeakKeyDictionary[psycopg.AsyncConnection[Any], str] = WeakKeyDictionary()
 
@@ -147,7 +149,19 @@ async def connect_through_anything(dsn: str) -> psycopg.AsyncConnection[Any]:
         return await _open(dsn, prepare_threshold=None, row_factory=namedtuple_row)
 
 
+async def connect_for_defaults(dsn: str) -> psycopg.AsyncConnection[Any]:
+    """Open a connection without any setting of a role, a database, a connection string or the environment.
+
+    A walsender that is not of a database has none of them. It knows SHOW.
+    """
+    with translated():
+        return await _open(dsn, replication="true", options=" ")
+
+
 async def _open(dsn: str, **arguments: Any) -> psycopg.AsyncConnection[Any]:
+    for name in _SETTINGS_OF_LIBPQ:
+        # libpq would have them come after the parameters that we give.
+        os.environ.pop(name, None)
     try:
         # The driver limits each attempt, but not the look-up of the addresses.
         async with asyncio.timeout(CONNECT_SECONDS):

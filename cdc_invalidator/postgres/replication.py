@@ -16,6 +16,7 @@ import socket
 import struct
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import psycopg
@@ -97,9 +98,10 @@ class Replication:
         self.most_silence = SILENCE_SECONDS
 
     @classmethod
-    async def open(cls, dsn: str) -> Replication:
-        """Connect as a walsender's client."""
-        return cls(await open_alone(dsn, "cdc-invalidator", ENDLESS, replication="database"))
+    async def open(cls, dsn: str, parameters: Mapping[str, str] | None = None) -> Replication:
+        """Connect as a walsender's client, with these parameters of the server."""
+        wanted = {**ENDLESS, **(parameters or {})}
+        return cls(await open_alone(dsn, "cdc-invalidator", wanted, replication="database"))
 
     @classmethod
     async def try_out(cls, dsn: str) -> System:

@@ -16,6 +16,7 @@ from cdc_invalidator import errors
 from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, run_statements
 from cdc_invalidator.postgres.snapshot import Snapshots, all_over
+from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Survey
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
@@ -32,6 +33,7 @@ class Tables:
     Args:
         connection: an ordinary one.
         publication: the publication to keep in step.
+        spelling: how values are printed; a cache's keys depend on it.
         rules: the rule set.
         strict: refuse rules that this database can't keep; otherwise keep those that it can.
         unsettled: the tables whose changes may be only partly in the stream; kept across sessions.
@@ -41,6 +43,7 @@ class Tables:
         self,
         connection: psycopg.AsyncConnection[Any],
         publication: Publication,
+        spelling: Spelling,
         rules: RuleSet,
         *,
         strict: bool,
@@ -48,6 +51,7 @@ class Tables:
     ) -> None:
         self._connection = connection
         self._publication = publication
+        self._spelling = spelling
         self._rules = rules
         self._strict = strict
         self._survey: Survey | None = None
@@ -70,7 +74,7 @@ class Tables:
         """Return, for each cache that is kept, the digest of its rules and tables for the watermark."""
         survey, settling = self.survey, list(self._settling)
         if self._digested is None or self._digested[0] is not survey or self._digested[1] != settling:
-            self._digested = survey, settling, survey.digests(self._rules, self._settling)
+            self._digested = survey, settling, self._spelling.mark(survey.digests(self._rules, self._settling))
         return self._digested[2]
 
     def relent(self) -> None:
@@ -79,6 +83,7 @@ class Tables:
 
     async def publish(self) -> tuple[Survey, Survey]:
         """Bring the publication up to date, and return the surveys from before and after."""
+        await self._spelling.check()
         before = survey = await self._publication.survey(self._rules)
         problems = mistakes(survey, self._rules)
         if problems and self._strict:
@@ -109,6 +114,7 @@ class Tables:
         Returns:
             The caches to sweep, each with the reason; `digests` holds once they are swept.
         """
+        await self._spelling.check()
         before, now = self.survey, await self._publication.survey(self._rules)
         if now.harmful:
             wrong = "; ".join(map(str, mistakes(now, self._rules)))

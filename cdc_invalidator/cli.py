@@ -61,7 +61,7 @@ def _takes(
                 return
             given = settings.load(kind, flagged)
             if isinstance(given, settings.Database):
-                from cdc_invalidator.postgres.connection import check_dsn
+                from cdc_invalidator.postgres.dsn import check_dsn
 
                 check_dsn(given.postgres_dsn)
                 if isinstance(given, settings.Settings) and given.postgres_readers:

@@ -171,6 +171,8 @@ class _Database:
         if readers:
             try:
                 (await Snapshots.open_readers(readers, self.system_id)).close()
+            except errors.PoolerInBetween:
+                raise
             except errors.InvalidatorError as error:
                 self._add(Severity.ERROR, "readers_unavailable", str(error))
 

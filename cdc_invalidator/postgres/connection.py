@@ -80,23 +80,6 @@ _SETTINGS_OF_LIBPQ = ("PGTZ", "PGDATESTYLE", "PGGEQO")
 _hung: WeakKeyDictionary[psycopg.AsyncConnection[Any], str] = WeakKeyDictionary()
 
 
-def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
-    """Refuse a text that can't be a connection string.
-
-    Raises:
-        errors.WrongSettings: the message leaves out libpq's text, which may repeat the password.
-    """
-    try:
-        given = psycopg.conninfo.conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
-        given = {}
-    if not given:
-        raise errors.WrongSettings(
-            f"{setting} can't be read; write postgresql://user:password@host:port/database, "
-            "the password percent-encoded."
-        )
-
-
 async def connect(
     dsn: str, application: str, parameters: Mapping[str, str] | None = None, *, setting: str = "CDC_POSTGRES_DSN"
 ) -> psycopg.AsyncConnection[Any]:

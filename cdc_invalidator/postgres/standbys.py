@@ -20,7 +20,8 @@ import structlog
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.postgres.connection import AT_ONCE_SECONDS, answered, check_dsn, connect
+from cdc_invalidator.postgres.connection import AT_ONCE_SECONDS, answered, connect
+from cdc_invalidator.postgres.dsn import check_dsn
 from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()

@@ -26,7 +26,6 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
-from cdc_invalidator.rules.table import Table
 from cdc_invalidator.session import STANDBY_SECONDS, Opened, Role, Session, SessionOptions
 from cdc_invalidator.waiting import within
 
@@ -73,7 +72,6 @@ class Daemon:
         self._impasse = Impasse()
         # The database could keep the rules once: from now on, keep them as far as possible instead of refusing.
         self._proven = False
-        self._unsettled: set[Table] = set()
         self._role: Role = "connecting"
         self._session: Session | None = None
         # Of that session, once the slot is ours.
@@ -134,9 +132,6 @@ class Daemon:
 
     def _switch(self, rules: RuleSet) -> None:
         """End the session, and start one with other rules; the digests in the watermark tell it what to sweep."""
-        # Another daemon may just have published a table that is new in the rules, and running transactions may have
-        # written to it before.
-        self._unsettled |= set(rules.tables) - set(self._rules.tables)
         self._rules = rules
         # The busts of the old rules don't tell what the new ones would have busted.
         self._recent = Recent()
@@ -171,7 +166,6 @@ class Daemon:
             suspicious=time.monotonic() < self._suspicious_until,
             strict=not self._proven,
             former_walsender=self._walsender,
-            unsettled=self._unsettled,
         )
         began = time.monotonic()
         try:

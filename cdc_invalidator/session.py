@@ -33,7 +33,7 @@ from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
-from cdc_invalidator.postgres.snapshot import Snapshots
+from cdc_invalidator.postgres.snapshot import Horizon, Snapshots
 from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
@@ -110,7 +110,6 @@ class Session:
         suspicious: another deployment may write the watermark.
         strict: refuse rules that this database can't keep; otherwise keep those that it can.
         former_walsender: the process id of the last session's walsender.
-        unsettled: the tables whose changes may be only partly in the stream; kept across sessions.
     """
 
     def __init__(
@@ -127,7 +126,6 @@ class Session:
         suspicious: bool,
         strict: bool,
         former_walsender: int | None,
-        unsettled: set[Table],
     ) -> None:
         self._options = options
         self._rules = rules
@@ -140,7 +138,6 @@ class Session:
         self._suspicious = suspicious
         self._strict = strict
         self._former_walsender = former_walsender
-        self._unsettled = unsettled
         self._queries = Queries(
             options.postgres_dsn,
             asked=lambda rule: metrics.queries.labels(rule).inc(),
@@ -184,7 +181,6 @@ class Session:
         watch = Watch(
             opened.slot,
             opened.tables,
-            opened.snapshots,
             opened.apply,
             replication=opened.replication,
             tell=self._tell,
@@ -254,19 +250,18 @@ class Session:
         publication = Publication(connection, options.publication)
         spelling = await Spelling.read(connection, options.postgres_dsn)
         self._queries.spelling = spelling.values
-        tables = Tables(connection, publication, spelling, self._rules, strict=self._strict, unsettled=self._unsettled)
+        tables = Tables(connection, publication, spelling, self._rules, strict=self._strict)
         self.unpublished = lambda: tables.unseen
-        new_slot, added = await self._have_slot(slot, tables)
+        new_slot = await self._have_slot(slot, tables)
         replication = await Replication.open(options.postgres_dsn, spelling.values)
         self._connections.callback(replication.close)
         system = await replication.identify()
-        snapshots, hidden = await self._visibility(system.system_id)
+        snapshots, hidden, horizon = await self._visibility(system.system_id)
         await replication.start(options.slot, options.publication)
         # From here on the slot is ours: nobody else moves it.
         state = await slot.state()
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
-        gap = await tables.settled(added, snapshots)
         self._events.begin()
         checkpoint = Checkpoint(state.confirmed, self._events.told)
         position = Position(
@@ -279,7 +274,7 @@ class Session:
         )
         apply = Apply(
             lambda: cache_server(options.redis, options.watermark),
-            PostgresView(hidden, self._queries, self._standbys),
+            PostgresView(hidden, self._queries, self._standbys, horizon, snapshots.reached),
             Kept(self._rules, tables.digests(), position),
             backlog=self.backlog,
             checkpoint=checkpoint,
@@ -290,7 +285,6 @@ class Session:
             metrics=self._metrics,
             events=self._events,
         )
-        apply.gap(gap)
         opened = Opened(
             slot=slot,
             publication=publication,
@@ -306,18 +300,12 @@ class Session:
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
         return opened
 
-    async def _have_slot(self, slot: Slot, tables: Tables) -> tuple[bool, list[Table]]:
-        """Wait until nobody streams from the slot, and create it if needed.
-
-        Returns:
-            Whether it is new, and the published tables whose changes may be only partly in the stream.
-        """
+    async def _have_slot(self, slot: Slot, tables: Tables) -> bool:
+        """Wait until nobody streams from the slot, and create it if needed; return whether it is new."""
         server = await slot.server()
         self._know_readers(server)
         while True:
-            before, survey = await tables.publish()
-            # A daemon on standby may publish a table long before it leads.
-            self._unsettled.update(survey.published_since(before))
+            had_publication = await tables.publish()
             state = await slot.state()
             show(state, self._metrics)
             if state is None or not state.active:
@@ -327,15 +315,13 @@ class Session:
                 await self._outlive(slot)
             else:
                 await self._stand_by(slot)
-        statements = slot.statements(state, server, new_publication=not before.exists)
+        statements = slot.statements(state, server, new_publication=not had_publication)
         if statements:
             # A slot holds WAL back: don't create it before we know that we can stream, and Redis takes the busts.
             system = await Replication.try_out(self._options.postgres_dsn)
             await self._redis_there(system.system_id)
             await self._make_slot(slot, tables, statements)
-            # Creating a slot waits for all running transactions: from here on the stream is complete.
-            self._unsettled.clear()
-        return bool(statements), [table for table in survey.published if table in self._unsettled]
+        return bool(statements)
 
     async def _make_slot(self, slot: Slot, tables: Tables, statements: list[str]) -> None:
         """Make the slot. That waits for all running transactions, and holds WAL back meanwhile: so it is watched.
@@ -399,8 +385,10 @@ class Session:
         if server.in_recovery and not self._options.postgres_readers:
             raise (errors.WrongSettings if self._strict else errors.PostgresUnavailable)(READERS_UNKNOWN)
 
-    async def _visibility(self, system_id: str) -> tuple[Snapshots, Callable[[Iterable[int]], Awaitable[set[int]]]]:
-        """Return what takes snapshots of the readers' server, and what gives the transactions that are hidden.
+    async def _visibility(
+        self, system_id: str
+    ) -> tuple[Snapshots, Callable[[Iterable[int]], Awaitable[set[int]]], Callable[[], Awaitable[Horizon]]]:
+        """Return what takes snapshots of the readers' server, what gives the transactions that are hidden, or over.
 
         A commit may be visible on a standby and not on the primary yet, where it waits for that standby; and the other
         way round.
@@ -409,7 +397,7 @@ class Session:
         source = await Snapshots.open(dsn)
         self._connections.callback(source.close)
         if readers_dsn in {"", dsn}:
-            return source, source.hidden
+            return source, source.hidden, source.horizon
         readers = await Snapshots.open_readers(readers_dsn, system_id)
         self._connections.callback(readers.close)
 
@@ -417,7 +405,10 @@ class Session:
             some = list(xids)
             return await source.hidden(some) | await readers.hidden(some)
 
-        return readers, hidden
+        async def horizon() -> Horizon:
+            return (await source.horizon()).with_other(await readers.horizon())
+
+        return readers, hidden, horizon
 
     async def _stand_by(self, slot: Slot) -> None:
         self._be("standby")

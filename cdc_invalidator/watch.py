@@ -15,7 +15,6 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.apply import Apply
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import Slot, SlotState
-from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.tables import Tables
 
 WATCH_SECONDS = 3.0
@@ -33,7 +32,6 @@ class Watch:
     Args:
         slot: the slot that we stream from.
         tables: the tables of the rules.
-        snapshots: to know which transactions began before a table was published.
         apply: is told what to sweep, and when to hurry.
         replication: our stream.
         tell: is called with what hangs, and with ``None`` once nothing does.
@@ -45,7 +43,6 @@ class Watch:
         self,
         slot: Slot,
         tables: Tables,
-        snapshots: Snapshots,
         apply: Apply,
         *,
         replication: Replication,
@@ -55,7 +52,6 @@ class Watch:
     ) -> None:
         self._slot = slot
         self._tables = tables
-        self._snapshots = snapshots
         self._apply = apply
         self._replication = replication
         self._tell = tell
@@ -112,7 +108,7 @@ class Watch:
 
     async def _look_at_tables(self) -> None:
         before = self._tables.digests()
-        broken = await self._tables.look(self._snapshots, sweeping=self._apply.sweeps_a_gap)
+        broken = await self._tables.look(sweeping=lambda: self._apply.sweeping)
         digests = self._tables.digests()
         if broken or digests != before:
             self._apply.redigest(digests, broken)

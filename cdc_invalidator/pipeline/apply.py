@@ -1,8 +1,8 @@
 """The apply task: takes what has piled up, busts it in Redis, records the watermark.
 
 A turn is: re-apply what Redis has lost, take, flush, bust again what was too early, one step of the sweeps that run,
-watermark. The rule that holds here: whatever fails on Redis's side, the same turn is tried again on a new connection; a
-bust may be applied twice, which does no harm.
+watermark, gaps. The rule that holds here: whatever fails on Redis's side, the same turn is tried again on a new
+connection; a bust may be applied twice, which does no harm.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from cdc_invalidator.pipeline import record
 from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.pipeline.continuity import Continuity, GapSweeps, Kept
+from cdc_invalidator.pipeline.continuity import Continuity, Kept
 from cdc_invalidator.pipeline.debounce import Debounce
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.flush import Flush
 from cdc_invalidator.pipeline.followup import FollowUps, PostgresView
+from cdc_invalidator.pipeline.gaps import Gaps, GapTicket
 from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
@@ -75,13 +76,24 @@ class Apply:
         self._metrics = metrics
         self._events = events
         self._flush = Flush(events, self.record, kept.rules)
-        self._gap_sweeps = GapSweeps(kept, checkpoint, events, enabled=sweep_gaps)
-        resolve = self._gap_sweeps.resolve
+        # The end of what PostgreSQL had written at the start, or has sent since.
+        received: Callable[[], int] = lambda: max(kept.position.flushed, checkpoint.received_lsn)  # noqa: E731
+        self._gaps = Gaps(
+            kept.rules,
+            events,
+            metrics,
+            postgres.standbys,
+            since=kept.position.start,
+            received=received,
+            enabled=sweep_gaps,
+        )
+        resolve = self._resolve
         self._lineage = Lineage()
         self._continuity = Continuity(
             kept,
-            self._gap_sweeps,
+            self._gaps,
             self.record,
+            received=received,
             recent=recent,
             standbys=postgres.standbys,
             lineage=self._lineage,
@@ -106,13 +118,14 @@ class Apply:
 
     @property
     def drained(self) -> bool:
-        """Whether everything from the backlog is in Redis, and the watermark says so."""
-        return self._continuity.proven and self._checkpoint.idle and self.record.current
+        """Whether everything from the backlog is in Redis, and the watermark says so; gaps may still be open."""
+        recorded = self.record.current and not self._gaps.must_write
+        return self._continuity.proven and self._checkpoint.idle and recorded
 
     @property
-    def sweeps_a_gap(self) -> bool:
-        """Whether the sweep of a gap holds the watermark back."""
-        return self._gap_sweeps.unfinished
+    def sweeping(self) -> set[str]:
+        """The caches with a sweep of a gap that is not over."""
+        return self._gaps.sweeping
 
     def hurry(self, *, much_wal: bool) -> None:
         """Note whether PostgreSQL keeps more WAL than it may; if so, hold the position back only where it must be."""
@@ -121,13 +134,12 @@ class Apply:
 
     def gap(self, broken: Mapping[str, str]) -> None:
         """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""
-        self._gap_sweeps.report(broken)
-        if self._gap_sweeps.queued:
-            self._backlog.wake()
+        self._gaps.report(broken)
+        self._backlog.wake()
 
     def redigest(self, digests: Mapping[str, str], broken: Mapping[str, str]) -> None:
-        """Take other digests, after sweeping the caches that this is a gap for."""
-        # The watermark is not written before the sweeps are over: a crash until then finds the old digests, and sweeps.
+        """Take other digests, and sweep the caches that this is a gap for."""
+        # In one go: a watermark that is written in between would name a cache by its new digest before it is swept.
         self._continuity.redigest(digests)
         self.gap(broken)
 
@@ -156,7 +168,7 @@ class Apply:
             if self._taken:
                 await self._bust(server)
                 self._taken = []
-            await self._follow_ups.bust_again(server, self._continuity.replay_until)
+            await self._follow_ups.bust_again(server, self._continuity.replay_until, self._gaps.unreplayed)
             if self._postgres.standbys.returned():
                 self._continuity.all_broken("standby_returned")
             await self._follow_ups.sweep(server)
@@ -165,6 +177,7 @@ class Apply:
             if self._events.stream is not None:
                 await self._events.stream.write(server)
             await self._record(server)
+            await self._close_gaps()
             await self._info.show(server)
         except errors.RedisUnavailable as error:
             self._flush.log_due()
@@ -199,7 +212,7 @@ class Apply:
             self._debounce.hold(taken, now)
             xids = self._debounce.xids(now)
             taken += self._debounce.due(now, await self._postgres.hidden(xids) if xids else ())
-        return self._gap_sweeps.take() + taken
+        return self._gaps.take() + taken
 
     async def _bust(self, server: CacheServer) -> None:
         """Bust what was taken, in one flush, and begin what that leads to."""
@@ -223,18 +236,39 @@ class Apply:
                 # Its sweeps and follow-ups begin when readers see it.
                 self._follow_ups.until_visible(batch, ticket, now)
             else:
-                self._follow_ups.begin(batch, ticket, "first", now)
-            self._gap_sweeps.resolve(ticket)
+                self._follow_ups.begin(batch, ticket, "gap" if isinstance(ticket, GapTicket) else "first", now)
+            self._resolve(ticket)
         self._metrics.backlog.set(self._backlog.weight)
 
     async def _record(self, server: CacheServer) -> None:
-        if self._continuity.proven and await self.record.write(server, self._continuity.watermark):
+        if not self._continuity.proven:
+            return
+        # A gap that is found while it is being written is not in it.
+        left_out = list(self._gaps.reasons)
+        if await self.record.write(server, self._continuity.watermark, must=self._gaps.must_write):
+            self._gaps.written(left_out)
             self._continuity.recorded()
             self._flush.confirm()
 
+    async def _close_gaps(self) -> None:
+        """Begin the gaps that the watermark leaves out, and go on with those that wait for transactions."""
+        if self._gaps.must_begin:
+            self._gaps.begin(await self._postgres.horizon())
+        due = self._gaps.asks_in(time.monotonic())
+        if due is not None and due <= 0:
+            horizon = await self._postgres.horizon()
+            reached = await self._postgres.reached() if self._postgres.standbys.awaited else 0
+            self._gaps.settle(horizon, reached, time.monotonic())
+
+    def _resolve(self, ticket: Ticket) -> None:
+        self._checkpoint.resolve(ticket)
+        self._gaps.resolve(ticket)
+
     def _patience(self) -> float:
         """Return how many seconds to wait if nothing comes in."""
-        if self._continuity.must_reapply or self._gap_sweeps.queued:
+        if self._continuity.must_reapply or self._gaps.queued:
+            return 0.0
+        if self._gaps.must_write and self._continuity.proven:
             return 0.0
         if self._finishing and self._continuity.proven and self._checkpoint.idle:
             # Nothing more comes: only the position has to be recorded.
@@ -243,7 +277,9 @@ class Apply:
         patience = self.record.due_in(now) if self._continuity.proven else record.HEARTBEAT_SECONDS
         patience = self._follow_ups.patience(patience, now)
         due = self._debounce.next_due() if self._debounce is not None else None
-        patience = max(0.001, patience if due is None else min(patience, due - now))
+        patience = patience if due is None else min(patience, due - now)
+        asks = self._gaps.asks_in(now)
+        patience = max(0.001, patience if asks is None else min(patience, asks))
         sweeps = self._follow_ups.sweeps
         return min(patience, sweeps.patience()) if sweeps else patience
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import pq
@@ -26,6 +26,30 @@ SELECT lsn - CASE WHEN lsn % page IN (24, 40) THEN lsn % page ELSE 0 END
 FROM (SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn, current_setting('wal_block_size')::int
   WHERE NOT pg_is_in_recovery()) AS written (lsn, page)
 """
+# A snapshot's own xmax is no bound: a transaction that runs with a later id than any that has ended lies above it. The
+# age of an id is counted from the next id.
+_HORIZON = """
+PREPARE horizon AS
+SELECT pg_snapshot_xmin(taken) || ':' || pg_snapshot_xmax(taken)::text::bigint + age(pg_snapshot_xmax(taken)::xid)
+FROM pg_current_snapshot() AS taken
+"""
+_REPLAYED = "PREPARE replayed AS SELECT pg_last_wal_replay_lsn() - '0/0'::pg_lsn"
+
+
+class Horizon(NamedTuple):
+    """Which transactions are over, by their ids in 64 bits: all below ``oldest``; ``next`` has not begun yet."""
+
+    oldest: int
+    next: int
+
+    def covers(self, earlier: Horizon) -> bool:
+        """Return whether all that had begun at an earlier time are over."""
+        return self.oldest >= earlier.next
+
+    def with_other(self, other: Horizon) -> Horizon:
+        """Return what holds on both of two servers with the same transactions."""
+        return Horizon(min(self.oldest, other.oldest), max(self.next, other.next))
+
 
 # A crash discards the statistics, so that all counters begin anew; a clean stop keeps them. Of the kinds of statistics,
 # these are the ones that people hardly ever reset, and of one row among them the oldest remains.
@@ -54,6 +78,8 @@ class Snapshots:
             await connection.execute("PREPARE taken AS SELECT pg_current_snapshot()::text")
             await connection.execute(_WRITTEN)
             await connection.execute(_CRASH_FREE)
+            await connection.execute(_HORIZON)
+            await connection.execute(_REPLAYED)
         return cls(connection)
 
     @classmethod
@@ -96,6 +122,17 @@ class Snapshots:
         assert taken is not None
         return taken.decode()
 
+    async def horizon(self) -> Horizon:
+        """Look at which transactions are over.
+
+        Raises:
+            errors.PostgresUnavailable: nobody knows.
+        """
+        found = await self._ask(b"horizon")
+        assert found is not None
+        oldest, following = found.split(b":")
+        return Horizon(int(oldest), int(following))
+
     async def written(self) -> int | None:
         """Return an LSN above everything that is committed by now; ``None`` on a standby, which can't know.
 
@@ -104,6 +141,15 @@ class Snapshots:
         """
         written = await self._ask(b"written")
         return None if written is None else int(written)
+
+    async def reached(self) -> int:
+        """Return the end of the server's WAL: as written, or on a standby as replayed; a standby can reach it.
+
+        Raises:
+            errors.PostgresUnavailable: the server did not answer.
+        """
+        written = await self.written()
+        return int(await self._ask(b"replayed") or 0) if written is None else written
 
     async def crash_free_since(self) -> str:
         """Return a time (in s since 1970) since when the server has not crashed; it changes at each crash.
@@ -155,11 +201,6 @@ class Snapshots:
             errors.PostgresUnavailable: the server did not answer.
         """
         return hidden(await self.take(), xids)
-
-
-def all_over(before: str, now: str) -> bool:
-    """Return whether every transaction that was running at one snapshot is over at a later one."""
-    return int(now.partition(":")[0]) >= int(before.split(":", 2)[1])
 
 
 def hidden(snapshot: str, xids: Iterable[int]) -> set[int]:

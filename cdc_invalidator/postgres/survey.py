@@ -224,8 +224,8 @@ class Survey:
                 changed.append(table)
         return changed
 
-    def digests(self, rules: RuleSet, besides: Container[Table] = ()) -> dict[str, str]:
-        """Return, for each cache all of whose tables are published and not in ``besides``, a digest of what busts it.
+    def digests(self, rules: RuleSet) -> dict[str, str]:
+        """Return, for each cache all of whose tables are published, a digest of what busts it.
 
         It changes with the rules and with the shapes of their tables. So the watermark tells a later start whether a
         cache was kept by the same rules on the same tables.
@@ -235,7 +235,7 @@ class Survey:
         for rule in rules.rules:
             state = self.tables[rule.table]
             for bust in rule.busts:
-                if state is None or not state.published or rule.table in besides:
+                if state is None or not state.published:
                     blind.add(bust.cache.name)
                 else:
                     shapes[bust.cache.name].append((str(rule.table), state.shape))

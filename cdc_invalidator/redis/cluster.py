@@ -337,7 +337,14 @@ class Cluster(CacheServer):
     async def write_watermark(self, watermark: Watermark) -> bool:
         """See `CacheServer`."""
         *others, public = self._watermark_keys()
-        return await self._write_watermarks(others, watermark) and await self._write_watermarks([public], watermark)
+        if not await self._write_watermarks(others, watermark):
+            # It must not go on, and yet must not name a cache that it should no longer name.
+            rules = watermark.fields()["rules"]
+            ((found,),) = await self._ask([(public, ("HMGET", public, "rules"))])
+            if found is not None and found.decode() != rules:
+                await self._ask([(public, ("HDEL", public, "rules"))])
+            return False
+        return await self._write_watermarks([public], watermark)
 
     async def _write_watermarks(self, keys: Sequence[bytes], watermark: Watermark) -> bool:
         last_ids = self._last_watermark_ids

@@ -87,21 +87,26 @@ return versions
 """
 
 # KEYS: the watermark. ARGV: the `watermark_id` of the one that was read or written last (empty: whatever is there),
-# a field to remove, then fields and values.
+# how many fields to remove, those, then fields and values, `rules` first.
 # What is there must be what we left there, else this is another data set than the one that has had the busts: a
 # snapshot was loaded, the database was swapped (SWAPDB) or emptied, or another daemon leads. The connection does not
 # tell: it stays open in all these cases. The time is looked at as well, since the LSN may stand for long. A missing one
 # may also have been evicted, but nothing proves that.
-# Returns 1; 0 when another watermark is there, or none; -1 when memory is full.
+# Returns 1; 0 when another watermark is there, or none; -1 when memory is full: then the one there stays, but it names
+# no cache if this one would have named others.
 WRITE_WATERMARK = """
-local found = redis.call('HMGET', KEYS[1], 'lsn', 'at')
+local found = redis.call('HMGET', KEYS[1], 'lsn', 'at', 'rules')
 if ARGV[1] ~= '' and (found[1] or '') .. ':' .. (found[2] or '') ~= ARGV[1] then return 0 end
-local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, 3))
+local first = 3 + ARGV[2]
+local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, first))
 if type(stored) ~= 'table' or not stored.err then
-  redis.call('HDEL', KEYS[1], ARGV[2])
+  if first > 3 then redis.call('HDEL', KEYS[1], unpack(ARGV, 3, first - 1)) end
   return 1
 end
-if string.find(stored.err, 'OOM', 1, true) then return -1 end
+if string.find(stored.err, 'OOM', 1, true) then
+  if found[3] ~= ARGV[first + 1] then redis.call('HDEL', KEYS[1], 'rules') end
+  return -1
+end
 return redis.error_reply(stored.err)
 """
 
@@ -152,8 +157,8 @@ class ScriptDigests:
         `watermark_written` reads its reply.
         """
         pairs = [part for item in watermark.fields().items() for part in item]
-        removed = "" if watermark.standbys else "standbys"
-        return ("EVALSHA", self.write_watermark, 1, key, last_id, removed, *pairs)
+        absent = watermark.absent
+        return ("EVALSHA", self.write_watermark, 1, key, last_id, len(absent), *absent, *pairs)
 
 
 def watermark_id(watermark: Watermark | None) -> str:

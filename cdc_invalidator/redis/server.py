@@ -101,8 +101,8 @@ class CacheServer(ABC):
         """Write the watermark on all servers, over the one that was read or written last.
 
         Returns:
-            False when Redis is out of memory: deletes still work then, so the stream may go on without it. A restart
-            finds the old watermark, and sweeps.
+            False when Redis is out of memory: deletes still work then, so the stream may go on without it. The old
+            watermark stays, but names no cache if this one would have named others. A restart finds it, and sweeps.
         """
 
     @abstractmethod

@@ -33,8 +33,9 @@ class Position:
 class Watermark:
     """The hash ``cdc:NAME:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970).
 
-    ``rules``: the caches that this holds for, each with a digest of what busts it. ``standbys``: the standbys that have
-    replayed ``lsn`` too, each with the time of its start; ``None`` for a dropped one, for which busts do not wait.
+    ``rules``: the caches that this holds for, each with a digest of what busts it. ``gaps``: those that are left out
+    until their gap is over, each with its reason. ``standbys``: the standbys that have replayed ``lsn`` too, each with
+    the time of its start; ``None`` for a dropped one, for which busts do not wait.
     ``last_commit``: a commit of that history, see `pipeline.lineage`. ``crash_free_since``: as of `Position`, when it
     was written. ``as_of``: everything committed by that time (ms since 1970) lies below ``lsn``; 0 if unknown.
     """
@@ -48,21 +49,25 @@ class Watermark:
     as_of: int = 0
     crash_free_since: str = ""
     last_commit: str = ""
+    gaps: Mapping[str, str] = field(default_factory=dict)
 
     def fields(self) -> dict[str, str | int]:
-        """Return the hash's fields; ``rules`` and ``standbys`` are JSON.
+        """Return the hash's fields; ``rules``, ``gaps`` and ``standbys`` are JSON.
 
-        ``standbys`` is left out if there are none, and ``as_of`` while it is unknown: what Redis has stays true.
+        ``gaps`` and ``standbys`` are left out if there are none (see `absent`), and ``as_of`` while it is unknown: what
+        Redis has stays true.
         """
         fields: dict[str, str | int] = {
+            "rules": _json(self.rules),
             "lsn": self.lsn,
             "at": self.at,
             "system_id": self.system_id,
             "timeline": self.timeline,
-            "rules": json.dumps(dict(self.rules), separators=(",", ":"), sort_keys=True),
         }
+        if self.gaps:
+            fields["gaps"] = _json(self.gaps)
         if self.standbys:
-            fields["standbys"] = json.dumps(dict(self.standbys), separators=(",", ":"), sort_keys=True)
+            fields["standbys"] = _json(self.standbys)
         if self.as_of:
             fields["as_of"] = self.as_of
         if self.crash_free_since:
@@ -71,13 +76,19 @@ class Watermark:
             fields["last_commit"] = self.last_commit
         return fields
 
+    @property
+    def absent(self) -> list[str]:
+        """The fields that the hash must not have."""
+        return [name for name, value in (("gaps", self.gaps), ("standbys", self.standbys)) if not value]
+
     @classmethod
     def read(cls, fields: Mapping[bytes, bytes]) -> Watermark | None:
         """Read the hash as it comes from Redis; ``None`` if a field is missing or is not what we write."""
         try:
             rules = json.loads(fields[b"rules"])
             standbys = json.loads(fields.get(b"standbys", b"{}"))
-            if not isinstance(rules, dict) or not isinstance(standbys, dict):
+            found_gaps = json.loads(fields.get(b"gaps", b"{}"))
+            if not all(isinstance(found, dict) for found in (rules, standbys, found_gaps)):
                 return None
             return cls(
                 lsn=int(fields[b"lsn"]),
@@ -89,6 +100,7 @@ class Watermark:
                 as_of=int(fields.get(b"as_of", 0)),
                 crash_free_since=fields.get(b"crash_free_since", b"").decode(),
                 last_commit=fields.get(b"last_commit", b"").decode(),
+                gaps={str(cache): str(reason) for cache, reason in found_gaps.items()},
             )
         except (KeyError, ValueError, RecursionError):  # RecursionError: JSON nested too deep
             return None
@@ -108,7 +120,16 @@ def gaps(found: Watermark | None, position: Position, rules: Mapping[str, str]) 
     reason = _broken_history(found, position)
     if reason is not None or found is None:
         return dict.fromkeys(rules, reason or "no_watermark")
-    return {cache: "rules_changed" for cache, digest in rules.items() if found.rules.get(cache) != digest}
+    # A gap that was not over when the watermark was written still has the reason that it had.
+    return {
+        cache: "rules_changed" if cache in found.rules else found.gaps.get(cache, "rules_changed")
+        for cache, digest in rules.items()
+        if found.rules.get(cache) != digest
+    }
+
+
+def _json(values: Mapping[str, str | None]) -> str:
+    return json.dumps(dict(values), separators=(",", ":"), sort_keys=True)
 
 
 def _broken_history(found: Watermark | None, position: Position) -> str | None:

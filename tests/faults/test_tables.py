@@ -615,11 +615,49 @@ def test_a_transaction_older_than_the_publishing_of_its_table_is_swept_for_when_
         older.execute("UPDATE things SET n = 1 WHERE id = 1")
         stage.gap("table_added")
         stage.daemon.seen("bust", reason="gap", cache="thing")
-        stage.settle()
+        stage.passed()
         # What a reader loads now is what was committed before.
         stage.cache("t:thing:1", "t:other:1")
+        assert stage.named() == {"other"}
         older.commit()
     eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+    eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
+    assert stage.cached("t:other:1")
+    stage.assert_well()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            (
+                "CREATE TABLE fresh (LIKE things INCLUDING ALL); INSERT INTO fresh SELECT * FROM things;"
+                "ALTER TABLE things RENAME TO former; ALTER TABLE fresh RENAME TO things"
+            ),
+            "SELECT 1",
+        ),
+        (f"DROP TABLE things; {THINGS}; {ROWS.format('things')}", "SELECT 1"),
+        ("ALTER PUBLICATION {slot} DROP TABLE things", "ALTER PUBLICATION {slot} ADD TABLE things"),
+    ],
+    ids=["swapped", "made anew", "published anew"],
+)
+def test_a_transaction_that_wrote_to_a_table_before_it_was_published_anew_is_swept_for_when_it_commits(
+    start: Start, before: str, after: str
+) -> None:
+    stage = start(THINGS, OTHERS, ROWS.format("things"), rules=(THING, OTHER))
+    with psycopg.connect(stage.dsn) as older:
+        execute(stage.dsn, before.format(slot=stage.slot))
+        older.execute("UPDATE things SET n = 1 WHERE id = 1")
+        execute(stage.dsn, after.format(slot=stage.slot))
+        stage.daemon.seen("gap", caches=["thing"])
+        stage.daemon.seen("bust", reason="gap", cache="thing")
+        stage.passed()
+        # What a reader loads now is what was committed before.
+        stage.cache("t:thing:1", "t:other:1")
+        assert stage.named() == {"other"}
+        older.commit()
+    eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+    eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
     assert stage.cached("t:other:1")
     stage.assert_well()
 

@@ -29,6 +29,7 @@ from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import CAPACITY, Recent
+from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark
 from cdc_invalidator.rules.load import parse_rules
@@ -84,7 +85,7 @@ class World:
         server: Any = lambda: Server(self)  # noqa: E731
         self.apply = Apply(
             server,
-            PostgresView(self._hidden, queries, self.standbys),
+            PostgresView(self._hidden, queries, self.standbys, self._horizon, self._reached),
             Kept(RULES, DIGESTS, Position("7", 1, START, 2**60)),
             backlog=self.backlog,
             checkpoint=self.checkpoint,
@@ -98,6 +99,12 @@ class World:
 
     async def _hidden(self, xids: Iterable[int]) -> set[int]:
         return self.hidden & set(xids)
+
+    async def _horizon(self) -> Horizon:
+        return Horizon(1000, 1000)
+
+    async def _reached(self) -> int:
+        return self.lsn
 
     def _write(self, text: bytes) -> None:
         self.written += text

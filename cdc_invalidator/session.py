@@ -181,6 +181,7 @@ class Session:
         watch = Watch(
             opened.slot,
             opened.tables,
+            opened.checkpoint,
             opened.apply,
             replication=opened.replication,
             tell=self._tell,

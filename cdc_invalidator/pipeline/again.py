@@ -127,6 +127,15 @@ class Again:
         if self._hidden_weight > self._capacity:
             self._widen_hidden()
 
+    def let_go(self) -> set[str]:
+        """Hold no position back, but for standbys, which can be dropped; return the caches that were to be busted."""
+        waiting = [*self._hidden, *(item for queue in self._later.values() for item in queue.waiting)]
+        self._hidden, self._hidden_weight = [], 0
+        self._later.clear()
+        for item in waiting:
+            self._resolve(item.ticket)
+        return {target.cache.name for item in waiting for target in item.batch.busts}
+
     def _widen_hidden(self) -> None:
         by_xid: dict[int, list[Waiting]] = {}
         for item in self._hidden:

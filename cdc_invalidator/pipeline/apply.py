@@ -132,6 +132,20 @@ class Apply:
         self._follow_ups.hurry(much_wal=much_wal)
         self._events.hurry(much_wal=much_wal)
 
+    def let_go(self) -> set[str]:
+        """Let the position move on past sweeps, and past what is to be busted again; return the caches concerned.
+
+        They are a gap: the watermark does not name them until all that is over, and they are swept again.
+        """
+        caches = self._follow_ups.let_go()
+        if caches and self._gaps.enabled:
+            self._gaps.report(dict.fromkeys(caches, "retained_wal"))
+        elif caches:
+            # Nothing was missed that somebody else could be told to sweep for: it has only been put off.
+            self._gaps.sweep(dict.fromkeys(caches, "retained_wal"))
+        self._backlog.wake()
+        return caches
+
     def gap(self, broken: Mapping[str, str]) -> None:
         """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""
         self._gaps.report(broken)

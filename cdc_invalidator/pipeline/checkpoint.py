@@ -81,6 +81,11 @@ class Checkpoint:
         self._position = max(self._position, reached)
         return self._position
 
+    @property
+    def oldest(self) -> Ticket | None:
+        """The piece of work that holds the position back; ``None``: nothing of ours does."""
+        return self._in_flight[0] if self._in_flight else None
+
     def committed(self, lsn: int, at: int) -> None:
         """Note that all that had been committed at a time lies below ``lsn``.
 

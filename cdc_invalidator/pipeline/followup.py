@@ -170,6 +170,10 @@ class FollowUps:
             _log.warning("sweeps_hurry", error="The slot holds more than CDC_MAX_RETAINED_WAL; CDC_SWEEP_RATE is left.")
         self.sweeps.hurry = much_wal
 
+    def let_go(self) -> set[str]:
+        """Let the position move on, whatever holds it back here; return the caches for which that is a gap."""
+        return self._again.let_go() | self.sweeps.let_go(self._resolve)
+
     def patience(self, patience: float, now: float) -> float:
         """Return after how many seconds there is something to do here, at most ``patience``."""
         if self._again.hidden:

@@ -24,8 +24,9 @@ READERS_UNKNOWN = (
 
 
 class SlotState(NamedTuple):
-    """The slot's row in pg_replication_slots; LSNs as numbers, ``retained`` in bytes of WAL.
+    """The slot's row in pg_replication_slots; LSNs as numbers.
 
+    ``retained``: bytes of WAL that PostgreSQL keeps for it; ``unconfirmed``: the part of it that is not confirmed.
     ``two_phase``: PREPARE TRANSACTION is decoded, which we don't read.
     """
 
@@ -35,6 +36,7 @@ class SlotState(NamedTuple):
     wal_status: str
     retained: int
     two_phase: bool
+    unconfirmed: int = 0
 
     @property
     def lost(self) -> bool:
@@ -114,7 +116,13 @@ class Slot:
                 f"Slot {self.name} belongs to another database or plugin; set CDC_SLOT to a name of your own."
             )
         return SlotState(
-            row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained, row.two_phase
+            row.active,
+            row.active_pid,
+            lsn.parse(row.confirmed or "0/0"),
+            row.wal_status,
+            row.retained,
+            row.two_phase,
+            row.unconfirmed,
         )
 
     def statements(self, state: SlotState | None, server: ServerInfo, *, new_publication: bool) -> list[str]:
@@ -196,10 +204,12 @@ _STATE = """
 SELECT active, active_pid, two_phase, plugin, database = current_database() AS here,
   confirmed_flush_lsn::text AS confirmed,
   coalesce(wal_status, 'lost') AS wal_status,
-  coalesce(pg_wal_lsn_diff(
-    CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn
-  ), 0)::bigint AS retained
-FROM pg_replication_slots WHERE slot_name = %(slot)s
+  coalesce(pg_wal_lsn_diff(written, restart_lsn), 0)::bigint AS retained,
+  coalesce(pg_wal_lsn_diff(written, confirmed_flush_lsn), 0)::bigint AS unconfirmed
+FROM pg_replication_slots, LATERAL (
+  SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
+) AS wal (written)
+WHERE slot_name = %(slot)s
 """
 
 _SKIP = """

@@ -143,10 +143,11 @@ class Replication:
         )
         with answered(self._connection):
             text = command.as_bytes(self._connection)
+            # Asked while texts are still read as UTF-8.
+            self.most_silence = SILENCE_SECONDS + await self._sender_timeout() / 2
             if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
                 # The data of such a database may not be UTF-8, and then the server would refuse to send it as UTF-8.
                 await self._connection.execute("SET client_encoding = 'SQL_ASCII'")
-            self.most_silence = SILENCE_SECONDS + await self._sender_timeout() / 2
             if await self._readable_by_others():
                 self._transport = _Socket(self._connection.pgconn)
             await self._transport.start(text)

@@ -220,8 +220,9 @@ def test_a_node_that_is_in_no_cluster_yet_is_waited_for(database: str, tmp_path:
             slot=slot_name,
         ) as daemon,
     ):
-        told = {"code": "CLUSTERDOWN", "level": "warning"}
-        eventually(lambda: daemon.alive() and daemon.named("redis_unavailable", **told), "it stays and says so")
+        waits = daemon.seen("slot_waits_for_redis")
+        assert "The cluster serves not all slots" in waits["error"]
+        assert daemon.alive()
         node.ask("CLUSTER", "ADDSLOTS", *range(SLOTS))
         eventually(node.is_well, "it is a cluster of one")
         daemon.ready()

@@ -438,7 +438,8 @@ class Session:
             except errors.RedisUnavailable as error:
                 self.last_error = str(error)
                 delay = backoff.next()
-                _log.warning("slot_waits_for_redis", error=str(error), retry_in_s=round(delay, 2))
+                tell = _log.error if error.report else _log.warning
+                tell("slot_waits_for_redis", error=str(error), retry_in_s=round(delay, 2))
                 await asyncio.sleep(delay)
             else:
                 self.last_error = None

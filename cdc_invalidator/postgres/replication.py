@@ -154,8 +154,9 @@ class Replication:
 
     async def _sender_timeout(self) -> float:
         """Return wal_sender_timeout in seconds."""
-        cursor = await self._connection.execute("SELECT setting FROM pg_settings WHERE name = 'wal_sender_timeout'")
-        row = await cursor.fetchone()
+        # As a number: in a SQL_ASCII database, texts come as bytes.
+        query = "SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'"
+        row = await (await self._connection.execute(query)).fetchone()
         return int(str(row[0])) / 1000 if row else 0.0
 
     async def _readable_by_others(self) -> bool:

@@ -59,6 +59,9 @@ class Lineage:
 
     def trust(self) -> None:
         """Await nothing: all is swept in any case."""
+        if self.last == self._expected:
+            # It is of a history that is gone.
+            self.last = None
         self._expected = None
 
     def differs(self, taken: Sequence[Batch | PlainBatch], received: int) -> bool:

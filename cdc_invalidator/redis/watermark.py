@@ -54,8 +54,7 @@ class Watermark:
     def fields(self) -> dict[str, str | int]:
         """Return the hash's fields; ``rules``, ``gaps`` and ``standbys`` are JSON.
 
-        ``gaps`` and ``standbys`` are left out if there are none (see `absent`), and ``as_of`` while it is unknown: what
-        Redis has stays true.
+        What there is none of is left out (see `absent`), and ``as_of`` while it is unknown: what Redis has stays true.
         """
         fields: dict[str, str | int] = {
             "rules": _json(self.rules),
@@ -79,7 +78,13 @@ class Watermark:
     @property
     def absent(self) -> list[str]:
         """The fields that the hash must not have."""
-        return [name for name, value in (("gaps", self.gaps), ("standbys", self.standbys)) if not value]
+        optional = {
+            "gaps": self.gaps,
+            "standbys": self.standbys,
+            "crash_free_since": self.crash_free_since,
+            "last_commit": self.last_commit,
+        }
+        return [name for name, value in optional.items() if not value]
 
     @classmethod
     def read(cls, fields: Mapping[bytes, bytes]) -> Watermark | None:

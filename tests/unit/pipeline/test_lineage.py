@@ -55,6 +55,13 @@ def test_another_commit_in_its_place_is_of_another_history(batch: Batch | PlainB
     assert not lineage.differs([single(300)], 0)
 
 
+def test_a_commit_of_a_history_that_is_gone_is_forgotten() -> None:
+    lineage = expecting("200:7")
+    assert lineage.differs([], 300)
+    lineage.trust()
+    assert lineage.last is None
+
+
 def test_no_commit_in_its_place_is_of_another_history() -> None:
     lineage = expecting("200:7")
     assert not lineage.differs([], 200)

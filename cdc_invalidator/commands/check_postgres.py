@@ -182,6 +182,14 @@ class _Database:
         except errors.ServerRefuses as error:
             self._add(Severity.ERROR, "settings_hidden", str(error))
             return
+        if not spelling.values["DateStyle"].startswith("ISO"):
+            self._add(
+                Severity.WARNING,
+                "dates_not_iso",
+                f"DateStyle of the database is {spelling.values['DateStyle']}, so that keys contain dates and times in "
+                "that form, while the reader library writes dates as ISO, and `when` compares no times; give readers "
+                "dates as text, as the database prints them, or keep them out of keys.",
+            )
         if int(spelling.values["extra_float_digits"]) < 1:
             self._add(
                 Severity.WARNING,

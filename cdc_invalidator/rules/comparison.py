@@ -188,9 +188,10 @@ def _order(one: Any, other: Any) -> int | None:
         return _sign(one, other)
     if _is_number(one) and _is_number(other):
         return _of_numbers(one, other)
-    if _is(one, _TIME) or _is(other, _TIME):
-        others = {type(value) for value in (one, other) if not _is(value, _TIME)}
-        return _of_times(one, other) if others <= {str, datetime} else None
+    texts = [isinstance(value, str) for value in (one, other)]
+    times = [isinstance(value, datetime) or _is(value, _TIME) for value in (one, other)]
+    if any(times) and sum(texts) + sum(times) == len(texts):
+        return _of_times(one, other)
     for same in (str, datetime, timedelta):
         if isinstance(one, same) and isinstance(other, same):
             return _sign(one, other)

@@ -186,10 +186,12 @@ def test_settings_of_the_role_are_refused_where_those_of_the_others_can_t_be_rea
             daemon.ready()
 
 
-def test_check_says_that_floats_are_rounded(
+def test_check_says_that_floats_are_rounded_and_dates_are_not_iso(
     database: str, role: str, redis_url: str, rules: Path, slot_name: str
 ) -> None:
-    execute(database, f"ALTER DATABASE {database.rpartition('/')[2]} SET extra_float_digits = 0")
+    name = database.rpartition("/")[2]
+    execute(database, *sets(f"DATABASE {name}", {"extra_float_digits": "0", "DateStyle": "German"}))
     servers = {"postgres_dsn": role, "redis_url": redis_url, "slot": slot_name, "publication": slot_name}
     checked = json.loads(command("check", "--format", "json", rules=str(rules), **servers).stdout)
-    assert "floats_rounded" in [each["code"] for each in checked["findings"]]
+    assert {"floats_rounded", "dates_not_iso"} <= {each["code"] for each in checked["findings"]}
+    assert "DateStyle of the database is German, DMY" in str(checked["findings"])

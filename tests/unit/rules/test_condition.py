@@ -90,6 +90,9 @@ EXACT = "12345678901234567890.1", "12345678901234567890.2"
         ("new.c > timestamp('2025-01-01T00:00:00Z')", "timestamptz", "", "2030-01-01 00:00:00+00", True),
         ("new.c > timestamp('2025-01-01T00:00:00Z')", "timestamptz", "", "2025-01-01 01:00:00+02", False),
         ("new.c == timestamp('2025-01-01T00:00:00Z')", "timestamptz", "", "2025-01-01 05:30:00+05:30", True),
+        # Of a test in a rule file, times are texts.
+        ("new.c > timestamp('2025-01-01T00:00:00Z')", "text", "", "2025-01-01 00:00:00+00", False),
+        ("new.c > timestamp('2025-01-01T00:00:00Z')", "text", "", "2025-01-01", True),
         ("new.c > '2025-01-01'", "timestamp", "", "2024-12-31 23:59:59.9", False),
         ("new.c < old.c", "timestamp", "infinity", "2024-12-31 23:59:59.9", True),
         ("new.c > old.c", "timestamp", "infinity", "2024-12-31 23:59:59.9", False),

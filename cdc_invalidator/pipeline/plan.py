@@ -159,6 +159,13 @@ class Plan:
             for firing in rule.firings:
                 batch.sweep(firing.target, ("truncate",), "truncate")
 
+    def wide(self, batch: Batch, op: str) -> None:
+        """Put sweeps into the batch for a row that nobody has seen."""
+        self._counts[self._name, op] += 1
+        for rule in self._rules[op]:
+            for firing in rule.firings:
+                batch.sweep(firing.target, (op,), "change")
+
     def _check_width(self, row: Row) -> None:
         if len(row) != len(self._in_identity):
             raise out_of_place("a row of another width than its Relation's")

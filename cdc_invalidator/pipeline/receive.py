@@ -116,15 +116,19 @@ class Receive:
         if frame[:1] != _XLOGDATA:
             self._keepalive(Keepalive.read(frame))
             return
-        message = self._decoder.decode(frame, PAYLOAD - COPY)
-        if isinstance(message, pgoutput.Relation):
-            await self._relation(message)
-            return
-        batches = self._manual_bust(message) if isinstance(message, pgoutput.Message) else self._assembly.feed(message)
-        for batch in batches:
+        for batch in await self._batches(frame, PAYLOAD - COPY):
             if self._backlog.full:
                 await self._backlog.room()
             self._put(batch)
+
+    async def _batches(self, frame: bytes, start: int) -> Iterable[Batch]:
+        if frame.startswith(pgoutput.WIDE, start):
+            return self._assembly.wide(self._decoder.wide(frame, start))
+        message = self._decoder.decode(frame, start)
+        if isinstance(message, pgoutput.Relation):
+            await self._relation(message)
+            return ()
+        return self._manual_bust(message) if isinstance(message, pgoutput.Message) else self._assembly.feed(message)
 
     def _manual_bust(self, message: pgoutput.Message) -> Iterable[Batch]:
         if message.prefix != MESSAGE_PREFIX:

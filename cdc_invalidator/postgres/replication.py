@@ -24,6 +24,7 @@ from psycopg import pq, sql
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
+from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.connection import ENDLESS, answered, first_line, open_alone, ready, translate, translated
 from cdc_invalidator.postgres.stream import whole
 
@@ -44,10 +45,15 @@ COPY = 5
 """Where what a CopyData message carries begins: after its tag and length."""
 PAYLOAD = COPY + 25
 """Where the pgoutput message in an XLogData message begins: after its tag, start, end and send time."""
+# A larger message is not held: its row is known only by its table. To hand one over takes three times as much memory.
+MOST_BYTES = 32 << 20
+# So much of it is kept: its tag, and the ids that follow.
+BEGINNING = PAYLOAD + 9
 
 # SQLSTATEs that say nothing of the change at hand: the connection ends, the server lacks resources or is shut down.
 _OF_THE_SERVER = ("08", "53", "55", "57")
 
+_ROWS = (b"I", b"U", b"D")
 _KEEPALIVE = struct.Struct(">xQqB")
 _STATUS = struct.Struct(">cQQQqB")
 _HEAD = struct.Struct(">cI")
@@ -328,6 +334,10 @@ class _Socket(_Transport):
 
     async def read(self) -> bytes:
         while not self._over:
+            if self._rest[:1] == b"d" and len(self._rest) >= COPY and _length(self._rest) > MOST_BYTES:
+                if wide := await self._cut():
+                    return wide
+                continue
             if len(self._rest) >= COPY and len(self._rest) > _length(self._rest):
                 data = bytes(self._rest)
                 size = whole(data)
@@ -338,6 +348,24 @@ class _Socket(_Transport):
                     continue
             await self._receive()
         return b""
+
+    async def _cut(self) -> bytes:
+        """Receive a message that is too large to be held; return what stands for it, nothing if it is no row."""
+        left = 1 + _length(self._rest)
+        while len(self._rest) < BEGINNING:
+            await self._receive()
+        head = bytes(self._rest[:BEGINNING])
+        while left:
+            gone = min(left, len(self._rest))
+            del self._rest[:gone]
+            left -= gone
+            if left:
+                await self._receive()
+        if head[PAYLOAD : PAYLOAD + 1] not in _ROWS:
+            # A message of pg_logical_emit_message, which nobody can read anyway.
+            return b""
+        body = head[COPY:PAYLOAD] + pgoutput.WIDE + head[PAYLOAD:]
+        return _HEAD.pack(b"d", len(body) + 4) + body
 
     def _skip(self) -> bool:
         """Skip a message that is not CopyData if it is whole; return whether it was."""

@@ -164,6 +164,12 @@ def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> li
         remedy = replies.TABLE["MOVED"].remedy if endpoint.kind == "server" else "CDC_REDIS_URL names a single server"
         sentence = f"CDC_REDIS_URL names another kind of Redis than answers; {remedy}."
         findings.append(Finding(Severity.ERROR, "other_kind_of_redis", REDIS, sentence))
+    if server.fields.get("maxmemory_policy") == "allkeys-random":
+        sentence = (
+            "maxmemory-policy is allkeys-random, which may evict the watermark, and then all caches are swept; "
+            "set allkeys-lru or allkeys-lfu."
+        )
+        findings.append(Finding(Severity.WARNING, "watermark_evicted", REDIS, sentence))
     versioned = [cache.name for cache in rules.caches.values() if cache.version is not None] if rules else []
     if versioned and server.fields.get("maxmemory_policy") == "noeviction":
         findings.append(

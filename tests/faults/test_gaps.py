@@ -833,7 +833,7 @@ def test_a_publication_dropped_while_the_daemon_streams_is_made_anew(any_stage: 
     execute(stage.dsn, f"DROP PUBLICATION {stage.slot}")
     key = stage.change()
     eventually(lambda: not stage.cached(key), "what was changed meanwhile is swept")
-    assert stage.daemon.named("gap")
+    stage.daemon.seen("gap")
     eventually(lambda: _published(stage) == 2, "both tables are published again")
     stage.assert_all_gone()
     stage.assert_all_gone()

@@ -277,15 +277,6 @@ class _Database:
         given = {"publication": name, **given_tables(rules.tables)}
         owned = {Table(row.schema, row.name) for row in await rows(connection, _OWNED, given)}
         missing = survey.unpublished
-        for leaf in await publication.bystanders():
-            if leaf.table not in survey.tables and leaf.table not in survey.without_identity:
-                self._add(
-                    Severity.ERROR,
-                    "no_replica_identity",
-                    f"the publication {name} is FOR ALL TABLES or a schema, and so carries {leaf.table}, which no rule "
-                    "names and which has no usable replica identity, so that the application's UPDATE and DELETE fail; "
-                    f"{remedies.usable_identity(leaf, name)}.",
-                )
         if not survey.exists:
             (row,) = await rows(connection, _MAY_CREATE)
             self._not_set_up(
@@ -299,6 +290,15 @@ class _Database:
         (row,) = await rows(connection, _PUBLISHED, given)
         used = {op for rule in rules.rules for op in rule.on}
         lacking = sorted(used - set(row.ops))
+        for leaf in await publication.bystanders() if {"update", "delete"} & set(row.ops) else ():
+            if leaf.table not in survey.tables and leaf.table not in survey.without_identity:
+                self._add(
+                    Severity.ERROR,
+                    "no_replica_identity",
+                    f"the publication {name} is FOR ALL TABLES or a schema, and so carries {leaf.table}, which no rule "
+                    "names and which has no usable replica identity, so that the application's UPDATE and DELETE fail; "
+                    f"{remedies.usable_identity(leaf, name)}.",
+                )
         fix = publication.options(survey)
         if survey.awaits_stored:
             self._not_set_up(

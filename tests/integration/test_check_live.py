@@ -259,6 +259,34 @@ def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(setting: Setti
     assert "published_via_root" in setting.check(other).of("warning")
 
 
+@pytest.mark.parametrize("scope", ["FOR ALL TABLES", "FOR TABLES IN SCHEMA public"])
+def test_tables_that_a_publication_for_all_makes_unwritable_are_named_with_the_remedy(
+    setting: Setting, scope: str
+) -> None:
+    name = setting.given["publication"]
+    execute(
+        setting.dsn,
+        THINGS,
+        "CREATE TABLE bare (id int)",
+        "CREATE TABLE nothing (id int PRIMARY KEY)",
+        "ALTER TABLE nothing REPLICA IDENTITY NOTHING",
+        "CREATE TABLE parts (id int) PARTITION BY RANGE (id)",
+        "CREATE TABLE part PARTITION OF parts FOR VALUES FROM (0) TO (9)",
+        "CREATE UNLOGGED TABLE unlogged (id int)",
+        f"CREATE PUBLICATION {name} {scope}",
+    )
+    told = [each["sentence"] for each in setting.check(THING).findings if each["code"] == "no_replica_identity"]
+    assert len(told) == 3
+    for table, remedy in (
+        ("bare", 'add a primary key, or run ALTER TABLE "public"."bare" REPLICA IDENTITY FULL'),
+        ("nothing", 'run ALTER TABLE "public"."nothing" REPLICA IDENTITY DEFAULT'),
+        ("part", 'add a primary key, or run ALTER TABLE "public"."part" REPLICA IDENTITY FULL'),
+    ):
+        assert any(f"carries public.{table}, which" in sentence and remedy in sentence for sentence in told)
+    execute(setting.dsn, f"ALTER PUBLICATION {name} SET (publish = 'insert')")
+    assert set(setting.check(THING).of("error")) == {"operation_not_published"}
+
+
 def test_a_role_that_may_not_stream_or_set_up_is_an_error_with_what_an_administrator_runs(
     setting: Setting, postgres: Postgres
 ) -> None:

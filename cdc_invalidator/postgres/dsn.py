@@ -67,7 +67,7 @@ def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
         _check_parameters(rest, setting)
     try:
         given = psycopg.conninfo.conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
+    except (psycopg.ProgrammingError, UnicodeDecodeError):
         given = {}
     if not given:
         raise errors.WrongSettings(unreadable)

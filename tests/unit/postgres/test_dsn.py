@@ -119,6 +119,7 @@ SECRET = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max
 @given(SECRET, st.sampled_from(["", "?schema=public", "?sslmode=require", "?pgbouncer=true&x=1"]))
 @example("1234/56secret", "?schema=public")
 @example("a@b/c?d#e", "")
+@example("%80", "")
 def test_any_password_is_taken_encoded_and_never_shown_raw(password: str, query: str) -> None:
     marked = f"Zq{password}qZ"
     encoded = f"postgresql://u:{quote(marked, safe='')}@h:5432/db{query}"

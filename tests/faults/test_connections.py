@@ -476,7 +476,7 @@ def test_a_standby_can_be_decoded_on(
 ) -> None:
     primary = tight()
     with standby_of(primary) as standby:
-        daemon = daemon_of(standby.dsn)
+        daemon = daemon_of(standby.dsn, postgres_readers=primary.dsn)
         refused(daemon, 3, "on the primary: CREATE PUBLICATION")
         daemon.errors.clear()
         execute(primary.dsn, f"CREATE PUBLICATION {daemon.slot} FOR TABLE ONLY things")

@@ -163,6 +163,13 @@ class World:
     def known_as(self, _oid: int) -> list[Table]:
         return []
 
+    @property
+    def partitioned(self) -> list[Table]:
+        return []
+
+    def leaf(self, _oid: int) -> None:
+        """Nothing is known of the tables as they were, so that no shape is another one."""
+
     def types(self, _oid: int, _tables: list[Table]) -> dict[str, ColumnType]:
         return {}
 

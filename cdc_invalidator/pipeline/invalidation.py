@@ -63,6 +63,10 @@ class Invalidation:
         """
         return compile_sweeps(relation, self._rules_of(tables), self._counts)
 
+    def targets(self, tables: Iterable[Table]) -> list[Target]:
+        """Return what the rules on these tables bust."""
+        return [target for rule in self._rules_of(tables) for target in rule.targets]
+
     def _rules_of(self, tables: Iterable[Table]) -> list[PreparedRule]:
         return [rule for table in tables for rule in self._by_table[table]]
 

@@ -39,6 +39,10 @@ class Publication:
         """Return the publication and the tables of the rules as they are; the same object while nothing has changed."""
         return await self._surveyor.survey(rules)
 
+    async def carries(self, oid: int) -> bool:
+        """Return whether it carries the table with this OID, as it is now; False if there is none."""
+        return await self._surveyor.carries(oid)
+
     async def filled(self, oids: Sequence[int]) -> set[int]:
         """Return those of these tables that hold data; if a lock prevents the look, all of them."""
         if not oids:

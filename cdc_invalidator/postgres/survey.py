@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import psycopg
 
 from cdc_invalidator.postgres.connection import rows
+from cdc_invalidator.postgres.definitions import Definition, definitions
 from cdc_invalidator.postgres.queries import IDENTITY, IDENTITY_COLUMNS, compared_types, given_tables
 from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.condition import condition_of
@@ -34,7 +35,7 @@ class Leaf(NamedTuple):
     columns); ``filtered``: another publication has a row filter or a column list for it, and may need its identity;
     ``carriers``: the OIDs of the publication's entries that include it, directly, as a partition or by its schema, and
     of the publication itself if that is FOR ALL TABLES; ``limited``: a row filter or a column list hides changes;
-    ``types``: of the columns that conditions of rules read.
+    ``types``: of the columns that conditions of rules read; ``definition``: changes with what its rows show.
     """
 
     table: Table
@@ -51,6 +52,7 @@ class Leaf(NamedTuple):
     carriers: tuple[int, ...]
     limited: bool
     types: Mapping[str, ColumnType]
+    definition: Definition
 
     @property
     def published(self) -> bool:
@@ -117,19 +119,26 @@ class TableState:
         carriers = {*self.carriers, *(oid for leaf in self.leaves for oid in leaf.carriers)}
         return (self.oid, *sorted(carriers), *sorted(leaf.oid for leaf in self.leaves))
 
+    @property
+    def definitions(self) -> dict[int, str]:
+        """The digest of each leaf's definition, by its OID."""
+        return {leaf.oid: leaf.definition.whole for leaf in self.leaves}
+
 
 @dataclass(slots=True)
 class Survey:
     """The publication and all tables of the rules; ``None`` for a table that does not exist.
 
-    ``publication``: its name; ``stores``: the server can publish stored generated columns, as PostgreSQL 18 can;
-    ``all_ops``, ``via_root``: what it publishes, and how; ``without_identity``: tables that the publication lists and
-    whose rows the application can't update because of that, whether rules name them or not; ``lists_unstored``: it
-    lists tables for which it must carry stored generated columns; ``bystanders``: tables without identity that it
-    carries by FOR ALL TABLES or a schema, known only unless ``all_ops``.
+    ``publication``: its name; ``version``: changes when somebody alters or renames it; ``stores``: the server can
+    publish stored generated columns, as PostgreSQL 18 can; ``all_ops``, ``via_root``: what it publishes, and how;
+    ``without_identity``: tables that the publication lists and whose rows the application can't update because of
+    that, whether rules name them or not; ``lists_unstored``: it lists tables for which it must carry stored
+    generated columns; ``bystanders``: tables without identity that it carries by FOR ALL TABLES or a schema, known
+    only unless ``all_ops``.
     """
 
     publication: str
+    version: str
     stores: bool
     exists: bool
     all_ops: bool
@@ -200,6 +209,16 @@ class Survey:
             if state and (state.oid == oid or any(leaf.oid == oid for leaf in state.leaves))
         ]
 
+    @property
+    def partitioned(self) -> list[Table]:
+        """Tables of rules that are partitioned."""
+        return [table for table, state in self.tables.items() if state and state.partitioned]
+
+    def leaf(self, oid: int) -> Leaf | None:
+        """Return the leaf with this OID."""
+        leaves = (leaf for state in self.tables.values() if state for leaf in state.leaves)
+        return next((leaf for leaf in leaves if leaf.oid == oid), None)
+
     def leaves_since(self, before: Survey) -> list[int]:
         """Return the OIDs of the leaves that are new since then."""
         return [
@@ -210,17 +229,26 @@ class Survey:
         ]
 
     def changed_since(self, before: Survey, filled: Container[int]) -> list[Table]:
-        """Return the tables where rows may have come or gone since then without a change in the stream.
+        """Return the tables where rows may have come, gone or changed since then without a change in the stream.
 
         Args:
             before: an earlier survey.
             filled: those of `leaves_since` that hold rows.
         """
+        if before.exists and self.version != before.version:
+            # Nobody knows what it published in between.
+            return [table for table, state in self.tables.items() if state]
         changed = []
         for table, state in self.tables.items():
-            former, now = _shape(before.tables[table]), _shape(state)
+            was = before.tables[table]
+            former, now = _shape(was), _shape(state)
+            definitions = was.definitions if was else {}
             leaves = state.leaves if state else []
-            if former - now or any(leaf.oid in filled for leaf in leaves if leaf.oid not in former):
+            if (
+                former - now
+                or any(leaf.oid in filled for leaf in leaves if leaf.oid not in former)
+                or any(leaf.definition.whole != definitions.get(leaf.oid, leaf.definition.whole) for leaf in leaves)
+            ):
                 changed.append(table)
         return changed
 
@@ -230,7 +258,7 @@ class Survey:
         It changes with the rules and with the shapes of their tables. So the watermark tells a later start whether a
         cache was kept by the same rules on the same tables.
         """
-        shapes: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in rules.caches}
+        shapes: dict[str, list[tuple[Any, ...]]] = {name: [] for name in rules.caches}
         blind: set[str] = set()
         for rule in rules.rules:
             state = self.tables[rule.table]
@@ -238,9 +266,10 @@ class Survey:
                 if state is None or not state.published:
                     blind.add(bust.cache.name)
                 else:
-                    shapes[bust.cache.name].append((str(rule.table), state.shape))
+                    definitions = sorted(state.definitions.items())
+                    shapes[bust.cache.name].append((str(rule.table), state.shape, definitions))
         return {
-            name: hashlib.sha256(repr((cache.digest, sorted(shapes[name]))).encode()).hexdigest()[:16]
+            name: hashlib.sha256(repr((cache.digest, self.version, sorted(shapes[name]))).encode()).hexdigest()[:16]
             for name, cache in rules.caches.items()
             if name not in blind
         }
@@ -283,9 +312,10 @@ class Surveyor:
         leaves = await rows(self._connection, f"{_KIN} {_of_leaves()} ORDER BY 1, 2, 3, 4", given)
         harmed = await rows(self._connection, _WITHOUT_IDENTITY, given)
         types = await self._types(rules, leaves)
+        defined = await definitions(self._connection, self._publication, [row.oid for row in leaves])
         # If it publishes all operations already, only `check` asks.
         bystanders = await self.bystanders() if publications and not publications[0].all_ops else []
-        seen = (tables, publications, roots, leaves, harmed, types, bystanders)
+        seen = (tables, publications, roots, leaves, harmed, types, defined, bystanders)
         if self._last is not None and self._last[0] == seen:
             return self._last[1]
         states: dict[Table, TableState | None] = dict.fromkeys(tables)
@@ -296,9 +326,10 @@ class Surveyor:
         for row in leaves:
             state = states[Table(row.root_schema, row.root_name)]
             if state is not None:
-                state.leaves.append(_leaf(row, types.get(row.oid, {})))
+                state.leaves.append(_leaf(row, types.get(row.oid, {}), defined.get(row.oid, _UNDEFINED)))
         survey = Survey(
             publication=self._publication,
+            version=publications[0].version if publications else "",
             stores=self._connection.info.server_version >= 180000,
             exists=bool(publications),
             all_ops=bool(publications) and publications[0].all_ops,
@@ -317,7 +348,14 @@ class Surveyor:
         The application can't update their rows if the publication publishes that.
         """
         query = f"{_CARRIED} SELECT * FROM ({_of_leaves()}) AS leaves WHERE NOT usable"  # noqa: S608  what is pasted is ours
-        return [_leaf(row, {}) for row in await rows(self._connection, query, {"publication": self._publication})]
+        return [
+            _leaf(row, {}, _UNDEFINED)
+            for row in await rows(self._connection, query, {"publication": self._publication})
+        ]
+
+    async def carries(self, oid: int) -> bool:
+        """Return whether the publication carries the table with this OID, as it is now; False if there is none."""
+        return bool(await rows(self._connection, _CARRIES, {"publication": self._publication, "oid": oid}))
 
     async def _types(self, rules: RuleSet, leaves: Sequence[Any]) -> dict[int, dict[str, ColumnType]]:
         """Return the types of the columns that conditions read, by the OID of each table that holds rows."""
@@ -344,7 +382,11 @@ def _of_leaves() -> str:
     )
 
 
-def _leaf(row: Any, types: Mapping[str, ColumnType]) -> Leaf:
+# Of a table that was dropped between two queries, and where nobody asks.
+_UNDEFINED = Definition("", "")
+
+
+def _leaf(row: Any, types: Mapping[str, ColumnType], definition: Definition) -> Leaf:
     return Leaf(
         table=Table(row.schema, row.name),
         oid=row.oid,
@@ -360,11 +402,13 @@ def _leaf(row: Any, types: Mapping[str, ColumnType]) -> Leaf:
         carriers=tuple(row.carriers),
         limited=row.limited,
         types=types,
+        definition=definition,
     )
 
 
 _PUBLICATION = """
-SELECT pubinsert AND pubupdate AND pubdelete AND pubtruncate AS all_ops, pubviaroot AS via_root
+SELECT oid || ':' || xmin AS version, pubviaroot AS via_root,
+  pubinsert AND pubupdate AND pubdelete AND pubtruncate AS all_ops
 FROM pg_publication WHERE pubname = %(publication)s
 """
 
@@ -412,6 +456,11 @@ LEFT JOIN LATERAL (
   ) AS entries
 ) AS carriers ON true
 """
+
+_CARRIES = f"""
+WITH {_PUBLICATIONS}
+SELECT c.oid FROM pg_class c {_CARRIERS.format(table="c")} WHERE c.oid = %(oid)s::oid AND carriers.oids IS NOT NULL
+"""  # noqa: S608  what is pasted is ours
 
 _ROOTS = """
 SELECT schema, name, oid, relkind = 'p' AS partitioned,

@@ -169,8 +169,8 @@ def test_a_version_is_bumped_past_the_time_and_a_missing_one_is_left_missing(
     settled(shop, redis_client, slot_name)
     bumped: Any = redis_client.get("t:test:user:1:dash:ver")
     assert int(bumped) > before
-    # Twice, if the commit was not visible yet at the first.
-    assert redis_client.get("t:test:user:2:dash:ver") in {str(future + 1).encode(), str(future + 2).encode()}
+    ahead: Any = redis_client.get("t:test:user:2:dash:ver")
+    assert int(ahead) > future
     assert redis_client.get("t:test:user:3:dash:ver") is None
     ttl: Any = redis_client.pttl("t:test:user:1:dash:ver")
     assert 0 < ttl <= 3_600_000

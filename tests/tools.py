@@ -1,4 +1,4 @@
-"""Programs that tests need beside the servers: those that check what is in deploy/, and PgBouncer."""
+"""The programs that check what is in deploy/."""
 
 from __future__ import annotations
 
@@ -19,9 +19,7 @@ def missing(what: str) -> None:
 
 def tool(name: str) -> str:
     """Find a program, first beside this Python (where the `dev` extra puts it), then on PATH."""
-    # A user's PATH may lack /usr/sbin.
-    paths = (Path(sys.executable).parent, None, "/usr/sbin")
-    found = next(filter(None, (shutil.which(name, path=path) for path in paths)), None)
+    found = shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
     if found is None:
         missing(f"{name} is not installed here")
     return str(found)

@@ -47,8 +47,8 @@ class EventStreamReader:
     """
 
     def __init__(self, endpoint: Endpoint, key: str) -> None:
-        # No watermark is read here.
-        self._server = cache_server(endpoint, watermark="")
+        # The slot would only name the watermark.
+        self._server = cache_server(endpoint, slot="")
         self._key = key.encode()
 
     @classmethod

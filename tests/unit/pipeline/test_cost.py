@@ -126,9 +126,6 @@ def ratio_of_telling(*, compiled: bool) -> float:
 
 
 class Nowhere:
-    full = False
-    dropped = 0
-
     def write(self, text: bytes) -> int:
         return len(text)
 

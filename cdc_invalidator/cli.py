@@ -61,9 +61,11 @@ def _takes(
                 return
             given = settings.load(kind, flagged)
             if isinstance(given, settings.Database):
-                from cdc_invalidator.postgres.connection import check_dsn
+                from cdc_invalidator.postgres.dsn import check_dsn
 
                 check_dsn(given.postgres_dsn)
+                if isinstance(given, settings.Settings) and given.postgres_readers:
+                    check_dsn(given.postgres_readers, "CDC_POSTGRES_READERS")
             command(given, **arguments)
 
         for name, setting in reversed(list(fields.items())):  # as decorators are applied: the last one first
@@ -167,7 +169,15 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
         from cdc_invalidator.commands.check_postgres import ServerSettings
 
         assert redis is not None
-        servers = ServerSettings(given.postgres_dsn, redis, given.event_stream, given.slot, given.publication)
+        servers = ServerSettings(
+            given.postgres_dsn,
+            given.postgres_readers,
+            redis,
+            given.event_stream,
+            given.slot,
+            given.watermark_name,
+            given.publication,
+        )
         found = _completed(check.check_servers(given.rules, os.environ, servers))
     if output == "json":
         click.echo(orjson.dumps(findings.report(found), option=orjson.OPT_INDENT_2))

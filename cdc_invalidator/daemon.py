@@ -19,20 +19,24 @@ import structlog
 
 from cdc_invalidator import errors, http, lsn
 from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.impasse import Impasse
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
-from cdc_invalidator.rules.table import Table
 from cdc_invalidator.session import STANDBY_SECONDS, Opened, Role, Session, SessionOptions
 from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
 
+# SIGTERM: an end in order takes less. Kubernetes grants the sidecar 5 s.
+LEAVE_SECONDS = 4.5
 # A session that lived this long did not fail for the same reason as the one before it.
 SETTLED_SECONDS = 10.0
+# If somebody else has written the watermark, it is looked at for so long whether that goes on.
+SUSPICION_SECONDS = 60.0
 
 
 class Daemon:
@@ -65,14 +69,17 @@ class Daemon:
         # Set to end the session: the daemon must stop, or the rules have changed.
         self._over = asyncio.Event()
         self._backoff = Backoff()
+        self._impasse = Impasse()
         # The database could keep the rules once: from now on, keep them as far as possible instead of refusing.
         self._proven = False
-        self._unsettled: set[Table] = set()
         self._role: Role = "connecting"
         self._session: Session | None = None
         # Of that session, once the slot is ours.
         self._opened: Opened | None = None
+        # The process id of the last walsender that was ours.
+        self._walsender: int | None = None
         self._last_error: str | None = None
+        self._suspicious_until = float("-inf")
         self._recent = Recent()
         self._standbys = standbys
         self._reload = Reload(
@@ -93,7 +100,7 @@ class Daemon:
             errors.WrongSettings: this database can't keep the settings or the rules.
             errors.ServerRefuses: a server refuses for good.
         """
-        pages = http.Pages(self._metrics.shown(self._options.slot), self.status, lambda: self._role != "connecting")
+        pages = http.Pages(self._metrics.shown(self._options.slot), self.status, self._ready)
         with _signals(self._ask_to_stop, self._reload.ask):
             async with http.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
@@ -115,6 +122,8 @@ class Daemon:
         if self._stop.is_set():
             # The second signal. Nothing is lost: what was not confirmed is received again.
             os._exit(errors.InvalidatorError.exit_code)
+        # A look-up of addresses that hangs would hold up the end of the process: nothing can interrupt it.
+        asyncio.get_running_loop().call_later(LEAVE_SECONDS, os._exit, 0)
         self._end()
 
     def _end(self) -> None:
@@ -123,9 +132,6 @@ class Daemon:
 
     def _switch(self, rules: RuleSet) -> None:
         """End the session, and start one with other rules; the digests in the watermark tell it what to sweep."""
-        # Another daemon may just have published a table that is new in the rules, and running transactions may have
-        # written to it before.
-        self._unsettled |= set(rules.tables) - set(self._rules.tables)
         self._rules = rules
         # The busts of the old rules don't tell what the new ones would have busted.
         self._recent = Recent()
@@ -157,8 +163,9 @@ class Daemon:
             self._lead,
             recent=self._recent,
             standbys=self._standbys,
+            suspicious=time.monotonic() < self._suspicious_until,
             strict=not self._proven,
-            unsettled=self._unsettled,
+            former_walsender=self._walsender,
         )
         began = time.monotonic()
         try:
@@ -175,25 +182,48 @@ class Daemon:
             await self._close(session)
             await self._give_up(session, error)
             await self._pause(self._backoff.next())
-        except errors.Retryable as error:
+        except errors.WatermarkTaken as error:
+            self._suspicious_until = time.monotonic() + SUSPICION_SECONDS
+            self._be("connecting")
+            self._last_error = str(error)
+            delay = self._backoff.next()
+            _log.error("watermark_taken", error=str(error), retry_in_s=round(delay, 2))
+            await self._close(session)
+            # The watermark tells nothing of our position: whenever we lead, everything is swept. So hold no WAL.
+            await self._give_up(session, error)
+            await self._pause(delay)
+        except (errors.Retryable, errors.MalformedMessage) as error:
             if time.monotonic() - began > SETTLED_SECONDS:
                 self._backoff.reset()
+            if isinstance(error, errors.Superseded):
+                self._suspicious_until = time.monotonic() + SUSPICION_SECONDS
             delay = self._backoff.next()
             self._be("connecting")
             self._last_error = str(error)
             self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
             _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
             await self._close(session)
+            if (skipped := self._skipped(error)) is not None:
+                await self._give_up(session, skipped)
             await self._pause(delay)
         finally:
             await self._close(session)
+
+    def _skipped(self, error: errors.InvalidatorError) -> errors.PositionSkipped | None:
+        """Return why to skip what comes next in the stream, if that has failed often enough."""
+        if self._opened is None or not isinstance(error, (errors.CannotSend, errors.MalformedMessage)):
+            return None
+        received = self._opened.checkpoint.received_lsn
+        if not self._impasse.failed(received, time.monotonic()):
+            return None
+        return errors.PositionSkipped(f"The stream has failed again and again behind {lsn.text(received)}: {error}")
 
     async def _close(self, session: Session) -> None:
         await session.close()
         # Its tasks have ended and report nothing more.
         self._metrics.forget()
 
-    async def _give_up(self, session: Session, reason: errors.PositionGivenUp) -> None:
+    async def _give_up(self, session: Session, reason: errors.PositionGivenUp | errors.WatermarkTaken) -> None:
         try:
             await session.give_up(reason)
         except errors.Retryable as error:
@@ -207,6 +237,7 @@ class Daemon:
     def _lead(self, opened: Opened) -> None:
         self._be("leader")
         self._opened = opened
+        self._walsender = opened.replication.backend_pid
         self._proven = True
         self._last_error = None
 
@@ -215,6 +246,12 @@ class Daemon:
             _log.info("role", role=role)
         self._role = role
         self._metrics.leader.set(role == "leader")
+
+    def _ready(self) -> bool:
+        """Return whether busts can work, here or with the leader; a Redis that is away for a while does not count."""
+        refused = self._opened is not None and self._opened.apply.redis.refused
+        hangs = self._session is not None and self._session.last_error is not None
+        return self._role != "connecting" and not refused and not hangs
 
     def status(self) -> dict[str, Any]:
         """Return what /status shows."""
@@ -239,7 +276,10 @@ class Daemon:
                 "rules": len(self._rules.rules),
                 "last_reload": self._reload.last.shown() if self._reload.last else None,
             },
-            "last_error": (apply.redis.last_error if apply else None) or self._last_error,
+            "last_error": (apply.redis.last_error if apply else None)
+            or (session.last_error if session else None)
+            or self._events.trouble
+            or self._last_error,
         }
 
 

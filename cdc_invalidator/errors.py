@@ -4,17 +4,22 @@
 
     InvalidatorError                exit 1
     ├── WrongSettings               exit 2   settings or rule files are wrong
-    │   └── WrongRules              exit 2   every mistake of the rule files at once
+    │   ├── WrongRules              exit 2   every mistake of the rule files at once
+    │   └── PoolerInBetween         exit 2   PostgreSQL's address is that of a connection pooler
     ├── ServerRefuses               exit 3   a server says no for good: privilege, wal_level
     ├── MalformedMessage            exit 1   the bytes are not pgoutput (they are wrong)
     ├── WrongMessage                         a manual bust can't be read: it is reported and skipped
     ├── OutputLost                  exit 1   nobody takes the events
     └── Retryable                            lost for now: throw the session away and build it anew
         ├── PostgresUnavailable
+        │   └── CannotSend                   the server fails at what comes next in the stream
         ├── Locked                           a lock was not to be had in time
         ├── PositionGivenUp                  the slot is of no use any more: drop it, and sweep
+        │   └── PositionSkipped              only what comes next is: move the slot behind it, and sweep
         ├── SlotInUse                        another daemon leads
+        ├── Untold                           busts went untold: they are received again
         ├── Superseded                       Redis holds a later watermark than ours: another daemon leads
+        ├── WatermarkTaken                   another PostgreSQL's daemon writes the watermark
         └── RedisUnavailable
 
 A message is one sentence that names the place, and ends with what the operator should do.
@@ -66,6 +71,16 @@ class WrongRules(WrongSettings):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+class PoolerInBetween(WrongSettings):
+    """The connection string leads to a connection pooler; name the host and port of PostgreSQL itself."""
+
+    def __init__(self, setting: str, sign: str) -> None:
+        super().__init__(
+            f"{setting} leads to a connection pooler such as PgBouncer ({sign}), through which nobody can stream, and "
+            "whose sessions are the application's; name the host and port of PostgreSQL itself."
+        )
+
+
 class ServerRefuses(InvalidatorError):
     """The server refuses for good; give the privilege or the setting that the message names."""
 
@@ -92,6 +107,10 @@ class PostgresUnavailable(Retryable):
     """PostgreSQL cannot be reached; check CDC_POSTGRES_DSN and the server."""
 
 
+class CannotSend(PostgresUnavailable):
+    """PostgreSQL fails at a change that comes next in the stream; after some attempts it is skipped."""
+
+
 class SlotInUse(Retryable):
     """Another daemon streams from the slot; this one stands by and takes over when that ends."""
 
@@ -104,8 +123,20 @@ class PositionGivenUp(Retryable):
     """Redis is away and the slot held more than CDC_MAX_RETAINED_WAL: it is dropped, and the caches swept later."""
 
 
+class PositionSkipped(PositionGivenUp):
+    """What comes next in the stream never gets through: the slot is moved behind it, and the caches are swept."""
+
+
+class Untold(Retryable):
+    """Standard output is read again: what was busted meanwhile, and could not be told, is received again, and told."""
+
+
 class Superseded(Retryable):
     """Redis holds a later watermark of this slot: another daemon leads it, and this session ends."""
+
+
+class WatermarkTaken(Retryable):
+    """Another deployment's daemon writes the watermark; set CDC_WATERMARK to another name for one of the two."""
 
 
 class RedisUnavailable(Retryable):

@@ -1,7 +1,8 @@
 """What the daemon writes: JSON lines or text on standard output.
 
 A reader of the output who dawdles holds up nobody: lines are written by a thread of their own. Only the busts wait,
-and only once much is unwritten, so that none of them goes untold.
+once much is unwritten, but not for a reader who takes nothing at all: then lines are dropped. The rule that holds here:
+whoever confirms a position knows from `Output.written` whether its lines are with the kernel; a dropped line never is.
 
 No raw key, row value, password or DSN secret is written unless `KeyDisplay` was told to show keys.
 """
@@ -15,6 +16,7 @@ import os
 import secrets
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -27,6 +29,9 @@ from cdc_invalidator import errors
 
 # Bytes that may wait to be written before the busts wait.
 UNWRITTEN = 8 << 20
+# So long nobody must have taken anything before the busts go on untold.
+STUCK_SECONDS = 10.0
+BYTES_A_WRITE = 1 << 18
 LAST_WORDS_SECONDS = 1.0
 
 Form = Literal["json", "console"]
@@ -47,11 +52,15 @@ class Output:
         self._descriptor = descriptor
         self._lines: deque[bytes] = deque()
         self._filled = threading.Event()
-        self._written = threading.Event()
-        self._written.set()
+        self._emptied = threading.Event()
+        self._emptied.set()
         # Two counters with one writer each: the event loop's and the thread's.
         self._bytes_taken = 0
         self._bytes_written = 0
+        self._moved_at = time.monotonic()
+        # How many lines were dropped, and what had been taken before the first of them.
+        self.dropped = 0
+        self._dropped_at: int | None = None
         self.failure: OSError | None = None
         threading.Thread(target=self._run, name="output", daemon=True).start()
 
@@ -60,21 +69,49 @@ class Output:
         """Whether so much is unwritten that whoever can wait should."""
         return self._bytes_taken - self._bytes_written > UNWRITTEN
 
+    @property
+    def stuck(self) -> bool:
+        """Whether something is unwritten, and nobody has taken anything for long."""
+        return self._bytes_taken > self._bytes_written and time.monotonic() - self._moved_at > STUCK_SECONDS
+
+    @property
+    def mark(self) -> int:
+        """Where the lines end that are taken by now: `written` reaches it when all of them are with the kernel."""
+        return self._bytes_taken + self.dropped
+
+    @property
+    def written(self) -> int:
+        """How far lines are with the kernel, without a gap; see `mark`."""
+        return self._bytes_written if self._dropped_at is None else min(self._bytes_written, self._dropped_at)
+
     def write(self, line: bytes) -> int:
         """Take a line."""
         if self.failure is None:
+            if self._bytes_taken == self._bytes_written:
+                self._moved_at = time.monotonic()
             self._bytes_taken += len(line)
             self._lines.append(line)
-            self._written.clear()
+            self._emptied.clear()
             self._filled.set()
         return len(line)
+
+    def drop(self, lines: int) -> None:
+        """Note that so many lines are not taken, because nobody reads."""
+        if self._dropped_at is None:
+            self._dropped_at = self._bytes_taken
+        self.dropped += lines
+
+    def forget_dropped(self) -> int:
+        """Return how many lines were dropped, and count anew; nobody waits for them any more."""
+        dropped, self.dropped, self._dropped_at = self.dropped, 0, None
+        return dropped
 
     def flush(self) -> None:
         """Do nothing: the thread writes as soon as it can."""
 
     def close(self) -> None:
         """Return what is unwritten a last chance."""
-        self._written.wait(LAST_WORDS_SECONDS)
+        self._emptied.wait(LAST_WORDS_SECONDS)
 
     def _run(self) -> None:
         while True:
@@ -84,17 +121,19 @@ class Output:
             while self._lines:
                 lines.append(self._lines.popleft())
             data = memoryview(b"".join(lines))
-            size = len(data)
             try:
                 while data:
-                    data = data[os.write(self._descriptor, data) :]
+                    # In pieces, to see that somebody reads. Not in small ones: after each, the event loop has its turn.
+                    size = os.write(self._descriptor, data[:BYTES_A_WRITE])
+                    data = data[size:]
+                    self._moved_at = time.monotonic()
+                    self._bytes_written += size
             except OSError as error:
                 self.failure = error
-                self._written.set()
+                self._emptied.set()
                 return
-            self._bytes_written += size
             if not self._lines:
-                self._written.set()
+                self._emptied.set()
 
 
 def configure(form: Form, level: str) -> Output:
@@ -151,6 +190,9 @@ class EventLog:
         self._log = structlog.get_logger()
         self.direct = form == "json"
         self._least = _number(level)
+        # Set while PostgreSQL keeps more WAL than it may: then no position waits for a reader.
+        self.hurry = False
+        self._lost = 0
 
     def write(self, events: Iterable[Event], event: str = "bust", level: Level = "info") -> None:
         """Write events of that name."""
@@ -160,6 +202,8 @@ class EventLog:
             self.write_text(self.render(events, event, level), level)
             return
         for shared, own in events:
+            if self._drops(1):
+                continue
             self._log.log(_number(level), event, **shared, **own)
 
     def render(self, events: Iterable[Event], event: str = "bust", level: Level = "info") -> bytes:
@@ -178,19 +222,67 @@ class EventLog:
 
     def write_text(self, text: bytes, level: Level = "info") -> None:
         """Write events that are rendered as JSON lines already."""
-        if text and _number(level) >= self._least:
+        if text and _number(level) >= self._least and not self._drops(text.count(b"\n")):
             self._output.write(text)
 
+    def _drops(self, lines: int) -> bool:
+        output = self._output
+        if not output.dropped and not (output.full and (self.hurry or output.stuck)):
+            return False
+        # Also what could be written again: what is received again is told in order.
+        output.drop(lines)
+        return True
+
+    @property
+    def mark(self) -> int:
+        """Where the lines end that were written by now."""
+        return self._output.mark
+
+    def told(self, mark: int) -> bool:
+        """Return whether all lines up to a mark are with the kernel, or nobody may wait for that any longer."""
+        output = self._output
+        return output.written >= mark or (self.hurry and (output.stuck or output.full))
+
+    @property
+    def trouble(self) -> str | None:
+        """What an operator should know of the output."""
+        if not self._output.stuck:
+            return None
+        return (
+            "Nobody has read standard output for a while: busts go on, and are told when somebody reads again, unless "
+            "the slot holds more than CDC_MAX_RETAINED_WAL; look at the log driver."
+        )
+
     async def room(self) -> None:
-        """Wait while too much is unwritten.
+        """Wait while too much is unwritten, unless nobody reads at all or the WAL does not allow it.
 
         Raises:
-            errors.OutputLost: nobody reads any more.
+            errors.OutputLost: standard output was closed.
+            errors.Untold: somebody reads again, and lines were dropped.
         """
-        while self._output.full and self._output.failure is None:  # noqa: ASYNC110  a thread empties it
+        output = self._output
+        while output.full and not (output.stuck or self.hurry) and output.failure is None:  # noqa: ASYNC110  a thread empties it
             await asyncio.sleep(0.05)
-        if self._output.failure is not None:
+        if output.failure is not None:
             raise errors.OutputLost
+        if output.dropped and self.hurry:
+            self._lost += output.forget_dropped()
+        if output.full or output.stuck:
+            return
+        if output.dropped:
+            raise errors.Untold
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            self._log.error(
+                "events_lost",
+                lines=lost,
+                error="Nobody read standard output, and the slot held more than CDC_MAX_RETAINED_WAL, so that so many "
+                "events were not written; their busts are done.",
+            )
+
+    def begin_stream(self) -> None:
+        """Note that a stream begins, which brings again what is not confirmed: what was dropped is told then."""
+        self._output.forget_dropped()
 
 
 class KeyDisplay:

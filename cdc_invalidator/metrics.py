@@ -111,6 +111,7 @@ class Metrics:
         )
         self._gaps = counter("gaps_total", "Gaps: times when changes may have been missed.", "reason")
         self._gap_at = gauge("gap_timestamp_seconds", "Unix time of the last gap.", "reason")
+        self.gaps_open = gauge("gaps_open", "Caches that the watermark leaves out because their gap is not over.")
         self.rule_errors = counter(
             "rule_errors_total",
             "Relations for which a rule can't build its keys, and failures of its via queries.",
@@ -187,6 +188,7 @@ class Metrics:
             self.received_lsn,
             self.confirmed_lsn,
             self.sweeps_running,
+            self.gaps_open,
             self.watermark_lsn,
             self.watermark_stalled,
         ):

@@ -7,7 +7,8 @@ in Redis. Then the tasks run: receive, apply, confirm, watch, alarm and standbys
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -31,11 +32,13 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
-from cdc_invalidator.postgres.slot import Slot
-from cdc_invalidator.postgres.snapshot import Snapshots
+from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
+from cdc_invalidator.postgres.snapshot import Horizon, Snapshots
+from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
 from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
@@ -48,8 +51,14 @@ _log = structlog.get_logger()
 STANDBY_SECONDS = 0.25
 # How long the walsender may take to notice that we are gone, before the slot can be dropped.
 GIVE_UP_SECONDS = 10.0
+# How long the walsender of our last session may take to end.
+OUTLIVE_SECONDS = 10.0
+# Making a slot waits for running transactions: how often that is looked at, and how long it may take.
+MAKE_WATCH_SECONDS = 3.0
+MAKE_SECONDS = 3600.0
 # SIGTERM: what is not applied within this time is received again at the next start.
 DRAIN_SECONDS = 1.5
+TELL_SECONDS = 1.0
 FAREWELL_SECONDS = 0.3
 
 Role = Literal["connecting", "leader", "standby"]
@@ -61,9 +70,11 @@ class SessionOptions:
     """The settings that a session needs."""
 
     postgres_dsn: str
+    postgres_readers: str
     redis: Endpoint
     event_stream: str
     slot: str
+    watermark: str
     publication: str
     sweep_gaps: bool
     sweep_rate: int
@@ -96,8 +107,9 @@ class Session:
         lead: is called with all that is open, once the slot is ours.
         recent: the busts applied lately; kept across sessions.
         standbys: the standbys that busts wait for.
+        suspicious: another deployment may write the watermark.
         strict: refuse rules that this database can't keep; otherwise keep those that it can.
-        unsettled: the tables whose changes may be only partly in the stream; kept across sessions.
+        former_walsender: the process id of the last session's walsender.
     """
 
     def __init__(
@@ -111,8 +123,9 @@ class Session:
         *,
         recent: Recent,
         standbys: Standbys,
+        suspicious: bool,
         strict: bool,
-        unsettled: set[Table],
+        former_walsender: int | None,
     ) -> None:
         self._options = options
         self._rules = rules
@@ -122,8 +135,9 @@ class Session:
         self._lead = lead
         self._recent = recent
         self._standbys = standbys
+        self._suspicious = suspicious
         self._strict = strict
-        self._unsettled = unsettled
+        self._former_walsender = former_walsender
         self._queries = Queries(
             options.postgres_dsn,
             asked=lambda rule: metrics.queries.labels(rule).inc(),
@@ -135,6 +149,8 @@ class Session:
         self._connections.callback(self._queries.close)
         self._connections.callback(standbys.close)
         self.backlog = Backlog()
+        # Why the slot is not made yet, or what hangs.
+        self.last_error: str | None = None
         # Returns the tables of rules whose changes are not in the stream: they don't exist, or can't be published.
         self.unpublished: Callable[[], list[Table]] = list
 
@@ -165,9 +181,10 @@ class Session:
         watch = Watch(
             opened.slot,
             opened.tables,
-            opened.snapshots,
+            opened.checkpoint,
             opened.apply,
-            walsender_pid=opened.replication.backend_pid,
+            replication=opened.replication,
+            tell=self._tell,
             max_retained_wal=self._options.max_retained_wal,
             metrics=self._metrics,
         )
@@ -193,6 +210,11 @@ class Session:
         else:
             _log.warning("not_drained", error="Not all was busted in time; the next start receives the rest again.")
         await self._farewell(opened.replication, opened.checkpoint, receiving)
+
+    def _tell(self, error: str | None) -> None:
+        if error is not None and self.last_error is None:
+            _log.warning("postgres_waits", error=error)
+        self.last_error = error
 
     def _start(self, work: Coroutine[None, None, Value], name: str) -> asyncio.Task[Value]:
         task = asyncio.create_task(work, name=name)
@@ -227,41 +249,43 @@ class Session:
         self._metrics.postgres_up.set(1)
         slot = Slot(connection, options.slot)
         publication = Publication(connection, options.publication)
-        tables = Tables(connection, publication, self._rules, strict=self._strict, unsettled=self._unsettled)
+        spelling = await Spelling.read(connection, options.postgres_dsn)
+        self._queries.spelling = spelling.values
+        tables = Tables(connection, publication, spelling, self._rules, strict=self._strict)
         self.unpublished = lambda: tables.unseen
-        new_slot, added = await self._have_slot(slot, tables)
-        snapshots = await Snapshots.open(options.postgres_dsn)
-        self._connections.callback(snapshots.close)
-        replication = await Replication.open(options.postgres_dsn)
+        new_slot = await self._have_slot(slot, tables)
+        replication = await Replication.open(options.postgres_dsn, spelling.values)
         self._connections.callback(replication.close)
         system = await replication.identify()
+        snapshots, hidden, horizon = await self._visibility(system.system_id)
         await replication.start(options.slot, options.publication)
         # From here on the slot is ours: nobody else moves it.
         state = await slot.state()
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
-        gap = await tables.settled(added, snapshots)
-        checkpoint = Checkpoint(state.confirmed)
+        self._events.begin()
+        checkpoint = Checkpoint(state.confirmed, self._events.told)
         position = Position(
             system_id=system.system_id,
             timeline=system.timeline,
             start=state.confirmed,
             flushed=max(system.flushed, state.confirmed),
             new_slot=new_slot,
+            crash_free_since=await snapshots.crash_free_since(),
         )
         apply = Apply(
-            lambda: cache_server(options.redis, options.slot),
-            PostgresView(snapshots.hidden, self._queries, self._standbys),
+            lambda: cache_server(options.redis, options.watermark),
+            PostgresView(hidden, self._queries, self._standbys, horizon, snapshots.reached),
             Kept(self._rules, tables.digests(), position),
             backlog=self.backlog,
             checkpoint=checkpoint,
             recent=self._recent,
+            suspicious=self._suspicious,
             sweep_gaps=options.sweep_gaps,
             sweep_rate=options.sweep_rate,
             metrics=self._metrics,
             events=self._events,
         )
-        apply.gap(gap)
         opened = Opened(
             slot=slot,
             publication=publication,
@@ -277,31 +301,115 @@ class Session:
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
         return opened
 
-    async def _have_slot(self, slot: Slot, tables: Tables) -> tuple[bool, list[Table]]:
-        """Wait until nobody streams from the slot, and create it if needed.
-
-        Returns:
-            Whether it is new, and the published tables whose changes may be only partly in the stream.
-        """
+    async def _have_slot(self, slot: Slot, tables: Tables) -> bool:
+        """Wait until nobody streams from the slot, and create it if needed; return whether it is new."""
         server = await slot.server()
+        self._know_readers(server)
         while True:
-            before, survey = await tables.publish()
-            # A daemon on standby may publish a table long before it leads.
-            self._unsettled.update(survey.published_since(before))
+            had_publication = await tables.publish()
             state = await slot.state()
             show(state, self._metrics)
             if state is None or not state.active:
                 break
             # When it is our turn, this survey may be hours old: make a new one then.
-            await self._stand_by(slot)
-        statements = slot.statements(state, server, new_publication=not before.exists)
+            if state.active_pid == self._former_walsender:
+                await self._outlive(slot)
+            else:
+                await self._stand_by(slot)
+        statements = slot.statements(state, server, new_publication=not had_publication)
         if statements:
-            # A slot holds WAL back: don't create it before Redis is there to take the busts.
-            await self._redis_there()
-            await tables.set_up(statements)
-            # Creating a slot waits for all running transactions: from here on the stream is complete.
-            self._unsettled.clear()
-        return bool(statements), [table for table in survey.published if table in self._unsettled]
+            # A slot holds WAL back: don't create it before we know that we can stream, and Redis takes the busts.
+            system = await Replication.try_out(self._options.postgres_dsn)
+            await self._redis_there(system.system_id)
+            await self._make_slot(slot, tables, statements)
+        return bool(statements)
+
+    async def _make_slot(self, slot: Slot, tables: Tables, statements: list[str]) -> None:
+        """Make the slot. That waits for all running transactions, and holds WAL back meanwhile: so it is watched.
+
+        Raises:
+            errors.PostgresUnavailable: it takes too long, or too much WAL; it is begun anew.
+        """
+        making = self._start(tables.set_up(statements), "make slot")
+        began = time.monotonic()
+        await asyncio.wait({making}, timeout=MAKE_WATCH_SECONDS)
+        if not making.done():
+            connection = await connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
+            self._connections.callback(connection.pgconn.finish)
+            other = Slot(connection, slot.name)
+            while not making.done():
+                seconds = time.monotonic() - began
+                xid = await other.oldest_running()
+                why = (
+                    f"Making slot {slot.name} takes {seconds:.0f} s so far: it waits for running transactions. Look "
+                    f"for xid {xid} in pg_stat_activity (backend_xid) and in pg_prepared_xacts (transaction)"
+                )
+                state = await other.state()
+                show(state, self._metrics)
+                much_wal = state is not None and state.retained > self._options.max_retained_wal
+                if much_wal or seconds > MAKE_SECONDS:
+                    await other.end_walsender()
+                    await asyncio.wait({making}, timeout=GIVE_UP_SECONDS)
+                    more = " The slot would hold more than CDC_MAX_RETAINED_WAL." if much_wal else ""
+                    raise errors.PostgresUnavailable(f"{why}.{more} It is begun anew.")
+                self._tell(f"{why}.")
+                await asyncio.wait({making}, timeout=MAKE_WATCH_SECONDS)
+            self._tell(None)
+        making.result()
+
+    async def _outlive(self, slot: Slot) -> None:
+        """Wait until the walsender of our last session has ended, and end it if that takes long.
+
+        Raises:
+            errors.PostgresUnavailable: it does not end.
+        """
+        began = time.monotonic()
+        while time.monotonic() - began < OUTLIVE_SECONDS:
+            await asyncio.sleep(STANDBY_SECONDS)
+            state = await slot.state()
+            if state is None or state.active_pid != self._former_walsender:
+                return
+            if time.monotonic() - began > OUTLIVE_SECONDS / 2:
+                await slot.end_walsender()
+        raise errors.PostgresUnavailable(
+            f"Slot {slot.name} is still held by the walsender of the last session, pid {self._former_walsender}, which "
+            "hangs; end it on the server."
+        )
+
+    def _know_readers(self, server: ServerInfo) -> None:
+        """Make sure that the server that readers load from is known.
+
+        Raises:
+            errors.WrongSettings: it is not; `errors.PostgresUnavailable` if this daemon has led already, since after a
+                failover a standby may soon be promoted.
+        """
+        if server.in_recovery and not self._options.postgres_readers:
+            raise (errors.WrongSettings if self._strict else errors.PostgresUnavailable)(READERS_UNKNOWN)
+
+    async def _visibility(
+        self, system_id: str
+    ) -> tuple[Snapshots, Callable[[Iterable[int]], Awaitable[set[int]]], Callable[[], Awaitable[Horizon]]]:
+        """Return what takes snapshots of the readers' server, what gives the transactions that are hidden, or over.
+
+        A commit may be visible on a standby and not on the primary yet, where it waits for that standby; and the other
+        way round.
+        """
+        dsn, readers_dsn = self._options.postgres_dsn, self._options.postgres_readers
+        source = await Snapshots.open(dsn)
+        self._connections.callback(source.close)
+        if readers_dsn in {"", dsn}:
+            return source, source.hidden, source.horizon
+        readers = await Snapshots.open_readers(readers_dsn, system_id)
+        self._connections.callback(readers.close)
+
+        async def hidden(xids: Iterable[int]) -> set[int]:
+            some = list(xids)
+            return await source.hidden(some) | await readers.hidden(some)
+
+        async def horizon() -> Horizon:
+            return (await source.horizon()).with_other(await readers.horizon())
+
+        return readers, hidden, horizon
 
     async def _stand_by(self, slot: Slot) -> None:
         self._be("standby")
@@ -312,30 +420,47 @@ class Session:
             if state is None or not state.active:
                 return
 
-    async def _redis_there(self) -> None:
+    async def _redis_there(self, system_id: str) -> None:
+        """Wait until Redis can take the busts.
+
+        Raises:
+            errors.WatermarkTaken: the daemon of another PostgreSQL has it.
+        """
         backoff = Backoff()
+        # There is no slot yet, so a watermark that moves is nobody's who has this server. Once this daemon has led, it
+        # makes a new slot in a hurry, and looks again only where there was another one.
+        suspicious = self._suspicious or self._strict
         while True:
-            server = cache_server(self._options.redis, self._options.slot)
+            server = cache_server(self._options.redis, self._options.watermark)
             try:
                 await server.connect()
+                await refuse_occupied(server, await server.read_watermarks(), system_id, suspicious=suspicious)
             except errors.RedisUnavailable as error:
+                self.last_error = str(error)
                 delay = backoff.next()
-                _log.warning("slot_waits_for_redis", error=str(error), retry_in_s=round(delay, 2))
+                tell = _log.error if error.report else _log.warning
+                tell("slot_waits_for_redis", error=str(error), retry_in_s=round(delay, 2))
                 await asyncio.sleep(delay)
             else:
+                self.last_error = None
                 return
             finally:
                 await server.close()
 
-    async def give_up(self, reason: errors.PositionGivenUp) -> None:
-        """Drop the slot, so that PostgreSQL can remove its WAL; the next session creates a new one and sweeps.
+    async def give_up(self, reason: errors.PositionGivenUp | errors.WatermarkTaken) -> None:
+        """Give up what the slot holds: the next session goes on behind it, or with a new slot, and sweeps.
+
+        `errors.PositionSkipped` moves the slot on, without waiting for running transactions, as a new slot would; if
+        that fails, or for any other reason, the slot is dropped, so that PostgreSQL can remove its WAL.
 
         Call `close` first.
         """
         connection = await connect(self._options.postgres_dsn, "cdc-invalidator catalogs")
         try:
             slot = Slot(connection, self._options.slot)
-            await slot.drop_soon(GIVE_UP_SECONDS)
+            skipped = isinstance(reason, errors.PositionSkipped) and await _skipped(slot)
+            if not skipped and not await slot.drop_soon(GIVE_UP_SECONDS):
+                return
         except errors.SlotInUse:
             # Another daemon took it over before we could drop it, and leads now.
             return
@@ -347,12 +472,22 @@ class Session:
     async def _farewell(self, replication: Replication, checkpoint: Checkpoint, receiving: asyncio.Task[None]) -> None:
         """Confirm what is applied, so that the next daemon does not apply it again."""
         await asyncio.wait({receiving})
+        await self._events.farewell(TELL_SECONDS)
         try:
             async with asyncio.timeout(FAREWELL_SECONDS):
                 replication.status(checkpoint.confirmable, checkpoint.received_lsn)
                 await replication.finish()
         except (errors.Retryable, TimeoutError) as error:
             _log.warning("not_confirmed", error=str(error) or "PostgreSQL did not answer in time.")
+
+
+async def _skipped(slot: Slot) -> bool:
+    try:
+        await slot.skip_soon(GIVE_UP_SECONDS)
+    except (errors.PostgresUnavailable, errors.ServerRefuses, errors.Locked) as error:
+        _log.warning("slot_not_moved", error=str(error))
+        return False
+    return True
 
 
 async def _wait(event: asyncio.Event) -> None:

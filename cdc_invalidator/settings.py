@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,17 @@ class Settings(Stream):
     redis_url: Secret = _setting(
         "URL of the cache's Redis: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
     )
+    postgres_readers: Secret = _setting(
+        "Connection string of the server that readers load from, which says what they see. Needed if "
+        "CDC_POSTGRES_DSN names a standby; empty: the same server.",
+        Secret(""),
+    )
+    watermark: str = _setting(
+        "Name of the watermark, the key cdc:NAME:watermark in Redis. Empty: the slot's name. Deployments that share a "
+        "Redis need different ones.",
+        "",
+        pattern=r"^[A-Za-z0-9_.-]{0,63}$",
+    )
     postgres_standbys: Secret = _setting(
         "Connection strings of the standbys that readers use, separated by spaces. Busts wait for them.", Secret("")
     )
@@ -137,7 +149,14 @@ class Settings(Stream):
         "What to do when changes may have been missed: sweep the caches, or only warn.", "sweep"
     )
 
+    @property
+    def watermark_name(self) -> str:
+        """The watermark's name, given or not."""
+        return self.watermark or self.slot
 
+
+# What Kubernetes sets CDC_HTTP_PORT to if there is a Service cdc-http in the namespace.
+_SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://[0-9a-fA-F.:\[\]]+")
 Kind = TypeVar("Kind")
 
 
@@ -204,7 +223,7 @@ def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
     except SettingsError as error:
         raise errors.WrongSettings(f"The settings can't be read ({error}); check CDC_SECRETS_DIR.") from None
     except ValidationError as error:
-        raise errors.WrongSettings("\n".join(map(_sentence, error.errors(include_input=False)))) from None
+        raise errors.WrongSettings("\n".join(map(_sentence, error.errors()))) from None
     return kind(**_under_new_names({name: getattr(found, name) for name in found.model_fields_set}))
 
 
@@ -263,5 +282,11 @@ def _sentence(item: ErrorDetails) -> str:
     name = str(item["loc"][0])
     if item["type"] == "missing":
         return f"{variable(name)} is not set; set it in the environment or give {flag(name)}."
+    # Of nothing else is the value shown.
+    if name == "http_port" and _SERVICE_LINK.fullmatch(str(item["input"])):
+        return (
+            f"{variable(name)} is {item['input']}, which Kubernetes sets in each Pod for a Service that is called "
+            f"cdc-http; set {variable(name)} to a port in the container, or enableServiceLinks: false in the Pod."
+        )
     wrong = f"{item['msg'][0].lower()}{item['msg'][1:]}"
     return f"{variable(name)} is wrong: {wrong}; set it in the environment or give {flag(name)}."

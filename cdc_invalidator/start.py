@@ -48,13 +48,15 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     disable_created_metrics()  # type: ignore[no-untyped-call]
     # A URL that can't be used is reported before PostgreSQL is touched.
     redis = Endpoint.parse(given.redis_url)
-    cache_server(redis, given.slot)
-    eventstream.check_key(given.event_stream, given.slot)
+    cache_server(redis, given.watermark_name)
+    eventstream.check_key(given.event_stream, given.watermark_name)
     options = SessionOptions(
         postgres_dsn=given.postgres_dsn,
+        postgres_readers=given.postgres_readers,
         redis=redis,
         event_stream=given.event_stream,
         slot=given.slot,
+        watermark=given.watermark_name,
         publication=given.publication,
         sweep_gaps=given.on_gap == "sweep",
         sweep_rate=given.sweep_rate,

@@ -225,6 +225,8 @@ def _pod_security(pod: Pod) -> Iterator[str]:
             yield f"{field} is set"
     if pod.spec.get("automountServiceAccountToken") is not False:
         yield "automountServiceAccountToken is not false"
+    if pod.spec.get("enableServiceLinks") is not False and "CDC_HTTP_PORT" not in str(pod.ours.get("env")):
+        yield "a Service called cdc-http would set CDC_HTTP_PORT"
 
 
 def _security(pod: Pod, container: dict[str, Any]) -> Iterator[str]:

@@ -228,10 +228,21 @@ def watermark(client: redis.Redis, slot: str) -> Mapping[bytes, bytes]:
     return found  # type: ignore[no-any-return]
 
 
-def settled(dsn: str, client: redis.Redis, slot: str) -> None:
+def passed(dsn: str, client: redis.Redis, slot: str) -> None:
     """Wait until the watermark has passed all that has been committed."""
     position = wal_position(dsn)
     eventually(lambda: int(watermark(client, slot).get(b"lsn", 0)) >= position, "the watermark passes the last commit")
+
+
+def settled(dsn: str, client: redis.Redis, slot: str) -> None:
+    """Wait until the watermark has passed all that has been committed, and no gap is open."""
+    position = wal_position(dsn)
+
+    def is_settled() -> bool:
+        found = watermark(client, slot)
+        return int(found.get(b"lsn", 0)) >= position and b"gaps" not in found
+
+    eventually(is_settled, "the watermark passes the last commit, and no gap is open")
 
 
 def confirmed(dsn: str, slot: str) -> int:

@@ -6,11 +6,12 @@ A module's own kind of stage adds its tables and keys, and how it judges them.
 from __future__ import annotations
 
 import functools
+import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import redis
-from running import RunningDaemon, execute, settled
+from running import RunningDaemon, execute, passed, settled, watermark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,8 +43,16 @@ class Stage:
         return redis.Redis.from_url(self.redis_url)
 
     def settle(self) -> None:
-        """Wait until the watermark has passed all that has been committed."""
+        """Wait until the watermark has passed all that has been committed, and no gap is open."""
         settled(self.dsn, self.client, self.slot)
+
+    def passed(self) -> None:
+        """Wait until the watermark has passed all that has been committed, whatever gaps are open."""
+        passed(self.dsn, self.client, self.slot)
+
+    def named(self) -> set[str]:
+        """Return the caches that the watermark holds for."""
+        return set(json.loads(watermark(self.client, self.slot).get(b"rules", b"{}")))
 
     def run(self, *statements: str) -> None:
         """Run statements, each in its own transaction, and wait until all is busted."""

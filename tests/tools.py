@@ -1,4 +1,4 @@
-"""The programs that check what is in deploy/."""
+"""Programs that tests need beside the servers: those that check what is in deploy/, and PgBouncer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def missing(what: str) -> None:
 
 def tool(name: str) -> str:
     """Find a program, first beside this Python (where the `dev` extra puts it), then on PATH."""
-    found = shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
+    # A user's PATH may lack /usr/sbin.
+    paths = (Path(sys.executable).parent, None, "/usr/sbin")
+    found = next(filter(None, (shutil.which(name, path=path) for path in paths)), None)
     if found is None:
         missing(f"{name} is not installed here")
     return str(found)

@@ -17,6 +17,7 @@ from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
 from cdc_invalidator.postgres.stream import whole
+from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import UNCHANGED, Value
@@ -161,6 +162,16 @@ class World:
 
     def known_as(self, _oid: int) -> list[Table]:
         return []
+
+    @property
+    def partitioned(self) -> list[Table]:
+        return []
+
+    def leaf(self, _oid: int) -> None:
+        """Nothing is known of the tables as they were, so that no shape is another one."""
+
+    def types(self, _oid: int, _tables: list[Table]) -> dict[str, ColumnType]:
+        return {}
 
     async def ancestors(self, oid: int) -> list[Table]:
         return [Table("public", "orders")] if oid == PART else []

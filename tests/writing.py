@@ -11,6 +11,7 @@ import redis
 from running import RunningDaemon, confirmed, eventually, execute, settled, watermark
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 RULES = """
@@ -125,3 +126,24 @@ def walsenders(dsn: str, slot: str) -> int:
         found = row.fetchone()
     assert found is not None
     return int(found[0])
+
+
+def _shown(dsn: str, setting: str) -> str:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        row = connection.execute("SELECT current_setting(%s)", [setting]).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+@contextlib.contextmanager
+def invisible_commits(dsn: str) -> Iterator[None]:
+    """Let commits wait for a standby that there is not: flushed and decoded, and invisible."""
+    execute(dsn, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
+    eventually(lambda: _shown(dsn, "synchronous_standby_names") == "nobody", "the setting is read")
+    yield
+    execute(
+        dsn,
+        "SET synchronous_commit = local",
+        "ALTER SYSTEM RESET synchronous_standby_names",
+        "SELECT pg_reload_conf()",
+    )

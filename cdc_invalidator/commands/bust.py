@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +11,10 @@ import orjson
 
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
-from cdc_invalidator.postgres.connection import connect, translated
+from cdc_invalidator.postgres.connection import connect_through_anything, translated
 from cdc_invalidator.rules.model import RuleSet
+
+BUST_SECONDS = 30.0
 
 
 def message(rules: RuleSet, cache: str, parameters: Sequence[str]) -> bytes:
@@ -43,10 +47,20 @@ async def emit(dsn: str, content: bytes) -> str:
     Raises:
         errors.InvalidatorError: the database can't be reached, or refuses.
     """
-    connection = await connect(dsn, "cdc-invalidator bust")
+    # Whatever encoding the session has.
+    ascii_only = json.dumps(orjson.loads(content))
+    # One statement, which a pooler passes on like any of the application's.
+    connection = await connect_through_anything(dsn)
     async with connection:
-        with translated():
-            cursor = await connection.execute(
-                "SELECT pg_logical_emit_message(true, %s, %s)::text AS lsn", [MESSAGE_PREFIX, content.decode()]
-            )
-            return str((await cursor.fetchall())[0].lsn)
+        try:
+            async with asyncio.timeout(BUST_SECONDS):
+                with translated():
+                    cursor = await connection.execute(
+                        "SELECT pg_logical_emit_message(true, %s, %s)::text AS lsn", [MESSAGE_PREFIX, ascii_only]
+                    )
+                    return str((await cursor.fetchall())[0].lsn)
+        except TimeoutError as error:
+            raise errors.PostgresUnavailable(
+                f"PostgreSQL has not answered for {BUST_SECONDS:.0f} s, and the message may be written or not; look at "
+                "the server, and bust again."
+            ) from error

@@ -12,14 +12,15 @@ from cdc_invalidator import errors
 from cdc_invalidator.commands.simulate import Change, Played, Row, Shape, play
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.postgres import pgoutput
-from cdc_invalidator.postgres.connection import connect, first_line, translate, translated
+from cdc_invalidator.postgres.connection import answered, connect, first_line, translate
 from cdc_invalidator.postgres.queries import ancestors, columns
+from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.wording import nearest, shown
 
 QUERY_SECONDS = 10
-_LIMITS = f"SET default_transaction_read_only = on; SET statement_timeout = '{QUERY_SECONDS}s'"
+_LIMITS = {"default_transaction_read_only": "on", "statement_timeout": f"{QUERY_SECONDS}s"}
 
 
 async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
@@ -28,15 +29,16 @@ async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
     Raises:
         errors.InvalidatorError: the table or a column is not there, or a value does not fit its type.
     """
-    connection = await connect(dsn, "cdc-invalidator explain")
+    async with await connect(dsn, "cdc-invalidator explain", _LIMITS) as plain:
+        spelling = (await Spelling.read(plain, dsn)).values
+    connection = await connect(dsn, "cdc-invalidator explain", {**_LIMITS, **spelling})
     async with connection:
-        with translated():
-            await connection.execute(_LIMITS)
         shape = await _shape(connection, rules, change.table)
         types = {column.name: column.type_oid for column in shape.relation.columns}
         old, new = await _texts(connection, change, change.old), await _texts(connection, change, change.new)
     played = play(rules, replace(change, old=old, new=new, types=types), shape)
     queries = Queries(dsn)
+    queries.spelling = spelling
     try:
         await queries.derive(batch for each in played for batch in each.batches)
     finally:
@@ -45,20 +47,20 @@ async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
 
 
 async def _shape(connection: psycopg.AsyncConnection[Any], rules: RuleSet, table: Table) -> Shape:
-    with translated():
+    with answered(connection):
         cursor = await connection.execute(_TABLE, {"table": str(table)})
         found = await cursor.fetchone()
         if found is None:
             raise errors.InvalidatorError(f"The database has no table {table}; check its name and CDC_POSTGRES_DSN.")
+    stored = [column for column in (await columns(connection, [table])).get(table, ()) if not column.generated]
     of_stream = tuple(
-        pgoutput.Column(column.name, column.identity, column.type_oid, column.modifier)
-        for column in (await columns(connection, [table])).get(table, ())
-        if not column.generated
+        pgoutput.Column(column.name, column.identity, column.type_oid, column.modifier) for column in stored
     )
     above = await ancestors(connection, found.oid)
     relation = pgoutput.Relation(None, found.oid, found.schema, found.name, found.identity, of_stream)
     named = {rule.table for rule in rules.rules}
-    return Shape(relation, tuple(each for each in (Table(found.schema, found.name), *above) if each in named))
+    tables = tuple(each for each in (Table(found.schema, found.name), *above) if each in named)
+    return Shape(relation, tables, {column.name: column.compared for column in stored})
 
 
 async def _texts(connection: psycopg.AsyncConnection[Any], change: Change, row: Row | None) -> Row | None:

@@ -45,8 +45,8 @@ async def check_servers(path: Path, environment: Mapping[str, str], servers: Ser
     from cdc_invalidator.commands import check_postgres  # noqa: PLC0415
 
     rules, findings = _load(path, environment, servers.event_stream)
-    cache_server(servers.redis, servers.slot)
-    eventstream.check_key(servers.event_stream, servers.slot)
+    cache_server(servers.redis, servers.watermark)
+    eventstream.check_key(servers.event_stream, servers.watermark)
     return in_order(findings + await check_postgres.inspect(servers, rules))
 
 

@@ -18,12 +18,16 @@ from cdc_invalidator.commands import check_redis
 from cdc_invalidator.commands.check_rules import Columns, never, offline
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
-from cdc_invalidator.postgres.connection import connect, first_line, rows, translated
+from cdc_invalidator.postgres import remedies
+from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
 from cdc_invalidator.postgres.mistakes import mistakes, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables
-from cdc_invalidator.postgres.quoting import identifier, qualified
-from cdc_invalidator.postgres.slot import ServerInfo, Slot
+from cdc_invalidator.postgres.quoting import qualified
+from cdc_invalidator.postgres.replication import Replication
+from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
+from cdc_invalidator.postgres.snapshot import Snapshots
+from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Leaf, Survey
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
@@ -45,9 +49,11 @@ class ServerSettings:
     """The daemon's settings about its servers."""
 
     postgres_dsn: str
+    postgres_readers: str
     redis: Endpoint
     event_stream: str
     slot: str
+    watermark: str
     publication: str
 
 
@@ -63,7 +69,9 @@ async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Findin
     if rules is not None:
         findings += offline(rules, database.columns, cluster=servers.redis.kind == "cluster")
     findings += await _or_finding(
-        lambda: check_redis.look_at(servers.redis, servers.slot, servers.event_stream, rules),
+        lambda: check_redis.look_at(
+            servers.redis, servers.watermark, servers.event_stream, rules, system_id=database.system_id
+        ),
         check_redis.REDIS,
         "redis_unavailable",
     )
@@ -74,6 +82,9 @@ async def _or_finding(look: Callable[[], Awaitable[list[Finding]]], place: str, 
     """Turn the error of a look that fails into a finding."""
     try:
         return await look()
+    except errors.PoolerInBetween:
+        # A wrong setting, behind which nothing else can be looked at.
+        raise
     except errors.InvalidatorError as error:
         return [Finding(Severity.ERROR, code, place, str(error))]
 
@@ -120,19 +131,26 @@ class _Database:
         self._findings: list[Finding] = []
         self._columns: dict[Table, dict[str, ColumnInfo]] = {}
         self.columns = Columns()
+        # Of the server, where it could be asked; nobody streams from the slot then.
+        self.system_id: str | None = None
 
     async def look(self) -> list[Finding]:
         """Return the findings."""
-        connection = await connect(self._settings.postgres_dsn, "cdc-invalidator check")
+        connection = await connect(
+            self._settings.postgres_dsn,
+            "cdc-invalidator check",
+            {"default_transaction_read_only": "on", "row_security": "off"},
+        )
         async with connection:
-            await rows(connection, "SET default_transaction_read_only = on")
             slot = Slot(connection, self._settings.slot)
+            server: ServerInfo | None = None
             try:
-                server: ServerInfo | None = await slot.server()
+                server = await slot.server()
             except errors.ServerRefuses as error:
                 self._add(Severity.ERROR, "no_logical_decoding", str(error))
-                server = None
+            await self._look_at_spelling(connection)
             await self._look_at_slot(connection, slot, server)
+            await self._look_at_readers(server)
             if self._rules is not None:
                 publication = Publication(connection, self._settings.publication)
                 survey = await publication.survey(self._rules)
@@ -144,6 +162,43 @@ class _Database:
     def _add(self, severity: Severity, code: str, sentence: str, place: Place | str = POSTGRES) -> None:
         self._findings.append(Finding(severity, code, place, sentence))
 
+    async def _look_at_readers(self, server: ServerInfo | None) -> None:
+        readers = self._settings.postgres_readers
+        if server is None:
+            return
+        if server.in_recovery and not readers:
+            self._add(Severity.ERROR, "readers_unknown", READERS_UNKNOWN)
+        if readers:
+            try:
+                (await Snapshots.open_readers(readers, self.system_id)).close()
+            except errors.PoolerInBetween:
+                raise
+            except errors.InvalidatorError as error:
+                self._add(Severity.ERROR, "readers_unavailable", str(error))
+
+    async def _look_at_spelling(self, connection: psycopg.AsyncConnection[Any]) -> None:
+        try:
+            spelling = await Spelling.read(connection, self._settings.postgres_dsn)
+        except errors.ServerRefuses as error:
+            self._add(Severity.ERROR, "settings_hidden", str(error))
+            return
+        if not spelling.values["DateStyle"].startswith("ISO"):
+            self._add(
+                Severity.WARNING,
+                "dates_not_iso",
+                f"DateStyle of the database is {spelling.values['DateStyle']}, so that keys contain dates and times in "
+                "that form, while the reader library writes dates as ISO, and `when` compares no times; give readers "
+                "dates as text, as the database prints them, or keep them out of keys.",
+            )
+        if int(spelling.values["extra_float_digits"]) < 1:
+            self._add(
+                Severity.WARNING,
+                "floats_rounded",
+                "extra_float_digits of the database is below 1, so that floats which differ a little are printed and "
+                "compared as equal; run ALTER DATABASE … SET extra_float_digits = 1, or keep floats out of keys, "
+                "`columns` and `when`.",
+            )
+
     async def _look_at_slot(
         self, connection: psycopg.AsyncConnection[Any], slot: Slot, server: ServerInfo | None
     ) -> None:
@@ -154,19 +209,19 @@ class _Database:
             self._add(
                 Severity.ERROR,
                 "no_replication_right",
-                f"the role {rights.role} may not stream; run ALTER ROLE {identifier(rights.role)} REPLICATION.",
+                f"the role {rights.role} may not stream; run {remedies.replication_right(rights.role)}.",
             )
         if rights.keep_size == -1:
             self._add(
                 Severity.NOTE,
                 "wal_unbounded",
                 "max_slot_wal_keep_size is not set, so while no daemon runs the slot holds WAL without a bound; set "
-                "it, for example ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'.",
+                f"it, for example {remedies.bounded_wal()}.",
             )
         try:
             state = await slot.state()
         except errors.ServerRefuses as error:
-            self._add(Severity.ERROR, "foreign_slot", str(error))
+            self._add(Severity.ERROR, "unusable_slot", str(error))
             return
         if state is None:
             self._add(
@@ -202,6 +257,11 @@ class _Database:
                 f"the slot {name} holds {state.retained >> 20} MiB of WAL, more than max_wal_size; look at why the "
                 "daemon does not keep up.",
             )
+        if rights.replicates and (state is None or not state.active):
+            try:
+                self.system_id = (await Replication.try_out(self._settings.postgres_dsn)).system_id
+            except errors.InvalidatorError as error:
+                self._add(Severity.ERROR, "cannot_stream", str(error))
         if server is not None and server.in_recovery:
             self._add(
                 Severity.NOTE,
@@ -230,13 +290,31 @@ class _Database:
         (row,) = await rows(connection, _PUBLISHED, given)
         used = {op for rule in rules.rules for op in rule.on}
         lacking = sorted(used - set(row.ops))
-        fix = next((made for made in publication.statements(survey) if " SET (publish" in made), "")
-        if lacking:
+        for leaf in await publication.bystanders() if {"update", "delete"} & set(row.ops) else ():
+            if leaf.table not in survey.tables and leaf.table not in survey.without_identity:
+                self._add(
+                    Severity.ERROR,
+                    "no_replica_identity",
+                    f"the publication {name} is FOR ALL TABLES or a schema, and so carries {leaf.table}, which no rule "
+                    "names and which has no usable replica identity, so that the application's UPDATE and DELETE fail; "
+                    f"{remedies.usable_identity(leaf, name)}.",
+                )
+        fix = publication.options(survey)
+        if survey.awaits_stored:
+            self._not_set_up(
+                POSTGRES,
+                "generated_columns_not_published",
+                f"the publication {name} does not carry stored generated columns, and a replica identity contains "
+                "some, so that the application's UPDATE and DELETE would fail",
+                fix,
+                may=row.mine,
+            )
+        if lacking and not survey.bystanders:
             self._not_set_up(
                 POSTGRES,
                 "operation_not_published",
                 f"the publication {name} does not publish {' and '.join(lacking)}, so that rules never see these",
-                [fix],
+                fix,
                 may=row.mine,
             )
         if row.via_root:
@@ -244,17 +322,16 @@ class _Database:
                 POSTGRES,
                 "published_via_root",
                 f"the publication {name} shows partitions under their root, which hides a TRUNCATE of one of them",
-                [fix],
+                fix,
                 may=row.mine,
             )
         for table in missing:
             state = survey.tables[table]
-            whole = "" if state is not None and state.partitioned else "ONLY "
             self._not_set_up(
                 _rules_on(rules, table)[0].place,
                 "table_not_published",
                 f"the publication {name} lacks {table}, whose changes are not seen",
-                [f"ALTER PUBLICATION {identifier(name)} ADD TABLE {whole}{qualified(table)};"],
+                [remedies.add_table(name, table, partitioned=state is not None and state.partitioned)],
                 may=row.mine and table in owned,
             )
         for table in survey.without_identity:
@@ -263,8 +340,7 @@ class _Database:
                     Severity.ERROR,
                     "no_replica_identity",
                     f"the publication {name} lists {table}, which no rule names and which has no replica identity, so "
-                    f"that the application's UPDATE and DELETE fail; run ALTER PUBLICATION {identifier(name)} DROP "
-                    f"TABLE {qualified(table)};",
+                    f"that the application's UPDATE and DELETE fail; run {remedies.remove_table(name, table)}",
                 )
 
     def _not_set_up(self, place: Place | str, code: str, what: str, statements: list[str], *, may: bool) -> None:
@@ -290,7 +366,7 @@ class _Database:
             for leaf in state.leaves if state is not None else ():
                 if leaf.usable:
                     for rule in _rules_on(rules, table):
-                        self._findings += _of_old_rows(rule, leaf)
+                        self._findings += _of_old_rows(rule, leaf, survey.publication)
         self._look_at_parameters(rules)
 
     def _look_at_parameters(self, rules: RuleSet) -> None:
@@ -329,7 +405,10 @@ class _Database:
                         raise
                     self._query_fails(rule, bust, error)
                 except (errors.ServerRefuses, errors.Locked) as error:
-                    self._query_fails(rule, bust, error)
+                    if "row-level security" in str(error):
+                        await self._hides_rows(connection, rule, bust, query)
+                    else:
+                        self._query_fails(rule, bust, error)
 
     def _query_fails(self, rule: Rule, bust: Bust, error: errors.InvalidatorError) -> None:
         cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
@@ -341,12 +420,30 @@ class _Database:
             rule.place,
         )
 
+    async def _hides_rows(self, connection: psycopg.AsyncConnection[Any], rule: Rule, bust: Bust, query: str) -> None:
+        """Report the tables of a query from which policies hide rows."""
+        # Once planned, the query holds a lock on each of its tables, also on one that the plan leaves out.
+        with answered(connection):
+            async with connection.transaction():
+                await connection.execute("SET LOCAL row_security = on")
+                await connection.execute(f"EXPLAIN {query}".encode(), _nothing(bust))
+                found = await (await connection.execute(_WITH_POLICIES)).fetchall()
+        (row,) = await rows(connection, "SELECT current_user::text AS role")
+        tables = " and ".join(str(Table(each.schema, each.name)) for each in found)
+        self._add(
+            Severity.ERROR,
+            "query_hides_rows",
+            f"the `via` query of rule {rule.name} for cache {bust.cache.name} reads {tables}, where row-level security "
+            f"hides rows from the role {row.role}, so that the cache would be swept at each change; "
+            f"run {remedies.bypass_policies(row.role)}, or read a view that the table's owner owns.",
+            rule.place,
+        )
+
     async def _look_at_query(
         self, connection: psycopg.AsyncConnection[Any], rule: Rule, bust: Bust, query: str
     ) -> None:
-        assert bust.query is not None
-        arguments: list[Any] = [[None] for _ in bust.query.columns] or [1]
-        with translated():
+        arguments = _nothing(bust)
+        with answered(connection):
             nothing = f"SELECT * FROM (\n{query}\n) AS found LIMIT 0"  # noqa: S608  the rule file's own SQL
             cursor = await connection.execute(nothing.encode(), arguments)
         given = {column.name: column.type_code for column in (cursor.description or [])[1:]}
@@ -361,7 +458,7 @@ class _Database:
             )
         for parameter, oid in given.items():
             self._learn(bust.cache, parameter, _texts(oid))
-        with translated():
+        with answered(connection):
             explained = await connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON) {query}".encode(), arguments)
             ((plans,),) = await explained.fetchall()
         nodes = list(_nodes(plans[0]["Plan"]))
@@ -382,7 +479,7 @@ class _Database:
         if row.size is None or row.size < LARGE_BYTES:
             return
         columns = _compared(scan["Alias"], nodes)
-        index = f"run CREATE INDEX CONCURRENTLY ON {qualified(table)} ({columns})" if columns else "add an index"
+        index = f"run {remedies.make_index(table, columns)}" if columns else "add an index"
         self._add(
             Severity.WARNING,
             "query_scans_table",
@@ -396,9 +493,9 @@ def _rules_on(rules: RuleSet, table: Table) -> list[Rule]:
     return [rule for rule in rules.rules if rule.table == table]
 
 
-def _of_old_rows(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
+def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
     """Yield findings on old rows that lack what a rule reads of them, as far as that is not refused."""
-    remedy = f"run ALTER TABLE {qualified(leaf.table)} REPLICA IDENTITY FULL"
+    remedy = remedies.with_full_identity(leaf, publication)
     ops = rule.on & {"update", "delete"}
     watched = (set(rule.columns) if "update" in ops else set()) & leaf.columns - leaf.carried
     compared: frozenset[str] = frozenset()
@@ -423,8 +520,8 @@ def _of_old_rows(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
             "old_row_sweeps",
             rule.place,
             f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of {leaf.table} "
-            f"does not carry, so that its caches are swept at every {_and(swept)}; {remedy} to "
-            "bust single keys.",
+            f"does not carry, so that its caches are swept at every {_and(swept)}; to bust single "
+            f"keys, {remedy}.",
         )
     if unknown and rule.old_row == "ignore" and rule.on == {"delete"}:
         yield Finding(
@@ -457,6 +554,12 @@ def _of_unbounded(cache: Cache, parameter: str, table: Table, name: str, column:
         f"parameter {parameter} of cache {cache.name} is {table}.{name}, of type {column.type} and so of any length, "
         f"and keys of megabytes would go to Redis; hash it: `{{{parameter}|sha256}}`.",
     )
+
+
+def _nothing(bust: Bust) -> list[Any]:
+    """Return arguments for a bust's query that ask for one change of which all columns are NULL."""
+    assert bust.query is not None
+    return [[None] for _ in bust.query.columns] or [1]
 
 
 def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -519,6 +622,13 @@ _TABLES = """
 SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND n.nspname <> 'information_schema'
   AND n.nspname NOT LIKE 'pg\\_%'
+ORDER BY 1, 2
+"""
+
+_WITH_POLICIES = """
+SELECT DISTINCT n.nspname AS schema, c.relname AS name
+FROM pg_locks l JOIN pg_class c ON c.oid = l.relation JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE l.pid = pg_backend_pid() AND l.locktype = 'relation' AND row_security_active(c.oid)
 ORDER BY 1, 2
 """
 

@@ -15,9 +15,10 @@ from typing import Any
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.eventstream import FIELD
-from cdc_invalidator.redis import node, replies
+from cdc_invalidator.redis import available, node, replies
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Command, Node
+from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.sentinel import Sentinels
 from cdc_invalidator.redis.topology import TIMEOUT, cache_server
 from cdc_invalidator.rules.model import RuleSet
@@ -27,28 +28,42 @@ REDIS = "Redis"
 OLDEST = (6, 2)
 
 
-async def look_at(endpoint: Endpoint, slot: str, event_stream: str, rules: RuleSet | None) -> list[Finding]:
+async def look_at(
+    endpoint: Endpoint, watermark: str, event_stream: str, rules: RuleSet | None, *, system_id: str | None
+) -> list[Finding]:
     """Look at the Redis that is busted.
 
     Args:
         endpoint: where it is.
-        slot: the slot, which names the watermark.
+        watermark: name of the watermark.
         event_stream: the key of the stream of bust events; empty for none.
         rules: the rule set; ``None`` where the files are wrong.
+        system_id: identifies our PostgreSQL; ``None`` where it could not be asked.
 
     Raises:
         errors.RedisUnavailable: it is away, or refuses to be looked at.
     """
-    findings = await _look_at_rights(endpoint, slot, event_stream, rules)
+    findings = await _look_at_rights(endpoint, watermark, event_stream, rules)
     if any(found.severity is Severity.ERROR for found in findings):
         return findings  # the daemon's own way in fails for what is told already
-    server = cache_server(endpoint, slot, timeout=TIMEOUT)
+    server = cache_server(endpoint, watermark, timeout=TIMEOUT)
     try:
         await server.connect()
         marks = await server.read_watermarks()
+        if system_id is not None:
+            marks = list(await refuse_occupied(server, marks, system_id, suspicious=True))
+    except errors.WatermarkTaken as error:
+        return [*findings, Finding(Severity.ERROR, "watermark_taken", REDIS, str(error))]
     finally:
         await server.close()
     mark = marks[0] if marks else None
+    if mark is not None and system_id not in {None, mark.system_id}:
+        sentence = (
+            f"cdc:{watermark}:watermark is of another PostgreSQL, whose daemon does not run now, and the caches are "
+            "swept at the start; if that one is to use this Redis as well, give one of the two another name in "
+            "CDC_WATERMARK."
+        )
+        return [*findings, Finding(Severity.WARNING, "watermark_of_another", REDIS, sentence)]
     if mark is None:
         sentence = "there is no watermark yet, so the caches are swept at the first start; nothing needs to be done."
     else:
@@ -84,14 +99,22 @@ class _Server:
         return tuple(int(number) for number in re.findall(r"\d+", self.fields.get("redis_version", ""))[:2])
 
 
-async def _look_at_rights(endpoint: Endpoint, slot: str, event_stream: str, rules: RuleSet | None) -> list[Finding]:
+async def _look_at_rights(
+    endpoint: Endpoint, watermark: str, event_stream: str, rules: RuleSet | None
+) -> list[Finding]:
     opened, close = await _open(endpoint)
     try:
         findings = _of_server(endpoint, rules, _Server.read(await opened.send([("INFO",)])))
-        findings += await _of_commands(opened, slot)
+        missing = await available.lacking(opened, available.NEEDED)
+        if missing:
+            # Without these, nothing else can be tried.
+            sentence = str(available.not_there(missing))
+            return [*findings, Finding(Severity.ERROR, "redis_lacks_commands", REDIS, sentence)]
+        findings += await _of_cosmetic(opened)
+        findings += await _of_commands(opened, watermark)
         if rules is not None:
             findings += await _of_keys(opened, rules)
-            findings += await _of_old_values(opened, slot, rules)
+            findings += await _of_old_values(opened, watermark, rules)
         if event_stream:
             findings += await _of_event_stream(opened, event_stream)
     finally:
@@ -129,7 +152,7 @@ async def _open(endpoint: Endpoint) -> tuple[Node, Callable[[], Awaitable[None]]
 
 def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> list[Finding]:
     if not server.version:
-        sentence = "its version is not known, since the ACL refuses INFO; Redis 6.2 and later will do."
+        sentence = "its version is not known, since INFO is refused; Redis 6.2 and later will do."
         return [Finding(Severity.NOTE, "redis_version", REDIS, sentence)]
     kind = {"server": "a single server", "sentinel": "a master named by Sentinel", "cluster": "a cluster"}
     sentence = f"this is {server.product}, {kind[endpoint.kind]}; nothing needs to be done."
@@ -141,6 +164,12 @@ def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> li
         remedy = replies.TABLE["MOVED"].remedy if endpoint.kind == "server" else "CDC_REDIS_URL names a single server"
         sentence = f"CDC_REDIS_URL names another kind of Redis than answers; {remedy}."
         findings.append(Finding(Severity.ERROR, "other_kind_of_redis", REDIS, sentence))
+    if server.fields.get("maxmemory_policy") == "allkeys-random":
+        sentence = (
+            "maxmemory-policy is allkeys-random, which may evict the watermark, and then all caches are swept; "
+            "set allkeys-lru or allkeys-lfu."
+        )
+        findings.append(Finding(Severity.WARNING, "watermark_evicted", REDIS, sentence))
     versioned = [cache.name for cache in rules.caches.values() if cache.version is not None] if rules else []
     if versioned and server.fields.get("maxmemory_policy") == "noeviction":
         findings.append(
@@ -155,9 +184,18 @@ def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> li
     return findings
 
 
-async def _of_commands(opened: Node, slot: str) -> list[Finding]:
+async def _of_cosmetic(opened: Node) -> list[Finding]:
+    missing = await available.lacking(opened, available.COSMETIC)
+    if not missing:
+        return []
+    without = ", ".join(available.COSMETIC[name] for name in missing)
+    sentence = f"it does not have {', '.join(missing)}, so the daemon does without {without}; nothing needs to be done."
+    return [Finding(Severity.NOTE, "redis_lacks_commands", REDIS, sentence)]
+
+
+async def _of_commands(opened: Node, watermark: str) -> list[Finding]:
     """Try what the daemon does on keys of our own."""
-    text, mapping = f"cdc:{slot}:check", f"cdc:{slot}:check:hash"
+    text, mapping = f"cdc:{watermark}:check", f"cdc:{watermark}:check:hash"
     tried: tuple[Command, ...] = (
         ("SET", text, 1, "PX", 1000),
         ("GET", text),
@@ -186,8 +224,8 @@ async def _of_commands(opened: Node, slot: str) -> list[Finding]:
             findings.append(Finding(Severity.ERROR, "redis_refuses", REDIS, sentence))
     if refused:
         sentence = (
-            f"the ACL user of CDC_REDIS_URL lacks rights; grant it ~cdc:{slot}:* and {' '.join(refused)}, and what "
-            "else the README lists."
+            f"the ACL user of CDC_REDIS_URL lacks rights; grant it ~cdc:{watermark}:* and {' '.join(refused)}, and "
+            "what else the README lists."
         )
         findings.append(Finding(Severity.ERROR, "redis_rights", REDIS, sentence))
     return list(dict.fromkeys(findings))
@@ -253,11 +291,11 @@ async def _of_keys(opened: Node, rules: RuleSet) -> list[Finding]:
     return list(dict.fromkeys(findings))
 
 
-async def _of_old_values(opened: Node, slot: str, rules: RuleSet) -> list[Finding]:
+async def _of_old_values(opened: Node, watermark: str, rules: RuleSet) -> list[Finding]:
     """See whether old values may be left for `stale_for`, by moving a key of our own that is not there."""
     kept = [cache for cache in rules.caches.values() if cache.stale_for is not None and not cache.ttl_only]
     # In a cluster the two may lie in different slots; rights are looked at first.
-    key = f"cdc:{slot}:check"
+    key = f"cdc:{watermark}:check"
     tried: tuple[Command, ...] = (("PEXPIRE", key, 1), ("RENAME", key, f"{key}{STALE_SUFFIX.decode()}"))
     answers = await opened.send(tried) if kept else []
     refused = [
@@ -265,14 +303,19 @@ async def _of_old_values(opened: Node, slot: str, rules: RuleSet) -> list[Findin
         for command, answer in zip(tried, answers, strict=False)
         if isinstance(answer, Exception) and node.code(answer) == "NOPERM"
     ]
+    missing = [str(command[0]) for command, answer in zip(tried, answers, strict=False) if available.unknown(answer)]
+    why = []
+    if refused:
+        why.append(("redis_rights", f"the ACL user of CDC_REDIS_URL may not; grant it {' '.join(refused)}"))
+    if missing:
+        why.append(("redis_lacks_commands", f"Redis does not have {', '.join(missing)}; have it enabled"))
     return [
         Finding(
             Severity.WARNING,
-            "redis_rights",
+            code,
             cache.place,
-            f"the ACL user of CDC_REDIS_URL may not leave old values of cache {cache.name} for its `stale_for`, and "
-            f"deletes them instead; grant it {' '.join(refused)}.",
+            f"old values of cache {cache.name} are deleted rather than left for its `stale_for`, because {reason}.",
         )
         for cache in kept
-        if refused
+        for code, reason in why
     ]

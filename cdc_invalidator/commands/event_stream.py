@@ -47,8 +47,8 @@ class EventStreamReader:
     """
 
     def __init__(self, endpoint: Endpoint, key: str) -> None:
-        # The slot would only name the watermark.
-        self._server = cache_server(endpoint, slot="")
+        # No watermark is read here.
+        self._server = cache_server(endpoint, watermark="")
         self._key = key.encode()
 
     @classmethod

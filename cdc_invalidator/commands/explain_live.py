@@ -13,7 +13,7 @@ from cdc_invalidator.commands.event_stream import EventStreamReader
 from cdc_invalidator.commands.explain import LastBusts
 from cdc_invalidator.commands.simulate import Change, Verdict
 from cdc_invalidator.log import KeyDisplay
-from cdc_invalidator.postgres.connection import check_dsn
+from cdc_invalidator.postgres.dsn import check_dsn
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules.model import RuleSet
 

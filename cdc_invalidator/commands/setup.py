@@ -8,6 +8,7 @@ from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, run_statements
+from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import Slot
 from cdc_invalidator.rules.model import RuleSet
 
@@ -40,8 +41,11 @@ async def set_up(
         for table in survey.unknown:
             say(f"-- {table} does not exist yet; run setup again, or let the daemon add it once it does.")
         statements = publication.statements(survey)
-        statements += slot.statements(await slot.state(), server, new_publication=not survey.exists)
+        of_slot = slot.statements(await slot.state(), server, new_publication=not survey.exists)
+        statements += of_slot
         if not show:
+            if of_slot:
+                await Replication.try_out(dsn)
             await run_statements(connection, statements)
         return statements
 

@@ -16,6 +16,7 @@ from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.plan import Complaint
 from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.packed import Pair, split_arguments
@@ -51,10 +52,14 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A table as the database has it: its Relation message, and the tables of rules that it is or is a partition of."""
+    """A table as the database has it: its Relation message, and the tables of rules that it is or is a partition of.
+
+    ``types``: of its columns.
+    """
 
     relation: pgoutput.Relation
     tables: tuple[Table, ...]
+    types: Mapping[str, ColumnType] = field(default_factory=dict)
 
 
 class Busted(NamedTuple):
@@ -166,24 +171,25 @@ def play(rules: RuleSet, change: Change, shape: Shape | None = None) -> list[Pla
     """Let a change go through each rule of the table; the queries of the rules stay unanswered."""
     tables = shape.tables if shape else (change.table,)
     named = [rule for table in tables for rule in rules.rules if rule.table == table]
-    relation = shape.relation if shape else _relation(change, named)
-    return [_play(rule, change, relation, live=shape is not None) for rule in named]
+    table = shape or _made_up(change, named)
+    return [_play(rule, change, table, live=shape is not None) for rule in named]
 
 
-def _play(rule: Rule, change: Change, relation: pgoutput.Relation, *, live: bool) -> Played:
-    fired, batches, complaints = _ask(rule, change, relation)
-    why_not = () if fired else tuple(_why_not(rule, change, relation))
-    notes = list(_notes(rule, change, relation, batches)) if fired else []
+def _play(rule: Rule, change: Change, table: Shape, *, live: bool) -> Played:
+    fired, batches, complaints = _ask(rule, change, table)
+    why_not = () if fired else tuple(_why_not(rule, change, table))
+    notes = list(_notes(rule, change, table, batches)) if fired else []
     # Of a made-up table there is nothing to put right.
     notes += [complaint.sentence for complaint in complaints] if live else []
     return Played(rule, fired, why_not, batches, tuple(dict.fromkeys(notes)))
 
 
-def _ask(rule: Rule, change: Change, relation: pgoutput.Relation) -> tuple[bool, list[Batch], list[Complaint]]:
+def _ask(rule: Rule, change: Change, table: Shape) -> tuple[bool, list[Batch], list[Complaint]]:
     """Send the change down the data path for one rule: whether it fires, its busts, what is wrong with the table."""
     probed = replace(rule, busts=(*rule.busts, Bust(_PROBE, _PROBE.key, {})))
     invalidation = Invalidation(RuleSet({}, (probed,), ""))
-    plan, complaints = invalidation.compile(relation, [rule.table])
+    relation = table.relation
+    plan, complaints = invalidation.compile(relation, [rule.table], table.types)
     assembly = Assembly()
     assembly.relation(relation, plan)
     messages = (_BEGIN, _message(change, relation), _COMMIT)
@@ -197,13 +203,15 @@ def _ask(rule: Rule, change: Change, relation: pgoutput.Relation) -> tuple[bool,
 # ── From rows to messages ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _relation(change: Change, rules: Iterable[Rule]) -> pgoutput.Relation:
+def _made_up(change: Change, rules: Iterable[Rule]) -> Shape:
     """Make up a table: the columns of the rows and of the rules, its replica identity those of the old row."""
     old, new = change.old or {}, change.new or {}
     names = dict.fromkeys([*old, *new, *(name for rule in rules for name in sorted(_columns(rule)))])
     columns = tuple(pgoutput.Column(name, name in old, change.types.get(name, _TEXT_OID), -1) for name in names)
     identity = "f" if all(column.is_key for column in columns) else "i" if old else "n"
-    return pgoutput.Relation(None, _OID, change.table.schema, change.table.name, identity, columns)
+    relation = pgoutput.Relation(None, _OID, change.table.schema, change.table.name, identity, columns)
+    types = {column.name: ColumnType.built_in(column.type_oid, by_code_point=True) for column in columns}
+    return Shape(relation, (change.table,), types)
 
 
 def _columns(rule: Rule) -> set[str]:
@@ -270,14 +278,14 @@ def _shown(key: bytes) -> str:
 # ── Reasons ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _why_not(rule: Rule, change: Change, relation: pgoutput.Relation) -> Iterator[str]:
+def _why_not(rule: Rule, change: Change, table: Shape) -> Iterator[str]:
     """Tell what keeps a rule from firing: that without which it fires, or both where neither alone is it."""
     if change.op not in rule.on:
         yield f"its `on` has no {change.op}"
         return
     unconditional, unwatched = replace(rule, when=None), replace(rule, columns=())
-    without_when = rule.when is not None and _ask(unconditional, change, relation)[0]
-    without_columns = bool(rule.columns) and _ask(unwatched, change, relation)[0]
+    without_when = rule.when is not None and _ask(unconditional, change, table)[0]
+    without_columns = bool(rule.columns) and _ask(unwatched, change, table)[0]
     neither = not without_when and not without_columns
     if rule.columns and (without_columns or neither):
         yield f"the update changes none of its columns ({', '.join(rule.columns)})"
@@ -285,7 +293,7 @@ def _why_not(rule: Rule, change: Change, relation: pgoutput.Relation) -> Iterato
         yield f"its `when` is false: {rule.when}"
 
 
-def _notes(rule: Rule, change: Change, relation: pgoutput.Relation, batches: Iterable[Batch]) -> Iterator[str]:
+def _notes(rule: Rule, change: Change, table: Shape, batches: Iterable[Batch]) -> Iterator[str]:
     """Tell why a rule that fires gives a sweep, or fewer keys than one may expect."""
     swept = {
         target.bust.cache.name
@@ -293,12 +301,12 @@ def _notes(rule: Rule, change: Change, relation: pgoutput.Relation, batches: Ite
         for target, busts in batch.busts.items()
         if target.bust is not None and busts.sweep
     }
-    carried = {column.name for column in relation.columns if column.is_key}
-    there = {column.name for column in relation.columns}
+    carried = {column.name for column in table.relation.columns if column.is_key}
+    there = {column.name for column in table.relation.columns}
     if change.op == "truncate":
         yield "a truncate empties the table, so whole caches go"
         return
-    if rule.when is not None and _ask(replace(rule, when=f"!({rule.when})"), change, relation)[0]:
+    if rule.when is not None and _ask(replace(rule, when=f"!({rule.when})"), change, table)[0]:
         yield f"its `when` fails, or reads what is not known, and so counts as true: {rule.when}"
     if change.op == "update" and rule.columns and (unsaid := sorted(set(rule.columns) & there - carried)):
         yield f"the old row does not tell {', '.join(unsaid)}, so any update counts as a change of it"

@@ -32,6 +32,8 @@ class Waiting:
     since: float
     due: float
     widened: bool = False
+    # What its queue has counted for it; a batch may grow meanwhile.
+    weight: int = 0
 
 
 class _Queue:
@@ -46,7 +48,8 @@ class _Queue:
 
     def append(self, item: Waiting) -> None:
         self.waiting.append(item)
-        self._weight += item.batch.weight + BATCH
+        item.weight = item.batch.weight + BATCH
+        self._weight += item.weight
         if self._weight > self._capacity:
             self._widen()
 
@@ -54,7 +57,7 @@ class _Queue:
         while self.waiting and self.waiting[0].due < reached:
             item = self.waiting.popleft()
             if not item.widened:
-                self._weight -= item.batch.weight + BATCH
+                self._weight -= item.weight
             yield item
 
     def _widen(self) -> None:
@@ -124,6 +127,15 @@ class Again:
         if self._hidden_weight > self._capacity:
             self._widen_hidden()
 
+    def let_go(self) -> set[str]:
+        """Hold no position back, but for standbys, which can be dropped; return the caches that were to be busted."""
+        waiting = [*self._hidden, *(item for queue in self._later.values() for item in queue.waiting)]
+        self._hidden, self._hidden_weight = [], 0
+        self._later.clear()
+        for item in waiting:
+            self._resolve(item.ticket)
+        return {target.cache.name for item in waiting for target in item.batch.busts}
+
     def _widen_hidden(self) -> None:
         by_xid: dict[int, list[Waiting]] = {}
         for item in self._hidden:
@@ -140,7 +152,7 @@ class Again:
     def until_later(self, batch: Batch, ticket: Ticket, now: float) -> None:
         """Let the busts of caches with ``again_after`` wait for that time."""
         for delay in {target.cache.again_after for target in batch.busts if target.cache.again_after is not None}:
-            part = Batch(batch.commit_lsn, batch.committed_at, batch.xid)
+            part = Batch(batch.commit_lsn, batch.committed_at, batch.xid, whole=batch)
             for target, busts in batch.busts.items():
                 if target.cache.again_after == delay:
                     part.busts[target] = busts

@@ -1,8 +1,8 @@
 """The apply task: takes what has piled up, busts it in Redis, records the watermark.
 
 A turn is: re-apply what Redis has lost, take, flush, bust again what was too early, one step of the sweeps that run,
-watermark. The rule that holds here: whatever fails on Redis's side, the same turn is tried again on a new connection; a
-bust may be applied twice, which does no harm.
+watermark, gaps. The rule that holds here: whatever fails on Redis's side, the same turn is tried again on a new
+connection; a bust may be applied twice, which does no harm.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from cdc_invalidator.pipeline import record
 from cdc_invalidator.pipeline.backlog import Backlog
 from cdc_invalidator.pipeline.batch import Batch, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.pipeline.continuity import Continuity, GapSweeps, Kept
+from cdc_invalidator.pipeline.continuity import Continuity, Kept
 from cdc_invalidator.pipeline.debounce import Debounce
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.flush import Flush
 from cdc_invalidator.pipeline.followup import FollowUps, PostgresView
+from cdc_invalidator.pipeline.gaps import Gaps, GapTicket
+from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
 from cdc_invalidator.pipeline.sweep import Sweeps
 from cdc_invalidator.redis.info import InfoMetrics
+from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
 
 # Keys a flush: many enough to pay for the round trip, few enough that the watermark keeps moving.
@@ -42,6 +45,7 @@ class Apply:
         backlog: where batches come from.
         checkpoint: is told what is resolved and recorded.
         recent: remembers what was applied.
+        suspicious: another deployment may write the watermark, see `refuse_occupied`.
         sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
         sweep_rate: how many keys a second sweeps may look at; 0 for as many as there are.
         metrics: what to count.
@@ -57,6 +61,7 @@ class Apply:
         backlog: Backlog,
         checkpoint: Checkpoint,
         recent: Recent,
+        suspicious: bool,
         sweep_gaps: bool,
         sweep_rate: int,
         metrics: Metrics,
@@ -71,15 +76,35 @@ class Apply:
         self._metrics = metrics
         self._events = events
         self._flush = Flush(events, self.record, kept.rules)
-        self._gap_sweeps = GapSweeps(kept, checkpoint, events, enabled=sweep_gaps)
-        resolve = self._gap_sweeps.resolve
-        self._continuity = Continuity(kept, self._gap_sweeps, self.record, recent=recent, standbys=postgres.standbys)
+        # The end of what PostgreSQL had written at the start, or has sent since.
+        received: Callable[[], int] = lambda: max(kept.position.flushed, checkpoint.received_lsn)  # noqa: E731
+        self._gaps = Gaps(
+            kept.rules,
+            events,
+            metrics,
+            postgres.standbys,
+            since=kept.position.start,
+            received=received,
+            enabled=sweep_gaps,
+        )
+        resolve = self._resolve
+        self._lineage = Lineage()
+        self._continuity = Continuity(
+            kept,
+            self._gaps,
+            self.record,
+            received=received,
+            recent=recent,
+            standbys=postgres.standbys,
+            lineage=self._lineage,
+        )
         self._follow_ups = FollowUps(
             postgres,
             self._flush,
             Sweeps(metrics, rate=sweep_rate),
             rules=kept.rules,
             resolve=resolve,
+            grown=recent.grown,
             events=events,
             metrics=metrics,
         )
@@ -88,30 +113,47 @@ class Apply:
         # In the hands of this turn until Redis has acknowledged them.
         self._taken: list[tuple[Batch | PlainBatch, Ticket]] = []
         self._finishing = False
+        self._system_id = kept.position.system_id
+        self._suspicious = suspicious
 
     @property
     def drained(self) -> bool:
-        """Whether everything from the backlog is in Redis, and the watermark says so."""
-        return self._continuity.proven and self._checkpoint.idle and self.record.current
+        """Whether everything from the backlog is in Redis, and the watermark says so; gaps may still be open."""
+        recorded = self.record.current and not self._gaps.must_write
+        return self._continuity.proven and self._checkpoint.idle and recorded
 
     @property
-    def sweeps_a_gap(self) -> bool:
-        """Whether the sweep of a gap holds the watermark back."""
-        return self._gap_sweeps.unfinished
+    def sweeping(self) -> set[str]:
+        """The caches with a sweep of a gap that is not over."""
+        return self._gaps.sweeping
 
     def hurry(self, *, much_wal: bool) -> None:
         """Note whether PostgreSQL keeps more WAL than it may; if so, hold the position back only where it must be."""
         self._follow_ups.hurry(much_wal=much_wal)
+        self._events.hurry(much_wal=much_wal)
+
+    def let_go(self) -> set[str]:
+        """Let the position move on past sweeps, and past what is to be busted again; return the caches concerned.
+
+        They are a gap: the watermark does not name them until all that is over, and they are swept again.
+        """
+        caches = self._follow_ups.let_go()
+        if caches and self._gaps.enabled:
+            self._gaps.report(dict.fromkeys(caches, "retained_wal"))
+        elif caches:
+            # Nothing was missed that somebody else could be told to sweep for: it has only been put off.
+            self._gaps.sweep(dict.fromkeys(caches, "retained_wal"))
+        self._backlog.wake()
+        return caches
 
     def gap(self, broken: Mapping[str, str]) -> None:
         """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""
-        self._gap_sweeps.report(broken)
-        if self._gap_sweeps.queued:
-            self._backlog.wake()
+        self._gaps.report(broken)
+        self._backlog.wake()
 
     def redigest(self, digests: Mapping[str, str], broken: Mapping[str, str]) -> None:
-        """Take other digests, after sweeping the caches that this is a gap for."""
-        # The watermark is not written before the sweeps are over: a crash until then finds the old digests, and sweeps.
+        """Take other digests, and sweep the caches that this is a gap for."""
+        # In one go: a watermark that is written in between would name a cache by its new digest before it is swept.
         self._continuity.redigest(digests)
         self.gap(broken)
 
@@ -140,7 +182,7 @@ class Apply:
             if self._taken:
                 await self._bust(server)
                 self._taken = []
-            await self._follow_ups.bust_again(server, self._continuity.replay_until)
+            await self._follow_ups.bust_again(server, self._continuity.replay_until, self._gaps.unreplayed)
             if self._postgres.standbys.returned():
                 self._continuity.all_broken("standby_returned")
             await self._follow_ups.sweep(server)
@@ -149,6 +191,7 @@ class Apply:
             if self._events.stream is not None:
                 await self._events.stream.write(server)
             await self._record(server)
+            await self._close_gaps()
             await self._info.show(server)
         except errors.RedisUnavailable as error:
             self._flush.log_due()
@@ -159,7 +202,9 @@ class Apply:
 
     async def _connect(self) -> CacheServer:
         server, found = await self.redis.open()
-        self._continuity.prove(found)
+        self._continuity.prove(
+            await refuse_occupied(server, found, self._system_id, suspicious=self._suspicious),
+        )
         self._follow_ups.sweeps.restart()
         return server
 
@@ -172,12 +217,16 @@ class Apply:
 
     async def _take(self) -> list[tuple[Batch | PlainBatch, Ticket]]:
         taken = self._backlog.take(FLUSH_WEIGHT)
+        all_taken = 0 if self._backlog else self._checkpoint.received_lsn
+        if self._lineage.differs([batch for batch, _ in taken], all_taken):
+            self._lineage.trust()
+            self._continuity.all_broken("other_history")
         if self._debounce is not None:
             now = time.monotonic()
             self._debounce.hold(taken, now)
             xids = self._debounce.xids(now)
             taken += self._debounce.due(now, await self._postgres.hidden(xids) if xids else ())
-        return self._gap_sweeps.take() + taken
+        return self._gaps.take() + taken
 
     async def _bust(self, server: CacheServer) -> None:
         """Bust what was taken, in one flush, and begin what that leads to."""
@@ -201,18 +250,39 @@ class Apply:
                 # Its sweeps and follow-ups begin when readers see it.
                 self._follow_ups.until_visible(batch, ticket, now)
             else:
-                self._follow_ups.begin(batch, ticket, "first", now)
-            self._gap_sweeps.resolve(ticket)
+                self._follow_ups.begin(batch, ticket, "gap" if isinstance(ticket, GapTicket) else "first", now)
+            self._resolve(ticket)
         self._metrics.backlog.set(self._backlog.weight)
 
     async def _record(self, server: CacheServer) -> None:
-        if self._continuity.proven and await self.record.write(server, self._continuity.watermark):
+        if not self._continuity.proven:
+            return
+        # A gap that is found while it is being written is not in it.
+        left_out = list(self._gaps.reasons)
+        if await self.record.write(server, self._continuity.watermark, must=self._gaps.must_write):
+            self._gaps.written(left_out)
             self._continuity.recorded()
             self._flush.confirm()
 
+    async def _close_gaps(self) -> None:
+        """Begin the gaps that the watermark leaves out, and go on with those that wait for transactions."""
+        if self._gaps.must_begin:
+            self._gaps.begin(await self._postgres.horizon())
+        due = self._gaps.asks_in(time.monotonic())
+        if due is not None and due <= 0:
+            horizon = await self._postgres.horizon()
+            reached = await self._postgres.reached() if self._postgres.standbys.awaited else 0
+            self._gaps.settle(horizon, reached, time.monotonic())
+
+    def _resolve(self, ticket: Ticket) -> None:
+        self._checkpoint.resolve(ticket)
+        self._gaps.resolve(ticket)
+
     def _patience(self) -> float:
         """Return how many seconds to wait if nothing comes in."""
-        if self._continuity.must_reapply or self._gap_sweeps.queued:
+        if self._continuity.must_reapply or self._gaps.queued:
+            return 0.0
+        if self._gaps.must_write and self._continuity.proven:
             return 0.0
         if self._finishing and self._continuity.proven and self._checkpoint.idle:
             # Nothing more comes: only the position has to be recorded.
@@ -221,7 +291,9 @@ class Apply:
         patience = self.record.due_in(now) if self._continuity.proven else record.HEARTBEAT_SECONDS
         patience = self._follow_ups.patience(patience, now)
         due = self._debounce.next_due() if self._debounce is not None else None
-        patience = max(0.001, patience if due is None else min(patience, due - now))
+        patience = patience if due is None else min(patience, due - now)
+        asks = self._gaps.asks_in(now)
+        patience = max(0.001, patience if asks is None else min(patience, asks))
         sweeps = self._follow_ups.sweeps
         return min(patience, sweeps.patience()) if sweeps else patience
 

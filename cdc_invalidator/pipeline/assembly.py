@@ -128,6 +128,22 @@ class Assembly:
             batch.add(target, ("message",), key, "manual")
         return self._leave(batch) if message.transactional else (batch,)
 
+    def wide(self, message: pgoutput.Wide) -> Iterable[Batch]:
+        """Take a row that is too large to be held: its caches are swept."""
+        batch = self._into(message.xid)
+        plan = self._plan(message.oid)
+        if plan is None:
+            return ()
+        plan.wide(batch, message.op)
+        return self._leave(batch)
+
+    def sweep(self, targets: Iterable[Target], xid: int | None) -> Iterable[Batch]:
+        """Sweep caches in the transaction at hand, because a table was altered."""
+        batch = self._into(xid)
+        for target in targets:
+            batch.sweep(target, ("alter",), "change")
+        return self._leave(batch)
+
     def transactions(self, data: bytes, pos: int) -> scan.Transactions:
         """Take small, plain transactions as a whole, outside of any other; see `scan.transactions`."""
         return scan.transactions(data, pos, self._plans, BustEvent, limit=self._chunk)

@@ -102,7 +102,8 @@ class Batch:
     """The busts of one transaction, or of a stretch of a large one.
 
     ``commit_lsn`` and ``committed_at`` (µs since 2000) are of its commit record. ``end_lsn`` is set on the last batch
-    of a transaction only: with it, the transaction is done.
+    of a transaction only: with it, the transaction is done. ``whole``: the batch that this one is a part of; the two
+    share what they bust. ``counted``: what `Recent` has counted for it; 0 when it is not remembered.
     """
 
     commit_lsn: int
@@ -111,6 +112,8 @@ class Batch:
     end_lsn: int | None = None
     busts: dict[Target, TargetBusts] = field(default_factory=dict)
     weight: int = 0
+    whole: Batch | None = None
+    counted: int = 0
 
     def of(self, target: Target) -> TargetBusts:
         """Return what the batch does to this target; it is made at first use."""
@@ -165,6 +168,12 @@ class Batch:
             busts.keys.update(dict.fromkeys(keys))
             self.weight += len(busts.keys) - before
 
+    def grow(self, keys: int) -> None:
+        """Count keys that a query has given."""
+        self.weight += keys
+        if self.whole is not None:
+            self.whole.weight += keys
+
     def widen(self, target: Target) -> None:
         """Trade keys for a sweep of their cache."""
         busts = self.busts[target]
@@ -210,7 +219,7 @@ class PlainBatch:
         end_lsn: with that, the last of them is done.
     """
 
-    __slots__ = ("_events", "end_lsn", "weight", "xids")
+    __slots__ = ("_events", "counted", "end_lsn", "weight", "xids")
 
     # No sweep, no query, nothing held or busted again.
     busts: ClassVar[Mapping[Target, TargetBusts]] = {}
@@ -221,6 +230,8 @@ class PlainBatch:
         self.end_lsn = end_lsn
         # An event takes as much memory as two keys.
         self.weight = sum(len(event.keys) for event in events) + 2 * len(events)
+        # See `Batch`.
+        self.counted = 0
 
     @property
     def first_lsn(self) -> int:
@@ -231,6 +242,11 @@ class PlainBatch:
     def commit_lsn(self) -> int:
         """LSN of the last commit record."""
         return self._events[-1].commit_lsn
+
+    @property
+    def committed_at(self) -> int | None:
+        """The time of the last commit record."""
+        return self._events[-1].committed_at
 
     @property
     def targets(self) -> Iterable[Target]:

@@ -10,6 +10,7 @@ The order in receive is what makes this safe: track the batch, put it on the que
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # Tickets behind one that is not resolved, before those among them that are resolved are forgotten.
@@ -29,12 +30,16 @@ class Checkpoint:
 
     Args:
         start: the position where the stream starts (the slot's confirmed_flush_lsn).
+        told: whether the events up to a mark are told; without it, they always are.
     """
 
-    def __init__(self, start: int) -> None:
+    def __init__(self, start: int, told: Callable[[int], bool] = lambda _mark: True) -> None:
         self._received = start
         self._position = start
         self._confirmable = start
+        self._told = told
+        # Positions that the watermark has, each with the mark up to which events must be told.
+        self._recorded: deque[tuple[int, int]] = deque()
         self._in_flight: deque[Ticket] = deque()
         self._crowd = CROWD
         self._awaited: tuple[int, int] | None = None
@@ -76,6 +81,11 @@ class Checkpoint:
         self._position = max(self._position, reached)
         return self._position
 
+    @property
+    def oldest(self) -> Ticket | None:
+        """The piece of work that holds the position back; ``None``: nothing of ours does."""
+        return self._in_flight[0] if self._in_flight else None
+
     def committed(self, lsn: int, at: int) -> None:
         """Note that all that had been committed at a time lies below ``lsn``.
 
@@ -100,11 +110,20 @@ class Checkpoint:
         """True when nothing is in flight."""
         return not self._in_flight
 
-    def record(self, lsn: int) -> None:
-        """Note that the watermark in Redis has been brought to ``lsn`` (a former ``position``)."""
-        self._confirmable = max(self._confirmable, lsn)
+    def record(self, lsn: int, mark: int = 0) -> None:
+        """Note that the watermark in Redis has been brought to ``lsn`` (a former ``position``).
+
+        Args:
+            lsn: the position.
+            mark: it may be confirmed when the events up to there are told.
+        """
+        if self._recorded and (self._recorded[-1][1] == mark or len(self._recorded) > CROWD):
+            self._recorded.pop()
+        self._recorded.append((lsn, mark))
 
     @property
     def confirmable(self) -> int:
-        """The LSN that may be confirmed to PostgreSQL: applied, and recorded in the watermark."""
+        """The LSN that may be confirmed to PostgreSQL: applied, recorded in the watermark, and told."""
+        while self._recorded and self._told(self._recorded[0][1]):
+            self._confirmable = max(self._confirmable, self._recorded.popleft()[0])
         return self._confirmable

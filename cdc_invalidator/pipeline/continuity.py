@@ -3,25 +3,25 @@
 After a restart or failover, Redis may have lost writes that it acknowledged. So at each connection its watermark is
 compared with what was applied.
 
-The rule that holds here: what a Redis lacks is re-applied from `Recent`, or the caches are swept; until that is done,
-no watermark says that this Redis has had anything.
+The rule that holds here: what a Redis lacks is re-applied from `Recent`, and until that is done, no watermark says that
+this Redis has had anything; or the caches are swept, and no watermark names them until their gap is over.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cdc_invalidator import errors, lsn
-from cdc_invalidator.pipeline.batch import Batch, PlainBatch, Target
-from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
-from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.batch import Batch, PlainBatch
+from cdc_invalidator.pipeline.gaps import Gaps
+from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.watermark import Position, Watermark, gaps
-from cdc_invalidator.rules.model import Cache, RuleSet
+from cdc_invalidator.rules.model import RuleSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,97 +36,39 @@ class Kept:
     position: Position
 
 
-class GapSweeps:
-    """The sweeps of gaps: asked for, and not over yet.
-
-    Args:
-        kept: the caches, and where the stream goes on.
-        checkpoint: tracks them, as all work.
-        events: where gaps are logged.
-        enabled: False to only report gaps (``CDC_ON_GAP=warn``).
-    """
-
-    def __init__(self, kept: Kept, checkpoint: Checkpoint, events: Events, *, enabled: bool) -> None:
-        self._kept = kept
-        self._checkpoint = checkpoint
-        self._events = events
-        self.enabled = enabled
-        self.queued: list[tuple[Batch, Ticket]] = []
-        self._unfinished: set[Ticket] = set()
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether one holds the watermark back."""
-        return bool(self._unfinished)
-
-    @property
-    def received(self) -> int:
-        """The end of what PostgreSQL had written at the start, or has sent since."""
-        return max(self._kept.position.flushed, self._checkpoint.received_lsn)
-
-    def take(self) -> list[tuple[Batch, Ticket]]:
-        """Take those that were asked for, as batches."""
-        queued, self.queued = self.queued, []
-        return queued
-
-    def report(self, broken: Mapping[str, str]) -> None:
-        """Sweep caches whose changes may have been missed; ``broken`` is from a cache's name to the reason."""
-        for reason in sorted(set(broken.values())):
-            caches = sorted(name for name, why in broken.items() if why == reason)
-            self.log(reason, caches, self._kept.position.start, swept=self.enabled)
-            if self.enabled:
-                self.sweep(reason, [self._kept.rules.caches[name] for name in caches])
-
-    def log(self, reason: str, caches: list[str], since: int, *, swept: bool) -> None:
-        """Log that changes to these caches since an LSN may have been missed."""
-        self._events.gap(reason, caches, swept=swept, lsn=lsn.text(since))
-
-    def sweep(self, why: str, caches: Iterable[Cache]) -> None:
-        """Queue a batch that sweeps these caches for everything that has been received."""
-        # Before the end of that, as commits are.
-        batch = Batch(self.received - 1, None, 0)
-        for cache in caches:
-            batch.sweep(Target("", cache, ""), (why,), "gap")
-        if not batch.busts:
-            return
-        ticket = self._checkpoint.track()
-        # Until it is done, the watermark must not say that this Redis has had anything.
-        self._unfinished.add(ticket)
-        self.queued.append((batch, ticket))
-
-    def resolve(self, ticket: Ticket) -> None:
-        """Resolve a part of any ticket, which may be one of these."""
-        self._checkpoint.resolve(ticket)
-        if not ticket.parts:
-            self._unfinished.discard(ticket)
-
-
 class Continuity:
     """Compares what a Redis says that it has had with what was applied.
 
     Args:
         kept: what the stream keeps.
-        gap_sweeps: sweeps where continuity is broken.
+        open_gaps: is told where continuity is broken.
         record: knows what was written into the watermark.
+        received: gives the end of what PostgreSQL had written at the start, or has sent since.
         recent: remembers what was applied.
         standbys: the standbys that busts wait for.
+        lineage: knows whether the stream is of the history that the watermark speaks of.
     """
 
     def __init__(
         self,
         kept: Kept,
-        gap_sweeps: GapSweeps,
+        open_gaps: Gaps,
         record: WatermarkRecord,
         *,
+        received: Callable[[], int],
         recent: Recent,
         standbys: Standbys,
+        lineage: Lineage,
     ) -> None:
         self._position = kept.position
         self._digests = kept.digests
-        self._gap_sweeps = gap_sweeps
+        self._gaps = open_gaps
         self._record = record
+        self._received = received
         self._recent = recent
         self._standbys = standbys
+        self._lineage = lineage
+        self._compared = False
         # Applied before, and lost by a Redis that came back older.
         self._lost: deque[Batch | PlainBatch] = deque()
         # What was committed before this LSN had been busted by an earlier run.
@@ -135,8 +77,8 @@ class Continuity:
 
     @property
     def proven(self) -> bool:
-        """Whether this Redis has had all busts up to the position."""
-        return not self._gap_sweeps.unfinished and not self._lost
+        """Whether this Redis has had all busts up to the position, but for the caches with a gap."""
+        return not self._lost and self._lineage.proven
 
     @property
     def must_reapply(self) -> bool:
@@ -153,7 +95,7 @@ class Continuity:
         if self._record.lsn is not None:
             # The stream has been going: this Redis must have had what was recorded, and can't have had more than
             # what was received.
-            received = self._gap_sweeps.received
+            received = self._received()
             position = replace(position, start=self._record.lsn, flushed=received, new_slot=False)
         broken: dict[str, str] = {}
         lowest = lsn.NEVER
@@ -162,16 +104,19 @@ class Continuity:
             lowest = min(lowest, watermark.lsn if watermark else 0)
         if self._record.lsn is None:
             self.replay_until = lowest
+        if not self._compared and not broken.keys() >= self._digests.keys():
+            self._lineage.expect(found, position.start)
+        self._compared = True
         self._record.found(found)
+        self._gaps.rewrite()
         self._lost.clear()
         # Where all is swept anyway, nothing need be re-applied.
-        if not (self._gap_sweeps.enabled and broken.keys() >= self._digests.keys()):
+        if not (self._gaps.enabled and broken.keys() >= self._digests.keys()):
             self._lost.extend(self._recent.since(lowest))
         if self._lost and lowest < position.start:
             caches = sorted({target.cache.name for batch in self._lost for target in batch.targets})
-            self._gap_sweeps.log("redis_behind", caches, lowest, swept=False)
-        if broken:
-            self._gap_sweeps.report(broken)
+            self._gaps.log("redis_behind", caches, lowest, swept=False)
+        self._gaps.report(broken)
 
     def _broken(self, watermark: Watermark | None, position: Position) -> dict[str, str]:
         recorded = self._record.lsn is not None
@@ -203,16 +148,17 @@ class Continuity:
         """Note that the next of what Redis has lost is applied; sweep what was swept then."""
         for batch in some:
             self._lost.popleft()
-            swept = {target.cache for target, busts in batch.busts.items() if busts.sweep}
-            self._gap_sweeps.sweep("redis_behind", swept)
+            swept = {target.cache.name for target, busts in batch.busts.items() if busts.sweep}
+            self._gaps.sweep(dict.fromkeys(swept, "redis_behind"))
 
     def redigest(self, digests: Mapping[str, str]) -> None:
-        """Take other digests of the rules."""
+        """Take other digests of the rules and their tables."""
         self._digests = digests
+        self._gaps.rewrite()
 
     def all_broken(self, reason: str) -> None:
         """Sweep all caches that the stream keeps."""
-        self._gap_sweeps.report(dict.fromkeys(self._digests, reason))
+        self._gaps.report(dict.fromkeys(self._digests, reason))
 
     def recorded(self) -> None:
         """Note that the watermark has been written."""
@@ -221,12 +167,16 @@ class Continuity:
 
     def watermark(self, position: int, at: int, as_of: int) -> Watermark:
         """Return what can be said of this Redis; see `WatermarkRecord.write`."""
+        reasons = self._gaps.reasons
         return Watermark(
             lsn=position,
             at=at,
             system_id=self._position.system_id,
             timeline=self._position.timeline,
-            rules=self._digests,
+            rules={name: digest for name, digest in self._digests.items() if name not in reasons},
             standbys=self._standbys.known,
             as_of=as_of,
+            crash_free_since=self._position.crash_free_since,
+            last_commit=str(self._lineage.last or ""),
+            gaps=reasons,
         )

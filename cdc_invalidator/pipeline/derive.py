@@ -3,12 +3,14 @@
 All changes of one flush are one query for each rule: the arguments go in as arrays, and the rule's query stands behind
 a LATERAL join. It runs on an ordinary connection that can only read, with a limit of time.
 
-A query that fails is tried once more, on a new connection; then its cache is swept.
+A query that fails is tried once more, on a new connection, unless it has used up its time; then its cache is swept.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -17,7 +19,7 @@ from psycopg.rows import tuple_row
 
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
-from cdc_invalidator.postgres.connection import connect, translated
+from cdc_invalidator.postgres.connection import answered, connect, rows
 from cdc_invalidator.postgres.queries import columns
 from cdc_invalidator.rules.model import Query
 from cdc_invalidator.rules.packed import split_arguments
@@ -28,8 +30,14 @@ _log = structlog.get_logger()
 QUERY_SECONDS = 10
 # Rows of one query for one flush, each of which may be a key; with more, the cache is swept.
 MOST_ROWS = 50_000
-# What a query must not be able to do, and how long it may take.
-_LIMITS = f"SET default_transaction_read_only = on; SET statement_timeout = '{QUERY_SECONDS}s'; SET jit = off"
+# What a query must not be able to do, and how long it may take. Where a policy would hide rows from it, it fails, and
+# its cache is swept: without, it would give too few keys and say nothing.
+_LIMITS = {
+    "default_transaction_read_only": "on",
+    "statement_timeout": f"{QUERY_SECONDS}s",
+    "jit": "off",
+    "row_security": "off",
+}
 
 
 def _ignore(_rule: str) -> None:
@@ -49,9 +57,13 @@ class Queries:
         self, dsn: str, *, asked: Callable[[str], None] = _ignore, failed: Callable[[str], None] = _ignore
     ) -> None:
         self._dsn = dsn
+        # The settings that values are spelled with; set it before the first query.
+        self.spelling: Mapping[str, str] = {}
         self._asked = asked
         self._failed = failed
         self._connection: psycopg.AsyncConnection[Any] | None = None
+        # The process id of its backend.
+        self._pid = 0
         # By table: its columns' types.
         self._types: dict[str, Mapping[str, str]] = {}
 
@@ -84,38 +96,54 @@ class Queries:
             for batch, busts in all_busts:
                 before = len(busts.derived) + len(busts.bumps)
                 _take(target, busts, found)
-                batch.weight += len(busts.derived) + len(busts.bumps) - before
+                batch.grow(len(busts.derived) + len(busts.bumps) - before)
 
     async def _ask_twice(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
+        began = time.monotonic()
         try:
             return await self._ask(target, arguments)
         except errors.WrongRules:
             # That is no better the second time.
             raise
         except errors.InvalidatorError as error:
+            if time.monotonic() - began >= QUERY_SECONDS:
+                # Nor is this, and all busts wait for it.
+                await self._abandon()
+                raise
             _log.warning("query_retried", rule=target.rule, cache=target.cache.name, error=str(error))
             self.close()
             self._types.pop(target.table, None)
             return await self._ask(target, arguments)
 
+    async def _abandon(self) -> None:
+        """Drop the connection, and end the query that may still run there: it may have lifted its own limit."""
+        if self._connection is None:
+            return
+        pid = self._pid
+        self.close()
+        with suppress(errors.Retryable):
+            connection = await connect(self._dsn, "cdc-invalidator queries")
+            try:
+                await rows(connection, "SELECT pg_terminate_backend(%(pid)s)", {"pid": pid})
+            finally:
+                connection.pgconn.finish()
+
     async def _ask(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
         """Return, for each of the arguments (packed values), the keys that the query's rows name."""
         if self._connection is None:
-            connection = await connect(self._dsn, "cdc-invalidator queries")
-            with translated():
-                await connection.execute(_LIMITS)
-            self._connection = connection
+            connection = await connect(self._dsn, "cdc-invalidator queries", {**_LIMITS, **self.spelling})
+            self._connection, self._pid = connection, connection.pgconn.backend_pid
         query = target.query
         assert query is not None
         assert target.bust is not None
-        rows = [split_arguments(argument) for argument in arguments]
+        changed = [split_arguments(argument) for argument in arguments]
         types = await self._types_of(self._connection, target.table)
         self._asked(target.rule)
-        given: list[Any] = [[_text(row[at]) for row in rows] for at in range(len(query.columns))]
-        with translated():
+        given: list[Any] = [[_text(row[at]) for row in changed] for at in range(len(query.columns))]
+        with answered(self._connection, QUERY_SECONDS + 1):
             # Not by name: a query may give a column what name it likes.
             cursor = self._connection.cursor(row_factory=tuple_row)
-            await cursor.execute(statement(query, types).encode(), given or [len(rows)])
+            await cursor.execute(statement(query, types).encode(), given or [len(changed)])
         names = [column.name for column in (cursor.description or [])[1:]]
         mapped = list(target.bust.given)
         wanted = set(target.cache.bust_template.params)
@@ -131,7 +159,7 @@ class Queries:
             values = {name: result.get_value(number, 1 + at) for at, name in enumerate(names)}
             argument = int(result.get_value(number, 0) or 0) - 1
             # Not strict: without any argument, there is one empty text of them.
-            values |= dict(zip(mapped, rows[argument][len(query.columns) :], strict=False))
+            values |= dict(zip(mapped, changed[argument][len(query.columns) :], strict=False))
             key = target.cache.bust_template.render({name: values[name] for name in wanted})
             if key is not None:
                 found.setdefault(arguments[argument], []).append(key)

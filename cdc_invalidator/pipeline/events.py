@@ -7,6 +7,7 @@ where it is there, gives the same JSON as `Events.busted`, to the byte.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -73,8 +74,36 @@ class Events:
             self._teller = _tell.Teller(keyed, LAG_BUCKETS, log.begin, _second_text, lsn.EPOCH_OFFSET_US)
 
     async def room(self) -> None:
-        """Wait while too much of the log is unwritten."""
+        """Wait while too much of the log is unwritten; see `EventLog.room`."""
         await self._log.room()
+
+    def begin(self) -> None:
+        """Note that a stream begins, which brings again what is not confirmed."""
+        self._log.begin_stream()
+
+    @property
+    def mark(self) -> int:
+        """Where the events end that were logged by now; see `told`."""
+        return self._log.mark
+
+    def told(self, mark: int) -> bool:
+        """Return whether the events up to a mark are with the kernel, or no position may wait for that any longer."""
+        return self._log.told(mark)
+
+    async def farewell(self, seconds: float) -> None:
+        """Wait until what was logged is with the kernel, at most so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not self._log.told(self._log.mark) and time.monotonic() < deadline:  # noqa: ASYNC110  a thread writes
+            await asyncio.sleep(0.005)
+
+    @property
+    def trouble(self) -> str | None:
+        """What an operator should know of the log."""
+        return self._log.trouble
+
+    def hurry(self, *, much_wal: bool) -> None:
+        """Note whether PostgreSQL keeps more WAL than it may: then no position waits for a reader of the log."""
+        self._log.hurry = much_wal
 
     def busted(self, events: list[BustEvent], reply: BustReply, replay_until: int, now_us: int) -> None:
         """Log what Redis answered to a flush.

@@ -88,16 +88,20 @@ def refusal(error: errors.RedisUnavailable, command: str) -> str:
     return f"Redis refuses {command} on CDC_EVENT_STREAM ({error.code}); {remedy}."
 
 
-def check_key(key: str, slot: str) -> None:
+def check_key(key: str, watermark: str) -> None:
     """Make sure that the event stream is none of the keys that the daemon and `check` use.
+
+    Args:
+        key: the event stream.
+        watermark: name of the watermark.
 
     Raises:
         errors.WrongSettings: it is.
     """
-    for name in (f"cdc:{slot}:watermark", f"cdc:{slot}:check"):
+    for name in (f"cdc:{watermark}:watermark", f"cdc:{watermark}:check"):
         if key == name or key.startswith(f"{name}:"):
             raise errors.WrongSettings(
-                f"CDC_EVENT_STREAM is {shown(key)}, and `{name}` is for something else; take cdc:{slot}:events."
+                f"CDC_EVENT_STREAM is {shown(key)}, and `{name}` is for something else; take cdc:{watermark}:events."
             )
 
 

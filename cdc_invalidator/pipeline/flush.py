@@ -1,7 +1,7 @@
 """A flush: one round trip to Redis, and the bust events of its answer.
 
 The rule that holds here: an event is logged only after Redis has acknowledged its bust, and no position is confirmed
-while such an event is not logged; after a crash, what was confirmed would not be sent again.
+while such an event is not handed to the kernel; after a crash, what was confirmed would not be sent again.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ class Flush:
         """Log what has been acknowledged; what the watermark covers may be confirmed then."""
         while self._unlogged:
             self._events.busted(*self._unlogged.popleft())
-        self._record.confirm()
+        self._record.confirm(self._events.mark)
 
     def confirm(self) -> None:
         """Let what the watermark covers be confirmed, if all of it is logged."""
         if not self._unlogged:
-            self._record.confirm()
+            self._record.confirm(self._events.mark)
 
 
 async def _name_versions(

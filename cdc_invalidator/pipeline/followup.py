@@ -20,6 +20,7 @@ from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.flush import Flush
 from cdc_invalidator.pipeline.sweep import Cause, Request, Sweeps
+from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.rules.model import RuleSet
@@ -32,12 +33,14 @@ class PostgresView:
     """What PostgreSQL is asked between two busts.
 
     ``hidden``: which of some committed transactions readers can't see yet; ``queries``: what `via` asks; ``standbys``:
-    those that busts wait for.
+    those that busts wait for; ``horizon`` and ``reached``: as of `Snapshots`.
     """
 
     hidden: Callable[[Iterable[int]], Awaitable[set[int]]]
     queries: Queries
     standbys: Standbys
+    horizon: Callable[[], Awaitable[Horizon]]
+    reached: Callable[[], Awaitable[int]]
 
 
 class FollowUps:
@@ -49,6 +52,7 @@ class FollowUps:
         sweeps: those that run.
         rules: the rule set.
         resolve: ends a part of a ticket.
+        grown: is told of batches that may have got more keys.
         events: where sweeps are logged.
         metrics: what to count.
     """
@@ -61,6 +65,7 @@ class FollowUps:
         *,
         rules: RuleSet,
         resolve: Callable[[Ticket], None],
+        grown: Callable[[Batch], None],
         events: Events,
         metrics: Metrics,
     ) -> None:
@@ -68,6 +73,7 @@ class FollowUps:
         self._flush = flush
         self.sweeps = sweeps
         self._resolve = resolve
+        self._grown = grown
         self._events = events
         self._metrics = metrics
         self._again = Again(resolve)
@@ -82,44 +88,43 @@ class FollowUps:
         Args:
             batch: what was busted.
             ticket: its ticket.
-            bust: which one it was: first, or why it was done again.
+            bust: which one it was: first, or why it was done again; gap: nothing but its sweeps follows.
             now: the time.
         """
         self._request_sweeps(batch, ticket)
         if bust in {"first", "visible"} and self._postgres.standbys.awaited:
             self._again.until_replayed(batch, ticket, now)
-        if bust != "again_after" and self._asks_again:
+        if bust not in {"again_after", "gap"} and self._asks_again:
             self._again.until_later(batch, ticket, now)
 
     def until_visible(self, batch: Batch, ticket: Ticket, now: float) -> None:
         """Bust a batch again when readers see its transaction, and begin what follows then."""
         self._again.until_visible(batch, ticket, now)
 
-    async def bust_again(self, server: CacheServer, replay_until: int) -> None:
+    async def bust_again(self, server: CacheServer, replay_until: int, gap: tuple[float, int] | None = None) -> None:
         """Bust what is due again.
+
+        Args:
+            server: where to.
+            replay_until: see `Flush.log_later`.
+            gap: what a gap waits for, as of `Gaps.unreplayed`.
 
         Raises:
             errors.RedisUnavailable: it stays due.
         """
-        standbys = self._postgres.standbys
-        if not (self._again or self._due):
-            standbys.rest()
-            return
         if not self._due:
-            hidden = await self._postgres.hidden(self._again.hidden) if self._again.hidden else set()
-            now = time.monotonic()
-            self._due = list(self._again.ready(hidden.__contains__, standbys.replayed, now))
-            waits = self._again.unreplayed
-            if waits is None:
-                standbys.rest()
-            else:
-                standbys.want()
-                standbys.overdue(waits.since, waits.due)
+            if self._again:
+                hidden = await self._postgres.hidden(self._again.hidden) if self._again.hidden else set()
+                replayed = self._postgres.standbys.replayed
+                self._due = list(self._again.ready(hidden.__contains__, replayed, time.monotonic()))
+            self._ask_standbys(gap)
         if not self._due:
             return
         self._early_backoff.reset()
         batches = [waiting.batch for _, waiting in self._due]
         await self._postgres.queries.derive(batches)
+        for batch in batches:
+            self._grown(batch)
         events, reply = await self._flush.bust(server, batches)
         visible = {each.batch.commit_lsn for reason, each in self._due if reason == "visible"}
         self._flush.log_derived(events, reply, visible, replay_until)
@@ -129,6 +134,18 @@ class FollowUps:
             self.begin(waiting.batch, waiting.ticket, reason, now)
             self._resolve(waiting.ticket)
         self._due = []
+
+    def _ask_standbys(self, gap: tuple[float, int] | None) -> None:
+        """Have the standbys asked while anything waits for them, and drop those that it waits for too long."""
+        standbys, waits = self._postgres.standbys, self._again.unreplayed
+        if waits is None and gap is None:
+            standbys.rest()
+            return
+        standbys.want()
+        if waits is not None:
+            standbys.overdue(waits.since, waits.due)
+        if gap is not None:
+            standbys.overdue(*gap)
 
     async def sweep(self, server: CacheServer) -> None:
         """Take one step of each sweep that runs.
@@ -152,6 +169,10 @@ class FollowUps:
         if much_wal and self.sweeps and not self.sweeps.hurry:
             _log.warning("sweeps_hurry", error="The slot holds more than CDC_MAX_RETAINED_WAL; CDC_SWEEP_RATE is left.")
         self.sweeps.hurry = much_wal
+
+    def let_go(self) -> set[str]:
+        """Let the position move on, whatever holds it back here; return the caches for which that is a gap."""
+        return self._again.let_go() | self.sweeps.let_go(self._resolve)
 
     def patience(self, patience: float, now: float) -> float:
         """Return after how many seconds there is something to do here, at most ``patience``."""

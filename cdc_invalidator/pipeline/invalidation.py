@@ -7,11 +7,12 @@ row then costs a few look-ups and one join of bytes a key. Which rows belong to 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from cdc_invalidator.pipeline.batch import Target
 from cdc_invalidator.pipeline.plan import Complaint, Counts, Plan, PreparedRule, compile_plan, compile_sweeps
 from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.model import Rule, RuleSet
 from cdc_invalidator.rules.table import Table
@@ -40,17 +41,20 @@ class Invalidation:
         self._counts.clear()
         return counts
 
-    def compile(self, relation: pgoutput.Relation, tables: Sequence[Table]) -> tuple[Plan, list[Complaint]]:
+    def compile(
+        self, relation: pgoutput.Relation, tables: Sequence[Table], types: Mapping[str, ColumnType] | None = None
+    ) -> tuple[Plan, list[Complaint]]:
         """Compile the rules of a relation.
 
         Args:
             relation: its shape.
             tables: what rules know it by: itself, and for a partition the tables above it.
+            types: of its columns, as far as the catalogs are known.
 
         Returns:
             The plan, and what keeps rules from naming their keys.
         """
-        return compile_plan(relation, self._rules_of(tables), str(tables[0]), self._counts)
+        return compile_plan(relation, self._rules_of(tables), str(tables[0]), self._counts, types)
 
     def compile_unknown(self, relation: pgoutput.Relation, tables: Iterable[Table]) -> Plan:
         """Compile a relation that no rule names, while rules name missing tables: it may be one of them, renamed.
@@ -58,6 +62,10 @@ class Invalidation:
         A renamed table stays in the publication. Any change of it sweeps the caches of all rules on these tables.
         """
         return compile_sweeps(relation, self._rules_of(tables), self._counts)
+
+    def targets(self, tables: Iterable[Table]) -> list[Target]:
+        """Return what the rules on these tables bust."""
+        return [target for rule in self._rules_of(tables) for target in rule.targets]
 
     def _rules_of(self, tables: Iterable[Table]) -> list[PreparedRule]:
         return [rule for table in tables for rule in self._by_table[table]]

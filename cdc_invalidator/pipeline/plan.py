@@ -15,6 +15,7 @@ from cdc_invalidator import errors
 from cdc_invalidator.pipeline import scan
 from cdc_invalidator.pipeline.batch import Batch, Target
 from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.condition import Condition, Holds
 from cdc_invalidator.rules.condition import missing as condition_misses
 from cdc_invalidator.rules.model import Bust, Rule
@@ -158,6 +159,13 @@ class Plan:
             for firing in rule.firings:
                 batch.sweep(firing.target, ("truncate",), "truncate")
 
+    def wide(self, batch: Batch, op: str) -> None:
+        """Put sweeps into the batch for a row that nobody has seen."""
+        self._counts[self._name, op] += 1
+        for rule in self._rules[op]:
+            for firing in rule.firings:
+                batch.sweep(firing.target, (op,), "change")
+
     def _check_width(self, row: Row) -> None:
         if len(row) != len(self._in_identity):
             raise out_of_place("a row of another width than its Relation's")
@@ -242,7 +250,11 @@ def _fires(rule: _RulePlan, old: Row, new: Row) -> bool:
 
 
 def compile_plan(
-    relation: pgoutput.Relation, rules: Iterable[PreparedRule], name: str, counts: Counts
+    relation: pgoutput.Relation,
+    rules: Iterable[PreparedRule],
+    name: str,
+    counts: Counts,
+    types: Mapping[str, ColumnType] | None = None,
 ) -> tuple[Plan, list[Complaint]]:
     """Compile rules for a relation.
 
@@ -251,6 +263,7 @@ def compile_plan(
         rules: those that match its changes.
         name: what rules know it by.
         counts: is counted up, by table and kind of change.
+        types: of its columns, as far as the catalogs are known.
 
     Returns:
         The plan, and what keeps rules from naming their keys.
@@ -258,7 +271,7 @@ def compile_plan(
     complaints: list[Complaint] = []
     by_op: dict[str, list[_RulePlan]] = {op: [] for op in OPS}
     for prepared in rules:
-        plan, of_rule = _compile(prepared, relation)
+        plan, of_rule = _compile(prepared, relation, types or {})
         complaints += of_rule
         for op in prepared.rule.on:
             by_op[op].append(plan)
@@ -277,7 +290,9 @@ def _plan(relation: pgoutput.Relation, by_op: Mapping[str, list[_RulePlan]], nam
     return Plan(tuple(column.is_key for column in relation.columns), by_op, name, counts)
 
 
-def _compile(prepared: PreparedRule, relation: pgoutput.Relation) -> tuple[_RulePlan, list[Complaint]]:
+def _compile(
+    prepared: PreparedRule, relation: pgoutput.Relation, types: Mapping[str, ColumnType]
+) -> tuple[_RulePlan, list[Complaint]]:
     rule, condition = prepared.rule, prepared.condition
     index = {column.name: position for position, column in enumerate(relation.columns)}
     carried = {column.name for column in relation.columns if column.is_key}
@@ -306,15 +321,29 @@ def _compile(prepared: PreparedRule, relation: pgoutput.Relation) -> tuple[_Rule
                     rule.name,
                     f"the replica identity of {name} does not carry "
                     f"{', '.join(unknown)}, so cache {bust.cache.name} is swept where the old row is needed; "
-                    f"run ALTER TABLE {name} REPLICA IDENTITY FULL.",
+                    "run `cdc-invalidator check`, which gives the remedy.",
                 )
             )
     compared = tuple(index[name] for name in rule.columns if name in index)
     holds = None
     if condition is not None and not missing:
-        columns = relation.columns
-        holds = condition.bind([column.name for column in columns], [column.type_oid for column in columns])
+        of_columns = {column.name: _type(column, types) for column in relation.columns}
+        misuses = condition.misuses(of_columns)
+        if misuses:
+            complaints += [
+                Complaint(rule.name, f"{name}: {misuse}; until then every change counts.") for misuse in misuses
+            ]
+        else:
+            holds = condition.bind(list(of_columns), list(of_columns.values()))
     return _RulePlan(firings, compared, rule.on, bool(missing), holds), complaints
+
+
+def _type(column: pgoutput.Column, types: Mapping[str, ColumnType]) -> ColumnType:
+    """Return a column's type: as the catalogs have it, if that is the one of the stream."""
+    known = types.get(column.name)
+    if known is not None and known.declared == column.type_oid:
+        return known
+    return ColumnType.built_in(column.type_oid, by_code_point=False)
 
 
 def _firing(rule: Rule, target: Target, bust: Bust, index: Mapping[str, int], carried: set[str]) -> _Firing:

@@ -24,6 +24,7 @@ from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
 from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.postgres.definitions import streamed
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive, Replication
 from cdc_invalidator.postgres.survey import Survey
@@ -116,15 +117,18 @@ class Receive:
         if frame[:1] != _XLOGDATA:
             self._keepalive(Keepalive.read(frame))
             return
-        message = self._decoder.decode(frame, PAYLOAD - COPY)
-        if isinstance(message, pgoutput.Relation):
-            await self._relation(message)
-            return
-        batches = self._manual_bust(message) if isinstance(message, pgoutput.Message) else self._assembly.feed(message)
-        for batch in batches:
+        for batch in await self._batches(frame, PAYLOAD - COPY):
             if self._backlog.full:
                 await self._backlog.room()
             self._put(batch)
+
+    async def _batches(self, frame: bytes, start: int) -> Iterable[Batch]:
+        if frame.startswith(pgoutput.WIDE, start):
+            return self._assembly.wide(self._decoder.wide(frame, start))
+        message = self._decoder.decode(frame, start)
+        if isinstance(message, pgoutput.Relation):
+            return await self._relation(message)
+        return self._manual_bust(message) if isinstance(message, pgoutput.Message) else self._assembly.feed(message)
 
     def _manual_bust(self, message: pgoutput.Message) -> Iterable[Batch]:
         if message.prefix != MESSAGE_PREFIX:
@@ -151,20 +155,41 @@ class Receive:
         if keepalive.reply:
             self._replication.status(self._checkpoint.confirmable, self._checkpoint.received_lsn)
 
-    async def _relation(self, message: pgoutput.Relation) -> None:
+    async def _relation(self, message: pgoutput.Relation) -> list[Batch]:
+        """Take a Relation message; return the batches that are complete by now.
+
+        If its columns are not those that were seen last, all rows may show something else: sweep, in its transaction.
+        """
         # A table that was renamed a moment ago, or only within its transaction, is still the one of the rule.
         tables = await self._tables(message) or self._survey().known_as(message.oid)
         plan = None
+        homeless = [] if tables else await self._homeless(message.oid)
         if tables:
-            plan, complaints = self._invalidation.compile(message, tables)
+            types = self._survey().types(message.oid, tables)
+            plan, complaints = self._invalidation.compile(message, tables, types)
             for complaint in complaints:
                 self._metrics.rule_errors.labels(complaint.rule).inc()
                 _log.error("rule_broken", rule=complaint.rule, error=complaint.sentence)
-        elif unknown := self._survey().unknown:
+        elif homeless:
             name = f"{message.schema}.{message.name}"
-            _log.error("unknown_table", table=name, error=f"It may be {', '.join(map(str, unknown))}, renamed.")
-            plan = self._invalidation.compile_unknown(message, unknown)
+            error = f"It may be {', '.join(map(str, homeless))}, renamed, or a former partition of it."
+            _log.error("unknown_table", table=name, error=error)
+            plan = self._invalidation.compile_unknown(message, homeless)
         self._assembly.relation(message, plan)
+        leaf = self._survey().leaf(message.oid) if tables else None
+        columns = ((column.name, column.type_oid, column.type_modifier) for column in message.columns)
+        if leaf is None or leaf.definition.streamed == streamed(columns):
+            return []
+        _log.info("table_altered", table=f"{message.schema}.{message.name}")
+        return list(self._assembly.sweep(self._invalidation.targets(tables), message.xid))
+
+    async def _homeless(self, oid: int) -> list[Table]:
+        """Return the tables that a relation may have been, or a partition of, if nothing tells where it belongs."""
+        survey = self._survey()
+        partitioned = survey.partitioned
+        if partitioned and await self._publication.carries(oid):
+            partitioned = []
+        return survey.unknown + partitioned
 
     async def _tables(self, message: pgoutput.Relation) -> list[Table]:
         """Find the tables that rules know the relation by: itself, and for a partition those above it."""

@@ -1,5 +1,8 @@
 """Recent busts, to be re-applied to a Redis that comes back without them. Pure; it outlives sessions.
 
+The rule that holds here: what is subtracted for a batch is what was added for it. Batches grow after they were noted,
+when a `via` query is asked at last or again, and each batch knows what was counted for it.
+
 Redis can lose an acknowledged bust: in a failover to a replica that lagged, with a restored snapshot, with another
 instance at the same address. Its watermark says since when. What was applied after that is here, unless it was too
 much; then the caches are swept.
@@ -34,22 +37,37 @@ class Recent:
         Older batches are kept if the stream goes on from there, but for those that it will bring again.
         """
         if history != self._history or start > self._recorded:
-            self._batches.clear()
-            self._weight = 0
+            while self._batches:
+                self._forget(self._batches.pop())
             self._history, self._floor, self._recorded = history, start, start
             return
         self._recorded = start
         while self._batches and self._batches[-1].first_lsn >= start:
-            self._weight -= _weight(self._batches.pop())
+            self._forget(self._batches.pop())
 
     def note(self, batch: Batch | PlainBatch) -> None:
         """Remember a batch that Redis has acknowledged."""
         self._batches.append(batch)
-        self._weight += _weight(batch)
+        self._count(batch)
+
+    def grown(self, batch: Batch) -> None:
+        """Note that a batch has got more keys; it may be remembered, or a part of one that is."""
+        whole = batch.whole or batch
+        if whole.counted:
+            self._count(whole)
+
+    def _count(self, batch: Batch | PlainBatch) -> None:
+        weight = batch.weight + BATCH
+        self._weight += weight - batch.counted
+        batch.counted = weight
         while self._weight > self._capacity:
             forgotten = self._batches.popleft()
-            self._weight -= _weight(forgotten)
+            self._forget(forgotten)
             self._floor = max(self._floor, forgotten.commit_lsn + 1)
+
+    def _forget(self, batch: Batch | PlainBatch) -> None:
+        self._weight -= batch.counted
+        batch.counted = 0
 
     def recorded(self, position: int) -> None:
         """Note that all up to this position has been applied, and the watermark says so."""
@@ -62,7 +80,3 @@ class Recent:
     def since(self, position: int) -> list[Batch | PlainBatch]:
         """Return what was applied after this position, in order."""
         return [batch for batch in self._batches if batch.commit_lsn >= position]
-
-
-def _weight(batch: Batch | PlainBatch) -> int:
-    return batch.weight + BATCH

@@ -60,12 +60,15 @@ class WatermarkRecord:
             # How old it is is known before it is written again.
             self._show(min(each.at for each in known) / 1000, min(each.as_of for each in known) / 1000)
 
-    async def write(self, server: CacheServer, content: Callable[[int, int, int], Watermark]) -> bool:
+    async def write(
+        self, server: CacheServer, content: Callable[[int, int, int], Watermark], *, must: bool = False
+    ) -> bool:
         """Write it, if the position has moved or the last time is long ago.
 
         Args:
             server: where to.
             content: makes the watermark of its ``lsn``, ``at`` and ``as_of``.
+            must: it is due whatever the position is.
 
         Returns:
             Whether it was due.
@@ -75,7 +78,7 @@ class WatermarkRecord:
         """
         position = self._checkpoint.position
         now = time.monotonic()
-        if position == self.lsn and now - self._tried_at < HEARTBEAT_SECONDS:
+        if position == self.lsn and now - self._tried_at < HEARTBEAT_SECONDS and not must:
             return False
         at = time.time()
         as_of = self._checkpoint.as_of
@@ -94,10 +97,10 @@ class WatermarkRecord:
         self.lsn, self._tried_at = position, now
         return True
 
-    def confirm(self) -> None:
-        """Let the position that was written last be confirmed to PostgreSQL."""
+    def confirm(self, mark: int) -> None:
+        """Let the position that was written last be confirmed to PostgreSQL, once the events up to a mark are told."""
         if self.lsn is not None:
-            self._checkpoint.record(self.lsn)
+            self._checkpoint.record(self.lsn, mark)
 
     def due_in(self, now: float) -> float:
         """Return the seconds until it is written again though the position has not moved."""

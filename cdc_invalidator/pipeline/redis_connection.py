@@ -36,6 +36,8 @@ class RedisConnection:
         self.server: CacheServer | None = None
         self.last_error: str | None = None
         self.away_since: float | None = None
+        # Whether only an operator can help.
+        self.refused = False
 
     async def open(self) -> tuple[CacheServer, list[Watermark | None]]:
         """Connect.
@@ -63,12 +65,14 @@ class RedisConnection:
         """Note that all that was asked has been answered."""
         self._backoff.reset()
         self.last_error = self.away_since = None
+        self.refused = False
 
     async def lost(self, error: errors.RedisUnavailable) -> None:
         """Close it, and wait for as long as the next attempt should wait."""
         await self.close()
         self._metrics.redis_errors.labels(error.code).inc()
         self.last_error = str(error)
+        self.refused = error.report
         self.away_since = self.away_since or time.monotonic()
         delay = self._backoff.next()
         log = _log.error if error.report else _log.warning

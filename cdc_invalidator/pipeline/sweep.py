@@ -9,12 +9,13 @@ loads what the sweep was for. Version counters need a single pass: a bump overta
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import structlog
 
+from cdc_invalidator import lsn
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer, Cursor
@@ -162,6 +163,18 @@ class Sweeps:
         self._waiting.clear()
         for sweep in self._running.values():
             sweep.restart()
+
+    def let_go(self, resolve: Callable[[Ticket], None]) -> set[str]:
+        """Hold no position back any longer; return the caches whose sweeps did. They go on."""
+        caches = set()
+        for sweep in (*self._running.values(), *self._waiting.values()):
+            held = [ticket for ticket in sweep.tickets if ticket.below < lsn.NEVER]
+            if held:
+                caches.add(sweep.cache.name)
+                sweep.tickets = [ticket for ticket in sweep.tickets if ticket.below == lsn.NEVER]
+                for ticket in held:
+                    resolve(ticket)
+        return caches
 
     def patience(self) -> float:
         """Return the seconds until the next step may be taken."""

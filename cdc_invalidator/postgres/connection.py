@@ -3,15 +3,21 @@
 A failure becomes `errors.PostgresUnavailable` (try again later), `errors.Locked` (try the statement again),
 `errors.SlotInUse` (stand by), `errors.PositionGivenUp` (start over with a new slot) or `errors.ServerRefuses` (give up,
 with the remedy).
+
+Behind a pooler the session is the application's, and would keep what is SET for it. So what we need is asked for as the
+connection is opened, or for one transaction (SET LOCAL), and a pooler is refused before any other statement.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg.rows import namedtuple_row
@@ -25,13 +31,25 @@ OPTIONS: dict[str, Any] = {
     "keepalives_interval": 5,
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
-    # Names and keys are UTF-8 here, whatever the database's own encoding.
-    "client_encoding": "UTF8",
+    # A pooler sets these two on a session of the application, and leaves them there. So libpq sends none, not even
+    # those of the connection string; ours are among the parameters of the session.
+    "client_encoding": "",
+    "application_name": "",
 }
-# Our statements never wait long for a lock, and so never make others wait behind them.
-PATIENCE = "SET statement_timeout = '30s'; SET lock_timeout = '2s'"
-# Creating a slot waits for all running transactions, and blocks nobody.
-ENDLESS = "SET statement_timeout = 0; SET lock_timeout = 0"
+# A server with several hosts and addresses is tried at one after the other, each for 10 s.
+CONNECT_SECONDS = 60.0
+# The server ends our statements after 30 s, but for those that have limits of their own.
+ANSWER_SECONDS = 40.0
+# What costs the server nothing.
+AT_ONCE_SECONDS = 10.0
+# Our statements never wait long for a lock, and so never make others wait behind them. As SHOW writes them.
+PATIENCE: Mapping[str, str] = {"statement_timeout": "30s", "lock_timeout": "2s"}
+# A role or a database may limit how long its sessions live; ours are few, idle most of the time, and wait for long.
+UNLIMITED: Mapping[str, str] = {"idle_in_transaction_session_timeout": "0", "idle_session_timeout": "0"}
+# The same, but servers before PostgreSQL 17 don't know it, and would refuse the connection.
+UNLIMITED_SINCE_17 = "SET transaction_timeout = 0"
+# Streaming never ends, and creating a slot waits for all running transactions; both block nobody.
+ENDLESS: Mapping[str, str] = {"statement_timeout": "0", "lock_timeout": "0"}
 
 # Errors that never go away by themselves, with what an administrator must do.
 _REMEDIES: dict[str, str] = {
@@ -54,46 +72,163 @@ _WORDS = {
     "must be superuser or replication role": "42501",
     '" does not exist': "3D000",
 }
+# What poolers say of parameters that they can't pass on: PgBouncer, and RDS Proxy.
+_WORDS_OF_POOLERS = ("unsupported startup parameter", "RDS Proxy")
+# Variables by which libpq sets parameters of a session.
+_SETTINGS_OF_LIBPQ = ("PGTZ", "PGDATESTYLE", "PGGEQO")
+# Connections that were cut, and why.
+_hung: WeakKeyDictionary[psycopg.AsyncConnection[Any], str] = WeakKeyDictionary()
 
 
-def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
-    """Refuse a text that can't be a connection string.
+async def connect(
+    dsn: str, application: str, parameters: Mapping[str, str] | None = None, *, setting: str = "CDC_POSTGRES_DSN"
+) -> psycopg.AsyncConnection[Any]:
+    """Open an ordinary connection with this application_name, which never waits long for a lock.
+
+    Args:
+        dsn: the connection string.
+        application: the name in pg_stat_activity.
+        parameters: the server's parameters that hold for the connection, besides `PATIENCE`, as SHOW writes them.
+        setting: where the connection string is from.
 
     Raises:
-        errors.WrongSettings: the message leaves out libpq's text, which may repeat the password.
+        errors.PoolerInBetween: it leads to a connection pooler.
     """
-    try:
-        given = psycopg.conninfo.conninfo_to_dict(dsn)
-    except psycopg.ProgrammingError:
-        given = {}
-    if not given:
-        raise errors.WrongSettings(
-            f"{setting} can't be read; write postgresql://user:password@host:port/database, "
-            "the password percent-encoded."
-        )
+    wanted = {**PATIENCE, **(parameters or {})}
+    return await open_alone(dsn, application, wanted, setting, row_factory=namedtuple_row)
 
 
-async def connect(dsn: str, application: str) -> psycopg.AsyncConnection[Any]:
-    """Open an ordinary connection with this application_name, which never waits long for a lock."""
+async def open_alone(
+    dsn: str, application: str, parameters: Mapping[str, str], setting: str = "CDC_POSTGRES_DSN", **arguments: Any
+) -> psycopg.AsyncConnection[Any]:
+    """Open a connection whose session on the server is ours alone, with just these parameters of the server.
+
+    Raises:
+        errors.PoolerInBetween: it leads to a connection pooler.
+    """
+    # Names and keys are UTF-8 here, whatever the database's own encoding.
+    wanted = {"application_name": application, "client_encoding": "UTF8", **UNLIMITED, **parameters}
     with translated():
-        connection = await psycopg.AsyncConnection.connect(
-            dsn,
-            autocommit=True,
-            application_name=application,
-            row_factory=namedtuple_row,
-            **OPTIONS,
-        )
-        await connection.execute(PATIENCE)
+        try:
+            connection = await _open(dsn, options=_options(dsn, wanted), **arguments)
+        except psycopg.OperationalError as error:
+            if any(words in str(error) for words in _WORDS_OF_POOLERS):
+                raise errors.PoolerInBetween(setting, "it does not take the parameters of a session") from error
+            raise
+        try:
+            with limited(connection):
+                await _refuse_pooler(connection, wanted, setting)
+                if connection.info.server_version >= 170000:
+                    await connection.execute(UNLIMITED_SINCE_17)
+        except BaseException:
+            connection.pgconn.finish()
+            raise
         return connection
+
+
+async def connect_through_anything(dsn: str) -> psycopg.AsyncConnection[Any]:
+    """Open a connection for single statements, each a transaction of its own, through a pooler too: nothing is set."""
+    with translated():
+        return await _open(dsn, prepare_threshold=None, row_factory=namedtuple_row)
+
+
+async def connect_for_defaults(dsn: str) -> psycopg.AsyncConnection[Any]:
+    """Open a connection without any setting of a role, a database, a connection string or the environment.
+
+    A walsender that is not of a database has none of them. It knows SHOW.
+    """
+    with translated():
+        return await _open(dsn, replication="true", options=" ")
+
+
+async def _open(dsn: str, **arguments: Any) -> psycopg.AsyncConnection[Any]:
+    for name in _SETTINGS_OF_LIBPQ:
+        # libpq would have them come after the parameters that we give.
+        os.environ.pop(name, None)
+    try:
+        # The driver limits each attempt, but not the look-up of the addresses.
+        async with asyncio.timeout(CONNECT_SECONDS):
+            return await psycopg.AsyncConnection.connect(dsn, autocommit=True, **OPTIONS, **arguments)
+    except TimeoutError as error:
+        raise errors.PostgresUnavailable(
+            f"No connection to PostgreSQL within {CONNECT_SECONDS:g} s; check the host in CDC_POSTGRES_DSN, and DNS."
+        ) from error
+
+
+def _options(dsn: str, wanted: Mapping[str, str]) -> str:
+    given = psycopg.conninfo.conninfo_to_dict(dsn).get("options") or os.environ.get("PGOPTIONS", "")
+    ours = ("-c " + f"{name}={value}".replace(" ", "\\ ") for name, value in wanted.items())
+    # The last one counts.
+    return " ".join([str(given), *ours]).strip()
+
+
+async def _refuse_pooler(connection: psycopg.AsyncConnection[Any], wanted: Mapping[str, str], setting: str) -> None:
+    """Refuse a pooler, which answers the connection itself, and then hands each statement to a session of its own."""
+    shown = ", ".join(f"current_setting('{name}')" for name in wanted)
+    cursor = await connection.execute(f"SELECT pg_backend_pid(), ARRAY[{shown}]::text[]".encode())
+    ((pid, settings),) = await cursor.fetchall()
+    if pid != connection.pgconn.backend_pid:
+        raise errors.PoolerInBetween(setting, "another server process than the connection's answers")
+    if settings != list(wanted.values()):
+        raise errors.PoolerInBetween(setting, "it drops the parameters of a session")
 
 
 async def rows(
     connection: psycopg.AsyncConnection[Any], query: str, given: Mapping[str, Any] | None = None
 ) -> list[Any]:
     """Run a query and return its rows, as named tuples."""
-    with translated():
+    with answered(connection):
         cursor = await connection.execute(query.encode(), given)
         return await cursor.fetchall() if cursor.description is not None else []
+
+
+@contextmanager
+def answered(connection: psycopg.AsyncConnection[Any], seconds: float = ANSWER_SECONDS) -> Iterator[None]:
+    """Turn the driver's errors into ours, and cut the connection if the server has not answered in time."""
+    with translated(), limited(connection, seconds):
+        yield
+
+
+@contextmanager
+def limited(connection: psycopg.AsyncConnection[Any], seconds: float = ANSWER_SECONDS) -> Iterator[None]:
+    """Cut the connection if the server has not answered in time.
+
+    The server's own limits do not help against a backend that hangs. To cut the socket ends the wait as a server that
+    goes away does: the driver, if cancelled, would wait for the server once more.
+
+    Raises:
+        errors.PostgresUnavailable: the server has not answered.
+    """
+    pgconn = connection.pgconn
+    pid, application = pgconn.backend_pid, pgconn.parameter_status(b"application_name")
+    late = False
+
+    def cut() -> None:
+        nonlocal late
+        late = True
+        shut(pgconn.socket)
+
+    timer = asyncio.get_running_loop().call_later(seconds, cut)
+    try:
+        yield
+    except (psycopg.Error, OSError) as error:
+        if late:
+            _hung[connection] = (
+                f"PostgreSQL has not answered {(application or b'a session').decode()} for {seconds:g} s; look for a "
+                f"backend that hangs, pid {pid}."
+            )
+        # Also for those who waited for their turn.
+        if connection in _hung:
+            raise errors.PostgresUnavailable(_hung[connection]) from error
+        raise
+    finally:
+        timer.cancel()
+
+
+def shut(descriptor: int) -> None:
+    """End a socket's connection; whoever waits for it is told. The descriptor stays open."""
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as wire:
+        wire.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -118,6 +253,11 @@ def translate(error: Exception) -> errors.InvalidatorError:
         return errors.PositionGivenUp("The publication was dropped; slot and publication are made anew.")
     if state == "55P03":
         return errors.Locked(f"PostgreSQL did not give a lock in time ({first_line(error)}); it is tried again.")
+    if state == "42501" and "row-level security" in str(error):
+        return errors.ServerRefuses(
+            f"PostgreSQL refuses ({first_line(error)}); give the role of CDC_POSTGRES_DSN the right to see all rows: "
+            "ALTER ROLE … BYPASSRLS."
+        )
     if state in _REMEDIES:
         return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state]}.")
     # While connecting, psycopg gives no SQLSTATE: only the server's text tells what is wrong.

@@ -6,16 +6,30 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from cdc_invalidator.errors import Problem
-from cdc_invalidator.postgres.quoting import qualified
+from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.survey import NOT_TABLES, Leaf, Survey
 from cdc_invalidator.rules.condition import Condition
 from cdc_invalidator.rules.model import Rule, RuleSet
 from cdc_invalidator.rules.table import Table
 
+# Tables that a sentence names.
+NAMED = 5
+
 
 def mistakes(survey: Survey, rules: RuleSet) -> list[Problem]:
     """Return a problem, with place and remedy, for each rule that this database can't keep."""
     problems: list[Problem] = []
+    if survey.exists and not survey.all_ops and survey.bystanders and rules.rules:
+        # We would publish all operations, but must not.
+        names = ", ".join(str(leaf.table) for leaf in survey.bystanders[:NAMED])
+        more = f" and {len(survey.bystanders) - NAMED} more" if len(survey.bystanders) > NAMED else ""
+        sentence = (
+            f"the publication {survey.publication} covers all tables or a schema, but not all operations; with these, "
+            "the application would fail to change rows of tables without replica identity "
+            f"({names}{more}); set CDC_PUBLICATION to a name of its own, and the daemon makes a publication of the "
+            "rules' tables."
+        )
+        problems.append(Problem(*rules.rules[0].place, sentence, "operation_not_published"))
     for table, state in survey.tables.items():
         if state is not None:
             of_table = [rule for rule in rules.rules if rule.table == table]
@@ -23,27 +37,17 @@ def mistakes(survey: Survey, rules: RuleSet) -> list[Problem]:
                 place = of_table[0].place
                 sentence = f"{table} can't be published: {state.refused}."
                 problems.append(Problem(*place, sentence, "not_publishable"))
-            problems += _mistakes(table, state.leaves, of_table)
+            problems += _mistakes(survey.publication, table, state.leaves, of_table)
     return problems
 
 
-def _usable_identity(leaf: Leaf, name: str) -> str:
-    if leaf.carried & leaf.generated:
-        return (
-            "it contains a generated column, which PostgreSQL 18 does not publish; set REPLICA IDENTITY DEFAULT, or "
-            f"USING INDEX without {', '.join(sorted(leaf.carried & leaf.generated))}"
-        )
-    return f"add a primary key, or run ALTER TABLE {name} REPLICA IDENTITY FULL"
-
-
-def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> list[Problem]:
+def _mistakes(publication: str, table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> list[Problem]:
     problems: list[Problem] = []
 
     def add(rule: Rule, code: str, sentence: str) -> None:
         problems.append(Problem(rule.place.file, rule.place.line, rule.place.column, sentence, code))
 
     for leaf in leaves:
-        name = qualified(leaf.table)
         if leaf.kind in NOT_TABLES:
             add(
                 rules[0],
@@ -51,12 +55,13 @@ def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> li
                 f"{table} is {NOT_TABLES[leaf.kind]}, whose changes PostgreSQL does not publish; name a table.",
             )
             continue
-        if not leaf.usable:
+        if leaf.harmful:
+            why = "its replica identity contains a virtual generated column; " if leaf.full == "virtual" else ""
             add(
                 rules[0],
                 "no_replica_identity",
                 f"{leaf.table} has no usable replica identity, and publishing it would make the application's "
-                f"UPDATE and DELETE fail; {_usable_identity(leaf, name)}.",
+                f"UPDATE and DELETE fail; {why}{remedies.usable_identity(leaf, publication)}.",
             )
             continue
         if leaf.limited:
@@ -77,7 +82,7 @@ def _mistakes(table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> li
                     "old_row_unknown",
                     f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of "
                     f"{leaf.table} does not carry, so that the entry under a former value would stay; "
-                    f"run ALTER TABLE {name} REPLICA IDENTITY FULL, or set old_row to sweep or ignore.",
+                    f"{remedies.with_full_identity(leaf, publication)}, or set old_row to sweep or ignore.",
                 )
     return problems
 
@@ -95,16 +100,20 @@ def _no_column(rule: Rule, leaf: Leaf, column: str) -> tuple[str, str]:
 
 
 def _not_of_condition(rule: Rule, leaf: Leaf) -> list[Problem]:
-    """Return a problem for each column that only the rule's condition reads and that the stream does not carry."""
+    """Return the problems of the rule's condition: columns that the stream lacks, values that CEL can't compare."""
     if rule.when is None:
         return []
-    read = {column for reads in Condition(rule.when).reads.values() for column in reads.columns}
+    condition = Condition(rule.when)
+    read = {column for reads in condition.reads.values() for column in reads.columns}
     lacking = read - (leaf.columns - leaf.generated) - rule.key_columns - set(rule.columns)
     place = rule.when_place
     problems = []
     for column in sorted(lacking):
         code, sentence = _no_column(rule, leaf, column)
         problems.append(Problem(place.file, place.line, place.column, sentence, code))
+    for misuse in condition.misuses(leaf.types):
+        sentence = f"rule {rule.name} on {leaf.table}: {misuse}."
+        problems.append(Problem(place.file, place.line, place.column, sentence, "not_comparable"))
     return problems
 
 

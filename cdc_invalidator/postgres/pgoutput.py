@@ -113,6 +113,14 @@ class Truncate(NamedTuple):
     restart_identity: bool
 
 
+class Wide(NamedTuple):
+    """A row that is too large to be held: only its table and the kind of change are known. See `replication`."""
+
+    xid: int | None
+    oid: int
+    op: str
+
+
 class Message(NamedTuple):
     """What pg_logical_emit_message wrote."""
 
@@ -154,6 +162,10 @@ Change: TypeAlias = Insert | Update | Delete | Truncate
 AnyMessage: TypeAlias = (
     Begin | Commit | Origin | Relation | Type | Change | Message | StreamStart | StreamStop | StreamCommit | StreamAbort
 )
+
+WIDE = b"w"
+"""The tag of `Wide`, which no server sends; the message's own tag and its beginning follow."""
+_OPS = {ord("I"): "insert", ord("U"): "update", ord("D"): "delete"}
 
 _U16 = struct.Struct(">H").unpack_from
 _U32 = struct.Struct(">I").unpack_from
@@ -212,6 +224,11 @@ class Decoder:
         if end != len(data):
             raise _malformed(data, start, f"it should end after {end - start} bytes")
         return message
+
+    def wide(self, data: bytes, start: int = 0) -> Wide:
+        """Decode what stands for a row that is too large: `WIDE` and the beginning of its message."""
+        xid, pos = self._xid(data, start + 2)
+        return Wide(xid, _U32(data, pos)[0], _OPS[data[start + 1]])
 
     def _xid(self, data: bytes, pos: int) -> tuple[int | None, int]:
         if self.in_stream:

@@ -13,10 +13,11 @@ from typing import Any
 import psycopg
 
 from cdc_invalidator import errors
-from cdc_invalidator.postgres.connection import ENDLESS, PATIENCE, first_line, rows, translate, translated
+from cdc_invalidator.postgres import remedies
+from cdc_invalidator.postgres.connection import ENDLESS, first_line, limited, rows, translate
 from cdc_invalidator.postgres.queries import ancestors
-from cdc_invalidator.postgres.quoting import identifier, qualified
-from cdc_invalidator.postgres.survey import Survey, Surveyor
+from cdc_invalidator.postgres.quoting import identifier
+from cdc_invalidator.postgres.survey import Leaf, Survey, Surveyor
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 
@@ -38,6 +39,10 @@ class Publication:
         """Return the publication and the tables of the rules as they are; the same object while nothing has changed."""
         return await self._surveyor.survey(rules)
 
+    async def carries(self, oid: int) -> bool:
+        """Return whether it carries the table with this OID, as it is now; False if there is none."""
+        return await self._surveyor.carries(oid)
+
     async def filled(self, oids: Sequence[int]) -> set[int]:
         """Return those of these tables that hold data; if a lock prevents the look, all of them."""
         if not oids:
@@ -49,30 +54,32 @@ class Publication:
 
     def statements(self, survey: Survey) -> list[str]:
         """Return the SQL that makes the publication fit; it takes an owner of the database and of the tables."""
-        name = identifier(self._name)
-        # Without ONLY, PostgreSQL would also publish tables that inherit from it. A partitioned table has no rows.
-        add = [
-            qualified(table) if (state := survey.tables[table]) and state.partitioned else f"ONLY {qualified(table)}"
-            for table in survey.unpublished
-        ]
+        add = [(table, state.partitioned) for table in survey.unpublished if (state := survey.tables[table])]
         if not survey.exists:
-            return [f"CREATE PUBLICATION {name}{' FOR TABLE ' if add else ''}{', '.join(add)};"]
-        statements = []
-        if not survey.suits:
-            statements.append(
-                f"ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate',"
-                " publish_via_partition_root = false);"
-            )
+            tables = [remedies.published(table, partitioned=partitioned) for table, partitioned in add]
+            return [remedies.make_publication(self._name, tables, stores=survey.stores)]
         # One by one, so that a failure of one does not stop the others.
-        return statements + self.removals(survey) + [f"ALTER PUBLICATION {name} ADD TABLE {table};" for table in add]
+        return (
+            self.removals(survey)
+            + self.options(survey)
+            + [remedies.add_table(self._name, table, partitioned=partitioned) for table, partitioned in add]
+        )
+
+    def options(self, survey: Survey) -> list[str]:
+        """Return the SQL that makes the publication hide nothing, at most one statement."""
+        # While it does not publish UPDATE or DELETE, it may carry tables without an identity.
+        all_ops = not (survey.all_ops or survey.harmful or survey.bystanders)
+        if all_ops or survey.via_root or survey.awaits_stored:
+            return [remedies.set_options(self._name, all_ops=all_ops, stored=survey.awaits_stored)]
+        return []
 
     def removals(self, survey: Survey) -> list[str]:
         """Return the SQL that takes out the tables that must not be published."""
-        # Without ONLY, PostgreSQL would also look for tables that inherit from it, and not find them.
-        return [
-            f"ALTER PUBLICATION {identifier(self._name)} DROP TABLE ONLY {qualified(table)};"
-            for table in survey.harmful
-        ]
+        return [remedies.remove_table(self._name, table) for table in survey.harmful]
+
+    async def bystanders(self) -> list[Leaf]:
+        """See `Surveyor.bystanders`."""
+        return await self._surveyor.bystanders()
 
     async def drop(self) -> list[str]:
         """Drop the publication if it exists, and return the statements that were run."""
@@ -96,11 +103,17 @@ async def run_statements(connection: psycopg.AsyncConnection[Any], statements: S
     """
     locked: psycopg.errors.LockNotAvailable | None = None
     for number, statement in enumerate(statements):
-        # Creating a slot waits for all running transactions, which may take long.
-        slow = "create_logical_replication_slot" in statement
         try:
-            await connection.execute(ENDLESS if slow else PATIENCE)
-            await connection.execute(statement.encode())
+            # Creating a slot waits for all running transactions, which may take long.
+            if "create_logical_replication_slot" in statement:
+                async with connection.transaction():
+                    await connection.execute(
+                        "; ".join(f"SET LOCAL {name} = {value}" for name, value in ENDLESS.items()).encode()
+                    )
+                    await connection.execute(statement.encode())
+            else:
+                with limited(connection):
+                    await connection.execute(statement.encode())
         except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject):
             # Another daemon or an administrator was faster.
             continue
@@ -110,10 +123,6 @@ async def run_statements(connection: psycopg.AsyncConnection[Any], statements: S
             raise _may_not(error, statements[number:]) from error
         except psycopg.Error as error:
             raise translate(error) from error
-        finally:
-            if slow and connection.pgconn.status == psycopg.pq.ConnStatus.OK:
-                with translated():
-                    await connection.execute(PATIENCE)
     if locked is not None:
         raise translate(locked) from locked
 
@@ -126,8 +135,9 @@ async def rehearse(connection: psycopg.AsyncConnection[Any], statements: Sequenc
     """
     for number, statement in enumerate(statements):
         try:
-            async with connection.transaction(force_rollback=True):
-                await connection.execute(statement.encode())
+            with limited(connection):
+                async with connection.transaction(force_rollback=True):
+                    await connection.execute(statement.encode())
         except (psycopg.errors.InsufficientPrivilege, psycopg.errors.ReadOnlySqlTransaction) as error:
             raise _may_not(error, statements[number:]) from error
         except (psycopg.errors.DuplicateObject, psycopg.errors.UndefinedObject, psycopg.errors.LockNotAvailable):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import psycopg
 
 from cdc_invalidator.postgres.connection import rows
+from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.table import Table
 
 # For a table `c`: the index `i` that is its replica identity. A deferrable one can't be.
@@ -26,8 +27,9 @@ class ColumnInfo(NamedTuple):
     """A column, as the catalogs have it.
 
     ``type``: as written in SQL; ``bare_type``: the same without a length, so that a cast to it cuts nothing off;
-    ``base_oid``, ``base_category``, ``base_modifier``: of the type under a domain; ``identity``: the replica identity
-    contains it; ``unique``: it has a unique index of its own.
+    ``base_oid``, ``base_category``, ``base_modifier``: of the type under domains; ``generated``: it is, and our
+    publication can't carry it; ``identity``: the replica identity contains it; ``unique``: it has a unique index of its
+    own; ``compared``: how `when` compares its values.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ColumnInfo(NamedTuple):
     generated: bool
     identity: bool
     unique: bool
+    compared: ColumnType
 
 
 def given_tables(tables: Sequence[Table]) -> Mapping[str, list[str]]:
@@ -52,7 +55,18 @@ async def columns(connection: psycopg.AsyncConnection[Any], tables: Sequence[Tab
     """Return the columns of each of these that is a table, in their order; views and the like are left out."""
     found: dict[Table, list[ColumnInfo]] = {}
     for schema, name, *column in await rows(connection, _COLUMNS, given_tables(tables)):
-        found.setdefault(Table(schema, name), []).append(ColumnInfo(*column))
+        info = ColumnInfo(*column)
+        found.setdefault(Table(schema, name), []).append(info._replace(compared=ColumnType(*info.compared)))
+    return found
+
+
+async def compared_types(
+    connection: psycopg.AsyncConnection[Any], oids: Sequence[int], names: Sequence[str] | None
+) -> dict[int, dict[str, ColumnType]]:
+    """Return how `when` compares the columns of tables, by the table's OID; ``names``: of these only."""
+    found: dict[int, dict[str, ColumnType]] = {}
+    for oid, name, compared in await rows(connection, _COMPARED, {"oids": list(oids), "names": names}):
+        found.setdefault(oid, {})[name] = ColumnType(*compared)
     return found
 
 
@@ -61,20 +75,52 @@ async def ancestors(connection: psycopg.AsyncConnection[Any], oid: int) -> list[
     return [Table(row.schema, row.name) for row in await rows(connection, _ANCESTORS, {"oid": oid})]
 
 
+# For a column `a` of type `t`: the type `base` under domains, and what `ColumnType` holds. A collation that takes
+# different texts for equal makes its type one of which nothing is known.
+_BASE = """
+JOIN pg_type t ON t.oid = a.atttypid
+JOIN pg_type base ON base.oid = CASE t.typtype WHEN 'd' THEN (
+  WITH RECURSIVE under (oid) AS (
+    SELECT t.typbasetype UNION ALL
+    SELECT d.typbasetype FROM under JOIN pg_type d ON d.oid = under.oid AND d.typtype = 'd'
+  ) SELECT under.oid FROM under JOIN pg_type last ON last.oid = under.oid AND last.typtype <> 'd'
+) ELSE t.oid END
+LEFT JOIN pg_collation co ON co.oid = a.attcollation
+"""
+_TYPE = """jsonb_build_array(format_type(a.atttypid, a.atttypmod), a.atttypid::bigint,
+  CASE WHEN co.collisdeterministic IS FALSE THEN 0 ELSE base.oid::bigint END, base.typtype = 'e',
+  base.typcategory = 'A', pg_encoding_to_char((SELECT encoding FROM pg_database WHERE datname = current_database()))
+    = 'UTF8' AND (
+    SELECT coalesce(locale, '') IN ('C', 'POSIX', 'C.UTF-8', 'C.utf8', 'PG_UNICODE_FAST') FROM (
+      SELECT CASE co.collprovider WHEN 'd' THEN (
+        SELECT CASE d.datlocprovider WHEN 'c' THEN d.datcollate WHEN 'b' THEN to_jsonb(d) ->> 'datlocale' END
+        FROM pg_database d WHERE d.datname = current_database()
+      ) WHEN 'c' THEN co.collcollate WHEN 'b' THEN to_jsonb(co) ->> 'colllocale' END
+    ) AS ordered (locale)
+  ))"""
+
+_COMPARED = f"""
+SELECT a.attrelid::bigint AS oid, a.attname AS name, {_TYPE} AS compared
+FROM pg_attribute a {_BASE}
+WHERE a.attrelid = ANY (%(oids)s::oid[]) AND a.attnum > 0 AND NOT a.attisdropped
+  AND (%(names)s::text[] IS NULL OR a.attname = ANY (%(names)s::text[]))
+ORDER BY 1, a.attnum
+"""  # noqa: S608  what is pasted is this module's own
+
 _COLUMNS = f"""
 SELECT n.nspname AS schema, c.relname AS table_name, a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
   format_type(a.atttypid, -1) AS bare_type, a.atttypid::bigint AS type_oid, a.atttypmod AS modifier,
   base.oid::bigint AS base_oid, base.typcategory::text AS base_category,
-  CASE t.typtype WHEN 'd' THEN t.typtypmod ELSE a.atttypmod END AS base_modifier, a.attgenerated <> '' AS generated,
+  CASE t.typtype WHEN 'd' THEN t.typtypmod ELSE a.atttypmod END AS base_modifier,
+  a.attgenerated = 'v' OR a.attgenerated = 's' AND current_setting('server_version_num')::int < 180000 AS generated,
   c.relreplident = 'f' OR coalesce(a.attnum = ANY ({IDENTITY_COLUMNS}), false) AS identity,
   EXISTS (SELECT FROM pg_index u WHERE u.indrelid = c.oid AND u.indisunique AND u.indisvalid AND u.indpred IS NULL
-          AND u.indnkeyatts = 1 AND u.indkey[0] = a.attnum) AS unique
+          AND u.indnkeyatts = 1 AND u.indkey[0] = a.attnum) AS unique,
+  {_TYPE} AS compared
 FROM unnest(%(schemas)s::text[], %(names)s::text[]) AS wanted (schema, name)
 JOIN pg_namespace n ON n.nspname = wanted.schema
 JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = wanted.name AND c.relkind IN ('r', 'p') {IDENTITY}
-JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-JOIN pg_type t ON t.oid = a.atttypid
-JOIN pg_type base ON base.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE t.oid END
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped {_BASE}
 ORDER BY c.oid, a.attnum
 """  # noqa: S608  what is pasted is this module's own
 

@@ -16,6 +16,7 @@ import socket
 import struct
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import psycopg
@@ -23,7 +24,8 @@ from psycopg import pq, sql
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
-from cdc_invalidator.postgres.connection import OPTIONS, ready, translated
+from cdc_invalidator.postgres import pgoutput
+from cdc_invalidator.postgres.connection import ENDLESS, answered, first_line, open_alone, ready, translate, translated
 from cdc_invalidator.postgres.stream import whole
 
 # Bytes a read: enough to be worth the wake-up, few enough that other tasks get their turn.
@@ -37,11 +39,21 @@ NAP_SECONDS = 0.001
 LONGEST_NAP_SECONDS = 0.010
 LONGEST_NAP_ON_UNIX_SECONDS = 0.001
 BUSY_BYTES_A_SECOND = 8_000_000
+# A walsender answers each second: see `confirm` in receive.
+SILENCE_SECONDS = 30.0
 COPY = 5
 """Where what a CopyData message carries begins: after its tag and length."""
 PAYLOAD = COPY + 25
 """Where the pgoutput message in an XLogData message begins: after its tag, start, end and send time."""
+# A larger message is not held: its row is known only by its table. To hand one over takes three times as much memory.
+MOST_BYTES = 32 << 20
+# So much of it is kept: its tag, and the ids that follow.
+BEGINNING = PAYLOAD + 9
 
+# SQLSTATEs that say nothing of the change at hand: the connection ends, the server lacks resources or is shut down.
+_OF_THE_SERVER = ("08", "53", "55", "57")
+
+_ROWS = (b"I", b"U", b"D")
 _KEEPALIVE = struct.Struct(">xQqB")
 _STATUS = struct.Struct(">cQQQqB")
 _HEAD = struct.Struct(">cI")
@@ -84,24 +96,38 @@ class Replication:
     def __init__(self, connection: psycopg.AsyncConnection[tuple[object, ...]]) -> None:
         self._connection = connection
         self._transport: _Transport = _Libpq(connection.pgconn)
+        # The process id of our walsender.
+        self.backend_pid = connection.pgconn.backend_pid
+        self._waits_since: float | None = None
+        # So long a walsender that works may be silent: while it decodes a large transaction, it looks for our questions
+        # once in half its own timeout.
+        self.most_silence = SILENCE_SECONDS
 
     @classmethod
-    async def open(cls, dsn: str) -> Replication:
-        """Connect as a walsender's client."""
-        with translated():
-            return cls(
-                await psycopg.AsyncConnection.connect(
-                    dsn,
-                    autocommit=True,
-                    replication="database",
-                    application_name="cdc-invalidator",
-                    **OPTIONS,
-                )
-            )
+    async def open(cls, dsn: str, parameters: Mapping[str, str] | None = None) -> Replication:
+        """Connect as a walsender's client, with these parameters of the server."""
+        wanted = {**ENDLESS, **(parameters or {})}
+        return cls(await open_alone(dsn, "cdc-invalidator", wanted, replication="database"))
+
+    @classmethod
+    async def try_out(cls, dsn: str) -> System:
+        """Connect as a walsender's client and leave again, to learn whether we can stream before anything is made.
+
+        Returns:
+            The server's identity.
+
+        Raises:
+            errors.InvalidatorError: we can't; the message says why.
+        """
+        replication = await cls.open(dsn)
+        try:
+            return await replication.identify()
+        finally:
+            replication.close()
 
     async def identify(self) -> System:
         """Ask the server for its identity."""
-        with translated():
+        with answered(self._connection):
             cursor = await self._connection.execute("IDENTIFY_SYSTEM")
             row = await cursor.fetchone()
         assert row is not None
@@ -121,14 +147,23 @@ class Replication:
             # A list of names: quoted as identifiers inside one literal.
             publication=sql.Literal(sql.Identifier(publication).as_string(self._connection)),
         )
-        with translated():
+        with answered(self._connection):
             text = command.as_bytes(self._connection)
+            # Asked while texts are still read as UTF-8.
+            self.most_silence = SILENCE_SECONDS + await self._sender_timeout() / 2
             if self._connection.info.parameter_status("server_encoding") == "SQL_ASCII":
                 # The data of such a database may not be UTF-8, and then the server would refuse to send it as UTF-8.
                 await self._connection.execute("SET client_encoding = 'SQL_ASCII'")
             if await self._readable_by_others():
                 self._transport = _Socket(self._connection.pgconn)
             await self._transport.start(text)
+
+    async def _sender_timeout(self) -> float:
+        """Return wal_sender_timeout in seconds."""
+        # As a number: in a SQL_ASCII database, texts come as bytes.
+        query = "SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'"
+        row = await (await self._connection.execute(query)).fetchone()
+        return int(str(row[0])) / 1000 if row else 0.0
 
     async def _readable_by_others(self) -> bool:
         """Return whether the socket carries the plain protocol: neither TLS nor GSSAPI encrypts it."""
@@ -139,16 +174,28 @@ class Replication:
 
     async def read(self) -> bytes:
         """Return the CopyData messages that have arrived, whole and at least one; wait if there is none."""
-        with translated():
+        self._waits_since = time.monotonic()
+        try:
             data = await self._transport.read()
+        except (psycopg.Error, OSError) as error:
+            if _is_of_the_change(error):
+                raise errors.CannotSend(
+                    f"PostgreSQL can't send the change that comes next ({first_line(error)}); it is tried again a few "
+                    "times, and then skipped."
+                ) from error
+            raise translate(error) from error
+        finally:
+            self._waits_since = None
         if not data:
             raise errors.PostgresUnavailable("PostgreSQL ended the replication stream; it is started anew.")
         return data
 
     @property
-    def backend_pid(self) -> int:
-        """The process id of our walsender."""
-        return self._connection.pgconn.backend_pid
+    def silent_for(self) -> float:
+        """For how many seconds we have waited for a word of the walsender; 0 while nobody reads."""
+        if self._waits_since is None:
+            return 0.0
+        return time.monotonic() - max(self._waits_since, self._transport.heard_at)
 
     def status(self, confirmed: int, received: int, *, reply: bool = False) -> None:
         """Send a standby status update.
@@ -176,7 +223,9 @@ class Replication:
 
 
 class _Transport(ABC):
-    """The connection from START_REPLICATION on."""
+    """The connection from START_REPLICATION on; ``heard_at``: when the last bytes came (monotonic clock)."""
+
+    heard_at = 0.0
 
     @abstractmethod
     async def start(self, command: bytes) -> None:
@@ -222,6 +271,7 @@ class _Libpq(_Transport):
         while not (self._over or self._drain(messages)):
             await ready(self._pgconn.socket)
             self._pgconn.consume_input()
+            self.heard_at = time.monotonic()
         return b"".join(messages)
 
     def _drain(self, messages: list[bytes]) -> bool:
@@ -284,6 +334,10 @@ class _Socket(_Transport):
 
     async def read(self) -> bytes:
         while not self._over:
+            if self._rest[:1] == b"d" and len(self._rest) >= COPY and _length(self._rest) > MOST_BYTES:
+                if wide := await self._cut():
+                    return wide
+                continue
             if len(self._rest) >= COPY and len(self._rest) > _length(self._rest):
                 data = bytes(self._rest)
                 size = whole(data)
@@ -294,6 +348,24 @@ class _Socket(_Transport):
                     continue
             await self._receive()
         return b""
+
+    async def _cut(self) -> bytes:
+        """Receive a message that is too large to be held; return what stands for it, nothing if it is no row."""
+        left = 1 + _length(self._rest)
+        while len(self._rest) < BEGINNING:
+            await self._receive()
+        head = bytes(self._rest[:BEGINNING])
+        while left:
+            gone = min(left, len(self._rest))
+            del self._rest[:gone]
+            left -= gone
+            if left:
+                await self._receive()
+        if head[PAYLOAD : PAYLOAD + 1] not in _ROWS:
+            # A message of pg_logical_emit_message, which nobody can read anyway.
+            return b""
+        body = head[COPY:PAYLOAD] + pgoutput.WIDE + head[PAYLOAD:]
+        return _HEAD.pack(b"d", len(body) + 4) + body
 
     def _skip(self) -> bool:
         """Skip a message that is not CopyData if it is whole; return whether it was."""
@@ -315,7 +387,8 @@ class _Socket(_Transport):
             await asyncio.sleep(nap)
         asked = time.monotonic()
         await ready(self._socket.fileno(), writable=bool(self._unsent))
-        waited = time.monotonic() - asked
+        self.heard_at = time.monotonic()
+        waited = self.heard_at - asked
         if self._unsent:
             self._write(b"")
         size = 0
@@ -368,6 +441,16 @@ class _Socket(_Transport):
 def _length(data: bytearray) -> int:
     """Return the length of the first message, without its tag."""
     return int.from_bytes(data[1:COPY], "big")
+
+
+def _is_of_the_change(error: Exception) -> bool:
+    """Return whether the walsender has failed at what it was to send, rather than being gone."""
+    state = getattr(error, "sqlstate", None) or ""
+    return (
+        bool(state)
+        and not state.startswith(_OF_THE_SERVER)
+        and not isinstance(translate(error), errors.PositionGivenUp)
+    )
 
 
 def _of_result(result: pq.abc.PGresult | None) -> Exception:

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 
 from cdc_invalidator import errors, lsn
+from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import rows
-from cdc_invalidator.postgres.quoting import literal
+
+Value = TypeVar("Value")
+
+
+# A standby shows a commit before the primary does, if the primary waits for it.
+READERS_UNKNOWN = (
+    "CDC_POSTGRES_DSN names a standby, and it is not known which server readers load from; set CDC_POSTGRES_READERS to "
+    "the connection string of that server: the primary, or this standby if nobody reads from the primary."
+)
 
 
 class SlotState(NamedTuple):
-    """The slot's row in pg_replication_slots; LSNs as numbers, ``retained`` in bytes of WAL."""
+    """The slot's row in pg_replication_slots; LSNs as numbers.
+
+    ``retained``: bytes of WAL that PostgreSQL keeps for it; ``unconfirmed``: the part of it that is not confirmed.
+    ``two_phase``: PREPARE TRANSACTION is decoded, which we don't read.
+    """
 
     active: bool
     active_pid: int | None
     confirmed: int
     wal_status: str
     retained: int
+    two_phase: bool
+    unconfirmed: int = 0
 
     @property
     def lost(self) -> bool:
@@ -79,8 +95,18 @@ class Slot:
         """Read the slot's row; ``None`` if there is no slot of that name.
 
         Raises:
-            errors.ServerRefuses: a slot of that name belongs to something else.
+            errors.ServerRefuses: a slot of that name belongs to something else, or was made with two_phase.
         """
+        state = await self._state()
+        if state is not None and state.two_phase:
+            raise errors.ServerRefuses(
+                f"Slot {self.name} was made with two_phase, which sends transactions before they are committed; end "
+                f"who streams from it, and run {remedies.drop_slot(self.name)} The daemon makes it anew and sweeps the "
+                "caches."
+            )
+        return state
+
+    async def _state(self) -> SlotState | None:
         rows = await self._rows(_STATE)
         if not rows:
             return None
@@ -89,18 +115,24 @@ class Slot:
             raise errors.ServerRefuses(
                 f"Slot {self.name} belongs to another database or plugin; set CDC_SLOT to a name of your own."
             )
-        return SlotState(row.active, row.active_pid, lsn.parse(row.confirmed or "0/0"), row.wal_status, row.retained)
+        return SlotState(
+            row.active,
+            row.active_pid,
+            lsn.parse(row.confirmed or "0/0"),
+            row.wal_status,
+            row.retained,
+            row.two_phase,
+            row.unconfirmed,
+        )
 
     def statements(self, state: SlotState | None, server: ServerInfo, *, new_publication: bool) -> list[str]:
         """Return the SQL that creates or replaces the slot; nothing if we can stream from it as it is.
 
         We can't if its position is older than the publication: PostgreSQL before 18 fails to decode from there.
         """
-        name = literal(self.name)
-        drop = [f"SELECT pg_drop_replication_slot({name});"]
+        drop = [remedies.drop_slot(self.name)]
         # A slot that is synchronized to standbys survives a failover. A slot on a standby can't be synchronized.
-        more = ", failover => true" if server.version >= 170000 and not server.in_recovery else ""
-        make = [f"SELECT pg_create_logical_replication_slot({name}, 'pgoutput'{more});"]
+        make = [remedies.make_slot(self.name, failover=server.version >= 170000 and not server.in_recovery)]
         if state is None:
             return make
         # PostgreSQL has removed the WAL of a lost slot: only a new slot can go on, and that is a gap.
@@ -112,33 +144,55 @@ class Slot:
         Raises:
             errors.SlotInUse: a session streams from it.
         """
-        if await self.state() is None:
+        if await self._state() is None:
             return []
-        statement = f"SELECT pg_drop_replication_slot({literal(self.name)});"
+        statement = remedies.drop_slot(self.name)
         await self._rows(statement)
         return [statement]
 
-    async def drop_soon(self, seconds: float) -> None:
-        """Drop the slot as soon as its walsender has noticed that we are gone.
+    async def drop_soon(self, seconds: float) -> bool:
+        """Drop the slot as soon as its walsender has noticed that we are gone; return whether there was one.
 
         Raises:
             errors.SlotInUse: a session still streams from it after this many seconds.
         """
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                await self.drop()
-            except errors.SlotInUse:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(0.05)
-            else:
-                return
+        return bool(await _soon(self.drop, seconds))
+
+    async def skip_soon(self, seconds: float) -> None:
+        """Move the slot behind all that is committed by now, as soon as its walsender has noticed that we are gone.
+
+        PostgreSQL reads the WAL for that, but does not build the changes.
+
+        Raises:
+            errors.SlotInUse: as `drop_soon`.
+            errors.PostgresUnavailable: it can't be moved.
+        """
+        await _soon(lambda: self._rows(_SKIP), seconds)
+
+    async def end_walsender(self) -> None:
+        """Ask the backend that streams from the slot, or makes it, to end."""
+        await self._rows(_END)
+
+    async def oldest_running(self) -> int:
+        """Return the oldest transaction that runs, in the 32 bits of pg_stat_activity; without any, the next one."""
+        (row,) = await self._rows(_OLDEST)
+        return int(row.xid)
 
     async def activity(self) -> Activity:
         """Read the database's transaction counters."""
         (row,) = await self._rows(_ACTIVITY)
         return Activity(row.commits, row.rollbacks)
+
+
+async def _soon(work: Callable[[], Awaitable[Value]], seconds: float) -> Value:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return await work()
+        except errors.SlotInUse:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.05)
 
 
 _SERVER = """
@@ -147,13 +201,26 @@ SELECT current_setting('server_version_num')::int AS version, current_setting('w
 """
 
 _STATE = """
-SELECT active, active_pid, plugin, database = current_database() AS here, confirmed_flush_lsn::text AS confirmed,
+SELECT active, active_pid, two_phase, plugin, database = current_database() AS here,
+  confirmed_flush_lsn::text AS confirmed,
   coalesce(wal_status, 'lost') AS wal_status,
-  coalesce(pg_wal_lsn_diff(
-    CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END, restart_lsn
-  ), 0)::bigint AS retained
-FROM pg_replication_slots WHERE slot_name = %(slot)s
+  coalesce(pg_wal_lsn_diff(written, restart_lsn), 0)::bigint AS retained,
+  coalesce(pg_wal_lsn_diff(written, confirmed_flush_lsn), 0)::bigint AS unconfirmed
+FROM pg_replication_slots, LATERAL (
+  SELECT CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_lsn() END
+) AS wal (written)
+WHERE slot_name = %(slot)s
 """
+
+_SKIP = """
+SELECT pg_replication_slot_advance(
+  %(slot)s, CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END
+)
+"""
+
+_END = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %(slot)s AND active"
+
+_OLDEST = "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint & 4294967295 AS xid"
 
 _ACTIVITY = """
 SELECT xact_commit AS commits, xact_rollback AS rollbacks FROM pg_stat_database WHERE datname = current_database()

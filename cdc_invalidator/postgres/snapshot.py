@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg import pq
 
-from cdc_invalidator.postgres.connection import connect, ready, translated
+from cdc_invalidator import errors
+from cdc_invalidator.postgres.connection import AT_ONCE_SECONDS, answered, connect, ready
 
 # At the beginning of a page, the insert position is already past the page's header (24 bytes; 40 for a segment's first
 # page), but no record ends there: then take the page's start.
@@ -25,6 +26,37 @@ SELECT lsn - CASE WHEN lsn % page IN (24, 40) THEN lsn % page ELSE 0 END
 FROM (SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn, current_setting('wal_block_size')::int
   WHERE NOT pg_is_in_recovery()) AS written (lsn, page)
 """
+# A snapshot's own xmax is no bound: a transaction that runs with a later id than any that has ended lies above it. The
+# age of an id is counted from the next id.
+_HORIZON = """
+PREPARE horizon AS
+SELECT pg_snapshot_xmin(taken) || ':' || pg_snapshot_xmax(taken)::text::bigint + age(pg_snapshot_xmax(taken)::xid)
+FROM pg_current_snapshot() AS taken
+"""
+_REPLAYED = "PREPARE replayed AS SELECT pg_last_wal_replay_lsn() - '0/0'::pg_lsn"
+
+
+class Horizon(NamedTuple):
+    """Which transactions are over, by their ids in 64 bits: all below ``oldest``; ``next`` has not begun yet."""
+
+    oldest: int
+    next: int
+
+    def covers(self, earlier: Horizon) -> bool:
+        """Return whether all that had begun at an earlier time are over."""
+        return self.oldest >= earlier.next
+
+    def with_other(self, other: Horizon) -> Horizon:
+        """Return what holds on both of two servers with the same transactions."""
+        return Horizon(min(self.oldest, other.oldest), max(self.next, other.next))
+
+
+# A crash discards the statistics, so that all counters begin anew; a clean stop keeps them. Of the kinds of statistics,
+# these are the ones that people hardly ever reset, and of one row among them the oldest remains.
+_CRASH_FREE = """
+PREPARE crash_free AS SELECT extract(epoch FROM min(stats_reset))::text FROM pg_stat_slru
+"""
+_SYSTEM = "SELECT system_identifier::text FROM pg_control_system()"
 
 
 class Snapshots:
@@ -39,13 +71,42 @@ class Snapshots:
         self._turn = asyncio.Lock()
 
     @classmethod
-    async def open(cls, dsn: str) -> Snapshots:
-        """Connect."""
-        connection = await connect(dsn, "cdc-invalidator snapshots")
-        with translated():
+    async def open(cls, dsn: str, setting: str = "CDC_POSTGRES_DSN") -> Snapshots:
+        """Connect; ``setting`` is where the connection string is from."""
+        connection = await connect(dsn, "cdc-invalidator snapshots", setting=setting)
+        with answered(connection):
             await connection.execute("PREPARE taken AS SELECT pg_current_snapshot()::text")
             await connection.execute(_WRITTEN)
+            await connection.execute(_CRASH_FREE)
+            await connection.execute(_HORIZON)
+            await connection.execute(_REPLAYED)
         return cls(connection)
+
+    @classmethod
+    async def open_readers(cls, dsn: str, system_id: str | None) -> Snapshots:
+        """Connect to the server that readers load from, if that is another one.
+
+        Args:
+            dsn: of ``CDC_POSTGRES_READERS``.
+            system_id: identifies the data of the server that we stream from, which must be the same; ``None``: unknown.
+
+        Raises:
+            errors.ServerRefuses: the server has other data.
+        """
+        setting = "CDC_POSTGRES_READERS"
+        try:
+            opened = await cls.open(dsn, setting)
+        except errors.PoolerInBetween:
+            raise
+        except (errors.PostgresUnavailable, errors.ServerRefuses) as error:
+            raise type(error)(str(error).replace("CDC_POSTGRES_DSN", setting)) from error
+        theirs = await opened.system_id()
+        if None not in {theirs, system_id} and theirs != system_id:
+            opened.close()
+            raise errors.ServerRefuses(
+                "CDC_POSTGRES_READERS names a server with other data than CDC_POSTGRES_DSN; correct one of the two."
+            )
+        return opened
 
     def close(self) -> None:
         """Close the connection at once."""
@@ -61,6 +122,17 @@ class Snapshots:
         assert taken is not None
         return taken.decode()
 
+    async def horizon(self) -> Horizon:
+        """Look at which transactions are over.
+
+        Raises:
+            errors.PostgresUnavailable: nobody knows.
+        """
+        found = await self._ask(b"horizon")
+        assert found is not None
+        oldest, following = found.split(b":")
+        return Horizon(int(oldest), int(following))
+
     async def written(self) -> int | None:
         """Return an LSN above everything that is committed by now; ``None`` on a standby, which can't know.
 
@@ -70,11 +142,43 @@ class Snapshots:
         written = await self._ask(b"written")
         return None if written is None else int(written)
 
+    async def reached(self) -> int:
+        """Return the end of the server's WAL: as written, or on a standby as replayed; a standby can reach it.
+
+        Raises:
+            errors.PostgresUnavailable: the server did not answer.
+        """
+        written = await self.written()
+        return int(await self._ask(b"replayed") or 0) if written is None else written
+
+    async def crash_free_since(self) -> str:
+        """Return a time (in s since 1970) since when the server has not crashed; it changes at each crash.
+
+        A crash also takes back commits that readers have seen: those with ``synchronous_commit = off`` that were not
+        flushed yet. They were never in the stream.
+
+        Raises:
+            errors.PostgresUnavailable: the server did not answer.
+        """
+        since = await self._ask(b"crash_free")
+        return "" if since is None else since.decode()
+
+    async def system_id(self) -> str | None:
+        """Return what identifies the data of the server; ``None`` where it does not say."""
+        try:
+            with answered(self._connection):
+                row = await (await self._connection.execute(_SYSTEM)).fetchone()
+        except errors.InvalidatorError:
+            # Not every hoster has the function, and not every role may call it.
+            return None
+        assert row is not None
+        return str(row[0])
+
     async def _ask(self, statement: bytes) -> bytes | None:
         # Through libpq itself: each bust waits for this, and the driver's way takes twice as long.
         pgconn = self._connection.pgconn
         async with self._turn:
-            with translated():
+            with answered(self._connection, AT_ONCE_SECONDS):
                 pgconn.send_query_prepared(statement, [])
                 pgconn.flush()
                 found = None
@@ -97,11 +201,6 @@ class Snapshots:
             errors.PostgresUnavailable: the server did not answer.
         """
         return hidden(await self.take(), xids)
-
-
-def all_over(before: str, now: str) -> bool:
-    """Return whether every transaction that was running at one snapshot is over at a later one."""
-    return int(now.partition(":")[0]) >= int(before.split(":", 2)[1])
 
 
 def hidden(snapshot: str, xids: Iterable[int]) -> set[int]:

@@ -20,7 +20,8 @@ import structlog
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
-from cdc_invalidator.postgres.connection import check_dsn, connect, translated
+from cdc_invalidator.postgres.connection import AT_ONCE_SECONDS, answered, connect
+from cdc_invalidator.postgres.dsn import check_dsn
 from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
@@ -212,9 +213,9 @@ class Standbys:
         self._metrics.standby_awaited.labels(standby.name).set(not standby.dropped)
 
     async def _connect(self, standby: _Standby) -> psycopg.AsyncConnection[Any]:
-        connection = await connect(standby.dsn, "cdc-invalidator standby")
+        connection = await connect(standby.dsn, "cdc-invalidator standby", setting="CDC_POSTGRES_STANDBYS")
         try:
-            with translated():
+            with answered(connection, AT_ONCE_SECONDS):
                 row = await (await connection.execute(_WHO)).fetchone()
         except BaseException:
             connection.pgconn.finish()
@@ -230,7 +231,7 @@ class Standbys:
         return connection
 
     async def _ask(self, connection: psycopg.AsyncConnection[Any]) -> int:
-        with translated():
+        with answered(connection, AT_ONCE_SECONDS):
             row = await (await connection.execute(_REPLAYED, prepare=True)).fetchone()
         assert row is not None
         return lsn.parse(row.replayed)

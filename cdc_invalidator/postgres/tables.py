@@ -6,7 +6,7 @@ change in the stream, the caches to sweep are named.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import psycopg
@@ -15,7 +15,7 @@ import structlog
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, run_statements
-from cdc_invalidator.postgres.snapshot import Snapshots, all_over
+from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Survey
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
@@ -32,28 +32,27 @@ class Tables:
     Args:
         connection: an ordinary one.
         publication: the publication to keep in step.
+        spelling: how values are printed; a cache's keys depend on it.
         rules: the rule set.
         strict: refuse rules that this database can't keep; otherwise keep those that it can.
-        unsettled: the tables whose changes may be only partly in the stream; kept across sessions.
     """
 
     def __init__(
         self,
         connection: psycopg.AsyncConnection[Any],
         publication: Publication,
+        spelling: Spelling,
         rules: RuleSet,
         *,
         strict: bool,
-        unsettled: set[Table],
     ) -> None:
         self._connection = connection
         self._publication = publication
+        self._spelling = spelling
         self._rules = rules
         self._strict = strict
         self._survey: Survey | None = None
-        self._settling: dict[Table, str] = {}
-        self._unsettled = unsettled
-        self._digested: tuple[Survey, list[Table], dict[str, str]] | None = None
+        self._digested: tuple[Survey, dict[str, str]] | None = None
 
     @property
     def survey(self) -> Survey:
@@ -68,17 +67,18 @@ class Tables:
 
     def digests(self) -> dict[str, str]:
         """Return, for each cache that is kept, the digest of its rules and tables for the watermark."""
-        survey, settling = self.survey, list(self._settling)
-        if self._digested is None or self._digested[0] is not survey or self._digested[1] != settling:
-            self._digested = survey, settling, survey.digests(self._rules, self._settling)
-        return self._digested[2]
+        survey = self.survey
+        if self._digested is None or self._digested[0] is not survey:
+            self._digested = survey, self._spelling.mark(survey.digests(self._rules))
+        return self._digested[1]
 
     def relent(self) -> None:
         """Refuse nothing from now on: rules that were good enough at the start stay in force."""
         self._strict = False
 
-    async def publish(self) -> tuple[Survey, Survey]:
-        """Bring the publication up to date, and return the surveys from before and after."""
+    async def publish(self) -> bool:
+        """Bring the publication up to date, and return whether there was one."""
+        await self._spelling.check()
         before = survey = await self._publication.survey(self._rules)
         problems = mistakes(survey, self._rules)
         if problems and self._strict:
@@ -97,54 +97,35 @@ class Tables:
             if not done:
                 break
         self._survey = survey
-        return before, survey
+        return before.exists
 
-    async def look(self, snapshots: Snapshots, *, sweeping: bool) -> dict[str, str]:
+    async def look(self, *, sweeping: Callable[[], Container[str]]) -> dict[str, str]:
         """Bring the publication up to date, and find where rows may have come or gone unseen.
 
         Args:
-            snapshots: to know which transactions began before a table was published.
-            sweeping: whether a gap is being swept already.
+            sweeping: gives the caches that are being swept for a gap already.
 
         Returns:
             The caches to sweep, each with the reason; `digests` holds once they are swept.
         """
+        await self._spelling.check()
         before, now = self.survey, await self._publication.survey(self._rules)
         if now.harmful:
             wrong = "; ".join(map(str, mistakes(now, self._rules)))
             _log.error("table_taken_out", tables=[str(table) for table in now.harmful], error=wrong)
         if await self._set_up_each(self._publication.statements(now)):
             now = await self._publication.survey(self._rules)
-        if now is before:
-            broken = await self.settled((), snapshots)
-        else:
+        broken = {}
+        if now is not before:
             filled = await self._publication.filled(now.leaves_since(before))
-            added = await self.settled(now.published_since(before), snapshots)
-            broken = self.caches(now.changed_since(before, filled), "table_changed") | added
-        # Changes of a table that can't be published are not seen, so its caches are swept again and again. The next
-        # sweep waits until the watermark has been written; otherwise the slot would never move on.
-        if not sweeping:
-            broken |= self.caches(now.blind, "table_unpublished")
+            broken = self.caches(now.changed_since(before, filled), "table_changed")
+            broken |= self.caches(now.published_since(before), "table_added")
+        # Changes of a table that can't be published are not seen, so its caches are swept again and again.
+        busy = sweeping()
+        blind = self.caches(now.blind, "table_unpublished")
+        broken |= {cache: reason for cache, reason in blind.items() if cache not in busy}
         self._survey = now
         return broken
-
-    async def settled(self, added: Iterable[Table], snapshots: Snapshots) -> dict[str, str]:
-        """Return the caches to sweep because tables were published: once now, and once the stream is complete.
-
-        Writes from before the table was published are not in the stream, though their transaction may commit later.
-        So there is a second sweep once all transactions of that time are over.
-        """
-        added = list(added)
-        if not added and not self._settling:
-            return {}
-        now = await snapshots.take()
-        over = [table for table, then in self._settling.items() if all_over(then, now)]
-        for table in over:
-            del self._settling[table]
-        self._settling.update(dict.fromkeys(added, now))
-        self._unsettled.difference_update(over)
-        self._unsettled.update(added)
-        return self.caches(added + over, "table_added")
 
     def caches(self, tables: Iterable[Table], why: str) -> dict[str, str]:
         """Return the caches that rules on these tables bust, each with the reason."""

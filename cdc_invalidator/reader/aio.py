@@ -368,6 +368,7 @@ class AsyncCaches:
         redis: Any,
         *,
         slot: str = "cdc_invalidator",
+        watermark: str = "",
         standby: str = "",
         env: Mapping[str, str] | None = None,
         options: Options[Any] | None = None,
@@ -380,7 +381,8 @@ class AsyncCaches:
             path: a rule file, or a directory of them.
             redis: a client: `redis.asyncio.Redis`, also of a master that Sentinel names, or a `RedisCluster` of these.
                 Set its time-outs: they bound how long a read waits for a server that does not answer.
-            slot: the daemon's ``CDC_SLOT``, which names the watermark.
+            slot: the daemon's ``CDC_SLOT``, which names the watermark unless ``watermark`` does.
+            watermark: the daemon's ``CDC_WATERMARK``, if that is set.
             standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.
             env: the environment of key templates; the process's by default.
             options: how caches are read, unless `AsyncCache.using` says otherwise.
@@ -390,7 +392,7 @@ class AsyncCaches:
         Raises:
             errors.WrongRules: all mistakes of all files.
         """
-        world = handle.world(slot, standby, cluster=isinstance(redis, RedisCluster))
+        world = handle.world(watermark or slot, standby, cluster=isinstance(redis, RedisCluster))
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
         return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts))

@@ -39,12 +39,12 @@ class Feed:
     """Reads watermarks, and remembers the last.
 
     Args:
-        slot: the name of the daemon's replication slot, which names the watermark.
+        watermark: the watermark's name.
         standby: the standby that values are loaded from, as ``CDC_POSTGRES_STANDBYS`` names it; empty for the primary.
     """
 
-    def __init__(self, slot: str, standby: str = "") -> None:
-        self.command = ("HMGET", f"cdc:{slot}:watermark".encode(), *FIELDS)
+    def __init__(self, watermark: str, standby: str = "") -> None:
+        self.command = ("HMGET", f"cdc:{watermark}:watermark".encode(), *FIELDS)
         self._standby = standby
         # The last watermark and the texts it was read from, which hardly ever change.
         self._last: tuple[SeenWatermark, Any] | None = None

@@ -279,9 +279,9 @@ def unknown_scripts(
     }
 
 
-def world(slot: str, standby: str, *, cluster: bool) -> World:
+def world(watermark: str, standby: str, *, cluster: bool) -> World:
     """Make what caches share."""
-    return World(Feed(slot, standby), cluster=cluster)
+    return World(Feed(watermark, standby), cluster=cluster)
 
 
 def metrics_for(registry: Any) -> Metrics | None:

@@ -22,6 +22,7 @@ from redis.crc import key_slot
 
 from cdc_invalidator import errors
 from cdc_invalidator.redis import node, replies
+from cdc_invalidator.redis.available import require_commands
 from cdc_invalidator.redis.endpoint import Address, Endpoint
 from cdc_invalidator.redis.hashslots import View, read_view
 from cdc_invalidator.redis.node import Command, Node, end
@@ -77,12 +78,12 @@ class Cluster(CacheServer):
 
     Args:
         endpoint: the nodes to ask first.
-        slot: name of the replication slot; it names the watermark.
+        watermark: name of the watermark.
         timeout: seconds until a server that does not answer counts as lost.
     """
 
-    def __init__(self, endpoint: Endpoint, slot: str, *, timeout: float) -> None:
-        super().__init__(slot)
+    def __init__(self, endpoint: Endpoint, watermark: str, *, timeout: float) -> None:
+        super().__init__(watermark)
         self._endpoint = endpoint
         self._timeout = timeout
         # Wrong options of the URL are reported now.
@@ -113,6 +114,7 @@ class Cluster(CacheServer):
 
     async def _open(self, opened: Node) -> None:
         await opened.connect()
+        await require_commands(opened)
         await self.scripts.load(opened)
 
     async def close(self) -> None:
@@ -335,7 +337,14 @@ class Cluster(CacheServer):
     async def write_watermark(self, watermark: Watermark) -> bool:
         """See `CacheServer`."""
         *others, public = self._watermark_keys()
-        return await self._write_watermarks(others, watermark) and await self._write_watermarks([public], watermark)
+        if not await self._write_watermarks(others, watermark):
+            # It must not go on, and yet must not name a cache that it should no longer name.
+            rules = watermark.fields()["rules"]
+            ((found,),) = await self._ask([(public, ("HMGET", public, "rules"))])
+            if found is not None and found.decode() != rules:
+                await self._ask([(public, ("HDEL", public, "rules"))])
+            return False
+        return await self._write_watermarks([public], watermark)
 
     async def _write_watermarks(self, keys: Sequence[bytes], watermark: Watermark) -> bool:
         last_ids = self._last_watermark_ids

@@ -83,6 +83,7 @@ class Endpoint:
             )
         kind = _KINDS[name]
         if kind == "server":
+            _check_server(transport, rest)
             return cls(kind, url)
         # urlsplit does not read lists of hosts with IPv6 addresses.
         place, _, query = rest.partition("?")
@@ -129,6 +130,24 @@ class Endpoint:
         return f"{self.kind} {','.join(map(str, self.addresses))}".strip()
 
     __repr__ = __str__
+
+
+def _check_server(transport: str, rest: str) -> None:
+    """Refuse a URL of one server that the driver would read in another way than it is meant."""
+    at = min((rest.find(sign) for sign in "/?" if sign in rest), default=len(rest))
+    place, beyond = rest[:at], rest[at:]
+    # The path of a socket may have an @, if no user stands before it.
+    if "#" in rest or ("@" in beyond and not (transport == "unix" and not place)):
+        raise errors.WrongSettings(
+            "CDC_REDIS_URL can be read in two ways, since one of # / ? @ stands in user, password or options as it is; "
+            "percent-encode these there (%23 %2F %3F %40)."
+        )
+    database = unquote(beyond.partition("?")[0]).strip("/")
+    if transport != "unix" and database and not database.isdecimal():
+        raise errors.WrongSettings(
+            "CDC_REDIS_URL names a database that is no number; write redis://user:password@host:port/db, the password "
+            "percent-encoded."
+        )
 
 
 _UNREADABLE: dict[Kind, str] = {

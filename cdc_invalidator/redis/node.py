@@ -66,11 +66,12 @@ class Node:
             # `send` limits the whole round trip; the driver would set and clear its own for each reply.
             "socket_timeout": None,
             "socket_connect_timeout": timeout,
-            "client_name": "cdc-invalidator",
         }
         try:
             options |= parse_url(url) | {"protocol": 2, "decode_responses": False}
             made: type[AbstractConnection] = options.pop("connection_class", Connection)
+            # By ourselves: the driver would not say which command has failed.
+            self._database = int(options.pop("db", None) or 0)
             self._connection = made(**options)
         except (ValueError, TypeError, exceptions.RedisError):
             # The driver's message may repeat a part of the password.
@@ -89,9 +90,19 @@ class Node:
             errors.RedisUnavailable: it can't be opened.
         """
         try:
-            await self._connection.connect()  # type: ignore[no-untyped-call]  # of redis-py
+            # With the greeting, for which the driver would wait without end.
+            async with asyncio.timeout(self._timeout):
+                await self._connection.connect()  # type: ignore[no-untyped-call]  # of redis-py
         except (exceptions.RedisError, OSError) as error:
+            await self.close()
             raise failed("the connection", error) from error
+        except BaseException:
+            await self.close()
+            raise
+        if self._database:
+            await self.ask(("SELECT", self._database))
+        # Only for those who look at CLIENT LIST: a server without it, or an ACL that refuses it, is as good.
+        await self.send([("CLIENT SETNAME", "cdc-invalidator")])
 
     @property
     def host(self) -> str:

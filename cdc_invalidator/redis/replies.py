@@ -55,8 +55,12 @@ TABLE: dict[str, Reply] = {
     "NOPERM": Reply(Does.REPORT, "grant the ACL user of CDC_REDIS_URL what the README lists"),
     "NOAUTH": Reply(Does.REPORT, "put a user and a password into CDC_REDIS_URL"),
     "WRONGPASS": Reply(Does.REPORT, "put the right user and password into CDC_REDIS_URL"),
-    "WRONGTYPE": Reply(Does.REPORT, "a key of cdc-invalidator holds something else; delete it, or set CDC_SLOT"),
+    "WRONGTYPE": Reply(Does.REPORT, "a key of cdc-invalidator holds something else; delete it, or set CDC_WATERMARK"),
     "NOPROTO": Reply(Does.REPORT, "use Redis 6.2 or later, or Valkey"),
+    # Found out at connection, see `available`.
+    "NO_COMMAND": Reply(
+        Does.REPORT, "have it enabled (rename-command in redis.conf, the hoster's settings), or use another Redis"
+    ),
     # No reply at all.
     "TIMEOUT": Reply(Does.RETRY, "check CDC_REDIS_URL and the server, which does not answer"),
     "CLOSED": Reply(Does.RETRY, "check CDC_REDIS_URL and the server"),

@@ -53,9 +53,12 @@ return existed
 
 # KEYS: version counters. ARGV: for each, the milliseconds that it is kept; then, for each, for how many milliseconds
 # the version before it is left under a suffix (0: not at all), and the suffix.
-# A version becomes the larger of current + 1 and Redis TIME in microseconds: it never repeats, not even after it was
-# evicted and created anew. A missing one needs no bump: the next reader creates it before it loads. Where the write is
-# refused (memory is full, or the key holds something else) the counter is deleted instead, which serves as well.
+# A version becomes the larger of current + 1 and Redis TIME in microseconds, and a step more that depends on both. It
+# never repeats, not even after it was evicted and created anew and the clock went back: steps are so wide (134 million
+# on average) that one made later meets none made before. A missing version needs no bump: the next reader creates it
+# before it loads. Lua counts exactly below 2^53 only: a version near that or above is left for one of the clock. Where
+# the write is refused (memory is full, or the key holds something else) the counter is deleted instead, which serves as
+# well.
 # Returns the new version, 0 for one that was missing, -1 for one that was deleted.
 BUMP = """
 local time = redis.call('TIME')
@@ -67,7 +70,8 @@ for at, key in ipairs(KEYS) do
     versions[at] = 0
   else
     local number = type(current) == 'string' and tonumber(current)
-    local version = math.max((number or 0) + 1, now)
+    local before = number and number >= 0 and number < 9007198717870080 and math.floor(number) or 0
+    local version = math.max(before + 1, now) + (now % 1000000007 + before % 1000003) * 48271 % 268435399
     local stored = number and redis.pcall('SET', key, string.format('%.0f', version), 'PX', ARGV[at])
     if stored and not stored.err then
       versions[at] = version
@@ -83,21 +87,26 @@ return versions
 """
 
 # KEYS: the watermark. ARGV: the `watermark_id` of the one that was read or written last (empty: whatever is there),
-# a field to remove, then fields and values.
+# how many fields to remove, those, then fields and values, `rules` first.
 # What is there must be what we left there, else this is another data set than the one that has had the busts: a
 # snapshot was loaded, the database was swapped (SWAPDB) or emptied, or another daemon leads. The connection does not
 # tell: it stays open in all these cases. The time is looked at as well, since the LSN may stand for long. A missing one
 # may also have been evicted, but nothing proves that.
-# Returns 1; 0 when another watermark is there, or none; -1 when memory is full.
+# Returns 1; 0 when another watermark is there, or none; -1 when memory is full: then the one there stays, but it names
+# no cache if this one would have named others.
 WRITE_WATERMARK = """
-local found = redis.call('HMGET', KEYS[1], 'lsn', 'at')
+local found = redis.call('HMGET', KEYS[1], 'lsn', 'at', 'rules')
 if ARGV[1] ~= '' and (found[1] or '') .. ':' .. (found[2] or '') ~= ARGV[1] then return 0 end
-local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, 3))
+local first = 3 + ARGV[2]
+local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, first))
 if type(stored) ~= 'table' or not stored.err then
-  redis.call('HDEL', KEYS[1], ARGV[2])
+  if first > 3 then redis.call('HDEL', KEYS[1], unpack(ARGV, 3, first - 1)) end
   return 1
 end
-if string.find(stored.err, 'OOM', 1, true) then return -1 end
+if string.find(stored.err, 'OOM', 1, true) then
+  if found[3] ~= ARGV[first + 1] then redis.call('HDEL', KEYS[1], 'rules') end
+  return -1
+end
 return redis.error_reply(stored.err)
 """
 
@@ -148,8 +157,8 @@ class ScriptDigests:
         `watermark_written` reads its reply.
         """
         pairs = [part for item in watermark.fields().items() for part in item]
-        removed = "" if watermark.standbys else "standbys"
-        return ("EVALSHA", self.write_watermark, 1, key, last_id, removed, *pairs)
+        absent = watermark.absent
+        return ("EVALSHA", self.write_watermark, 1, key, last_id, len(absent), *absent, *pairs)
 
 
 def watermark_id(watermark: Watermark | None) -> str:

@@ -45,11 +45,11 @@ class CacheServer(ABC):
     """Where the caches live. Make it, `connect`, use it until it fails, `close` it, make another one.
 
     Args:
-        slot: name of the replication slot; it names the watermark.
+        watermark: name of the watermark, which is kept under ``cdc:NAME:watermark``.
     """
 
-    def __init__(self, slot: str) -> None:
-        self.watermark_key = f"cdc:{slot}:watermark".encode()
+    def __init__(self, watermark: str) -> None:
+        self.watermark_key = f"cdc:{watermark}:watermark".encode()
         self.scripts = ScriptDigests()
 
     @abstractmethod
@@ -101,8 +101,8 @@ class CacheServer(ABC):
         """Write the watermark on all servers, over the one that was read or written last.
 
         Returns:
-            False when Redis is out of memory: deletes still work then, so the stream may go on without it. A restart
-            finds the old watermark, and sweeps.
+            False when Redis is out of memory: deletes still work then, so the stream may go on without it. The old
+            watermark stays, but names no cache if this one would have named others. A restart finds it, and sweeps.
         """
 
     @abstractmethod

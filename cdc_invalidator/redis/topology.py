@@ -11,8 +11,8 @@ from cdc_invalidator.redis.single import Single
 TIMEOUT = 5.0
 
 
-def cache_server(endpoint: Endpoint, slot: str, *, timeout: float = TIMEOUT) -> CacheServer:
-    """Make the server for an endpoint; nothing is opened yet.
+def cache_server(endpoint: Endpoint, watermark: str, *, timeout: float = TIMEOUT) -> CacheServer:
+    """Make the server for an endpoint, with this name of the watermark; nothing is opened yet.
 
     Raises:
         errors.WrongSettings: the URL has options that can't be used.
@@ -20,14 +20,14 @@ def cache_server(endpoint: Endpoint, slot: str, *, timeout: float = TIMEOUT) -> 
     if endpoint.kind == "cluster":
         from cdc_invalidator.redis.cluster import Cluster  # noqa: PLC0415  few need it, and it takes time
 
-        return Cluster(endpoint, slot, timeout=timeout)
+        return Cluster(endpoint, watermark, timeout=timeout)
     if endpoint.kind == "sentinel":
         from cdc_invalidator.redis.sentinel import Sentinels  # noqa: PLC0415  few need it
 
         # The driver reads its options when it is made, so wrong ones are reported now.
         Node(endpoint.at(endpoint.addresses[0]))
         sentinels = Sentinels(endpoint, timeout=timeout)
-        return Single(slot, sentinels.open_master, why_lost=sentinels.why_lost, close=sentinels.close)
+        return Single(watermark, sentinels.open_master, why_lost=sentinels.why_lost, close=sentinels.close)
 
     node = Node(endpoint.url, timeout=timeout)
 
@@ -35,4 +35,4 @@ def cache_server(endpoint: Endpoint, slot: str, *, timeout: float = TIMEOUT) -> 
         await node.connect()
         return node
 
-    return Single(slot, open_node)
+    return Single(watermark, open_node)

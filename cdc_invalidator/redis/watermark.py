@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 class Position:
     """Where the stream stands: the server's history and the LSN from which it will send.
 
-    ``flushed``: the end of the server's WAL, in LSN; ``new_slot``: the slot has just been made.
+    ``flushed``: the end of the server's WAL, in LSN; ``new_slot``: the slot has just been made; ``crash_free_since``: a
+    text that changes when the server crashes.
     """
 
     system_id: str
@@ -25,15 +26,18 @@ class Position:
     start: int
     flushed: int
     new_slot: bool = False
+    crash_free_since: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Watermark:
-    """The hash ``cdc:{slot}:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970).
+    """The hash ``cdc:NAME:watermark``: all busts up to ``lsn`` are in this Redis, as of ``at`` (ms since 1970).
 
-    ``rules``: the caches that this holds for, each with a digest of what busts it. ``standbys``: the standbys that have
-    replayed ``lsn`` too, each with the time of its start; ``None`` for a dropped one, for which busts do not wait.
-    ``as_of``: everything committed by that time (ms since 1970) lies below ``lsn``; 0 if unknown.
+    ``rules``: the caches that this holds for, each with a digest of what busts it. ``gaps``: those that are left out
+    until their gap is over, each with its reason. ``standbys``: the standbys that have replayed ``lsn`` too, each with
+    the time of its start; ``None`` for a dropped one, for which busts do not wait.
+    ``last_commit``: a commit of that history, see `pipeline.lineage`. ``crash_free_since``: as of `Position`, when it
+    was written. ``as_of``: everything committed by that time (ms since 1970) lies below ``lsn``; 0 if unknown.
     """
 
     lsn: int
@@ -43,24 +47,44 @@ class Watermark:
     rules: Mapping[str, str]
     standbys: Mapping[str, str | None] = field(default_factory=dict)
     as_of: int = 0
+    crash_free_since: str = ""
+    last_commit: str = ""
+    gaps: Mapping[str, str] = field(default_factory=dict)
 
     def fields(self) -> dict[str, str | int]:
-        """Return the hash's fields; ``rules`` and ``standbys`` are JSON.
+        """Return the hash's fields; ``rules``, ``gaps`` and ``standbys`` are JSON.
 
-        ``standbys`` is left out if there are none, and ``as_of`` while it is unknown: what Redis has stays true.
+        What there is none of is left out (see `absent`), and ``as_of`` while it is unknown: what Redis has stays true.
         """
         fields: dict[str, str | int] = {
+            "rules": _json(self.rules),
             "lsn": self.lsn,
             "at": self.at,
             "system_id": self.system_id,
             "timeline": self.timeline,
-            "rules": json.dumps(dict(self.rules), separators=(",", ":"), sort_keys=True),
         }
+        if self.gaps:
+            fields["gaps"] = _json(self.gaps)
         if self.standbys:
-            fields["standbys"] = json.dumps(dict(self.standbys), separators=(",", ":"), sort_keys=True)
+            fields["standbys"] = _json(self.standbys)
         if self.as_of:
             fields["as_of"] = self.as_of
+        if self.crash_free_since:
+            fields["crash_free_since"] = self.crash_free_since
+        if self.last_commit:
+            fields["last_commit"] = self.last_commit
         return fields
+
+    @property
+    def absent(self) -> list[str]:
+        """The fields that the hash must not have."""
+        optional = {
+            "gaps": self.gaps,
+            "standbys": self.standbys,
+            "crash_free_since": self.crash_free_since,
+            "last_commit": self.last_commit,
+        }
+        return [name for name, value in optional.items() if not value]
 
     @classmethod
     def read(cls, fields: Mapping[bytes, bytes]) -> Watermark | None:
@@ -68,7 +92,8 @@ class Watermark:
         try:
             rules = json.loads(fields[b"rules"])
             standbys = json.loads(fields.get(b"standbys", b"{}"))
-            if not isinstance(rules, dict) or not isinstance(standbys, dict):
+            found_gaps = json.loads(fields.get(b"gaps", b"{}"))
+            if not all(isinstance(found, dict) for found in (rules, standbys, found_gaps)):
                 return None
             return cls(
                 lsn=int(fields[b"lsn"]),
@@ -78,6 +103,9 @@ class Watermark:
                 rules={str(cache): str(digest) for cache, digest in rules.items()},
                 standbys={str(name): None if since is None else str(since) for name, since in standbys.items()},
                 as_of=int(fields.get(b"as_of", 0)),
+                crash_free_since=fields.get(b"crash_free_since", b"").decode(),
+                last_commit=fields.get(b"last_commit", b"").decode(),
+                gaps={str(cache): str(reason) for cache, reason in found_gaps.items()},
             )
         except (KeyError, ValueError, RecursionError):  # RecursionError: JSON nested too deep
             return None
@@ -97,7 +125,16 @@ def gaps(found: Watermark | None, position: Position, rules: Mapping[str, str]) 
     reason = _broken_history(found, position)
     if reason is not None or found is None:
         return dict.fromkeys(rules, reason or "no_watermark")
-    return {cache: "rules_changed" for cache, digest in rules.items() if found.rules.get(cache) != digest}
+    # A gap that was not over when the watermark was written still has the reason that it had.
+    return {
+        cache: "rules_changed" if cache in found.rules else found.gaps.get(cache, "rules_changed")
+        for cache, digest in rules.items()
+        if found.rules.get(cache) != digest
+    }
+
+
+def _json(values: Mapping[str, str | None]) -> str:
+    return json.dumps(dict(values), separators=(",", ":"), sort_keys=True)
 
 
 def _broken_history(found: Watermark | None, position: Position) -> str | None:
@@ -109,6 +146,9 @@ def _broken_history(found: Watermark | None, position: Position) -> str | None:
         return "other_system"
     if found.timeline != position.timeline:
         return "other_timeline"
+    if found.crash_free_since != position.crash_free_since:
+        # Commits that readers have seen, and cached, may be gone.
+        return "server_crashed"
     if found.lsn < position.start:
         return "missed_changes"
     if found.lsn > position.flushed:

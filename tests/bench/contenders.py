@@ -259,7 +259,8 @@ class Daemon(Contender):
         job = Job(dsn=pg.dsn, redis_url=keyspace.url, slot=source.SLOT, tables=pg.tables, end="", folder=folder)
         deadline = time.monotonic() + 60
         with self.start(job) as running:
-            while not (found := keyspace.client.hgetall(_watermark(source.SLOT))):
+            # Until the sweep of its new slot is over.
+            while not (found := keyspace.client.hgetall(_watermark(source.SLOT))) or b"gaps" in found:
                 running.must_live()
                 if time.monotonic() > deadline:
                     raise TimeoutError(running.said())

@@ -104,6 +104,14 @@ MISTAKES: list[Mistake] = [
         lambda d: spec(d)["template"]["spec"].pop("automountServiceAccountToken"),
         "automountServiceAccountToken",
     ),
+    (
+        "service links",
+        lambda d: (
+            spec(d)["template"]["spec"].pop("enableServiceLinks", None),
+            ours(d).update(env=[each for each in ours(d)["env"] if each["name"] != "CDC_HTTP_PORT"]),
+        ),
+        "would set CDC_HTTP_PORT",
+    ),
     ("a wrong port", lambda d: ours(d)["livenessProbe"]["httpGet"].update(port=8080), "asks port 8080"),
     ("a wrong port name", lambda d: ours(d)["livenessProbe"]["httpGet"].update(port="metrics"), "asks port metrics"),
     ("a port where nobody listens", lambda d: ours(d)["ports"][0].update(containerPort=9480), "its port is not 9479"),

@@ -27,6 +27,7 @@ from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis import sentinel
 from cdc_invalidator.redis.endpoint import Endpoint
@@ -211,14 +212,21 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
     async def hidden(_: Iterable[int]) -> set[int]:
         return set()
 
+    async def horizon() -> Horizon:
+        return Horizon(3, 3)
+
+    async def reached() -> int:
+        return 100
+
     metrics = Metrics(CollectorRegistry())
     return Apply(
         open_server,
-        PostgresView(hidden, Queries(""), Standbys([], limit=1, metrics=metrics)),
+        PostgresView(hidden, Queries(""), Standbys([], limit=1, metrics=metrics), horizon, reached),
         Kept(RuleSet({}, (), ""), {}, Position("1", 1, 100, 100)),
         backlog=Backlog(),
         checkpoint=Checkpoint(100),
         recent=Recent(),
+        suspicious=False,
         sweep_gaps=True,
         sweep_rate=0,
         metrics=metrics,

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -291,6 +292,108 @@ def test_a_database_restored_from_an_older_copy_is_noticed(
         stage.assert_all_gone()
 
 
+@pytest.mark.parametrize("running", [False, True], ids=["away", "running"])
+def test_a_copy_that_has_written_more_than_was_lost_is_noticed_by_the_last_commit(
+    redis_url: str, tmp_path: Path, slot_name: str, running: bool
+) -> None:
+    with (
+        Postgres() as server,
+        staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
+    ):
+        stage.change()
+        stage.stop()
+        server.stop()
+        copy = server.folder / "copy"
+        shutil.copytree(server.data, copy)
+        server.start()
+        stage.start()
+        stage.change()
+        stage.settle()
+        stage.cache("t:thing:2", "t:thing:50")
+        lost = wal_position(stage.dsn)
+        if running:
+            stage.daemon.send(signal.SIGSTOP)
+        else:
+            stage.stop()
+        server.stop()
+        shutil.rmtree(server.data)
+        copy.rename(server.data)
+        give_to_nobody(server.data)
+        server.start()
+        execute(stage.dsn, *("INSERT INTO junk SELECT generate_series(1, 10000)",) * 3)
+        stage.change()
+        assert wal_position(stage.dsn) > lost
+        stage.forget()
+        if running:
+            stage.daemon.send(signal.SIGCONT)
+        else:
+            stage.start()
+        stage.gap("other_history")
+        assert not stage.cached("t:thing:2", "t:thing:50")
+        stage.assert_all_gone()
+        # From here on it is the history.
+        stage.daemon.kill()
+        stage.cache("t:thing:50")
+        stage.start()
+        stage.assert_all_gone()
+        assert stage.cached("t:thing:50")
+        assert not stage.daemon.named("gap")
+
+
+# Commits stay in memory for long, unless they are flushed.
+LAZY = {"wal_writer_delay": "10s", "bgwriter_delay": "10s", "autovacuum": "off"}
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["away", "running"])
+@pytest.mark.parametrize("version", sorted(postgres_bin_dirs()), ids=lambda version: f"PostgreSQL {version}")
+def test_commits_that_a_crash_takes_back_are_swept_and_a_restart_sweeps_nothing(
+    redis_url: str, tmp_path: Path, slot_name: str, version: int, running: bool
+) -> None:
+    with (
+        Postgres(bin_dir=postgres_bin_dirs()[version], settings=LAZY) as server,
+        staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
+    ):
+
+        def again(end: Callable[[], None]) -> None:
+            stage.settle()
+            if not running:
+                stage.stop()
+            stage.forget()
+            end()
+            server.start()
+            if running:
+                stage.daemon.seen("streaming")
+            else:
+                stage.start()
+            stage.settle()
+
+        stage.cache("t:thing:1")
+        again(server.stop)
+        assert stage.cached("t:thing:1")
+        assert not stage.daemon.named("gap")
+
+        def crash() -> None:
+            for _ in range(20):
+                with psycopg.connect(stage.dsn, autocommit=True) as connection:
+                    connection.execute("SET synchronous_commit = off")
+                    connection.execute("UPDATE things SET n = 99 WHERE id = 2")
+                    # A reader has seen it.
+                    stage.cache("t:thing:2")
+                    server.kill()
+                server.start()
+                if value(stage.dsn, "SELECT n FROM things WHERE id = 2") != 99:
+                    break
+                execute(stage.dsn, "UPDATE things SET n = 0 WHERE id = 2")
+            else:
+                raise AssertionError("no commit was taken back")
+            server.stop()
+
+        again(crash)
+        stage.gap("server_crashed")
+        assert not stage.cached("t:thing:2")
+        stage.assert_all_gone()
+
+
 def test_a_promoted_standby_that_has_the_slot_is_noticed_by_its_timeline(
     redis_url: str, tmp_path: Path, slot_name: str
 ) -> None:
@@ -535,8 +638,166 @@ def test_a_daemon_killed_in_the_middle_of_a_gaps_sweep_sweeps_again(
         stage.daemon.kill()
         assert not stage.daemon.named("bust", reason="gap")
         stage.start()
-        stage.gap("missed_changes")
+        stage.gap("new_slot")
         stage.assert_all_gone()
+
+
+# What the watermark says meanwhile.
+
+
+def test_while_a_gap_is_swept_the_watermark_goes_on_without_its_caches(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(database, redis_url, tmp_path, slot_name, sweep_rate="2000") as stage:
+        for number in range(4000):
+            stage.client.set(f"stranger:{number}", 1)
+        stage.cache("t:thing:1")
+        assert stage.named() == {"thing", "other"}
+        execute(database, "DROP TABLE things", SCHEMA[0], "INSERT INTO things VALUES (1, 2)")
+        stage.daemon.seen("gap", reason="table_changed")
+        assert stage.named() == {"other"}
+        for number in (1, 2):
+            stage.cache(f"t:other:{number}")
+            execute(database, f"UPDATE others SET n = 1 WHERE id = {number}")
+            stage.passed()
+            assert not stage.cached(f"t:other:{number}")
+        end = wal_position(database)
+        eventually(lambda: confirmed(database, slot_name) >= end, "no WAL is held back")
+        assert stage.daemon.metric("cdc_invalidator_gaps_open") == 1, "more strangers, please"
+        assert stage.named() == {"other"}
+        stage.settle()
+        assert stage.named() == {"thing", "other"}
+        assert not stage.cached("t:thing:1")
+        stage.assert_all_gone()
+
+
+@pytest.mark.parametrize("taken_over", [False, True], ids=["killed", "taken over"])
+def test_what_was_settling_when_a_daemon_was_killed_is_swept_by_the_next(stage: GapStage, taken_over: bool) -> None:
+    with psycopg.connect(stage.dsn) as older:
+        older.execute("INSERT INTO junk VALUES (1)")
+        with psycopg.connect(stage.dsn) as writer:
+            execute(stage.dsn, f"ALTER PUBLICATION {stage.slot} DROP TABLE things")
+            writer.execute("UPDATE things SET n = 1 WHERE id = 1")
+            execute(stage.dsn, f"ALTER PUBLICATION {stage.slot} ADD TABLE things")
+            stage.gap("table_changed", "thing")
+            with ExitStack() as stack:
+                if taken_over:
+                    second = stack.enter_context(
+                        RunningDaemon(dsn=stage.dsn, redis_url=stage.redis_url, rules=stage.rules, slot=stage.slot)
+                    )
+                    second.ready()
+                    stage.daemon.kill()
+                    assert second.seen("gap", caches=["thing"])["reason"] == "table_changed"
+                    second.seen("bust", reason="gap", cache="thing")
+                else:
+                    stage.daemon.kill()
+                    stage.start()
+                    stage.gap("table_changed", "thing")
+                # What a reader loads now is what was committed before.
+                stage.cache("t:thing:1")
+                stage.passed()
+                assert stage.named() == {"other"}
+                writer.commit()
+                stage.passed()
+                assert stage.named() == {"other"}, "another transaction of that time is not over"
+                older.commit()
+                eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+                eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
+
+
+def test_a_commit_that_waits_for_its_standby_while_the_slot_is_made_is_swept_for(
+    redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    with Postgres(settings={"synchronous_standby_names": "nobody", "synchronous_commit": "local"}) as server:
+        execute(server.dsn, *SCHEMA)
+        rules = tmp_path / "rules.yaml"
+        rules.write_text(RULES)
+        with (
+            RunningDaemon(dsn=server.dsn, redis_url=redis_url, rules=rules, slot=slot_name) as daemon,
+            psycopg.connect(server.dsn) as first,
+            psycopg.connect(server.dsn) as second,
+            _hidden_update(server.dsn) as show,
+        ):
+            stage = GapStage(daemon)
+            first.execute("INSERT INTO junk VALUES (1)")
+            _waited_for(first)
+            second.execute("INSERT INTO junk VALUES (2)")
+            first.commit()
+            _waited_for(second)
+            next(show)
+            second.commit()
+            daemon.ready()
+            stage.gap("new_slot")
+            # What a reader loads now is what was committed before.
+            assert value(server.dsn, "SELECT n FROM things WHERE id = 1") == 0
+            stage.cache("t:thing:1")
+            stage.passed()
+            assert stage.named() == set()
+            next(show)
+            assert value(server.dsn, "SELECT n FROM things WHERE id = 1") == 1
+            eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+            eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
+            stage.close()
+
+
+def _waited_for(connection: psycopg.Connection[Any]) -> None:
+    """Wait until somebody waits for the end of a transaction."""
+    query = "SELECT 1 FROM pg_locks WHERE NOT granted AND transactionid::text = %s"
+    row = connection.execute("SELECT pg_current_xact_id()::text").fetchone()
+    assert row
+    eventually(lambda: connection.execute(query, row).fetchone(), "it is waited for")
+
+
+@contextmanager
+def _hidden_update(dsn: str) -> Iterator[Iterator[None]]:
+    """Give the steps of an update of thing 1: its commit waits for a standby; readers see it."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("SET synchronous_commit = on")
+        statement = ["UPDATE things SET n = n + 1 WHERE id = 1"]
+        committing = threading.Thread(target=connection.execute, args=statement, daemon=True)
+
+        def steps() -> Iterator[None]:
+            committing.start()
+            waits = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event = 'SyncRep'"
+            eventually(lambda: value(dsn, waits, connection.info.backend_pid), "the commit waits")
+            yield
+            value(dsn, "SELECT pg_cancel_backend(%s)", connection.info.backend_pid)
+            committing.join()
+            yield
+
+        try:
+            yield steps()
+        finally:
+            value(dsn, "SELECT pg_cancel_backend(%s)", connection.info.backend_pid)
+            committing.join()
+
+
+def test_a_prepared_transaction_keeps_a_gap_open_and_holds_up_nothing_else(
+    redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    with (
+        Postgres(settings={"max_prepared_transactions": "2"}) as server,
+        staged(server.dsn, redis_url, tmp_path, slot_name) as stage,
+    ):
+        execute(stage.dsn, f"ALTER PUBLICATION {slot_name} DROP TABLE things")
+        execute(stage.dsn, "BEGIN; UPDATE things SET n = 1 WHERE id = 1; PREPARE TRANSACTION 'forgotten'")
+        execute(stage.dsn, f"ALTER PUBLICATION {slot_name} ADD TABLE things")
+        stage.gap("table_changed", "thing")
+        stage.cache("t:thing:1", "t:other:1")
+        execute(stage.dsn, "UPDATE others SET n = 1 WHERE id = 1")
+        stage.passed()
+        assert stage.cached("t:thing:1", "t:other:1") == ["t:thing:1"]
+        assert stage.named() == {"other"}
+        end = wal_position(stage.dsn)
+        eventually(lambda: confirmed(stage.dsn, slot_name) >= end, "no WAL is held back")
+        waits = stage.daemon.seen("gap_waits")
+        assert waits["caches"] == ["thing"]
+        found = value(stage.dsn, "SELECT transaction::text FROM pg_prepared_xacts")
+        assert str(waits["xid"]) == found
+        execute(stage.dsn, "COMMIT PREPARED 'forgotten'")
+        eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+        stage.settle()
+        assert stage.named() == {"thing", "other"}
 
 
 # The publication, which PostgreSQL before 18 can't decode without.
@@ -572,7 +833,7 @@ def test_a_publication_dropped_while_the_daemon_streams_is_made_anew(any_stage: 
     execute(stage.dsn, f"DROP PUBLICATION {stage.slot}")
     key = stage.change()
     eventually(lambda: not stage.cached(key), "what was changed meanwhile is swept")
-    assert stage.daemon.named("gap")
+    stage.daemon.seen("gap")
     eventually(lambda: _published(stage) == 2, "both tables are published again")
     stage.assert_all_gone()
     stage.assert_all_gone()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import reading
 import redis
-from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
+from running import RunningDaemon, command, eventually, execute, settled, wal_position, watermark
 
 from cdc_invalidator.embedded.servers import Valkey
 
@@ -90,6 +90,9 @@ def test_evicted_versions_and_an_evicted_watermark_do_no_harm(
                     client.delete(f"cdc:{slot_name}:watermark")
         assert app.hits > 0
         assert int(client.info("stats")["evicted_keys"]) > 1000
+        given = {"postgres_dsn": database, "redis_url": valkey.url, "rules": rules, "slot": slot_name}
+        checked = command("check", **given, publication=slot_name)
+        assert ("allkeys-random" in checked.stdout) == (policy == "allkeys-random")
         # Nothing proves that it was evicted, and not that the data are others.
         daemon.seen("gap", reason="no_watermark", swept=True)
         settled(database, client, slot_name)

@@ -42,7 +42,7 @@ WORDS = {
     "NOPROTO": "unsupported protocol version",
     "ERR": "unknown command 'evalsha', with args beginning with: 't:thing:42'",
 }
-NOT_A_REPLY = {"TIMEOUT", "CLOSED", "GARBLED", "MOVED_AWAY", "OTHER_DATA"}
+NOT_A_REPLY = {"TIMEOUT", "CLOSED", "GARBLED", "MOVED_AWAY", "OTHER_DATA", "NO_COMMAND"}
 
 
 def test_the_table_has_a_test_for_each_of_its_rows() -> None:

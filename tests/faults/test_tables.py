@@ -337,17 +337,77 @@ def test_a_latin1_database_gives_the_same_keys(start: Start, postgres: Postgres,
 # Columns.
 
 
-def test_columns_that_no_rule_reads_come_go_and_change_without_a_sweep(start: Start) -> None:
-    stage = start(THINGS, ROWS.format("things"))
-    stage.cache("t:thing:50")
+ALL_KINDS = (
+    "CREATE TYPE mood AS ENUM ('sad', 'happy')",
+    "CREATE DOMAIN moods AS mood[]",
+    "CREATE TYPE pair AS (one int, two int)",
+    """CREATE TABLE things (id int PRIMARY KEY, n int, m mood, ms moods, p pair, note text, base int DEFAULT 4,
+       double int GENERATED ALWAYS AS (base * 2) STORED)""",
+    "INSERT INTO things (id, n, m) SELECT n, 0, 'sad' FROM generate_series(1, 99) n",
+)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ALTER TABLE things ALTER n TYPE int USING n + 1",
+        "ALTER TABLE things ALTER n TYPE bigint",
+        "ALTER TABLE things ALTER note TYPE varchar(3) USING upper(note)",
+        "ALTER TABLE things ALTER double SET EXPRESSION AS (base * 3)",
+        "ALTER TABLE things ADD COLUMN more int NOT NULL DEFAULT 5",
+        "ALTER TABLE things ADD COLUMN more float DEFAULT random()",
+        "ALTER TABLE things ADD COLUMN more int GENERATED ALWAYS AS (n * 4)",
+        "ALTER TABLE things DROP COLUMN note",
+        "ALTER TABLE things RENAME COLUMN note TO remark",
+        "ALTER TYPE mood RENAME VALUE 'sad' TO 'blue'",
+        "ALTER TYPE pair RENAME ATTRIBUTE one TO uno CASCADE",
+        "ALTER TYPE pair ADD ATTRIBUTE three int CASCADE",
+    ],
+)
+def test_what_changes_the_values_or_the_shape_of_rows_sweeps_that_tables_caches(start: Start, statement: str) -> None:
+    stage = start(*ALL_KINDS, OTHERS, rules=(THING, OTHER))
+    stage.cache("t:other:1")
+    stage.sweeps(["t:thing:1"], statement)
+    stage.gap("table_changed")
+    stage.settle()
+    assert stage.cached("t:other:1")
+    stage.assert_well()
+
+
+def test_what_keeps_all_values_sweeps_nothing(start: Start) -> None:
+    stage = start(*ALL_KINDS)
+    stage.cache("t:thing:1")
+    for statement in (
+        "VACUUM FULL things", "CLUSTER things USING things_pkey", "VACUUM FREEZE things", "ANALYZE things",
+        "REINDEX TABLE things", "CREATE INDEX ON things (n)", "GRANT SELECT ON things TO PUBLIC",
+        "COMMENT ON TABLE things IS 'things'", "VACUUM FULL pg_attribute", "VACUUM FULL pg_publication",
+    ):  # fmt: skip
+        execute(stage.dsn, statement)
+    looks = stage.looks()
+    eventually(lambda: stage.looks() > looks + 1, "the daemon looks at the tables")
+    stage.settle()
+    assert stage.cached("t:thing:1")
+    assert not stage.daemon.named("gap")
+    stage.assert_well()
+
+
+def test_a_table_that_was_altered_is_swept_with_its_next_change_before_the_watermark_passes_that(start: Start) -> None:
+    stage = start(THINGS, OTHERS, ROWS.format("things"), rules=(THING, OTHER))
+    stage.cache("t:thing:50", "t:other:50")
     with Application(stage.dsn, "UPDATE things SET id = id WHERE id = 99") as app:
         stage.busts(
-            ["t:thing:1"], "ALTER TABLE things ADD COLUMN more int DEFAULT 1", "UPDATE things SET more = 2 WHERE id = 1"
+            ["t:thing:1", "t:thing:50"],
+            "ALTER TABLE things ADD COLUMN more int DEFAULT 1",
+            "UPDATE things SET more = 2 WHERE id = 1",
         )
-        stage.busts(["t:thing:2"], "ALTER TABLE things RENAME COLUMN more TO less", "DELETE FROM things WHERE id = 2")
-        stage.busts(["t:thing:3"], "ALTER TABLE things DROP COLUMN n", "UPDATE things SET less = 3 WHERE id = 3")
+        stage.calm()
+        # It is known now, and no change of it sweeps.
+        stage.cache("t:thing:50")
+        stage.busts(["t:thing:2"], "DELETE FROM things WHERE id = 2")
     assert app.failures == []
-    assert stage.cached("t:thing:50")
+    assert stage.cached("t:thing:50", "t:other:50") == ["t:thing:50", "t:other:50"]
+    sweeps = stage.daemon.named("bust", action="sweep", cache="thing", reason="change")
+    assert [event["op"].split(",")[0] for event in sweeps] == ["alter"]
     stage.assert_well()
 
 
@@ -444,6 +504,124 @@ def test_a_partition_attached_or_detached_while_the_daemon_was_away_sweeps(start
     stage.assert_well()
 
 
+DETACH = "ALTER TABLE events DETACH PARTITION events_1"
+ATTACH = "ALTER TABLE events ATTACH PARTITION events_1 FOR VALUES FROM (0) TO (100)"
+CHANGE = "UPDATE events_1 SET n = 5 WHERE id = 1"
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["running", "away"])
+@pytest.mark.parametrize(
+    "statements",
+    [
+        (f"{DETACH}; {CHANGE}; {ATTACH}",),
+        (DETACH, CHANGE, ATTACH),
+        (
+            "ALTER TABLE events DETACH PARTITION events_2",
+            "UPDATE events_2 SET n = 5 WHERE id = 21",
+            "ALTER TABLE events ATTACH PARTITION events_2 FOR VALUES FROM (100) TO (200)",
+        ),
+        ("ALTER TABLE events_1 SET UNLOGGED", CHANGE, "ALTER TABLE events_1 SET LOGGED"),
+    ],
+    ids=["in one transaction", "step by step", "with partitions of its own", "unlogged"],
+)
+def test_a_partition_that_was_not_published_between_two_looks_is_swept_for(
+    start: Start, statements: tuple[str, ...], away: bool
+) -> None:
+    stage = start(*EVENTS, OTHERS, rules=(EVENT, OTHER))
+    stage.cache("t:event:1", "t:event:21", "t:other:1")
+    if away:
+        assert stage.daemon.terminate() == 0
+    execute(stage.dsn, *statements)
+    if away:
+        stage.daemon.start().ready()
+    eventually(lambda: not stage.cached("t:event:1", "t:event:21"), "they are swept")
+    stage.settle()
+    assert stage.cached("t:other:1")
+    stage.assert_well()
+
+
+@pytest.mark.parametrize("end", ["DROP TABLE events_9", "ALTER TABLE events DETACH PARTITION events_9"])
+def test_a_partition_that_is_gone_before_its_changes_are_read_is_swept_for_in_their_order(
+    start: Start, end: str
+) -> None:
+    stage = start(*EVENTS, OTHERS, rules=(EVENT, OTHER))
+    stage.cache("t:other:1")
+    assert stage.daemon.terminate() == 0
+    execute(
+        stage.dsn,
+        "CREATE TABLE events_9 PARTITION OF events FOR VALUES FROM (900) TO (1000)",
+        "INSERT INTO events VALUES (9, 950, 1)",
+        end,
+    )
+    # A reader had it before.
+    stage.cache("t:event:9")
+    stage.daemon.start().ready()
+    stage.settle()
+    assert stage.cached("t:event:9", "t:other:1") == ["t:other:1"]
+    stage.daemon.seen("unknown_table")
+    stage.daemon.errors.clear()
+    stage.assert_well()
+
+
+# The publication.
+
+PUBLISH = "ALTER PUBLICATION {slot} SET (publish = '%s')"
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["running", "away"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (PUBLISH % "insert, update", ""),
+        (PUBLISH % "insert, update", PUBLISH % "insert, update, delete, truncate"),
+        ("ALTER PUBLICATION {slot} RENAME TO {slot}_2", "ALTER PUBLICATION {slot}_2 RENAME TO {slot}"),
+        ("ALTER PUBLICATION {slot} DROP TABLE things", "ALTER PUBLICATION {slot} ADD TABLE things"),
+        ("ALTER PUBLICATION {slot} SET TABLE things WHERE (id > 5)", "ALTER PUBLICATION {slot} SET TABLE things"),
+    ],
+    ids=["narrowed", "narrowed and widened", "renamed and back", "taken out and put back", "filtered and not"],
+)
+def test_a_publication_that_hid_changes_between_two_looks_is_swept_for(
+    start: Start, before: str, after: str, away: bool
+) -> None:
+    stage = start(THINGS, ROWS.format("things"))
+    stage.cache("t:thing:1")
+    if away:
+        assert stage.daemon.terminate() == 0
+    statements = [each.format(slot=stage.slot) for each in (before, "DELETE FROM things WHERE id = 1", after) if each]
+    execute(stage.dsn, *statements)
+    if away:
+        stage.daemon.start().ready()
+    eventually(lambda: not stage.cached("t:thing:1"), "it is swept")
+    stage.busts(["t:thing:2"], "DELETE FROM things WHERE id = 2")
+
+
+@pytest.mark.parametrize(
+    ("carried", "statements"),
+    [
+        ("ALL TABLES", "ALTER TABLE things SET UNLOGGED; UPDATE things SET n = 1; ALTER TABLE things SET LOGGED"),
+        (
+            "TABLES IN SCHEMA public",
+            "ALTER TABLE things SET UNLOGGED; UPDATE things SET n = 1; ALTER TABLE things SET LOGGED",
+        ),
+        (
+            "TABLES IN SCHEMA public",
+            """ALTER TABLE things SET SCHEMA elsewhere; UPDATE elsewhere.things SET n = 1;
+               ALTER TABLE elsewhere.things SET SCHEMA public""",
+        ),
+    ],
+    ids=["unlogged of all", "unlogged in a schema", "moved out of a schema"],
+)
+def test_a_table_that_the_publication_does_not_list_and_that_it_did_not_carry_for_a_while_is_swept_for(
+    start: Start, slot_name: str, carried: str, statements: str
+) -> None:
+    stage = start(
+        THINGS, "CREATE SCHEMA elsewhere", ROWS.format("things"), f"CREATE PUBLICATION {slot_name} FOR {carried}"
+    )
+    stage.sweeps(["t:thing:1"], *statements.split(";"))
+    stage.busts(["t:thing:2"], "DELETE FROM things WHERE id = 2")
+    stage.assert_well()
+
+
 def test_a_partition_without_identity_takes_the_whole_table_out_until_it_has_one(start: Start) -> None:
     stage = start(*EVENTS, rules=(EVENT,))
     execute(stage.dsn, "ALTER TABLE events_2a REPLICA IDENTITY NOTHING")
@@ -478,13 +656,33 @@ def test_rules_on_a_root_and_on_its_partition_both_bust(start: Start) -> None:
         ((THINGS, "CREATE PUBLICATION {} FOR TABLE things (id)"), "row filter or a column list"),
         (
             (
-                "CREATE TABLE things (id int PRIMARY KEY, double int GENERATED ALWAYS AS (id * 2) STORED)",
+                "CREATE TABLE things (id int PRIMARY KEY, double int GENERATED ALWAYS AS (id * 2) VIRTUAL)",
                 "ALTER TABLE things REPLICA IDENTITY FULL",
             ),
-            "generated column",
+            "virtual generated column",
+        ),
+        (
+            (THINGS, "CREATE TABLE bare (id int)", "CREATE PUBLICATION {} FOR ALL TABLES WITH (publish = 'insert')"),
+            "tables without replica identity (public.bare)",
+        ),
+        (
+            (
+                THINGS,
+                "CREATE TABLE bare (id int)",
+                "CREATE PUBLICATION {} FOR TABLES IN SCHEMA public WITH (publish = 'insert')",
+            ),
+            "tables without replica identity (public.bare)",
         ),
     ],
-    ids=["inheritance", "partitioned without a primary key", "row filter", "column list", "generated column"],
+    ids=[
+        "inheritance",
+        "partitioned without a primary key",
+        "row filter",
+        "column list",
+        "virtual column",
+        "all tables",
+        "tables in a schema",
+    ],
 )
 def test_a_table_that_would_hurt_or_hide_is_refused_at_the_start(
     database: str, redis_url: str, tmp_path: Path, slot_name: str, statements: tuple[str, ...], sentence: str
@@ -495,6 +693,62 @@ def test_a_table_that_would_hurt_or_hide_is_refused_at_the_start(
         assert daemon.wait() == 2
     assert sentence in "\n".join(daemon.errors)
     execute(database, "UPDATE things SET id = id", "DELETE FROM things")
+    if "bare" in str(statements):
+        execute(database, "UPDATE bare SET id = id", "DELETE FROM bare")
+
+
+def test_a_table_without_identity_is_taken_out_before_updates_are_published(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    execute(
+        database,
+        THINGS,
+        "CREATE TABLE bare (id int)",
+        f"CREATE PUBLICATION {slot_name} FOR TABLE things, bare WITH (publish = 'insert')",
+    )
+    rules = rule_file(tmp_path, THING)
+    daemon = RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name)
+    with Application(database, "UPDATE bare SET id = id", "DELETE FROM bare") as app, daemon:
+        daemon.ready()
+        execute(database, "INSERT INTO things VALUES (1)", "UPDATE things SET id = 2")
+        daemon.seen("bust", op="update")
+    assert app.failures == []
+
+
+def test_an_identity_that_comes_to_contain_a_stored_column_never_makes_a_write_fail(start: Start) -> None:
+    stage = start(
+        "CREATE TABLE things (id int PRIMARY KEY, n int, double int GENERATED ALWAYS AS (n * 2) STORED)",
+        ROWS.format("things"),
+    )
+    with Application(stage.dsn, "UPDATE things SET n = n + 1 WHERE id = 99", "DELETE FROM things WHERE id = 98") as app:
+        execute(stage.dsn, "ALTER TABLE things REPLICA IDENTITY FULL")
+        stage.busts(["t:thing:1"], "UPDATE things SET n = 3 WHERE id = 1")
+    assert app.failures == []
+    stage.assert_well()
+
+
+def test_a_publication_of_an_older_release_comes_to_carry_stored_columns(start: Start) -> None:
+    stage = start(
+        "CREATE TABLE things (id int PRIMARY KEY, n int, double int GENERATED ALWAYS AS (n * 2) STORED)",
+        ROWS.format("things"),
+    )
+    execute(
+        stage.dsn,
+        f"ALTER PUBLICATION {stage.slot} SET (publish_generated_columns = none)",
+        "ALTER TABLE things REPLICA IDENTITY FULL",
+    )
+    eventually(lambda: _takes(stage.dsn, "UPDATE things SET n = 2 WHERE id = 1"), "the application can write again")
+    stage.publishes("public.things")
+    stage.busts(["t:thing:2"], "UPDATE things SET n = 3 WHERE id = 2")
+    stage.assert_well()
+
+
+def _takes(dsn: str, statement: str) -> bool:
+    try:
+        execute(dsn, statement)
+    except psycopg.Error:
+        return False
+    return True
 
 
 def test_a_table_that_others_come_to_inherit_from_is_taken_out_and_kept_swept(start: Start) -> None:
@@ -539,11 +793,49 @@ def test_a_transaction_older_than_the_publishing_of_its_table_is_swept_for_when_
         older.execute("UPDATE things SET n = 1 WHERE id = 1")
         stage.gap("table_added")
         stage.daemon.seen("bust", reason="gap", cache="thing")
-        stage.settle()
+        stage.passed()
         # What a reader loads now is what was committed before.
         stage.cache("t:thing:1", "t:other:1")
+        assert stage.named() == {"other"}
         older.commit()
     eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+    eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
+    assert stage.cached("t:other:1")
+    stage.assert_well()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (
+            (
+                "CREATE TABLE fresh (LIKE things INCLUDING ALL); INSERT INTO fresh SELECT * FROM things;"
+                "ALTER TABLE things RENAME TO former; ALTER TABLE fresh RENAME TO things"
+            ),
+            "SELECT 1",
+        ),
+        (f"DROP TABLE things; {THINGS}; {ROWS.format('things')}", "SELECT 1"),
+        ("ALTER PUBLICATION {slot} DROP TABLE things", "ALTER PUBLICATION {slot} ADD TABLE things"),
+    ],
+    ids=["swapped", "made anew", "published anew"],
+)
+def test_a_transaction_that_wrote_to_a_table_before_it_was_published_anew_is_swept_for_when_it_commits(
+    start: Start, before: str, after: str
+) -> None:
+    stage = start(THINGS, OTHERS, ROWS.format("things"), rules=(THING, OTHER))
+    with psycopg.connect(stage.dsn) as older:
+        execute(stage.dsn, before.format(slot=stage.slot))
+        older.execute("UPDATE things SET n = 1 WHERE id = 1")
+        execute(stage.dsn, after.format(slot=stage.slot))
+        stage.daemon.seen("gap", caches=["thing"])
+        stage.daemon.seen("bust", reason="gap", cache="thing")
+        stage.passed()
+        # What a reader loads now is what was committed before.
+        stage.cache("t:thing:1", "t:other:1")
+        assert stage.named() == {"other"}
+        older.commit()
+    eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+    eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
     assert stage.cached("t:other:1")
     stage.assert_well()
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from typing import TYPE_CHECKING
 
-import psycopg
 import pytest
 import reading
 import redis
 from running import RunningDaemon, eventually, execute, settled, wal_position, watermark
-from writing import create, rules_file
+from writing import create, invisible_commits, rules_file
 
 from cdc_invalidator.embedded.servers import Postgres
 
@@ -26,27 +24,6 @@ SLOT = "early"
 def server() -> Iterator[Postgres]:
     with Postgres() as postgres:
         yield postgres
-
-
-def shown(dsn: str, setting: str) -> str:
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        row = connection.execute("SELECT current_setting(%s)", [setting]).fetchone()
-    assert row is not None
-    return str(row[0])
-
-
-@contextlib.contextmanager
-def invisible_commits(dsn: str) -> Iterator[None]:
-    """Let commits wait for a standby that there is not: flushed and decoded, and invisible."""
-    execute(dsn, "ALTER SYSTEM SET synchronous_standby_names = 'nobody'", "SELECT pg_reload_conf()")
-    eventually(lambda: shown(dsn, "synchronous_standby_names") == "nobody", "the setting is read")
-    yield
-    execute(
-        dsn,
-        "SET synchronous_commit = local",
-        "ALTER SYSTEM RESET synchronous_standby_names",
-        "SELECT pg_reload_conf()",
-    )
 
 
 def test_a_commit_that_waits_for_its_standby_is_busted_again_once_readers_see_it(

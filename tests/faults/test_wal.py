@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 import psycopg
@@ -14,11 +15,13 @@ from psycopg.conninfo import make_conninfo
 from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
 from writing import Writer, assert_all_is_well, create, left, rules_file
 
+from cdc_invalidator.embedded.servers import Postgres
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from cdc_invalidator.embedded.servers import Postgres, Valkey
+    from cdc_invalidator.embedded.servers import Valkey
 
 MB = 1 << 20
 LIMIT = 32 * MB
@@ -213,3 +216,102 @@ def test_a_large_transaction_that_no_rule_reads_does_not_end_the_session(
         assert_all_is_well(database, redis_client, daemon)
         assert len(daemon.named("streaming")) == 1
         assert not daemon.named("session_lost")
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Iterator[Postgres]:
+    """A server of its own, with prepared transactions, whose commits wait for a standby that is not there."""
+    with Postgres(settings={"max_wal_size": "128MB", "max_prepared_transactions": "4"}) as server:
+        create(server.dsn)
+        execute(server.dsn, "CREATE TABLE noise (n int, body text)")
+        yield server
+
+
+@pytest.fixture
+def bounded(
+    waiting: Postgres, tmp_path: Path, redis_url: str, redis_client: redis.Redis, slot_name: str
+) -> Iterator[RunningDaemon]:
+    limit = {"max_retained_wal": "32MiB"}
+    rules = rules_file(tmp_path)
+    with RunningDaemon(dsn=waiting.dsn, redis_url=redis_url, rules=rules, slot=slot_name, **limit) as running:
+        running.ready()
+        settled(waiting.dsn, redis_client, slot_name)
+        yield running
+
+
+@contextmanager
+def commit_that_waits(server: Postgres, statement: str) -> Iterator[Callable[[], None]]:
+    """A statement whose commit waits for a synchronous standby that is not there; what ends its wait."""
+    waits = psycopg.connect(server.dsn, autocommit=True)
+    local = make_conninfo(server.dsn, options="-c synchronous_commit=local")
+    execute(local, "ALTER SYSTEM SET synchronous_standby_names = 'far'", "SELECT pg_reload_conf()")
+    eventually(lambda: shown(local, "synchronous_standby_names") == "far", "the setting is in force")
+    thread = threading.Thread(target=waits.execute, args=[statement.encode()])
+    thread.start()
+
+    def release() -> None:
+        execute(local, "ALTER SYSTEM SET synchronous_standby_names = ''", "SELECT pg_reload_conf()")
+        thread.join()
+
+    try:
+        yield release
+    finally:
+        release()
+        waits.close()
+
+
+def shown(dsn: str, name: str) -> str:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        row = connection.execute("SELECT current_setting(%s)", [name]).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+@pytest.mark.timeout(180)
+def test_a_commit_that_waits_for_a_synchronous_standby_holds_little_wal_and_its_cache_is_swept_when_it_is_seen(
+    waiting: Postgres, bounded: RunningDaemon, redis_client: redis.Redis
+) -> None:
+    local = make_conninfo(waiting.dsn, options="-c synchronous_commit=local")
+    execute(local, "INSERT INTO things VALUES (1)")
+    with commit_that_waits(waiting, "UPDATE things SET body = 'new' WHERE id = 1") as release:
+        with Watcher(local, bounded.slot) as watcher, psycopg.connect(local, autocommit=True) as connection:
+            for _ in range(8):
+                write_wal(local, LIMIT)
+                connection.execute("CHECKPOINT")
+                time.sleep(3)
+            eventually(
+                lambda: connection.execute("CHECKPOINT") and (retained(connection, bounded.slot) or 0) < LIMIT,
+                "the slot holds little",
+            )
+        gap = bounded.seen("gap", reason="retained_wal")
+        assert gap["caches"] == ["thing"]
+        # A reader that comes now stores what it sees: the old row.
+        redis_client.set("t:thing:1", "old")
+        assert b"thing" not in watermark(redis_client, bounded.slot)[b"rules"]
+        release()
+        eventually(lambda: b"thing" in watermark(redis_client, bounded.slot)[b"rules"], "the watermark names it again")
+    print(f"at most {watcher.most / MB:.0f} MiB, {watcher.seconds_over:.1f} s over twice the limit")
+    assert not bounded.named("session_lost")
+    assert_all_is_well(waiting.dsn, redis_client, bounded)
+
+
+@pytest.mark.timeout(300)
+def test_a_transaction_that_never_ends_holds_no_wal_for_ever(
+    waiting: Postgres, bounded: RunningDaemon, redis_client: redis.Redis
+) -> None:
+    with psycopg.connect(waiting.dsn, autocommit=True) as connection:
+        connection.execute("BEGIN; INSERT INTO things VALUES (1); PREPARE TRANSACTION 'forgotten'")
+        write_wal(waiting.dsn, 3 * LIMIT)
+        given_up = eventually(lambda: bounded.named("gap", reason="position_given_up"), "it is given up", 120)[0]
+        assert "pg_prepared_xacts" in given_up["error"]
+        eventually(lambda: bounded.named("postgres_waits"), "what the new slot waits for is told", 60)
+        assert bounded.get("/readyz")[0] == 503
+        write_wal(waiting.dsn, 2 * LIMIT)
+        eventually(
+            lambda: any("CDC_MAX_RETAINED_WAL" in lost["error"] for lost in bounded.named("session_lost")),
+            "nor does the slot that is being made hold more",
+            60,
+        )
+        connection.execute("COMMIT PREPARED 'forgotten'")
+    eventually(lambda: bounded.get("/readyz")[0] == 200, "it leads again", 60)
+    assert_all_is_well(waiting.dsn, redis_client, bounded)

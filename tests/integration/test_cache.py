@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ import redis
 from cdc_invalidator import errors
 from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.pipeline.sweep import Sweep
+from cdc_invalidator.reader.scripts import VERSION
 from cdc_invalidator.redis.endpoint import Endpoint
-from cdc_invalidator.redis.scripts import BUMP_DELETED, BUMP_MISSING
+from cdc_invalidator.redis.scripts import BUMP, BUMP_DELETED, BUMP_MISSING
 from cdc_invalidator.redis.server import KEYS_A_COMMAND, CacheServer
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Watermark
@@ -129,16 +131,55 @@ async def test_bumps_never_repeat(server: CacheServer, redis_client: redis.Redis
     counters = dict.fromkeys((b"small", b"large", b"text", b"list", b"missing"), 60000)
     outcome = await server.bust([], counters)
     assert outcome.versions[b"small"] > 10**15
-    assert outcome.versions[b"large"] == future + 1
+    assert outcome.versions[b"large"] > future
     assert outcome.versions[b"text"] == BUMP_DELETED
     assert outcome.versions[b"list"] == BUMP_DELETED
     assert outcome.versions[b"missing"] == BUMP_MISSING
     assert redis_client.get("small") == str(outcome.versions[b"small"]).encode()
-    assert redis_client.get("large") == str(future + 1).encode()
+    assert redis_client.get("large") == str(outcome.versions[b"large"]).encode()
     assert not redis_client.exists("text", "list", "missing")
     again = await server.bust([], counters)
     assert again.versions[b"small"] > outcome.versions[b"small"]
-    assert again.versions[b"large"] == future + 2
+    assert again.versions[b"large"] > outcome.versions[b"large"]
+
+
+@pytest.mark.parametrize(
+    "version",
+    ["1790000000000000000", "9007199254740993", "9007199254740991", "inf", "1e300", "-1", "0x10", " 1", "1.5"],
+)
+async def test_a_version_that_lua_can_not_count_on_is_replaced(
+    server: CacheServer, redis_client: redis.Redis, version: str
+) -> None:
+    redis_client.set("odd", version)
+    outcome = await server.bust([], {b"odd": 60_000})
+    first = outcome.versions[b"odd"]
+    assert 10**15 < first < 2**53
+    assert redis_client.get("odd") == str(first).encode()
+    again = await server.bust([], {b"odd": 60_000})
+    assert again.versions[b"odd"] > first
+
+
+# Redis's clock, in microseconds, is the key `now`.
+CLOCK = (
+    "(function() local now = tonumber(redis.call('GET', 'now')) "
+    "return {string.format('%.0f', math.floor(now / 1000000)), string.format('%.0f', now % 1000000)} end)()"
+)
+
+
+def test_versions_never_repeat_when_the_clock_goes_back_and_the_counter_is_gone(redis_client: redis.Redis) -> None:
+    bump, create = (redis_client.register_script(text.replace("redis.call('TIME')", CLOCK)) for text in (BUMP, VERSION))
+    now, made, dice = 1_790_000_000_000_000, [], random.Random(1)
+    for _ in range(3):
+        for _ in range(2_000):
+            now += dice.randrange(500, 1500)
+            redis_client.set("now", now)
+            if not redis_client.exists("ver"):
+                made.append(int(create(keys=["ver"], args=[60_000])))
+            made.append(bump(keys=["ver"], args=[60_000, 0, ":stale"])[0])
+        now -= 2_000_000
+        redis_client.delete("ver")
+    assert len(set(made)) == len(made) == 6_003
+    assert max(made) < 2**53
 
 
 async def test_with_full_memory_deletes_work_bumps_delete_and_the_watermark_stalls(own_valkey: Valkey) -> None:

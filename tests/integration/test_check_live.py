@@ -249,7 +249,7 @@ def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(setting: Setti
     assert "does not publish delete and truncate" in checked.only("operation_not_published")["sentence"]
     harmful = checked.only("no_replica_identity")
     assert harmful["severity"] == "error"
-    assert f'ALTER PUBLICATION "{name}" DROP TABLE "public"."bare"' in harmful["sentence"]
+    assert f'ALTER PUBLICATION "{name}" DROP TABLE ONLY "public"."bare"' in harmful["sentence"]
     execute(setting.dsn, f"ALTER PUBLICATION {name} DROP TABLE bare")
     assert setting.check(other).grave == []
     execute(setting.dsn, f"ALTER PUBLICATION {name} SET TABLE others WHERE (id > 1)")
@@ -257,6 +257,34 @@ def test_what_the_publication_lacks_or_hides_is_told_with_the_sql(setting: Setti
     assert (limited["severity"], limited["line"]) == ("error", 5)
     execute(setting.dsn, f"ALTER PUBLICATION {name} SET (publish_via_partition_root = true)")
     assert "published_via_root" in setting.check(other).of("warning")
+
+
+@pytest.mark.parametrize("scope", ["FOR ALL TABLES", "FOR TABLES IN SCHEMA public"])
+def test_tables_that_a_publication_for_all_makes_unwritable_are_named_with_the_remedy(
+    setting: Setting, scope: str
+) -> None:
+    name = setting.given["publication"]
+    execute(
+        setting.dsn,
+        THINGS,
+        "CREATE TABLE bare (id int)",
+        "CREATE TABLE nothing (id int PRIMARY KEY)",
+        "ALTER TABLE nothing REPLICA IDENTITY NOTHING",
+        "CREATE TABLE parts (id int) PARTITION BY RANGE (id)",
+        "CREATE TABLE part PARTITION OF parts FOR VALUES FROM (0) TO (9)",
+        "CREATE UNLOGGED TABLE unlogged (id int)",
+        f"CREATE PUBLICATION {name} {scope}",
+    )
+    told = [each["sentence"] for each in setting.check(THING).findings if each["code"] == "no_replica_identity"]
+    assert len(told) == 3
+    for table, remedy in (
+        ("bare", 'add a primary key, or run ALTER TABLE "public"."bare" REPLICA IDENTITY FULL'),
+        ("nothing", 'run ALTER TABLE "public"."nothing" REPLICA IDENTITY DEFAULT'),
+        ("part", 'add a primary key, or run ALTER TABLE "public"."part" REPLICA IDENTITY FULL'),
+    ):
+        assert any(f"carries public.{table}, which" in sentence and remedy in sentence for sentence in told)
+    execute(setting.dsn, f"ALTER PUBLICATION {name} SET (publish = 'insert')")
+    assert set(setting.check(THING).of("error")) == {"operation_not_published"}
 
 
 def test_a_role_that_may_not_stream_or_set_up_is_an_error_with_what_an_administrator_runs(
@@ -280,7 +308,7 @@ def test_a_role_that_may_not_stream_or_set_up_is_an_error_with_what_an_administr
 def test_a_slot_of_something_else_is_an_error(setting: Setting) -> None:
     execute(setting.dsn, THINGS, f"SELECT pg_create_physical_replication_slot('{setting.given['slot']}')")
     try:
-        assert setting.check(THING).of("error") == ["foreign_slot"]
+        assert setting.check(THING).of("error") == ["unusable_slot"]
     finally:
         execute(setting.dsn, f"SELECT pg_drop_replication_slot('{setting.given['slot']}')")
 

@@ -174,14 +174,15 @@ def test_a_right_that_is_missing_is_told_to_the_operator(
         with RunningDaemon(dsn=database, redis_url=url, rules=rules, slot=slot_name) as daemon:
             client.set("t:{1}:count", 0)
             client.set("t:{1}:ver", 1)
-            if right != "+script|load":
-                daemon.ready()
+            if right not in {"+script|load", "+hgetall"}:
+                eventually(lambda: daemon.status().get("role") == "leader", "it leads")
                 execute(database, "UPDATE counters SET n = 1 WHERE id = 1")
             told = eventually(
                 lambda: daemon.named("redis_unavailable", level="error") or daemon.named("slot_waits_for_redis"),
                 "the operator is told",
             )
             assert "grant the ACL user" in told[0]["error"]
+            eventually(lambda: daemon.get("/readyz")[0] == 503, "it is not ready")
             grant(client, "cdc", slot_name)
             daemon.ready()
             settled(database, client, slot_name)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 import redis
-from running import SECONDS, eventually, execute, settled
+from running import SECONDS, RunningDaemon, confirmed, eventually, execute, settled, wal_position
 
 from cdc_invalidator.embedded.process import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 RULES = """
@@ -29,8 +33,10 @@ rules:
 
 
 @pytest.fixture
-def daemon(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon whose output stands in a pipe that nobody reads yet."""
+def daemon(
+    request: pytest.FixtureRequest, database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A daemon whose output stands in a pipe that nobody reads yet; a parameter has further settings."""
     execute(database, "CREATE TABLE users (id int PRIMARY KEY)")
     (tmp_path / "rules.yaml").write_text(RULES)
     port = free_port()
@@ -41,6 +47,7 @@ def daemon(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> Ite
         "CDC_SLOT": slot_name,
         "CDC_PUBLICATION": slot_name,
         "CDC_HTTP_PORT": str(port),
+        **{f"CDC_{name.upper()}": value for name, value in getattr(request, "param", {}).items()},
     }
     command = [sys.executable, "-m", "cdc_invalidator", "run"]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -90,6 +97,80 @@ def settled_soon(dsn: str, client: redis.Redis, slot: str) -> None:
     position = wal_position(dsn)
     passed = lambda: int(watermark(client, slot)[b"lsn"]) >= position  # noqa: E731
     eventually(passed, "the watermark passes the last commit", seconds=3)
+
+
+def told(lines: Iterable[bytes]) -> set[str]:
+    """The keys whose busts are in the output; its last line may be cut."""
+    events = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return {key for event in events if event["event"] == "bust" for key in event.get("raw_keys", ())}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("daemon", [{"log_keys": "raw"}], indirect=True)
+def test_what_nobody_has_read_is_not_confirmed_and_told_by_the_next_daemon(
+    daemon: subprocess.Popen[bytes],
+    database: str,
+    redis_url: str,
+    redis_client: redis.Redis,
+    slot_name: str,
+    tmp_path: Path,
+    how: signal.Signals,
+) -> None:
+    count = 2000
+    with psycopg.connect(database, autocommit=True) as connection:
+        for number in range(count):
+            connection.execute("INSERT INTO users VALUES (%s)", [number])
+    settled(database, redis_client, slot_name)
+    # Long enough for a confirmation, which comes every second.
+    time.sleep(1.5)
+    daemon.send_signal(how)
+    daemon.wait(SECONDS)
+    output, _ = daemon.communicate(timeout=SECONDS)
+    before = told(output.splitlines(keepends=True))
+    assert len(before) < count
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=tmp_path, slot=slot_name, log_keys="raw") as following:
+        following.ready()
+        settled(database, redis_client, slot_name)
+        eventually(
+            lambda: (
+                len(before | {key for event in following.named("bust") for key in event.get("raw_keys", ())}) == count
+            ),
+            "each bust is told",
+        )
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("daemon", [{"log_keys": "raw"}], indirect=True)
+def test_while_nobody_reads_at_all_busts_go_on_and_are_told_when_somebody_does(
+    daemon: subprocess.Popen[bytes], database: str, redis_client: redis.Redis, slot_name: str
+) -> None:
+    count = 800_000
+    for start in range(0, count, 200_000):
+        execute(database, f"INSERT INTO users SELECT generate_series({start + 1}, {start + 200_000})")
+    redis_client.set("t:user:0", "cached")
+    execute(database, "INSERT INTO users VALUES (0)")
+    eventually(lambda: not redis_client.exists("t:user:0"), "busts go on, after some seconds", 60)
+    settled(database, redis_client, slot_name)
+    assert "standard output" in (status(daemon)["last_error"] or "")
+    assert confirmed(database, slot_name) < wal_position(database)
+    assert page(daemon, "/livez") == 200
+    rows: set[str] = set()
+    assert daemon.stdout is not None
+    while len(rows) < count + 1:
+        rows |= told([daemon.stdout.readline()])
+    position = wal_position(database)
+    reading = threading.Thread(target=lambda: [None for _ in daemon.stdout or ()])
+    reading.start()
+    eventually(lambda: confirmed(database, slot_name) >= position, "all of it is confirmed then")
+    assert status(daemon)["last_error"] is None
+    daemon.kill()
+    reading.join()
+
+
+def status(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{process.port}/status", timeout=5) as answer:  # type: ignore[attr-defined]
+        found: dict[str, Any] = json.load(answer)
+        return found
 
 
 def test_a_reader_that_is_gone_ends_the_daemon_with_a_word(daemon: subprocess.Popen[bytes], database: str) -> None:

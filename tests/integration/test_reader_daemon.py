@@ -236,6 +236,16 @@ def test_what_the_watermark_does_not_speak_for_is_loaded(stage: ReadStage, waiti
     assert stage.bypasses("no_watermark") == 2
 
 
+def test_a_watermark_with_a_name_of_its_own_is_found_by_it(stage: ReadStage, reads: Reads) -> None:
+    lsn = stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
+    stage.settle()
+    caches = reads.caches(stage.rules, stage.redis_url, slot="nobody's", watermark=stage.slot)
+    assert caches.user.get(id=1, load=stage.name) == "Grace"
+    load = Loader({1: "not asked"})
+    assert caches.at_least(lsn).user.get(id=1, load=load) == "Grace"
+    assert load.asked == []
+
+
 def test_a_feed_that_is_dead_is_noticed(stage: ReadStage, waiting: Reads) -> None:
     caches = stage.caches(waiting)
     careful = caches.user.using(max_staleness=6.0)

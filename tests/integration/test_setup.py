@@ -40,7 +40,7 @@ def test_setup_makes_slot_and_publication_once_and_teardown_drops_them(
     printed = command("setup", "--print", **given)
     assert printed.returncode == 0
     assert printed.stdout.splitlines() == [
-        'CREATE PUBLICATION "p" FOR TABLE ONLY "public"."things";',
+        'CREATE PUBLICATION "p" FOR TABLE ONLY "public"."things" WITH (publish_generated_columns = stored);',
         f"SELECT pg_create_logical_replication_slot('{slot_name}', 'pgoutput', failover => true);",
     ]
     assert rows(database, "SELECT 1 FROM pg_publication") == []
@@ -76,7 +76,7 @@ def test_setup_adds_what_a_new_rule_names(database: str, tmp_path: Path, slot_na
         ("CREATE TABLE things (idd int PRIMARY KEY)", "did you mean idd?"),
         ("CREATE TABLE things (key int PRIMARY KEY, id int)", "REPLICA IDENTITY FULL, or set old_row"),
         (
-            "CREATE TABLE things (key int PRIMARY KEY, id int GENERATED ALWAYS AS (key) STORED)",
+            "CREATE TABLE things (key int PRIMARY KEY, id int GENERATED ALWAYS AS (key) VIRTUAL)",
             "a generated column",
         ),
     ],
@@ -134,6 +134,24 @@ def test_a_role_without_privileges_is_told_what_an_administrator_must_run(
         assert "pw@" not in refused.stderr
     finally:
         execute(database, f"DROP ROLE {slot_name}")
+
+
+def test_a_slot_with_two_phase_is_refused_with_the_remedy_and_teardown_drops_it(
+    database: str, tmp_path: Path, slot_name: str, redis_url: str
+) -> None:
+    execute(
+        database,
+        "CREATE TABLE things (id int PRIMARY KEY)",
+        f"SELECT pg_create_logical_replication_slot('{slot_name}', 'pgoutput', false, true)",
+    )
+    given = {"postgres_dsn": database, "rules": rule_file(tmp_path, THING), "slot": slot_name, "publication": slot_name}
+    for words in (["setup"], ["setup", "--print"], ["run", "--redis-url", redis_url]):
+        refused = command(*words, **given, http_port=0)
+        assert refused.returncode == 3
+        assert f"run SELECT pg_drop_replication_slot('{slot_name}');" in refused.stderr
+    torn = command("teardown", postgres_dsn=database, slot=slot_name, publication=slot_name)
+    assert torn.returncode == 0
+    assert rows(database, "SELECT FROM pg_replication_slots WHERE slot_name = %s", slot_name) == []
 
 
 def test_wal_level_too_low_ends_with_3_and_the_remedy(tmp_path: Path) -> None:

@@ -155,8 +155,10 @@ def test_a_column_added_in_a_rolled_back_transaction_leaves_the_next_rows_readab
         connection.execute("UPDATE items SET first_of_all = 2 WHERE id BETWEEN 2 AND 5000")
         connection.commit()
     execute(dsn, "UPDATE items SET first_of_all = 3 WHERE id = 6000")
+    # A table with other columns shows other rows: its caches are swept.
+    daemon.seen("gap", reason="table_changed")
     settled(dsn, redis_client, slot_name)
-    assert left(redis_client) == {*range(5001, 6000), *range(6001, 20001)}
+    assert left(redis_client) == set()
     assert daemon.alive()
     assert not daemon.named("postgres_unavailable")
 
@@ -204,3 +206,38 @@ def test_a_daemon_killed_between_blocks_and_commit_receives_the_transaction_agai
     settled(dsn, redis_client, slot_name)
     assert left(redis_client) == set(range(5001, 20001))
     assert not daemon.named("gap", reason="missed_changes")
+
+
+# Twice that as text: more than the daemon holds.
+WIDE = 20 << 20
+
+
+@pytest.mark.parametrize("work_mem", ["64kB", "1GB"], ids=["streamed", "at commit"])
+def test_a_row_that_is_too_large_to_be_held_sweeps_the_caches_of_its_table(
+    daemon: RunningDaemon, server: Postgres, dsn: str, redis_client: redis.Redis, work_mem: str
+) -> None:
+    execute(dsn, f"ALTER SYSTEM SET logical_decoding_work_mem = '{work_mem}'", "SELECT pg_reload_conf()")
+    try:
+        execute(dsn, "ALTER TABLE items ADD COLUMN document bytea")
+        daemon.seen("gap", reason="table_changed")
+        settled(dsn, redis_client, daemon.slot)
+        fill(redis_client)
+        redis_client.set("u:other", "not ours")
+        with psycopg.connect(dsn) as connection:
+            connection.execute("UPDATE items SET group_id = 3 WHERE id = 5")
+            with connection.transaction(force_rollback=True):
+                connection.execute("UPDATE items SET document = decode(repeat('00', %s), 'hex') WHERE id = 6", [WIDE])
+            connection.rollback()
+        execute(dsn, "UPDATE items SET body = 'y' WHERE id = 7")
+        settled(dsn, redis_client, daemon.slot)
+        # What was rolled back sweeps nothing.
+        assert left(redis_client) == set(range(1, 20001)) - {7}
+        execute(dsn, f"UPDATE items SET document = decode(repeat('00', {WIDE}), 'hex') WHERE id = 8")
+        settled(dsn, redis_client, daemon.slot)
+        assert left(redis_client) == set()
+        assert redis_client.exists("u:other")
+        sweeps = daemon.named("bust", action="sweep", reason="change")
+        assert {(sweep["cache"], sweep["op"]) for sweep in sweeps} == {("item", "update"), ("group", "update")}
+        assert not daemon.named("session_lost")
+    finally:
+        execute(dsn, "ALTER SYSTEM SET logical_decoding_work_mem = '64kB'", "SELECT pg_reload_conf()")

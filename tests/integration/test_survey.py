@@ -21,7 +21,7 @@ class Explained:
     """A connection that adds up how many rows the plans of its queries have looked at."""
 
     def __init__(self, connection: psycopg.AsyncConnection[Any]) -> None:
-        self.info = connection.info
+        self.info, self.pgconn = connection.info, connection.pgconn
         self.looked_at = 0.0
         self._connection = connection
 

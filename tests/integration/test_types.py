@@ -274,8 +274,24 @@ def test_an_unchanged_toast_value_in_a_key_sweeps_where_the_old_row_lacks_it(
     assert keys(redis_client) == set()
 
 
-def test_a_generated_column_in_a_key_is_refused(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> None:
-    execute(database, "CREATE TABLE things (id int PRIMARY KEY, k int GENERATED ALWAYS AS (id * 2) STORED)")
+def test_a_stored_generated_column_gives_a_key_where_postgresql_publishes_it(
+    database: str, redis_client: redis.Redis, stream: Stream, slot_name: str
+) -> None:
+    execute(
+        database,
+        "CREATE TABLE things (id int PRIMARY KEY, n int, k int GENERATED ALWAYS AS (n * 2) STORED)",
+        "ALTER TABLE things REPLICA IDENTITY FULL",
+        "INSERT INTO things VALUES (1, 2)",
+    )
+    stream(one_cache("t:{k}"))
+    redis_client.mset({"t:4": "cached", "t:6": "cached", "t:8": "cached"})
+    execute(database, "UPDATE things SET n = 3")
+    settled(database, redis_client, slot_name)
+    assert keys(redis_client) == {"t:8"}
+
+
+def test_a_virtual_column_in_a_key_is_refused(database: str, redis_url: str, tmp_path: Path, slot_name: str) -> None:
+    execute(database, "CREATE TABLE things (id int PRIMARY KEY, k int GENERATED ALWAYS AS (id * 2) VIRTUAL)")
     rules = tmp_path / "rules.yaml"
     rules.write_text(f"version: 1\n{one_cache('t:{k}')}")
     with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:

@@ -167,7 +167,10 @@ def core(data_path: DataPath) -> None:
     assert confirmed(data_path.dsn, data_path.daemon.slot) >= position - 200_000
     assert not data_path.daemon.errors
     assert not data_path.daemon.named("session_lost")
-    assert [gap["reason"] for gap in data_path.daemon.named("gap")] == ["new_slot"]
+    first, *more = data_path.daemon.named("gap")
+    assert first["reason"] == "new_slot"
+    # TRUNCATE gives a partition another file, as making it UNLOGGED for a while would.
+    assert all(gap["caches"] == ["event"] for gap in more)
 
 
 def test_the_core_of_the_data_path_on_every_postgresql(

@@ -54,3 +54,16 @@ def test_both_names_with_different_values_are_refused_without_the_values(monkeyp
 def test_a_wrong_value_is_told_under_the_name_that_was_given() -> None:
     with pytest.raises(errors.WrongSettings, match="CDC_REPLICA_LIMIT is wrong"):
         load(replica_limit="0")
+
+
+@pytest.mark.parametrize("read", ["tcp://10.0.0.1:9479", "tcp://[fd00::1]:9479", "udp://10.96.7.1:80"])
+def test_a_port_that_a_service_of_kubernetes_set_is_told_with_what_was_read(read: str) -> None:
+    with pytest.raises(errors.WrongSettings) as caught:
+        load(http_port=read)
+    assert f"CDC_HTTP_PORT is {read}, which Kubernetes sets" in str(caught.value)
+    assert "enableServiceLinks: false" in str(caught.value)
+
+
+def test_no_other_value_is_shown() -> None:
+    with pytest.raises(errors.WrongSettings, match=r"^(?!.*hunter2)"):
+        load(http_port="hunter2", standby_limit="tcp://hunter2")

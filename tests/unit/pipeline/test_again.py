@@ -86,3 +86,19 @@ def test_what_waits_to_be_visible_is_bounded_by_widening() -> None:
     assert any(waiting.batch.busts[TARGET].sweep for _, waiting in due)
     assert len(due) < 10
     assert again.hidden == {731}
+
+
+@pytest.mark.parametrize("wait", [later, visible])
+def test_what_is_let_go_holds_no_position_and_is_told(wait: Wait) -> None:
+    checkpoint = Checkpoint(100)
+    again = Again(checkpoint.resolve)
+    ticket = checkpoint.track()
+    wait(again, batch(110), ticket)
+    checkpoint.resolve(ticket)
+    checkpoint.received(120)
+
+    assert checkpoint.position == 100
+    assert again.let_go() == {"user"}
+    assert checkpoint.position == 120
+    assert not again
+    assert again.let_go() == set()

@@ -22,13 +22,14 @@ from cdc_invalidator.log import EventLog, KeyDisplay
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import apply, record, redis_connection
 from cdc_invalidator.pipeline.apply import Apply
-from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.backlog import BATCH, Backlog
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch, Target
 from cdc_invalidator.pipeline.checkpoint import Checkpoint
 from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
-from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.pipeline.recent import CAPACITY, Recent
+from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark
 from cdc_invalidator.rules.load import parse_rules
@@ -79,16 +80,17 @@ class World:
         self.backlog = Backlog()
         self.checkpoint = Checkpoint(START)
         self.written = b""
-        output: Any = Mock(full=False, failure=None, write=self._write)
+        output: Any = Mock(full=False, stuck=False, dropped=0, failure=None, mark=0, written=0, write=self._write)
         queries: Any = Mock(derive=AsyncMock())
         server: Any = lambda: Server(self)  # noqa: E731
         self.apply = Apply(
             server,
-            PostgresView(self._hidden, queries, self.standbys),
+            PostgresView(self._hidden, queries, self.standbys, self._horizon, self._reached),
             Kept(RULES, DIGESTS, Position("7", 1, START, 2**60)),
             backlog=self.backlog,
             checkpoint=self.checkpoint,
             recent=Recent(),
+            suspicious=False,
             sweep_gaps=True,
             sweep_rate=0,
             metrics=metrics,
@@ -97,6 +99,12 @@ class World:
 
     async def _hidden(self, xids: Iterable[int]) -> set[int]:
         return self.hidden & set(xids)
+
+    async def _horizon(self) -> Horizon:
+        return Horizon(1000, 1000)
+
+    async def _reached(self) -> int:
+        return self.lsn
 
     def _write(self, text: bytes) -> None:
         self.written += text
@@ -258,3 +266,27 @@ async def test_it_ends_as_soon_as_what_was_left_is_recorded(monkeypatch: pytest.
         await running
     assert world.checkpoint.confirmable == world.checkpoint.received_lsn
     assert world.redis.busted == world.commits
+
+
+def test_what_a_query_gives_once_its_transaction_is_visible_is_counted_as_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(redis_connection, "_log", Mock())
+    monkeypatch.setattr(Backlog, "wait", AsyncMock())
+    world = World(standby=False)
+
+    async def derive(batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            batch.grow(60_000)
+
+    queries: Any = world.apply._postgres.queries
+    queries.derive = derive
+    recent = world.apply._recent
+    for _ in range(5):
+        world.commit([True], plain=False)
+        world.drain()
+        world.show(1)
+        world.turn()
+
+    assert recent._weight == sum(batch.weight + BATCH for batch in recent.since(0)) <= CAPACITY
+    assert len(recent.since(0)) == 1

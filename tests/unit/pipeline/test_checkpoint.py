@@ -301,3 +301,27 @@ class CrowdedCheckpointAgainstModel(CheckpointAgainstModel):
 
 
 TestCrowdedCheckpointAgainstModel = CrowdedCheckpointAgainstModel.TestCase
+
+
+def test_a_position_is_confirmed_when_the_events_up_to_it_are_told() -> None:
+    told = 0
+    checkpoint = Checkpoint(0, lambda mark: mark <= told)
+    for lsn, mark in ((100, 1), (200, 1), (300, 2), (400, 3)):
+        checkpoint.record(lsn, mark)
+
+    assert checkpoint.confirmable == 0
+    told = 1
+    assert checkpoint.confirmable == 200
+    told = 3
+    assert checkpoint.confirmable == 400
+
+
+def test_positions_that_wait_to_be_told_are_few() -> None:
+    told = False
+    checkpoint = Checkpoint(0, lambda _mark: told)
+    for lsn in range(5 * CROWD):
+        checkpoint.record(lsn, lsn)
+
+    assert len(checkpoint._recorded) <= CROWD + 1
+    told = True
+    assert checkpoint.confirmable == 5 * CROWD - 1

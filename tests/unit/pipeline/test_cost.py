@@ -126,6 +126,9 @@ def ratio_of_telling(*, compiled: bool) -> float:
 
 
 class Nowhere:
+    full = False
+    dropped = 0
+
     def write(self, text: bytes) -> int:
         return len(text)
 

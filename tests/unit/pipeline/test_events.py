@@ -49,6 +49,9 @@ NOW_2000 = NOW_US - lsn.EPOCH_OFFSET_US
 class Collecting:
     """Takes what is written."""
 
+    full = False
+    dropped = 0
+
     def __init__(self) -> None:
         self.text = b""
 

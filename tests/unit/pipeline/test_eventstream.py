@@ -164,7 +164,7 @@ def test_the_stream_is_given_the_logs_json_whatever_the_log_is_set_to(
 ) -> None:
     written: list[bytes] = []
     taken: list[bytes] = []
-    output: Any = Mock(write=written.append)
+    output: Any = Mock(write=written.append, full=False, dropped=0)
     stream: Any = Mock(take=taken.append)
     log = EventLog(output, form, level)
     log._log = Mock()

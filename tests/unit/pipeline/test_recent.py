@@ -144,6 +144,16 @@ class RecentAgainstModel(RuleBasedStateMachine):
             self.streamed.append(batch)
             self.note(batch)
 
+    @rule(data=st.data(), more=st.integers(1, 9) | st.just(CAPACITY), partly=st.booleans())
+    def a_query_gives_more_keys_for_what_was_noted(self, data: st.DataObject, more: int, partly: bool) -> None:
+        if not self.streamed:
+            return
+        batch = data.draw(st.sampled_from(self.streamed))
+        grown = Batch(batch.commit_lsn, None, 730, whole=batch) if partly else batch
+        grown.grow(more)
+        self.recent.grown(grown)
+        self.fits = self.fits and self.weight(self.streamed) + self.gaps * (1 + BATCH) <= CAPACITY
+
     @rule(ahead=st.integers(0, 30))
     def a_gap_is_swept_before_what_was_received_first(self, ahead: int) -> None:
         self.gaps += 1
@@ -188,8 +198,8 @@ class RecentAgainstModel(RuleBasedStateMachine):
         assert given == known[len(known) - len(given) :]
 
     @invariant()
-    def what_is_remembered_is_bounded(self) -> None:
-        assert self.weight(self.recent.since(0)) <= CAPACITY
+    def what_is_remembered_is_bounded_and_counted(self) -> None:
+        assert self.weight(self.recent.since(0)) == self.recent._weight <= CAPACITY
 
     @invariant()
     def what_fits_is_there(self) -> None:

@@ -785,3 +785,15 @@ def test_a_name_that_is_not_utf8_is_taken_as_it_is() -> None:
 
     assert isinstance(message, Origin)
     assert message.name.encode("utf-8", "surrogateescape") == b"caf\xe9"
+
+
+@pytest.mark.parametrize(("tag", "op"), [(b"I", "insert"), (b"U", "update"), (b"D", "delete")])
+@pytest.mark.parametrize("in_stream", [False, True])
+def test_what_stands_for_a_row_that_is_too_large_tells_its_table(tag: bytes, op: str, *, in_stream: bool) -> None:
+    decoder = pgoutput.Decoder()
+    decoder.in_stream = in_stream
+    xid = struct.pack(">I", 730) if in_stream else b""
+
+    message = decoder.wide(pgoutput.WIDE + tag + xid + struct.pack(">I", 16384) + b"N\0\1t")
+
+    assert message == pgoutput.Wide(730 if in_stream else None, 16384, op)

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 
 from cdc_invalidator import errors
-from cdc_invalidator.postgres import replication
+from cdc_invalidator.postgres import pgoutput, replication
 from cdc_invalidator.postgres.replication import _Socket
 
 ROW = b"d" + struct.pack(">I", 4 + 30) + b"w" + b"x" * 29
@@ -149,3 +149,28 @@ async def test_a_nap_ends_where_the_buffer_runs_full_meanwhile() -> None:
     finally:
         for each in (stream, client, peer, listener):
             each.close()
+
+
+def wide(tag: bytes) -> bytes:
+    """A row of 4 MB in XLogData."""
+    body = b"w" + b"\1" * 24 + tag + struct.pack(">I", 16384) + b"N" + b"x" * (4 << 20)
+    return b"d" + struct.pack(">I", 4 + len(body)) + body
+
+
+async def test_a_row_that_is_too_large_is_not_held_and_only_its_table_is_known(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replication, "MOST_BYTES", 1 << 20)
+    sending = asyncio.create_task(
+        asyncio.to_thread(server.socket.sendall, ROW + wide(b"U") + ROW + wide(b"M") + ROW + ROW)
+    )
+    most = 0
+    read = b""
+    while len(read) < 4 * len(ROW) + 40:
+        read += await server.stream.read()
+        most = max(most, len(server.stream._rest))
+    await sending
+
+    stands = b"w" + b"\1" * 24 + pgoutput.WIDE + b"U" + struct.pack(">I", 16384) + b"Nxxx"
+    assert read == ROW + b"d" + struct.pack(">I", 4 + len(stands)) + stands + ROW + ROW + ROW
+    assert most <= 2 * replication.BYTES_A_READ

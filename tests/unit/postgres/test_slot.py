@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 
@@ -13,7 +13,7 @@ from cdc_invalidator.postgres.slot import Slot
 
 def slot_on(version: int, wal_level: str, *, in_recovery: bool) -> Slot:
     row = SimpleNamespace(version=version, wal_level=wal_level, in_recovery=in_recovery)
-    connection = AsyncMock()
+    connection = AsyncMock(pgconn=Mock())
     connection.execute.return_value.fetchall.return_value = [row]
     return Slot(connection, "s")
 

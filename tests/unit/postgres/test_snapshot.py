@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cdc_invalidator.postgres.snapshot import all_over, hidden
+from cdc_invalidator.postgres.snapshot import Horizon, hidden
 
 EPOCH = 1 << 32
 
@@ -28,6 +28,6 @@ def test_a_transaction_is_hidden_while_it_runs_or_is_still_to_come(
 
 
 def test_all_transactions_of_one_snapshot_are_over_once_the_oldest_of_another_came_after_them() -> None:
-    assert all_over("100:105:100,103", "105:110:107")
-    assert not all_over("100:105:100,103", "103:110:103")
-    assert all_over("100:100:", "100:100:")
+    assert Horizon(105, 110).covers(Horizon(100, 105))
+    assert not Horizon(103, 110).covers(Horizon(100, 105))
+    assert Horizon(100, 100).covers(Horizon(100, 100))

@@ -206,6 +206,47 @@ def test_what_cannot_be_read_is_told_by_how_it_is_written_right(url: str, remedy
     assert "hunter2" not in log_of(caught.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://:57#hunter2@h:6379/0",
+        "redis://default:1234/56hunter2@h:6379/0",
+        "redis://:12?34hunter2@h:6379/0",
+        "rediss://u:hun@ter2/x#1@h",
+        "redis://u:hunter2@h/0?client_name=a@b",
+        "redis://h/0#hunter2",
+        "unix://u:hun/ter2@/run/valkey.sock",
+    ],
+)
+def test_a_password_that_can_be_read_as_something_else_is_told_without_a_part_of_it(url: str) -> None:
+    with pytest.raises(errors.WrongSettings, match="can be read in two ways") as caught:
+        Endpoint.parse(url)
+
+    assert not any(part in log_of(caught.value) for part in ("hunter2", "ter2", "1234", "57", "12?"))
+
+
+def test_a_database_that_is_no_number_is_told() -> None:
+    with pytest.raises(errors.WrongSettings, match="a database that is no number"):
+        Endpoint.parse("redis://u:hunter2@h/shop")
+
+
+@pytest.mark.parametrize("url", ["unix:///run/app@1/valkey.sock?db=1", "redis://:hun@ter2@h:6379/0", "redis://h/0/"])
+def test_an_at_sign_that_can_only_be_read_in_one_way_is_taken(url: str) -> None:
+    assert Endpoint.parse(url).url == url
+
+
+@given(SECRETS, st.sampled_from(["redis://", "redis://:", "redis://default:", "rediss://u:"]))
+@example("1234/56secret", "redis://:")
+@example("57#Wc903z", "redis://:")
+def test_no_part_of_a_raw_password_becomes_the_host(password: str, beginning: str) -> None:
+    try:
+        read = parse_url(Endpoint.parse(f"{beginning}{password}@cache.example:6379/0").url)
+    except (errors.WrongSettings, ValueError):
+        return
+    assert read["host"] == "cache.example"
+    assert read["port"] == 6379
+
+
 def test_a_cluster_has_only_database_0() -> None:
     with pytest.raises(errors.WrongSettings, match="names a database of a cluster, which has only 0; leave it out"):
         Endpoint.parse("redis+cluster://n/1")

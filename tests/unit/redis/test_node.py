@@ -16,7 +16,7 @@ from cdc_invalidator.redis import node, replies
 from cdc_invalidator.redis.node import Redirection
 
 NO_REPLY = {"TIMEOUT", "CLOSED", "GARBLED"}
-OURS = {"MOVED_AWAY", "OTHER_DATA"}
+OURS = {"MOVED_AWAY", "OTHER_DATA", "NO_COMMAND"}
 
 
 def answered(reply: str) -> Exception:

@@ -32,6 +32,7 @@ def test_its_fields_are_those_of_the_design() -> None:
     standbys = {"b:2": None, "a:1": "123.5"}
     assert replace(FOUND, standbys=standbys).fields()["standbys"] == '{"a:1":"123.5","b:2":null}'
     assert replace(FOUND, as_of=1_700_000_000_000).fields()["as_of"] == 1_700_000_000_000
+    assert replace(FOUND, crash_free_since="1.5").fields()["crash_free_since"] == "1.5"
 
 
 @given(
@@ -44,6 +45,8 @@ def test_its_fields_are_those_of_the_design() -> None:
         rules=st.dictionaries(st.text(), st.text()),
         standbys=st.dictionaries(st.text(), st.none() | st.text()),
         as_of=st.integers(0, 2**53),
+        crash_free_since=st.text(),
+        last_commit=st.text(),
     )
 )
 def test_what_is_written_is_read_again(written: Watermark) -> None:
@@ -126,6 +129,15 @@ def test_continuity_that_is_proven_is_no_gap(found: Watermark, position: Positio
         pytest.param(replace(FOUND, system_id="2"), POSITION, "other_system", id="another_database_server"),
         pytest.param(replace(FOUND, timeline=2), POSITION, "other_timeline", id="a_timeline_that_was_left"),
         pytest.param(FOUND, replace(POSITION, timeline=2), "other_timeline", id="a_promoted_standby"),
+        pytest.param(
+            replace(FOUND, crash_free_since="1.5"),
+            replace(POSITION, crash_free_since="2.5"),
+            "server_crashed",
+            id="commits_may_have_been_taken_back",
+        ),
+        pytest.param(
+            FOUND, replace(POSITION, crash_free_since="2.5"), "server_crashed", id="nobody_wrote_down_since_when"
+        ),
         pytest.param(replace(FOUND, lsn=999), POSITION, "missed_changes", id="an_old_snapshot_or_a_slot_moved_on"),
         pytest.param(replace(FOUND, lsn=0), POSITION, "missed_changes", id="a_watermark_of_nothing"),
         pytest.param(replace(FOUND, lsn=-1), POSITION, "missed_changes", id="an_lsn_below_zero"),

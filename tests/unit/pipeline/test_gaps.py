@@ -1,0 +1,438 @@
+"""A gap's steps, with readers, transactions that the stream does not have, failures and crashes in between.
+
+What must hold at every moment: for a cache that the watermark names, no entry is older than a commit that readers can
+see and that the watermark has passed; whether the stream had it or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import AsyncMock, Mock
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from cdc_invalidator import errors
+from cdc_invalidator.log import EventLog, KeyDisplay
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.pipeline import gaps, record, redis_connection
+from cdc_invalidator.pipeline.apply import Apply
+from cdc_invalidator.pipeline.backlog import Backlog
+from cdc_invalidator.pipeline.batch import Batch, Target
+from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.continuity import Kept
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.followup import PostgresView
+from cdc_invalidator.pipeline.gaps import Gaps
+from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.postgres.snapshot import Horizon
+from cdc_invalidator.redis.server import BustReply
+from cdc_invalidator.redis.watermark import Position, Watermark
+from cdc_invalidator.rules.load import parse_rules
+
+START = 1000
+KEYS = 2
+ENTRIES = [name for n in range(KEYS) for name in (b"user:%d" % n, b"user:%d:lock" % n)]
+RULES = parse_rules(
+    [
+        (
+            "rules.yaml",
+            (
+                'version: 1\ncaches:\n  user: {key: "user:{id}"}\n  slow: {key: "slow:{id}", again_after: 5s}\n'
+                "rules:\n  - {name: changed, table: public.users, bust: [user, slow]}\n"
+            ),
+        )
+    ],
+    {},
+)
+TARGET = Target("changed", RULES.caches["user"], "public.users")
+EARLY = Watermark(START, 0, "7", 1, {"user": "0"})
+
+
+@dataclass
+class Redis:
+    """Its entries: the version of a row that is cached, or the lease of a reader that loaded one. And a watermark."""
+
+    entries: dict[bytes, int] = field(default_factory=dict)
+    mark: Watermark = EARLY
+
+
+@dataclass
+class Commit:
+    """What a transaction made of a row."""
+
+    lsn: int
+    row: int
+    version: int
+    in_stream: bool
+
+
+class World:
+    """A database with readers, a Redis, and the apply task of one daemon after the other."""
+
+    def __init__(self, runner: asyncio.Runner) -> None:
+        self._runner = runner
+        self.checkpoint = Checkpoint(START)
+        self.lsn = START
+        self.xid = 100
+        self.commits: list[Commit] = []
+        self.running: dict[int, int] = {}
+        self.looks = 0
+        self.redis = Redis()
+        self.fills: dict[int, tuple[int, int]] = {}
+        self.failures = 0
+        self.log: list[tuple[str, list[str]]] = []
+        self.start()
+
+    def start(self) -> None:
+        """A daemon starts, the first or another after a crash; it receives again what was not confirmed."""
+        start = self.checkpoint.confirmable
+        self.checkpoint = Checkpoint(start)
+        self.backlog = Backlog()
+        metrics = Metrics(CollectorRegistry())
+        events = Events(metrics, KeyDisplay("hash"), EventLog(Mock(full=False, failure=None), "json", "info"))
+        standbys: Any = Mock(
+            awaited=False,
+            replayed=2**64,
+            known={},
+            **{"returned.return_value": False, "recall.return_value": False},
+        )
+        queries: Any = Mock(derive=AsyncMock())
+        server: Any = lambda: Server(self)  # noqa: E731
+        self.apply = Apply(
+            server,
+            PostgresView(self._hidden, queries, standbys, self._horizon, AsyncMock(return_value=0)),
+            Kept(RULES, self.digests, Position("7", 1, start, self.lsn)),
+            backlog=self.backlog,
+            checkpoint=self.checkpoint,
+            recent=Recent(),
+            sweep_gaps=True,
+            sweep_rate=0,
+            metrics=metrics,
+            events=events,
+            suspicious=False,
+        )
+        for commit in self.commits:
+            if commit.in_stream and commit.lsn >= start:
+                self._receive(commit)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {"user": str(self.looks)}
+
+    async def _hidden(self, _: Iterable[int]) -> set[int]:
+        return set()
+
+    async def _horizon(self) -> Horizon:
+        return Horizon(min(self.running, default=self.xid), self.xid)
+
+    def version(self, row: int) -> int:
+        return max((commit.version for commit in self.commits if commit.row == row), default=0)
+
+    def _commit(self, row: int, *, in_stream: bool) -> Commit:
+        self.lsn += 10
+        commit = Commit(self.lsn, row, len(self.commits) + 1, in_stream)
+        self.commits.append(commit)
+        return commit
+
+    def _receive(self, commit: Commit) -> None:
+        batch = Batch(commit.lsn, 77, 7, commit.lsn + 5)
+        batch.add(TARGET, ["update"], b"user:%d" % commit.row, "change")
+        self.backlog.put(batch, self.checkpoint.track())
+        self.checkpoint.received(commit.lsn + 5)
+
+    # What happens.
+
+    def write(self, row: int) -> None:
+        """An ordinary transaction."""
+        self.xid += 1
+        self._receive(self._commit(row, in_stream=True))
+
+    def unseen(self, row: int) -> None:
+        """Something happens to a table while a transaction has changed it, and the daemon notices at once."""
+        self.running[self.xid] = row
+        self.xid += 1
+        self.looks += 1
+        self.apply.redigest(self.digests, {"user": "table_changed"})
+
+    def end(self, number: int) -> None:
+        """A transaction that the stream does not have commits."""
+        if self.running:
+            row = self.running.pop(sorted(self.running)[number % len(self.running)])
+            commit = self._commit(row, in_stream=False)
+            self.checkpoint.received(commit.lsn + 5)
+
+    def load(self, row: int) -> None:
+        """A reader takes the lease and loads, if there is nothing to read."""
+        key = b"user:%d" % row
+        if key not in self.redis.entries and key + b":lock" not in self.redis.entries:
+            self.redis.entries[key + b":lock"] = len(self.fills)
+            self.fills[len(self.fills)] = row, self.version(row)
+
+    def store(self, row: int) -> None:
+        """A reader that holds a lease stores what it loaded."""
+        token = self.redis.entries.pop(b"user:%d:lock" % row, None)
+        if token is not None:
+            self.redis.entries[b"user:%d" % row] = self.fills[token][1]
+            self.judge()
+
+    def read(self, row: int) -> None:
+        """A reader loads and stores before anything else happens."""
+        self.load(row)
+        self.store(row)
+
+    def fail(self, count: int) -> None:
+        self.failures = count
+
+    def crash(self, _: int) -> None:
+        self.start()
+
+    def turns(self, count: int) -> None:
+        for _ in range(count):
+            self._runner.run(self.apply._turn())
+
+    def judge(self) -> None:
+        mark = self.redis.mark
+        if "user" not in mark.rules:
+            return
+        for commit in self.commits:
+            cached = self.redis.entries.get(b"user:%d" % commit.row)
+            assert cached is None or commit.lsn >= mark.lsn or cached >= commit.version, (mark, commit, cached)
+
+
+class Server:
+    """A connection; a search looks at one entry a step."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._redis = world.redis
+
+    def _ask(self) -> None:
+        if self._world.failures:
+            self._world.failures -= 1
+            raise errors.RedisUnavailable("it is gone", code="CLOSED")
+
+    async def connect(self) -> None:
+        self._ask()
+
+    async def close(self) -> None:
+        pass
+
+    async def read_watermarks(self) -> list[Watermark | None]:
+        self._ask()
+        return [self._redis.mark]
+
+    async def bust(
+        self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int], _graces: Any = ()
+    ) -> BustReply:
+        self._ask()
+        for keys in deletes:
+            for key in keys:
+                self._redis.entries.pop(key + b":lock", None)
+                self._redis.entries.pop(key, None)
+        return BustReply([len(keys) for keys in deletes], {})
+
+    async def unlink(self, keys: Sequence[bytes]) -> int:
+        self._ask()
+        for key in keys:
+            self._redis.entries.pop(key, None)
+        return len(keys)
+
+    async def scan(self, cursor: int | None, pattern: bytes, _count: int) -> tuple[int | None, list[bytes]]:
+        self._ask()
+        at = cursor or 0
+        entry = ENTRIES[at]
+        meant = entry in self._redis.entries and (not pattern.endswith(b":lock") or entry.endswith(b":lock"))
+        return (at + 1 if at + 1 < len(ENTRIES) else None), [entry] if meant else []
+
+    async def write_watermark(self, watermark: Watermark) -> bool:
+        self._ask()
+        self._redis.mark = watermark
+        self._world.judge()
+        return True
+
+    async def size(self) -> int:
+        return 0
+
+    async def info(self) -> None:
+        pass
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for a clock."""
+    monkeypatch.setattr(redis_connection, "_log", Mock())
+    monkeypatch.setattr(record, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(gaps, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(Backlog, "wait", AsyncMock())
+    monkeypatch.setattr(asyncio, "sleep", AsyncMock())
+
+
+_rows = st.integers(0, KEYS - 1)
+_steps = st.one_of(
+    st.tuples(st.sampled_from(["unseen", "end", "read", "read", "write", "load", "store"]), _rows),
+    st.tuples(st.just("turns"), st.sampled_from([1, 2, 4, 8, 16, 32])),
+    st.tuples(st.just("turns"), st.sampled_from([1, 2, 4, 8, 16, 32])),
+    st.tuples(st.sampled_from(["fail", "crash"]), st.integers(1, 2)),
+)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_the_watermark_names_no_cache_with_an_entry_that_is_older_than_what_it_has_passed() -> None:
+    @settings(max_examples=150)
+    @given(st.lists(_steps, max_size=12))
+    @example([("unseen", 0), ("turns", 32), ("read", 0), ("end", 0), ("turns", 1)])
+    @example([("unseen", 0), ("turns", 16), ("crash", 0), ("turns", 32), ("read", 0), ("end", 0), ("turns", 1)])
+    @example([("unseen", 0), ("unseen", 1), ("end", 0), ("turns", 32), ("read", 1), ("end", 0), ("turns", 1)])
+    def play(steps: list[tuple[str, int]]) -> None:
+        world = World(runner)
+        for step, given_with in [*steps, *[("end", 0)] * len(steps), ("turns", 8 * len(ENTRIES))]:
+            getattr(world, step)(given_with)
+        assert world.redis.mark.rules == world.digests
+        assert not world.redis.mark.gaps
+        assert world.redis.mark.lsn == world.checkpoint.received_lsn
+
+    with asyncio.Runner() as runner:
+        play()
+
+
+# One gap.
+
+
+@dataclass
+class One:
+    """The gaps of a rule set, with what is asked of them and what they log."""
+
+    events: Any = field(default_factory=Mock)
+    standbys: Any = field(default_factory=lambda: Mock(awaited=False, replayed=2**64))
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        self.gaps = Gaps(
+            RULES,
+            self.events,
+            Metrics(CollectorRegistry()),
+            self.standbys,
+            since=START,
+            received=lambda: START + 5,
+            enabled=self.enabled,
+        )
+        self.gaps.written(())
+
+    def withdrawn(self, *names: str) -> None:
+        self.gaps.report(dict.fromkeys(names, "table_changed"))
+        self.gaps.written(self.gaps.reasons)
+
+    def sweep(self) -> list[str]:
+        """Do what was asked for; give the caches."""
+        taken = self.gaps.take()
+        for _, ticket in taken:
+            ticket.parts -= 1
+            self.gaps.resolve(ticket)
+        return [target.cache.name for batch, _ in taken for target in batch.busts]
+
+    def settle(self, horizon: Horizon, now: float, reached: int = 0) -> list[str]:
+        self.gaps.settle(horizon, reached, now)
+        return self.sweep()
+
+
+def test_with_no_transaction_running_one_sweep_is_enough() -> None:
+    one = One()
+    one.withdrawn("user")
+    one.gaps.begin(Horizon(7, 7))
+    assert one.gaps.sweeping == {"user"}
+    assert one.sweep() == ["user"]
+    assert one.gaps.reasons == {}
+    assert one.gaps.must_write
+    assert one.gaps.asks_in(0.0) is None
+
+
+def test_a_gap_waits_for_the_transactions_of_its_first_sweep_and_for_no_later_ones() -> None:
+    one = One()
+    one.withdrawn("user")
+    one.gaps.begin(Horizon(5, 9))
+    assert one.sweep() == ["user"]
+    assert one.gaps.reasons == {"user": "table_changed"}
+    assert not one.gaps.sweeping
+    assert one.settle(Horizon(7, 12), 0.0) == []
+    assert one.settle(Horizon(10, 12), 0.0) == ["user"]
+    assert one.gaps.reasons == {}
+
+
+def test_the_last_sweep_of_a_cache_whose_readers_hold_no_lease_comes_after_again_after() -> None:
+    one = One()
+    one.withdrawn("slow")
+    one.gaps.begin(Horizon(7, 7))
+    assert one.sweep() == ["slow"]
+    assert one.settle(Horizon(7, 7), 100.0) == []
+    assert one.settle(Horizon(7, 7), 104.9) == []
+    assert one.settle(Horizon(7, 7), 105.0) == ["slow"]
+
+
+def test_the_last_sweep_comes_when_the_standbys_have_replayed_what_was_written_then() -> None:
+    one = One(standbys=Mock(awaited=True, replayed=900))
+    one.withdrawn("user")
+    one.gaps.begin(Horizon(7, 7))
+    assert one.sweep() == ["user"]
+    assert one.settle(Horizon(7, 7), 1.0, reached=1000) == []
+    assert one.gaps.unreplayed == (1.0, 999)
+    one.standbys.replayed = 999
+    assert one.settle(Horizon(8, 8), 2.0, reached=2000) == []
+    one.standbys.replayed = 1000
+    assert one.settle(Horizon(8, 8), 3.0, reached=3000) == ["user"]
+    assert one.gaps.unreplayed is None
+
+
+def test_a_gap_is_logged_and_swept_only_once_the_watermark_leaves_its_cache_out() -> None:
+    one = One()
+    one.gaps.report({"user": "table_changed"})
+    while_it_is_written = list(one.gaps.reasons)
+    one.gaps.report({"slow": "table_changed"})
+    one.gaps.written(while_it_is_written)
+    one.gaps.begin(Horizon(7, 7))
+    one.events.gap.assert_called_once_with("table_changed", ["user"], swept=True, lsn="0/3E8")
+    assert one.sweep() == ["user"]
+    one.gaps.rewrite()
+    one.gaps.begin(Horizon(7, 7))
+    assert one.sweep() == [], "another Redis may name it"
+    one.gaps.written(one.gaps.reasons)
+    one.gaps.begin(Horizon(7, 7))
+    assert one.sweep() == ["slow"]
+
+
+def test_a_gap_that_begins_again_is_not_over_with_the_sweep_of_the_former() -> None:
+    one = One()
+    one.withdrawn("user")
+    one.gaps.begin(Horizon(7, 7))
+    one.gaps.report({"user": "table_unpublished"})
+    assert one.sweep() == ["user"]
+    assert one.gaps.reasons == {"user": "table_unpublished"}
+    assert one.gaps.must_begin
+
+
+def test_a_gap_that_waits_long_is_logged_once_with_the_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Mock()
+    monkeypatch.setattr(gaps, "_log", log)
+    monkeypatch.setattr("cdc_invalidator.pipeline.gaps.time.monotonic", lambda: 100.0)
+    one = One()
+    one.withdrawn("user")
+    one.gaps.begin(Horizon(2**32 + 5, 2**32 + 9))
+    one.sweep()
+    for now in (109.0, 110.5, 120.0):
+        one.settle(Horizon(2**32 + 5, 2**32 + 9), now)
+    (call,) = log.warning.call_args_list
+    assert (call.kwargs["caches"], call.kwargs["xid"]) == (["user"], 5)
+
+
+def test_where_gaps_are_only_logged_the_watermark_goes_on_naming_the_cache() -> None:
+    one = One(enabled=False)
+    one.gaps.report({"user": "new_slot"})
+    one.events.gap.assert_called_once_with("new_slot", ["user"], swept=False, lsn="0/3E8")
+    assert not one.gaps.must_write
+    one.gaps.sweep({"user": "redis_behind"})
+    assert one.gaps.reasons == {"user": "redis_behind"}

@@ -1,0 +1,149 @@
+"""The output that nobody reads for a while: what is written, what is dropped, and what may be confirmed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+
+from cdc_invalidator import errors, log
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LINE = b"x" * 999 + b"\n"
+# More than a pipe holds.
+MANY = 200
+
+
+class Pipe:
+    """An output whose lines stand in a pipe until somebody reads them."""
+
+    def __init__(self) -> None:
+        self.end, start = os.pipe()
+        self.output = log.Output(start)
+        self.events = log.EventLog(self.output, "json", "info")
+
+    def read(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            data += os.read(self.end, count - len(data))
+        return data
+
+
+@pytest.fixture
+def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
+    monkeypatch.setattr(log, "STUCK_SECONDS", 0.2)
+    monkeypatch.setattr(log, "UNWRITTEN", 50 * len(LINE))
+    pipe = Pipe()
+    yield pipe
+    os.close(pipe.end)
+
+
+def until(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def fill(pipe: Pipe) -> int:
+    """Write more than fits; return the mark of it."""
+    for _ in range(MANY):
+        pipe.events.write_text(LINE)
+    return pipe.events.mark
+
+
+def test_lines_are_told_once_they_are_with_the_kernel(pipe: Pipe) -> None:
+    pipe.events.write_text(LINE)
+    first = pipe.events.mark
+    until(lambda: pipe.events.told(first))
+    mark = fill(pipe)
+
+    assert not pipe.events.told(mark)
+    assert pipe.read((1 + MANY) * len(LINE)) == (1 + MANY) * LINE
+    until(lambda: pipe.events.told(mark))
+    assert pipe.events.trouble is None
+
+
+async def test_busts_wait_for_a_reader_who_dawdles(pipe: Pipe) -> None:
+    mark = fill(pipe)
+    waiting = asyncio.create_task(pipe.events.room())
+    for _ in range(MANY - 60):
+        await asyncio.sleep(0.005)
+        assert pipe.output.dropped == 0
+        os.read(pipe.end, len(LINE))
+    await waiting
+
+    assert len(await asyncio.to_thread(pipe.read, 60 * len(LINE))) == 60 * len(LINE)
+    await asyncio.to_thread(until, lambda: pipe.events.told(mark))
+
+
+async def test_for_a_reader_who_takes_nothing_they_wait_only_so_long_and_what_is_dropped_is_never_told(
+    pipe: Pipe,
+) -> None:
+    fill(pipe)
+    await pipe.events.room()
+    pipe.events.write_text(LINE + LINE)
+    mark = pipe.events.mark
+
+    assert pipe.output.stuck
+    assert pipe.output.dropped == 2
+    assert "standard output" in (pipe.events.trouble or "")
+    assert len(await asyncio.to_thread(pipe.read, MANY * len(LINE))) == MANY * len(LINE)
+    await asyncio.to_thread(until, lambda: not pipe.output.stuck)
+    assert not pipe.events.told(mark)
+    # Not even once more is written.
+    pipe.output.write(LINE)
+    assert await asyncio.to_thread(pipe.read, len(LINE)) == LINE
+    assert not pipe.events.told(mark)
+    with pytest.raises(errors.Untold):
+        await pipe.events.room()
+    # The next stream brings it again.
+    pipe.events.begin_stream()
+    await pipe.events.room()
+    pipe.events.write_text(LINE)
+    await asyncio.to_thread(until, lambda: pipe.events.told(pipe.events.mark))
+
+
+async def test_with_too_much_wal_nothing_waits_and_what_was_lost_is_counted(pipe: Pipe) -> None:
+    pipe.events.hurry = True
+    fill(pipe)
+    began = time.monotonic()
+    await pipe.events.room()
+
+    assert time.monotonic() - began < 0.1
+    assert pipe.events.told(pipe.events.mark)
+    taken = pipe.output.mark
+    pipe.events.write_text(LINE + LINE)
+    await pipe.events.room()
+    assert pipe.events.told(pipe.events.mark)
+    pipe.events.hurry = False
+    await asyncio.to_thread(pipe.read, taken)
+    await asyncio.to_thread(until, lambda: not pipe.output.full and not pipe.output.stuck)
+    with structlog.testing.capture_logs() as said:
+        await pipe.events.room()
+    assert [(line["event"], line["lines"]) for line in said] == [("events_lost", MANY + 2 - taken // len(LINE))]
+
+
+async def test_an_output_that_is_closed_ends_it(pipe: Pipe) -> None:
+    end, start = os.pipe()
+    os.close(end)
+    output = log.Output(start)
+    output.write(LINE)
+
+    await asyncio.to_thread(until, lambda: output.failure)
+    with pytest.raises(errors.OutputLost):
+        await log.EventLog(output, "json", "info").room()
+    assert not log.EventLog(output, "json", "info").told(output.mark)
+
+
+def test_structlog_writes_there_too(pipe: Pipe) -> None:
+    pipe.output.write(json.dumps({"event": "started"}).encode() + b"\n")
+
+    assert b"started" in pipe.read(20)

@@ -437,6 +437,7 @@ class Session:
                 await refuse_occupied(server, await server.read_watermarks(), system_id, suspicious=suspicious)
             except errors.RedisUnavailable as error:
                 self.last_error = str(error)
+                self._metrics.redis_errors.labels(error.code).inc()
                 delay = backoff.next()
                 tell = _log.error if error.report else _log.warning
                 tell("slot_waits_for_redis", error=str(error), retry_in_s=round(delay, 2))

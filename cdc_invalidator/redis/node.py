@@ -101,8 +101,8 @@ class Node:
             raise
         if self._database:
             await self.ask(("SELECT", self._database))
-        # Only for those who look at CLIENT LIST: a server without it, or an ACL that refuses it, is as good.
-        await self.send([("CLIENT SETNAME", "cdc-invalidator")])
+        # Only for those who look at CLIENT LIST.
+        await self.ask_if_granted(("CLIENT SETNAME", "cdc-invalidator"))
 
     @property
     def host(self) -> str:
@@ -120,6 +120,15 @@ class Node:
             if isinstance(answer, Exception):
                 raise failed(str(command[0]), answer) from answer
         return answers
+
+    async def ask_if_granted(self, *commands: Command) -> list[Any]:
+        """As `ask`, for what can be done without: return nothing if the server lacks a command or an ACL refuses it."""
+        try:
+            return await self.ask(*commands)
+        except errors.RedisUnavailable as error:
+            if error.code in {"NOPERM", "ERR"}:
+                return []
+            raise
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
         """As `ask`, but error replies (exceptions of the driver) are returned in their places; see `code`.

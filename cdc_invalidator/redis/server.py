@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cdc_invalidator import errors
 from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.node import Command, Node, failed
 from cdc_invalidator.redis.scripts import ScriptDigests
@@ -147,25 +146,15 @@ def reply_or_refusal(command: Command, answer: Any) -> Any:
 
 async def read_size(node: Node) -> int | None:
     """Return how many keys one server has; ``None`` where the ACL refuses it."""
-    answers = await _if_granted(node, ("DBSIZE",))
+    answers = await node.ask_if_granted(("DBSIZE",))
     return int(answers[0]) if answers else None
 
 
 async def read_info(node: Node) -> dict[str, int] | None:
     """Return the figures of one server's INFO that `INFO` names; ``None`` where the ACL refuses it."""
-    sections = await _if_granted(node, ("INFO", "stats"), ("INFO", "memory"))
+    sections = await node.ask_if_granted(("INFO", "stats"), ("INFO", "memory"))
     if not sections:
         return None
     lines = b"\n".join(sections).split()
     values = dict(line.split(b":", 1) for line in lines if b":" in line)
     return {name: int(values.get(name.encode(), 0)) for name in INFO}
-
-
-async def _if_granted(node: Node, *commands: Command) -> list[Any]:
-    """Ask what is good to know but not needed; return nothing if the ACL refuses it or the command was renamed."""
-    try:
-        return await node.ask(*commands)
-    except errors.RedisUnavailable as error:
-        if error.code in {"NOPERM", "ERR"}:
-            return []
-        raise

@@ -17,7 +17,7 @@ from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.redis import replies
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 WORDS = {
@@ -102,6 +102,44 @@ def test_an_error_reply_at_any_place_of_a_pipeline_loses_no_bust(stage: ReplySta
         assert {event["level"] for event in events} == {"error" if reported else "warning"}
         assert all(row.remedy in event["error"] for event in events)
         assert not any("t:thing:" in str(event) for event in events)
+
+
+# At a connection the daemon first names each command alone, to learn whether the server has it.
+ALONE = ["SCRIPT", "HGETALL", "TIME", "UNLINK"]
+AT_CONNECTION = ["CLIENT SETNAME", "SCRIPT LOAD", "HGETALL cdc"]
+
+
+def beginning(words: str) -> Callable[[Sequence[bytes]], bool]:
+    """Which commands match: a name alone only the command without arguments."""
+    wanted = words.encode()
+    return lambda command: command == [wanted] or (b" " in wanted and b" ".join(command).startswith(wanted))
+
+
+@pytest.mark.parametrize("words", [*ALONE, *AT_CONNECTION])
+def test_an_error_reply_at_the_connection_loses_no_bust_and_is_counted(stage: ReplyStage, words: str) -> None:
+    reply = f"-LOADING {WORDS['LOADING']}\r\n".encode()
+    with redis.Redis.from_url(stage.valkey.url) as client:
+        with Writer(stage.dsn, stage.valkey.url) as writer:
+            writer.goes_on()
+            stage.proxy.fail_next(1, reply, beginning(words))
+            stage.proxy.cut()
+            stage.daemon.seen("redis_unavailable", code="LOADING")
+            writer.goes_on()
+        assert_all_is_well(stage.dsn, client, stage.daemon)
+        assert errors_of(stage.daemon, "LOADING") == stage.proxy.injected == 1
+
+
+@pytest.mark.parametrize("words", ["HGETALL", "SCRIPT LOAD"])
+def test_an_error_reply_before_there_is_a_slot_is_counted(
+    database: str, valkey: Valkey, tmp_path: Path, slot_name: str, words: str
+) -> None:
+    create(database)
+    with resp.RespProxy(valkey.port, seed=1) as proxy:
+        proxy.fail_next(1, resp.LOADING, beginning(words))
+        with RunningDaemon(dsn=database, redis_url=proxy.url, rules=rules_file(tmp_path), slot=slot_name) as daemon:
+            daemon.ready()
+            assert "LOADING" in daemon.seen("slot_waits_for_redis")["error"]
+            assert errors_of(daemon, "LOADING") == 1
 
 
 @pytest.mark.parametrize("command", ["SCRIPT", "HGETALL", "INFO", "SCAN", "UNLINK"])

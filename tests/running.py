@@ -94,10 +94,12 @@ class RunningDaemon:
         self.errors: list[str] = []
         self._process: nursery.Forked | subprocess.Popen[str] | None = None
         self._threads: list[threading.Thread] = []
+        self._unfinished = ""
 
     def start(self) -> Self:
         """Start it, or start it again."""
         process = self._process = self._started()
+        self._unfinished = ""
         self._threads = [
             threading.Thread(target=self._collect_events, args=[process.stdout]),
             threading.Thread(target=self._collect_errors, args=[process.stderr]),
@@ -113,7 +115,10 @@ class RunningDaemon:
 
     def _collect_events(self, lines: Any) -> None:
         for line in lines:
-            self.events.append(json.loads(line))
+            if line.endswith("\n"):
+                self.events.append(json.loads(line))
+            else:
+                self._unfinished = line
         lines.close()
 
     def _collect_errors(self, lines: Any) -> None:
@@ -131,6 +136,8 @@ class RunningDaemon:
         code = self.process.wait(seconds)
         for thread in self._threads:
             thread.join()
+        # A pipe takes a line in pieces, so one that is killed may leave a half.
+        assert not self._unfinished or code == -signal.SIGKILL, self._unfinished
         return code
 
     def send(self, number: signal.Signals) -> None:

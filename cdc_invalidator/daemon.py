@@ -142,7 +142,8 @@ class Daemon:
     def _check_hash_tags(self) -> None:
         if self._options.redis.kind != "cluster":
             return
-        untagged = [cache.name for cache in self._rules.caches.values() if cache.lacks_hash_tag]
+        caches = self._rules.caches.values()
+        untagged = [cache.name for cache in caches if cache.lacks_hash_tag and not cache.given]
         if untagged:
             _log.warning(
                 "no_hash_tag",

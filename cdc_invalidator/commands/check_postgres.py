@@ -381,6 +381,7 @@ class _Database:
                         continue  # reported already
                     self._learn(bust.cache, parameter, _texts(column.base_oid, column.base_category))
                     long = _unbounded(column) and not column.unique and not _hashed(bust.cache, parameter)
+                    long = long and not bust.cache.given
                     if long and (bust.cache.name, parameter) not in named:
                         named.add((bust.cache.name, parameter))
                         self._findings.append(_of_unbounded(bust.cache, parameter, rule.table, name, column))

@@ -3,7 +3,8 @@
 `offline` looks at the rules alone. What a database says of their columns makes some of its findings sharper, which is
 why it takes `Columns`; `check_postgres` asks the database.
 
-The rule that holds here: a finding that the rules alone don't prove is a warning or a note, never an error.
+The rule that holds here: a finding that the rules alone don't prove is a warning or a note, never an error; and nothing
+asks for another key where a cache is `given`: to follow that would lose busts.
 """
 
 from __future__ import annotations
@@ -118,13 +119,13 @@ def _of_cache(cache: Cache, *, busted: bool, cluster: bool) -> Iterator[Finding]
             "`ttl: 1h`.",
         )
     for of, template in (("key", cache.key), ("version", cache.version)):
-        if template is not None and template.prefix.count(b":") < 2:
+        if template is not None and not cache.given and template.prefix.count(b":") < 2:
             yield warning(
                 "short_prefix",
                 f"the `{of}` of cache {cache.name} does not begin with an application and an environment, so that "
                 "others may use, or a sweep may delete, the same keys; write it as `shop:${APP_ENV:-prod}:…`.",
             )
-    if cluster and cache.lacks_hash_tag:
+    if cluster and cache.lacks_hash_tag and not cache.given:
         yield warning(
             "no_hash_tag",
             f"in a cluster, a key of cache {cache.name} and its lock lie in different slots, so that a reader's fill "
@@ -136,6 +137,8 @@ def _of_cache(cache: Cache, *, busted: bool, cluster: bool) -> Iterator[Finding]
 
 
 def _ambiguous(cache: Cache, columns: Columns) -> Iterator[Finding]:
+    if cache.given:
+        return
     known = columns.of(cache)
     for of, template in (("key", cache.key), ("version", cache.version)):
         if template is None or len(template.params) < 2:
@@ -176,6 +179,7 @@ def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
     }
     usual = [Language(cache.key, strict[cache.name]) for cache in caches]
     widest = [Language(cache.key, columns.of(cache)) for cache in caches]
+    shared: list[tuple[Cache, Cache, str]] = []
     for at, cache in enumerate(caches):
         for beside, other in enumerate(caches[at + 1 :], at + 1):
             sure = not usual[at].free and not usual[beside].free
@@ -185,17 +189,45 @@ def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
                 # Only a value with a separator in it would do.
                 key = overlap.common(widest[at], widest[beside])
                 severity, remedy = Severity.NOTE, ", or add the filter `|urlencode` to the parameter"
-            if key is not None:
+            free = [each for each in (other, cache) if not each.given]
+            if key is not None and not free:
+                shared.append((cache, other, key))
+            elif key is not None:
+                which = "one of them" if len(free) == 2 else f"cache {free[0].name}"
                 yield Finding(
                     severity,
                     "same_keys",
-                    other.place,
+                    free[0].place,
                     f"caches {cache.name} (at {cache.place}) and {other.name} can have the same key, such as `{key}`, "
-                    f"and readers of one would be given values of the other; give one of them another literal "
+                    f"and readers of one would be given values of the other; give {which} another literal "
                     f"part{remedy}.",
                 )
+    yield from _shared(shared)
     yield from _clashes_with_ours(caches, strict)
     yield from _read_as_another(caches, strict, columns.values)
+
+
+def _shared(pairs: Sequence[tuple[Cache, Cache, str]]) -> Iterator[Finding]:
+    """Given keys that are of several caches: one note for all of them, since nothing is to be done."""
+    groups: list[list[str]] = []
+    for cache, other, _ in pairs:
+        joined = [group for group in groups if cache.name in group or other.name in group]
+        names = [name for group in joined for name in group] + [cache.name, other.name]
+        groups = [group for group in groups if group not in joined] + [list(dict.fromkeys(names))]
+    if groups:
+        examples = {name: key for cache, other, key in reversed(pairs) for name in (cache.name, other.name)}
+        told = "; ".join(f"{_listed(group)} (such as `{examples[group[0]]}`)" for group in groups)
+        yield Finding(
+            Severity.NOTE,
+            "same_keys",
+            pairs[0][0].place,
+            "given keys of several caches can be the same, so that a bust of one may delete an entry of another, which "
+            f"costs a miss: {told}; nothing needs to be done.",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str, Texts]]) -> Iterator[Finding]:
@@ -205,23 +237,27 @@ def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str
         numbers = {name: Texts.of_numbers(of) for name, of in _assumed(cache.key, values[cache.name]).items()}
         numbered = Language(cache.key, numbers)
         for other in caches:
-            given = values[other.name]
-            owned = [("the lock", LOCK_SUFFIX, numbered, Language.beside(other.key, LOCK_SUFFIX, given))]
+            known = values[other.name]
+            owned = [("the lock", LOCK_SUFFIX, numbered, Language.beside(other.key, LOCK_SUFFIX, known))]
             if other.version is not None:
-                owned.append(("the version counter", b"", mine, Language(other.version, given)))
+                owned.append(("the version counter", b"", mine, Language(other.version, known)))
             if other.stale_for is not None:
                 left = other.version or other.key
-                owned.append(("an old value", STALE_SUFFIX, numbered, Language.beside(left, STALE_SUFFIX, given)))
+                owned.append(("an old value", STALE_SUFFIX, numbered, Language.beside(left, STALE_SUFFIX, known)))
             for what, suffix, keys, theirs in owned:
+                # A bump would overwrite an entry; what has a suffix is only deleted.
+                if cache.given and other.given and suffix:
+                    continue
                 key = overlap.common(keys, theirs)
                 if key is not None:
+                    changed = "the key" if not cache.given else f"the {'key' if suffix else 'version'} of {other.name}"
                     yield Finding(
                         Severity.WARNING if keys.free or theirs.free or suffix else Severity.ERROR,
                         "key_is_ours",
-                        cache.place,
+                        other.place if cache.given else cache.place,
                         f"a key of cache {cache.name} can be {what} of cache {other.name} (at {other.place}), such as "
-                        f"`{key}`; give the key another literal part"
-                        f"{f' than `{suffix.decode()}`' if suffix else ''}.",
+                        f"`{key}`; give {changed} another literal part"
+                        f"{f' than `{suffix.decode()}`' if suffix and not cache.given else ''}.",
                     )
 
 
@@ -238,6 +274,8 @@ def _read_as_another(
         if other.stale_for is None or other.version is not None:
             continue
         for cache in caches:
+            if cache.given:
+                continue
             key = common(cache, other, widest)
             if key is not None and common(cache, other, strict) is None:
                 yield Finding(
@@ -264,6 +302,8 @@ def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
         ]
         for cache in caches
     }
+    given: dict[str, list[str]] = {}
+    first: Cache | None = None
     for cache in caches:
         swept = Language.of_sweep(cache.sweep_template)
         others = [
@@ -273,12 +313,26 @@ def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
             and other.version != cache.sweep_template
             and any(overlap.common(swept, theirs) is not None for theirs in languages[other.name])
         ]
-        if others and cache.sweep_template.params:
-            pattern = cache.sweep_template.glob().decode("utf-8", "replace")
-            yield Finding(
-                Severity.NOTE,
-                "sweeps_others",
-                cache.place,
-                f"a sweep of cache {cache.name} looks for `{pattern}`, which also deletes what belongs to "
-                f"{', '.join(others)}; that does no harm but costs misses, and another prefix avoids it.",
-            )
+        if not others or not cache.sweep_template.params:
+            continue
+        pattern = cache.sweep_template.glob().decode("utf-8", "replace")
+        if cache.given:
+            first = first or cache
+            given.setdefault(pattern, []).append(cache.name)
+            continue
+        yield Finding(
+            Severity.NOTE,
+            "sweeps_others",
+            cache.place,
+            f"a sweep of cache {cache.name} looks for `{pattern}`, which also deletes what belongs to "
+            f"{', '.join(others)}; that does no harm but costs misses, and another prefix avoids it.",
+        )
+    if first is not None:
+        told = "; ".join(f"`{pattern}` for {_listed(names)}" for pattern, names in given.items())
+        yield Finding(
+            Severity.NOTE,
+            "sweeps_others",
+            first.place,
+            f"sweeps of caches with given keys also delete keys of other caches, which does no harm but costs misses: "
+            f"they look for {told}; run `check` with Redis to see what it holds there.",
+        )

@@ -275,6 +275,7 @@ def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
         negative_ttl=entry.negative_ttl,
         stale_for=entry.stale_for,
         max_keys_hint=entry.max_keys_hint,
+        given=entry.given,
         place=draft.document.place(draft.loc, of_key=True),
     )
 

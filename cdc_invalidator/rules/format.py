@@ -120,6 +120,10 @@ class CacheEntry(_Entry):
         description="How long readers may still show the old value after a bust, while somebody loads the new one.",
     )
     max_keys_hint: int | None = Field(None, ge=1, description="How many keys there are at most, roughly.")
+    given: bool = Field(
+        default=False,
+        description="The keys are the application's, and nobody may change them: `check` asks for no other.",
+    )
 
 
 class RuleEntry(_Entry):

@@ -18,7 +18,8 @@ class Cache:
     """A family of keys; times are in ms.
 
     ``digest`` changes with the keys and how they are busted: with the templates (after the environment) and the rules.
-    It does not change with times, names of rules, order or comments.
+    It does not change with times, names of rules, order or comments. ``given``: the keys are the application's, and
+    nobody may change them.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Cache:
     negative_ttl: int | None = None
     stale_for: int | None = None
     max_keys_hint: int | None = None
+    given: bool = False
     place: Place = field(default=Place(""), compare=False)
 
     @property

@@ -171,7 +171,10 @@ def test_keys_without_a_hash_tag_are_busted_and_the_operator_is_warned(
     database: str, cluster: Cluster, tmp_path: Path, slot_name: str
 ) -> None:
     reading.create(database)
-    rules = reading.rules_file(tmp_path, reading.RULES.replace('"t:{{{id}}}:count"', '"t:{id}:count"'))
+    text = reading.RULES.replace('"t:{{{id}}}:count"', '"t:{id}:count"')
+    # What nobody may change is not warned of.
+    text = text.replace("caches:\n", "caches:\n  old: {key: 'old:{id}', ttl: 1m, given: true}\n")
+    rules = reading.rules_file(tmp_path, text)
     with (
         RunningDaemon(dsn=database, redis_url=cluster.url, rules=rules, slot=slot_name) as daemon,
         contextlib.closing(cluster.client()) as client,

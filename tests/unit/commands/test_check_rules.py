@@ -228,6 +228,59 @@ def test_a_sweep_that_takes_more_than_its_cache_is_worth_a_note() -> None:
     assert only(found(apart), "sweeps_others").place == Place("rules.yaml", 4, 3)
 
 
+# Keys that are given
+
+
+def test_no_finding_asks_for_other_keys_where_they_are_given() -> None:
+    texts = Columns({"user": {"a": overlap.TEXT, "b": overlap.TEXT}, "other": {"id": overlap.NUMBER}})
+    caches = "  user: {key: 'u{a}_{b}', ttl: 1m%s}\n  other: {key: 'u{id}_1', ttl: 1m, stale_for: 5s%s}\n"
+    rule = "{name: two, table: public.t, bust: [other]}"
+    free = found(caches % ("", ""), rule, columns=texts, cluster=True)
+    assert set(codes(free)) == {
+        "short_prefix", "no_hash_tag", "ambiguous_key", "same_keys", "key_is_ours", "sweeps_others",
+    }  # fmt: skip
+    told = found(caches % (", given: true", ", given: true"), rule, columns=texts, cluster=True)
+    assert sorted(codes(told)) == ["same_keys", "sweeps_others"]
+    assert {finding.severity for finding in told} == {Severity.NOTE}
+
+
+def test_keys_that_several_given_caches_share_are_one_note_whatever_their_number() -> None:
+    numbers = Columns({name: {"id": overlap.NUMBER} for name in "abcde"})
+    caches = "".join(
+        f"  {name}: {{key: '{key}', ttl: 1m, given: true}}\n"
+        for name, key in {"a": "x{id}", "b": "x{other}", "c": "x1{id}", "d": "y{id}", "e": "yy{id}"}.items()
+    )
+    rule = "  - {name: r, table: public.t, bust: [a, b, c, d, e]}\n"
+    told = [finding for finding in found(caches, columns=numbers, rule=rule) if finding.code == "same_keys"]
+    assert [finding.severity for finding in told] == [Severity.NOTE]
+    assert "a, b and c (such as `x" in told[0].sentence
+    assert "; d and e (such" not in told[0].sentence
+    assert "nothing needs to be done" in told[0].sentence
+
+
+def test_where_one_of_two_caches_is_given_the_other_is_told_to_change() -> None:
+    caches = "  user: {key: 'app:env:{id}', ttl: 1m%s}\n  other: {key: 'app:env:{team}', ttl: 1m%s}\n"
+    numbers = Columns({"user": {"id": overlap.NUMBER}, "other": {"team": overlap.NUMBER}})
+    rule = "{name: two, table: public.t, bust: [other]}"
+    for given_, name, line in ((", given: true", "other", 4), ("", "user", 3)):
+        marks = (given_, "" if given_ else ", given: true")
+        finding = only(found(caches % marks, rule, columns=numbers), "same_keys")
+        assert (finding.severity, finding.place) == (Severity.ERROR, Place("rules.yaml", line, 3))
+        assert f"give cache {name} another literal part" in finding.sentence
+
+
+def test_a_given_key_that_a_bump_would_overwrite_is_told_with_a_remedy_that_leaves_it() -> None:
+    caches = (
+        "  user: {key: 'app:env:{id}:v', ttl: 1m, given: true}\n"
+        "  other: {key: 'app:env:{id}:x{version}', version: 'app:env:{id}:v', ttl: 1m%s}\n"
+    )
+    rule = "{name: two, table: public.t, bust: [other]}"
+    for given_ in ("", ", given: true"):
+        finding = only(found(caches % given_, rule), "key_is_ours")
+        assert (finding.severity, finding.place) == (Severity.WARNING, Place("rules.yaml", 4, 3))
+        assert "give the version of other another literal part" in finding.sentence
+
+
 # The languages themselves
 
 PARTS = st.lists(

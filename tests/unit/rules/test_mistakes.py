@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from rule_texts import A_DURATION, GOOD, busting, mistakes
 
+from cdc_invalidator.rules.format import CacheEntry
+
 # ── What is wrong ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 A_NAME = "use 1 to 63 of A-Z a-z 0-9 _ . -, and begin with a letter or a digit"
@@ -12,9 +14,7 @@ A_TABLE = "write `schema.table`, names with capitals or signs in double quotes"
 CHECK_YAML = "check quotes, brackets and indentation"
 UNCLOSED = "did not find expected ',' or ']'"
 TOO_LONG_AFTER = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
-CACHE_FIELDS = (
-    "key, version, version_ttl, ttl, jitter, ttl_only, bump_over, again_after, negative_ttl, stale_for, max_keys_hint"
-)
+CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
 
 
 @pytest.mark.parametrize(

@@ -467,7 +467,7 @@ class Session:
             return
         finally:
             await connection.close()
-        caches = sorted(self._rules.caches)
+        caches = sorted(self._rules.kept)
         self._events.gap("position_given_up", caches, swept=False, level="error", error=str(reason))
 
     async def _farewell(self, replication: Replication, checkpoint: Checkpoint, receiving: asyncio.Task[None]) -> None:

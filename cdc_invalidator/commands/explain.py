@@ -268,7 +268,7 @@ def key_lines(told: Mapping[str, Any]) -> Iterator[str]:
         if cache["version_key"] is not None and cache["is"] != "version":
             yield f"  its version is {cache['version_key']}"
         if cache["ttl_only"]:
-            yield "  no rule busts it: it is `ttl_only`"
+            yield "  nothing busts or sweeps it: it is `ttl_only`"
         elif not cache["busted_by"]:
             yield "  no rule busts it"
         for cause in cache["busted_by"]:

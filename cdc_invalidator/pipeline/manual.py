@@ -46,6 +46,11 @@ class ManualBusts:
         target = self._targets.get(bust["cache"])
         if target is None:
             raise errors.WrongMessage(f"A manual bust names cache {bust['cache']!r}, which the rules do not have.")
+        if target.cache.ttl_only:
+            raise errors.WrongMessage(
+                f"A manual bust names cache {target.cache.name}, which is `ttl_only`, so that nothing busts it; delete "
+                "its keys with redis-cli, or remove `ttl_only`."
+            )
         if "params" not in bust:
             return target, None
         return target, _key(target, bust["params"])

@@ -253,12 +253,12 @@ class Survey:
         return changed
 
     def digests(self, rules: RuleSet) -> dict[str, str]:
-        """Return, for each cache all of whose tables are published, a digest of what busts it.
+        """Return, for each cache that is kept and all of whose tables are published, a digest of what busts it.
 
         It changes with the rules and with the shapes of their tables. So the watermark tells a later start whether a
         cache was kept by the same rules on the same tables.
         """
-        shapes: dict[str, list[tuple[Any, ...]]] = {name: [] for name in rules.caches}
+        shapes: dict[str, list[tuple[Any, ...]]] = {name: [] for name in rules.kept}
         blind: set[str] = set()
         for rule in rules.rules:
             state = self.tables[rule.table]
@@ -270,7 +270,7 @@ class Survey:
                     shapes[bust.cache.name].append((str(rule.table), state.shape, definitions))
         return {
             name: hashlib.sha256(repr((cache.digest, self.version, sorted(shapes[name]))).encode()).hexdigest()[:16]
-            for name, cache in rules.caches.items()
+            for name, cache in rules.kept.items()
             if name not in blind
         }
 

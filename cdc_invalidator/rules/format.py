@@ -104,7 +104,7 @@ class CacheEntry(_Entry):
     version_ttl: Duration | None = Field(None, description="How long a version counter lives; 30d by default.")
     ttl: Duration | None = Field(None, description="How long readers store a value.")
     jitter: Duration | None = Field(None, description="Up to how much is added to the ttl, at random.")
-    ttl_only: bool = Field(default=False, description="A decision written down: no rule busts this cache.")
+    ttl_only: bool = Field(default=False, description="A decision written down: nothing busts or sweeps this cache.")
     bump_over: int | None = Field(
         None,
         ge=1,

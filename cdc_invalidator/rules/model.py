@@ -149,3 +149,8 @@ class RuleSet:
     def tables(self) -> tuple[Table, ...]:
         """The tables that rules name, each once, in order of appearance."""
         return tuple(dict.fromkeys(rule.table for rule in self.rules))
+
+    @property
+    def kept(self) -> dict[str, Cache]:
+        """The caches that the daemon keeps right: all but those that are ``ttl_only``, which it never touches."""
+        return {name: cache for name, cache in self.caches.items() if not cache.ttl_only}

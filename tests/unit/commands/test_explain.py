@@ -135,7 +135,7 @@ def test_a_key_in_text_says_the_same() -> None:
         "    user is column user_id",
         "    the other parameters are the rows of SELECT team FROM m WHERE id = {id}",
     ]
-    assert "  no rule busts it: it is `ttl_only`" in key_lines(explain_key(RULES, "shop:counts"))
+    assert "  nothing busts or sweeps it: it is `ttl_only`" in key_lines(explain_key(RULES, "shop:counts"))
     assert "  no rule busts it" in key_lines(explain_key(RULES, "shop:alone"))
 
 

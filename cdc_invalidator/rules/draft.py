@@ -13,15 +13,15 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 
 from cdc_invalidator.rules.condition import Condition, ConditionError
+from cdc_invalidator.rules.defaults import Defaults
 from cdc_invalidator.rules.document import Document, Loc
+from cdc_invalidator.rules.duration import LONGEST_AGAIN, TOO_LONG
 from cdc_invalidator.rules.format import CacheEntry, RuleEntry, TestEntry, entries, sound
 from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test
 from cdc_invalidator.rules.packed import pair
 from cdc_invalidator.rules.template import Param, Template, TemplateError
 from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
-
-LONGEST_AGAIN = 60_000
 
 
 class _CacheDraft(NamedTuple):
@@ -77,8 +77,10 @@ class Draft:
         self._declared = _declared(documents)
         self._caches: dict[str, _CacheDraft] = {}
         env = _vars(documents, env)
-        for document in documents:
-            for loc, cache, whole in sound(document, "caches", CacheEntry):
+        defaults = [Defaults(document) for document in documents]
+        for document, of_file in zip(documents, defaults, strict=True):
+            for loc, own, whole in sound(document, "caches", CacheEntry):
+                cache = of_file.cache(own)
                 key = _template(document, (*loc, "key"), cache.key, env)
                 version = _template(document, (*loc, "version"), cache.version, env)
                 draft = _CacheDraft(document, loc, cache, key, version, whole)
@@ -87,8 +89,9 @@ class Draft:
         _check_same_keys(self._caches)
         self._rules = [
             _RuleDraft(rule, document.place(loc), document.place((*loc, "when")), self._busts(document, loc, rule))
-            for document in documents
-            for loc, rule, _ in sound(document, "rules", RuleEntry)
+            for document, of_file in zip(documents, defaults, strict=True)
+            for loc, own_rule, _ in sound(document, "rules", RuleEntry)
+            for rule in (of_file.rule(own_rule),)
         ]
         self._tests = [
             _test(test, document.place(loc))
@@ -348,8 +351,7 @@ def _check_cache(draft: _CacheDraft) -> None:
         sentence = "with `bump_over`, the version stands in the key as it is; take the filter off `{version}`"
         document.complain((*loc, "key"), sentence)
     if entry.again_after is not None and entry.again_after > LONGEST_AGAIN:
-        sentence = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
-        document.complain((*loc, "again_after"), sentence)
+        document.complain((*loc, "again_after"), TOO_LONG.format(field="again_after"))
     if entry.ttl is None and entry.jitter is not None:
         document.complain((*loc, "jitter"), "`jitter` needs a `ttl`; remove it, or add one", of_key=True)
 
@@ -403,8 +405,7 @@ def _check_condition(document: Document, loc: Loc, rule: RuleEntry) -> None:
 
 def _check_debounce(document: Document, loc: Loc, rule: RuleEntry) -> None:
     if rule.debounce is not None and rule.debounce > LONGEST_AGAIN:
-        sentence = "`debounce` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
-        document.complain((*loc, "debounce"), sentence)
+        document.complain((*loc, "debounce"), TOO_LONG.format(field="debounce"))
 
 
 def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:

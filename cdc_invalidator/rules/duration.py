@@ -8,6 +8,8 @@ from cdc_invalidator.rules.wording import shown
 
 _DURATION = re.compile(r"([0-9]{1,10})(ms|s|m|h|d)")
 _UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+LONGEST_AGAIN = 60_000
+TOO_LONG = "`{field}` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
 _LONGEST = 36_500 * 86_400_000
 
 

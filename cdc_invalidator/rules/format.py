@@ -179,12 +179,27 @@ class TestEntry(_Entry):
     )
 
 
+class DefaultsEntry(_Entry):
+    """What the caches and rules of this file have where they say nothing themselves."""
+
+    ttl: Duration | None = Field(None, description="`ttl` of caches.")
+    jitter: Duration | None = Field(None, description="`jitter` of caches that have a `ttl`.")
+    negative_ttl: Duration | None = Field(None, description="`negative_ttl` of caches.")
+    stale_for: Duration | None = Field(None, description="`stale_for` of caches that are busted.")
+    again_after: Duration | None = Field(None, description="`again_after` of caches whose keys are deleted.")
+    given: bool | None = Field(None, description="`given` of caches.")
+    old_row: Literal["require", "sweep", "ignore"] | None = Field(None, description="`old_row` of rules.")
+
+
 class RuleFile(_Entry):
     """A rule file of cdc-invalidator."""
 
     version: Annotated[Literal[1], BeforeValidator(_format_version)] = Field(description="The version of the format.")
     vars: dict[VarName, str] = Field(
         {}, description="Texts for templates, as `${name}`; they go before the environment, and may name it."
+    )
+    defaults: DefaultsEntry | None = Field(
+        None, description="Fields of this file's caches and rules that don't have them."
     )
     caches: dict[Name, CacheEntry] = Field({}, description="Caches by name.")
     rules: list[RuleEntry] = Field([], description="Rules, in any order.")
@@ -196,6 +211,7 @@ class RuleFile(_Entry):
 # By section of the file: what an entry is called, and its model.
 _SECTIONS: dict[int | str, tuple[str, type[BaseModel]]] = {
     "": ("a rule file", RuleFile),
+    "defaults": ("`defaults`", DefaultsEntry),
     "caches": ("a cache", CacheEntry),
     "rules": ("a rule", RuleEntry),
     "tests": ("a test", TestEntry),
@@ -281,6 +297,19 @@ def entries(document: Document, section: str) -> Iterator[tuple[Loc, Any]]:
         yield from (((section, name), entry) for name, entry in found.items())
     elif section != "caches" and isinstance(found, list):
         yield from (((section, number), entry) for number, entry in enumerate(found))
+
+
+def defaults(document: Document) -> tuple[DefaultsEntry, frozenset[str]]:
+    """Return the defaults of a file as far as they are right, and the names of those that are wrong."""
+    given = document.value.get("defaults") if isinstance(document.value, dict) else None
+    if not isinstance(given, dict):
+        return DefaultsEntry.model_construct(), frozenset()
+    try:
+        return DefaultsEntry.model_validate(given), frozenset()
+    except ValidationError as wrong:
+        fields = frozenset(str(error["loc"][0]) for error in wrong.errors())
+    right = {name: value for name, value in given.items() if name not in fields}
+    return DefaultsEntry.model_validate(right), fields
 
 
 def sound(document: Document, section: str, model: type[Model]) -> Iterator[tuple[Loc, Model, bool]]:

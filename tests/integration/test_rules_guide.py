@@ -10,7 +10,7 @@ import pytest
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import trial
-from cdc_invalidator.rules.format import CacheEntry, ChangeEntry, RuleEntry, RuleFile, TestEntry
+from cdc_invalidator.rules.format import CacheEntry, ChangeEntry, DefaultsEntry, RuleEntry, RuleFile, TestEntry
 from cdc_invalidator.rules.load import parse_rules
 
 GUIDE = (Path(__file__).parents[2] / "rules" / "README.md").read_text()
@@ -63,7 +63,7 @@ def test_the_guide_has_examples_of_both_kinds() -> None:
 
 def test_every_field_of_the_format_is_explained() -> None:
     reference = GUIDE.partition("## All fields")[2]
-    for model in (RuleFile, CacheEntry, RuleEntry, TestEntry, ChangeEntry):
+    for model in (RuleFile, DefaultsEntry, CacheEntry, RuleEntry, TestEntry, ChangeEntry):
         for name in model.model_fields:
             assert f"`{name}`" in reference, f"{name} of {model.__name__}"
 

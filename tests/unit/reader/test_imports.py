@@ -40,8 +40,8 @@ print(*ours, sep="\\n")
 """
 # The pure modules that the reader shares with the daemon.
 SHARED = {
-    *("errors", "rules", "rules.comparison", "rules.condition", "rules.document", "rules.draft", "rules.duration"),
-    *("rules.expression", "rules.format"),
+    *("errors", "rules", "rules.comparison", "rules.condition", "rules.defaults", "rules.document", "rules.draft"),
+    *("rules.duration", "rules.expression", "rules.format"),
     *("rules.load", "rules.model", "rules.packed", "rules.suffixes", "rules.table", "rules.template", "rules.values"),
     "rules.wording",
 }

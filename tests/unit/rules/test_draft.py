@@ -164,9 +164,50 @@ def test_the_models_give_a_json_schema_in_which_each_field_is_described() -> Non
     schema = RuleFile.model_json_schema()
     objects = [schema, *schema["$defs"].values()]
     fields = [field for each in objects for field in each["properties"].values()]
-    assert {each["title"] for each in objects} == {*("RuleFile", "CacheEntry", "RuleEntry", "TestEntry", "ChangeEntry")}
+    assert {each["title"] for each in objects} == {
+        *("RuleFile", "DefaultsEntry", "CacheEntry", "RuleEntry", "TestEntry", "ChangeEntry")
+    }
     assert all(field.get("description") for field in fields)
     assert json.dumps(schema)
+
+
+# ── Defaults ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DEFAULTS = "{ttl: 1m, jitter: 2s, negative_ttl: 3s, stale_for: 4s, again_after: 5s, given: true, old_row: ignore}"
+
+
+def test_caches_and_rules_have_the_defaults_of_their_file_where_they_say_nothing_themselves() -> None:
+    rule_set = parse(GOOD.replace("caches:", f"defaults: {DEFAULTS}\ncaches:"))
+    user = rule_set.caches["user"]
+    assert (user.ttl, user.jitter) == (300_000, 30_000)
+    assert (user.negative_ttl, user.stale_for, user.again_after) == (3000, 4000, 5000)
+    assert user.given
+    assert [rule.old_row for rule in rule_set.rules] == ["ignore", "sweep"]
+
+
+def test_a_cache_takes_no_default_that_it_has_no_use_for() -> None:
+    caches = parse(
+        f"version: 1\ndefaults: {DEFAULTS}\ncaches: {{v: {{key: 'v:{{version}}', version: 'v:ver'}}, "
+        "b: {key: 'b:{version}', version: 'b:ver', bump_over: 5}, t: {key: t, ttl_only: true}}"
+    ).caches
+    assert {name: cache.again_after for name, cache in caches.items()} == {"v": None, "b": 5000, "t": None}
+    assert {name: cache.stale_for for name, cache in caches.items()} == {"v": 4000, "b": 4000, "t": None}
+    assert {(cache.ttl, cache.jitter, cache.negative_ttl) for cache in caches.values()} == {(60_000, 2000, 3000)}
+    without = parse("version: 1\ndefaults: {jitter: 2s}\ncaches: {a: {key: a}, b: {key: b, ttl: 1m}}").caches
+    assert {name: cache.jitter for name, cache in without.items()} == {"a": 0, "b": 2000}
+
+
+def test_defaults_are_of_one_file_and_not_of_the_others() -> None:
+    one = f"version: 1\ndefaults: {DEFAULTS}\ncaches: {{a: {{key: a}}}}\nrules: [{{name: r, table: s.t, bust: [b]}}]"
+    other = "version: 1\ncaches: {b: {key: b}}\nrules: [{name: q, table: s.t, bust: [a]}]"
+    rule_set = parse(one, other)
+    assert {name: cache.ttl for name, cache in rule_set.caches.items()} == {"a": 60_000, "b": None}
+    assert {rule.name: rule.old_row for rule in rule_set.rules} == {"r": "ignore", "q": "require"}
+
+
+def test_a_default_is_the_same_as_the_field_written_out_and_sweeps_no_cache() -> None:
+    out = GOOD.replace("    table: public.users\n", "    table: public.users\n    old_row: ignore\n")
+    assert changed(digests(out), digests(GOOD.replace("caches:", f"defaults: {DEFAULTS}\ncaches:"))) == set()
 
 
 # ── Conditions, queries, bumps, variables, tests ─────────────────────────────────────────────────────────────────────

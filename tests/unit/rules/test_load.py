@@ -131,9 +131,12 @@ VALUES = st.recursive(
 @given(
     st.dictionaries(st.sampled_from([*rulefile.CacheEntry.model_fields, "x"]), VALUES),
     st.dictionaries(st.sampled_from([*rulefile.RuleEntry.model_fields, "when"]), VALUES),
+    st.dictionaries(st.sampled_from([*rulefile.DefaultsEntry.model_fields, "x"]), VALUES),
 )
-def test_any_value_in_any_field_is_wrong_rules_or_right(cache: dict[str, object], rule: dict[str, object]) -> None:
-    assert_told(json.dumps({"version": 1, "caches": {"user": cache}, "rules": [rule]}))
+def test_any_value_in_any_field_is_wrong_rules_or_right(
+    cache: dict[str, object], rule: dict[str, object], defaults: dict[str, object]
+) -> None:
+    assert_told(json.dumps({"version": 1, "defaults": defaults, "caches": {"user": cache}, "rules": [rule]}))
 
 
 def assert_told(text: str) -> None:

@@ -31,6 +31,25 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
             "version: 1\nrulez: []\n",
             "2:1: `rulez` is not a field of a rule file; did you mean `rules`?",
         ),
+        # Defaults; `user` has a jitter
+        (
+            "caches:\n",
+            "defaults: 5m\ncaches:\n",
+            "3:11: `defaults` must be a mapping; write `name: value` on each line",
+        ),
+        ("caches:\n", "defaults:\ncaches:\n", "3:1: `defaults` is empty; give it a value or remove it"),
+        (
+            "caches:\n",
+            "defaults: {tll: 5m}\ncaches:\n",
+            "3:12: `tll` is not a field of `defaults`; did you mean `ttl`?",
+        ),
+        ("caches:\n", "defaults: {again_after: 2m}\ncaches:\n", f"3:25: {TOO_LONG_AFTER}"),
+        ("caches:\n", "defaults: {negative_ttl: 5}\ncaches:\n", f"3:26: `5` is not a duration; {A_DURATION}"),
+        (
+            "caches:\n",
+            "defaults: {old_row: no}\ncaches:\n",
+            "3:21: `no` is not allowed here; write one of require, sweep, ignore",
+        ),
         # Caches
         ("  counts:\n", "  us er:\n", f"12:3: `us er` is not a name; {A_NAME}"),
         ("  counts:\n", f"  {'u' * 64}:\n", f"12:3: `{'u' * 64}` is not a name; {A_NAME}"),
@@ -209,6 +228,14 @@ def test_a_mistake_is_told_with_its_place_and_remedy(old: str, new: str, mistake
     assert mistakes(GOOD.replace(old, new, 1)) == [f"a.yaml:{mistake}"]
 
 
+def test_a_jitter_is_not_told_to_lack_a_ttl_whose_default_is_wrong() -> None:
+    text = GOOD.replace("    ttl: 5m\n", "").replace("caches:\n", "defaults: {ttl: 5}\ncaches:\n")
+    assert mistakes(text) == [f"a.yaml:3:17: `5` is not a duration; {A_DURATION}"]
+    assert mistakes(text.replace("ttl: 5}", "jitter: 5s}")) == [
+        "a.yaml:7:5: `jitter` needs a `ttl`; remove it, or add one"
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
@@ -310,6 +337,7 @@ def test_no_value_of_the_environment_is_shown_in_a_mistake() -> None:
 
 
 def test_a_name_with_a_line_break_stays_on_one_line_of_the_report() -> None:
+    fields = "version, vars, defaults, caches, rules, tests"
     assert mistakes('version: 1\n"a\\nb\\e": 1') == [
-        "a.yaml:2:1: `a\\nb\\x1b` is not a field of a rule file; write one of version, vars, caches, rules, tests"
+        f"a.yaml:2:1: `a\\nb\\x1b` is not a field of a rule file; write one of {fields}"
     ]

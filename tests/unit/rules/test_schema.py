@@ -70,7 +70,7 @@ def test_each_field_of_the_models_is_in_it_with_words_for_an_editor() -> None:
     made = schema()
     models = [made, *made["$defs"].values()]
     assert {model["title"] for model in models} == {
-        *("Rule file of cdc-invalidator", "CacheEntry", "RuleEntry", "TestEntry", "ChangeEntry")
+        *("Rule file of cdc-invalidator", "DefaultsEntry", "CacheEntry", "RuleEntry", "TestEntry", "ChangeEntry")
     }
     assert set(made["properties"]) == set(RuleFile.model_fields)
     assert all(model["additionalProperties"] is False and model["description"] for model in models)

@@ -226,9 +226,16 @@ class Decoder:
         return message
 
     def wide(self, data: bytes, start: int = 0) -> Wide:
-        """Decode what stands for a row that is too large: `WIDE` and the beginning of its message."""
-        xid, pos = self._xid(data, start + 2)
-        return Wide(xid, _U32(data, pos)[0], _OPS[data[start + 1]])
+        """Decode what stands for a row that is too large: `WIDE` and the beginning of its message.
+
+        Raises:
+            errors.MalformedMessage: it is no row's message.
+        """
+        try:
+            xid, pos = self._xid(data, start + 2)
+            return Wide(xid, _U32(data, pos)[0], _OPS[data[start + 1]])
+        except (struct.error, IndexError, KeyError) as error:
+            raise _malformed(data, start, f"{type(error).__name__}: {error}") from error
 
     def _xid(self, data: bytes, pos: int) -> tuple[int | None, int]:
         if self.in_stream:

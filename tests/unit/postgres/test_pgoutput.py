@@ -797,3 +797,9 @@ def test_what_stands_for_a_row_that_is_too_large_tells_its_table(tag: bytes, op:
     message = decoder.wide(pgoutput.WIDE + tag + xid + struct.pack(">I", 16384) + b"N\0\1t")
 
     assert message == pgoutput.Wide(730 if in_stream else None, 16384, op)
+
+
+@pytest.mark.parametrize("rest", [b"\0\0\0\x40\0N", b"I\0\0", b""])
+def test_what_stands_for_no_row_is_malformed(rest: bytes) -> None:
+    with pytest.raises(errors.MalformedMessage):
+        Decoder().wide(pgoutput.WIDE + rest)

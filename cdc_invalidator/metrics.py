@@ -109,6 +109,19 @@ class Metrics:
         self.swept = counter(
             "sweep_scanned_keys_total", "Keys scanned by sweeps, including other applications' keys.", "cache"
         )
+        self.searches = counter(
+            "searches_total",
+            "Searches: keys of a cache that begin with known prefixes, found by scanning all keys.",
+            "cache",
+            "reason",
+        )
+        self.search_passes = counter(
+            "search_passes_total", "Passes over all keys for searches; all prefixes that wait share one."
+        )
+        self.search_prefixes = gauge("search_prefixes", "Prefixes whose keys are not all busted yet.")
+        self.searched = counter(
+            "search_scanned_keys_total", "Keys scanned by searches, including other applications' keys."
+        )
         self._gaps = counter("gaps_total", "Gaps: times when changes may have been missed.", "reason")
         self._gap_at = gauge("gap_timestamp_seconds", "Unix time of the last gap.", "reason")
         self.gaps_open = gauge("gaps_open", "Caches that the watermark leaves out because their gap is not over.")
@@ -188,6 +201,7 @@ class Metrics:
             self.received_lsn,
             self.confirmed_lsn,
             self.sweeps_running,
+            self.search_prefixes,
             self.gaps_open,
             self.watermark_lsn,
             self.watermark_stalled,

@@ -156,7 +156,8 @@ class Again:
             for target, busts in batch.busts.items():
                 if target.cache.again_after == delay:
                     part.busts[target] = busts
-                    part.weight += len(busts.keys) + len(busts.bumps) + len(busts.derived) + busts.sweep
+                    named = len(busts.keys) + len(busts.bumps) + len(busts.derived) + len(busts.searches)
+                    part.weight += named + busts.sweep
             ticket.parts += 1
             queue = self._later.setdefault(delay, _Queue("again_after", self._capacity, self._resolve))
             queue.append(Waiting(part, ticket, now, now + delay / 1000))

@@ -101,7 +101,7 @@ class Apply:
         self._follow_ups = FollowUps(
             postgres,
             self._flush,
-            Sweeps(metrics, rate=sweep_rate),
+            Sweeps(metrics, resolve, rate=sweep_rate),
             rules=kept.rules,
             resolve=resolve,
             grown=recent.grown,

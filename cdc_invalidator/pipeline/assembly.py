@@ -50,7 +50,9 @@ class _InProgress:
 
     @property
     def keys(self) -> int:
-        return sum(len(busts.keys) for part in self.parts.values() for busts in part.busts.values())
+        return sum(
+            len(busts.keys) + len(busts.searches) for part in self.parts.values() for busts in part.busts.values()
+        )
 
     def part(self, xid: int) -> Batch:
         part = self.merged or self.parts.get(xid)
@@ -306,13 +308,14 @@ class Assembly:
         for part in parts:
             for target, busts in part.busts.items():
                 # A cache with a single key is no smaller for being swept.
-                if busts.keys and (target.one is None or target.pairs or target.query is not None):
-                    counts[target] = counts.get(target, 0) + len(busts.keys)
+                held = len(busts.keys) + len(busts.searches)
+                if held and (target.one is None or target.pairs or target.query is not None):
+                    counts[target] = counts.get(target, 0) + held
         if not counts:
             return False
         largest = max(counts, key=counts.__getitem__)
         for part in parts:
-            if largest in part.busts and part.busts[largest].keys:
+            if largest in part.busts and (part.busts[largest].keys or part.busts[largest].searches):
                 part.widen(largest)
         return True
 
@@ -328,6 +331,8 @@ class Assembly:
                 if busts.bumps:
                     batch.bump(target, busts.bumps)
                     batch.of(target).ops.update(busts.ops)
+                for prefix in busts.searches:
+                    batch.search(target, busts.ops, prefix, busts.reason)
                 keys = iter(busts.keys)
                 while some := list(islice(keys, max(1, self._chunk - batch.weight))):
                     if batch.weight >= self._chunk:

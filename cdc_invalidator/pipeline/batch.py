@@ -29,6 +29,8 @@ class Target:
     template: Template = field(init=False)
     query: Query | None = field(init=False)
     pairs: bool = field(init=False)
+    # What is named is the prefix of the keys, which are searched for.
+    rest: bool = field(init=False)
     # The only key of a cache without parameters, which needs no search.
     one: bytes | None = field(init=False)
     # Delete or bump; with `bump_over`, what is done to single keys.
@@ -42,7 +44,8 @@ class Target:
         set_once(self, "template", self.bust.template if self.bust else self.cache.bust_template)
         set_once(self, "query", self.bust.query if self.bust else None)
         set_once(self, "pairs", self.cache.bump_over is not None)
-        set_once(self, "one", None if swept.params else swept.prefix)
+        set_once(self, "rest", swept.rest)
+        set_once(self, "one", None if swept.params or swept.rest else swept.prefix)
         set_once(self, "action", "delete" if self.cache.version is None or self.pairs else "bump")
         shown: dict[str, dict[str, str | None]] = {
             action: {
@@ -62,15 +65,27 @@ class TargetBusts:
     """What one transaction does to one target: keys in order, or the whole cache (``sweep``).
 
     ``keys``: what the target's template gives. ``bumps``: versions' keys, of a cache with ``bump_over``. ``derived``:
-    what the rows of the target's query gave when it was asked last.
+    what the rows of the target's query gave when it was asked last. ``searches``: prefixes, under which all keys (or
+    versions) of the cache are busted.
     """
 
     keys: dict[bytes, None] = field(default_factory=dict)
     bumps: dict[bytes, None] = field(default_factory=dict)
     derived: dict[bytes, None] = field(default_factory=dict)
+    searches: dict[bytes, None] = field(default_factory=dict)
     ops: dict[str, None] = field(default_factory=dict)
     sweep: bool = False
     reason: str = "change"
+
+    def named(self, target: Target) -> dict[bytes, None]:
+        """Return what the target's rule names: the keys, or what its query gave."""
+        return self.keys if target.query is None else self.derived
+
+    def prefixes(self, target: Target) -> dict[bytes, None]:
+        """Return the prefixes to search for; none where the whole cache is swept."""
+        if self.sweep:
+            return {}
+        return self.searches | self.named(target) if target.rest else self.searches
 
     def derive(self, target: Target, keys: Iterable[bytes]) -> None:
         """Take the keys that the target's query gave; past `bump_over` of them, the versions that they are under."""
@@ -150,6 +165,26 @@ class Batch:
             busts.sweep = True
             self.weight += 1
 
+    def search(self, target: Target, ops: Iterable[str], prefix: bytes, reason: str) -> None:
+        """Bust all keys of the target's cache under a prefix, or its versions if it has one.
+
+        Args:
+            target: any, whether its template ends in ``*`` or not.
+            ops: the kinds of change.
+            prefix: what all these keys begin with; at least the literal text that the cache's keys begin with.
+            reason: as of `add`.
+        """
+        if target.one is not None:
+            self.sweep(target, ops, reason)
+            return
+        busts = self.of(target)
+        if not busts.sweep:
+            busts.reason = reason
+        busts.ops.update(dict.fromkeys(ops))
+        if not busts.sweep and prefix not in busts.searches:
+            busts.searches[prefix] = None
+            self.grow(1)
+
     def bump(self, target: Target, versions: Iterable[bytes]) -> None:
         """Trade the single keys of a target with ``bump_over`` for bumps of versions."""
         busts = self.of(target)
@@ -169,7 +204,7 @@ class Batch:
             self.weight += len(busts.keys) - before
 
     def grow(self, keys: int) -> None:
-        """Count keys that a query has given."""
+        """Count keys that a query has given, or prefixes to search for."""
         self.weight += keys
         if self.whole is not None:
             self.whole.weight += keys
@@ -177,9 +212,10 @@ class Batch:
     def widen(self, target: Target) -> None:
         """Trade keys for a sweep of their cache."""
         busts = self.busts[target]
-        self.weight -= len(busts.keys) + len(busts.bumps)
+        self.weight -= len(busts.keys) + len(busts.bumps) + len(busts.searches)
         busts.keys.clear()
         busts.bumps.clear()
+        busts.searches.clear()
         self.sweep(target, busts.ops, busts.reason)
 
     @property
@@ -198,10 +234,10 @@ class Batch:
         return (self.xid,) if self.xid else ()
 
     def events(self) -> Iterable[BustEvent]:
-        """Yield the events of the batch, without those of its sweeps."""
+        """Yield the events of the batch, without those of its sweeps and searches."""
         for target, busts in self.busts.items():
             op = ",".join(busts.ops)
-            named = busts.keys if target.query is None else busts.derived
+            named = () if target.rest else busts.named(target)
             for action, keys in ((target.action, list(named)), ("bump", list(busts.bumps))):
                 for start in range(0, len(keys), KEYS_AN_EVENT):
                     some = keys[start : start + KEYS_AN_EVENT]

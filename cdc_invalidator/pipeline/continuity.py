@@ -145,10 +145,12 @@ class Continuity:
         return some
 
     def reapplied(self, some: Iterable[Batch | PlainBatch]) -> None:
-        """Note that the next of what Redis has lost is applied; sweep what was swept then."""
+        """Note that the next of what Redis has lost is applied; sweep what was swept or searched then."""
         for batch in some:
             self._lost.popleft()
-            swept = {target.cache.name for target, busts in batch.busts.items() if busts.sweep}
+            swept = {
+                target.cache.name for target, busts in batch.busts.items() if busts.sweep or busts.prefixes(target)
+            }
             self._gaps.sweep(dict.fromkeys(swept, "redis_behind"))
 
     def redigest(self, digests: Mapping[str, str]) -> None:

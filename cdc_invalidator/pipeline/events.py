@@ -16,9 +16,9 @@ from typing import Any
 from cdc_invalidator import lsn
 from cdc_invalidator.log import Event, EventLog, KeyDisplay, Level
 from cdc_invalidator.metrics import LAG_BUCKETS, Metrics
-from cdc_invalidator.pipeline.batch import BustEvent, Target
+from cdc_invalidator.pipeline.batch import KEYS_AN_EVENT, BustEvent, Target
 from cdc_invalidator.pipeline.eventstream import EventStream
-from cdc_invalidator.pipeline.sweep import Sweep
+from cdc_invalidator.pipeline.sweep import Asked, Cause, Pass, Request
 from cdc_invalidator.redis.scripts import BUMP_MISSING
 from cdc_invalidator.redis.server import BustReply
 
@@ -156,36 +156,45 @@ class Events:
         for (target, action), total in totals.items():
             self._count(target.rule, target.cache.name, action, total)
 
-    def swept(self, sweep: Sweep) -> None:
-        """Log that a sweep is over: a line for each cause, with its transactions."""
+    def swept(self, over: Pass) -> None:
+        """Log that a sweep or search is over: a line for each cause, with its transactions."""
         now_us = time.time_ns() // 1000
-        cache, progress = sweep.cache, sweep.progress
-        total = _Total(keys=progress.keys, existed=progress.existed)
-        for cause, request in sweep.requests.items():
-            self._metrics.sweeps.labels(cache.name, cause.reason).inc()
-            shown = {
-                "rule": cause.rule or None,
-                "cache": cache.name,
-                "action": "sweep",
-                "table": cause.table or None,
-                "key_prefix": cache.sweep_template.prefix.decode(errors="replace"),
-            }
-            own = {
-                "op": cause.op,
-                "transactions": request.transactions,
-                "keys": progress.keys,
-                "lsn": lsn.text(request.commit_lsn),
-                "xid": request.xid,
-                "existed": progress.existed,
-                "reason": cause.reason,
-            }
-            total.lines = 1
+        for asked in over.asked.values():
+            # What was busted is counted once, whoever asked for it.
+            total = _Total(keys=asked.keys, existed=asked.existed)
+            for cause, request in asked.requests.items():
+                self._asked(over, asked, cause, request, total, now_us)
+                total = _Total()
+
+    def _asked(self, over: Pass, asked: Asked, cause: Cause, request: Request, total: _Total, now_us: int) -> None:
+        cache, searches = asked.cache, over.action == "search"
+        (self._metrics.searches if searches else self._metrics.sweeps).labels(cache.name, cause.reason).inc()
+        shown = {
+            "rule": cause.rule or None,
+            "cache": cache.name,
+            "action": over.action,
+            "table": cause.table or None,
+            "key_prefix": cache.sweep_template.prefix.decode(errors="replace"),
+        }
+        common = {
+            "op": cause.op,
+            "transactions": request.transactions,
+            "keys": asked.keys,
+            "lsn": lsn.text(request.commit_lsn),
+            "xid": request.xid,
+            "existed": asked.existed,
+            "reason": cause.reason,
+        }
+        prefixes = list(request.prefixes)
+        for start in range(0, max(1, len(prefixes)), KEYS_AN_EVENT):
+            some = prefixes[start : start + KEYS_AN_EVENT]
+            found = {**self._display.fields(some), "prefixes": len(some), "scanned": over.scanned} if searches else {}
+            own = {**found, **common}
+            total.lines += 1
             if request.committed_at is not None:
                 self._time(own, request.committed_at, now_us, total)
             self._write([(shown, own)])
-            self._count(cause.rule, cache.name, "sweep", total)
-            # What was swept is counted once, whoever asked for it.
-            total = _Total()
+        self._count(cause.rule, cache.name, over.action, total)
 
     def gap(self, reason: str, caches: list[str], *, swept: bool, level: Level = "warning", **more: str) -> None:
         """Log that changes to these caches may have been missed, and whether they are swept for it."""

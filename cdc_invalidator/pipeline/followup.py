@@ -148,18 +148,19 @@ class FollowUps:
             standbys.overdue(*gap)
 
     async def sweep(self, server: CacheServer) -> None:
-        """Take one step of each sweep that runs.
+        """Take one step of each sweep, and of the search, that runs.
 
         Raises:
             errors.RedisUnavailable: they begin again on the next connection.
         """
         if not self.sweeps:
             return
-        for sweep in await self.sweeps.step(server):
-            self._events.swept(sweep)
-            for ticket in sweep.tickets:
-                self._resolve(ticket)
-        self._metrics.sweeps_running.set(len(self.sweeps))
+        for over in await self.sweeps.step(server):
+            self._events.swept(over)
+            for asked in over.asked.values():
+                for ticket in asked.tickets:
+                    self._resolve(ticket)
+        self.sweeps.show()
 
     def hurry(self, *, much_wal: bool) -> None:
         """Note whether PostgreSQL keeps more WAL than it may; if so, hold the position back only where it must be."""
@@ -183,9 +184,10 @@ class FollowUps:
 
     def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
         for target, busts in batch.busts.items():
-            if busts.sweep:
+            prefixes = busts.prefixes(target)
+            if busts.sweep or prefixes:
                 ticket.parts += 1
                 cause = Cause(target.rule, target.table, ",".join(busts.ops), busts.reason)
-                request = Request(batch.commit_lsn, batch.xid or None, batch.committed_at)
-                self.sweeps.request(target.cache, cause, request, ticket)
-        self._metrics.sweeps_running.set(len(self.sweeps))
+                request = Request(batch.commit_lsn, batch.xid or None, batch.committed_at, prefixes=prefixes)
+                self.sweeps.request(target.cache, cause, request, [ticket])
+        self.sweeps.show()

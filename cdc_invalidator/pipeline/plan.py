@@ -199,7 +199,7 @@ def _plain(op: str, rules: Iterable[_RulePlan]) -> scan.PlainRules:
         for firing in rule.firings:
             target = firing.target
             old = {"update": firing.old_of_update, "delete": firing.old_of_delete}.get(op)
-            later = target.pairs or target.debounce or target.cache.again_after
+            later = target.pairs or target.rest or target.debounce or target.cache.again_after
             if firing.plain is None or later or old == "sweep":
                 return None
             firings.append((target, *firing.plain, old or "ignore"))

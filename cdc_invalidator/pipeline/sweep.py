@@ -1,17 +1,23 @@
-"""Sweeps: busting a whole cache by its key pattern, one SCAN step at a time, so that live busts go on meanwhile.
+"""Sweeps and searches: busting whole caches, or all keys under prefixes, a SCAN step at a time, between live busts.
 
 Why one pass over the locks and then one over the keys is enough: SCAN finds every key that is there from its start to
 its end. A reader that began its fill before the sweep holds a lock, which the first pass deletes (its fill is then
 dropped), or it stored before the first pass was over, and the second pass finds the key. A reader that begins later
 loads what the sweep was for. Version counters need a single pass: a bump overtakes every fill under the old version.
+
+A sweep is of one cache, and has a pattern of its own. A search is of all prefixes that were asked for before it began,
+whatever their caches. What is asked for later waits for the next one. So a key is gone at most two searches after it
+was asked for, the one that runs and the next, however many prefixes there are.
 """
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -21,15 +27,22 @@ from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer, Cursor
 from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.template import escape_glob
 
 _log = structlog.get_logger()
 
 # How often a long sweep says how far it is.
 PROGRESS_SECONDS = 5.0
+# A search that takes so long is logged when it begins and ends.
+LONG_SECONDS = 1.0
+# What the prefixes of one search may take; beyond that, the caches with the most of them are swept instead.
+SEARCH_BYTES = 16_000_000
+# Of a prefix, besides its text.
+_A_PREFIX = 100
 
 
 class Cause(NamedTuple):
-    """Why a sweep was asked for; those with the same cause share one event."""
+    """Why a sweep or search was asked for; those with the same cause share one event."""
 
     rule: str
     table: str
@@ -39,139 +52,340 @@ class Cause(NamedTuple):
 
 @dataclass(slots=True)
 class Request:
-    """What the event says of the transactions with one cause: the newest of them, and how many they were."""
+    """What the event says of the transactions with one cause: the newest of them, and how many they were.
+
+    ``prefixes``: what is searched for; empty for a sweep.
+    """
 
     commit_lsn: int
     xid: int | None
     committed_at: int | None
     transactions: int = 1
+    prefixes: dict[bytes, None] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class SweepProgress:
-    """What a sweep has done so far; ``scanned``: keys looked at, some 1,000 a step."""
-
-    scanned: int = 0
-    keys: int = 0
-    existed: int = 0
-
-
-class Sweep:
-    """One sweep of one cache for all who asked before it began; ``tickets`` are resolved when it is over."""
+class Asked:
+    """What is asked for of one cache: by whom, what waits for it, and what was found and there so far."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.requests: dict[Cause, Request] = {}
         self.tickets: list[Ticket] = []
-        self.progress = SweepProgress()
-        self.logged_at = time.monotonic()
-        self.restart()
+        self.keys = 0
+        self.existed = 0
 
-    def add(self, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> None:
-        """Let another request wait for it; only before it has begun."""
+    def add(self, cause: Cause, request: Request) -> int:
+        """Add a request; return the bytes that its prefixes take."""
         known = self.requests.get(cause)
+        prefixes = known.prefixes if known is not None else {}
+        more = [prefix for prefix in request.prefixes if prefix not in prefixes]
+        prefixes.update(dict.fromkeys(more))
         if known is not None:
             request.transactions += known.transactions
+        request.prefixes = prefixes
         self.requests[cause] = request
-        self.tickets += tickets
+        return sum(map(len, more)) + _A_PREFIX * len(more)
+
+    def hold(self, ticket: Ticket, resolve: Callable[[Ticket], None]) -> None:
+        """Let a ticket wait. Of those that hold the position back, the one that holds back most stands for all."""
+        self.tickets.append(ticket)
+        holding = [each for each in self.tickets if each.below < lsn.NEVER]
+        if len(holding) > 1:
+            most, done = sorted(holding, key=lambda each: each.below)
+            self.tickets = [each for each in self.tickets if each.below == lsn.NEVER] + [most]
+            resolve(done)
+
+    @property
+    def size(self) -> int:
+        """The bytes that its prefixes take."""
+        return sum(len(prefix) + _A_PREFIX for request in self.requests.values() for prefix in request.prefixes)
+
+    @property
+    def prefixes(self) -> set[bytes]:
+        """All prefixes, of all causes."""
+        return {prefix for request in self.requests.values() for prefix in request.prefixes}
+
+
+class Pass(ABC):
+    """A sweep or a search: one pass over the locks, then one over the keys, for all who asked before it began."""
+
+    action: str
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Asked] = {}
+        self.scanned = 0
+        self.began_at = self.logged_at = 0.0
+        self.restart()
+
+    def of(self, cache: Cache) -> Asked:
+        """Return what is asked for of a cache."""
+        asked = self.asked.get(cache.name)
+        if asked is None:
+            asked = self.asked[cache.name] = Asked(cache)
+        return asked
 
     def restart(self) -> None:
         """Begin again: a cursor means nothing to another server."""
-        pattern = self.cache.sweep_template.glob()
+        self.begun = False
         self._cursor: Cursor = None
-        self._passes = [pattern + LOCK_SUFFIX, pattern] if self.cache.version is None else [pattern]
+        self._patterns: list[bytes] = []
 
     async def step(self, server: CacheServer, count: int) -> bool:
-        """Look at about ``count`` more keys and bust those that are meant; True when the sweep is over."""
-        cursor, keys = await server.scan(self._cursor, self._passes[0], count)
+        """Look at about ``count`` more keys and bust those that are meant; True when the pass is over."""
+        if not self.begun:
+            self.begun = True
+            self.began_at = self.logged_at = time.monotonic()
+            pattern = self._begin()
+            locked = any(asked.cache.version is None for asked in self.asked.values())
+            self._patterns = [pattern + LOCK_SUFFIX, pattern] if locked else [pattern]
+        of_locks = len(self._patterns) == 2
+        cursor, keys = await server.scan(self._cursor, self._patterns[0], count)
         if keys:
-            await self._bust(server, keys)
-        self.progress.scanned += count
+            for asked, meant in self._meant(keys, LOCK_SUFFIX if of_locks else b""):
+                await _bust(server, asked, meant, of_locks=of_locks)
+        self.scanned += count
         self._cursor = cursor
         if cursor is None:
-            self._passes.pop(0)
-        return not self._passes
+            self._patterns.pop(0)
+        return not self._patterns
 
     async def log_progress(self, server: CacheServer) -> None:
         """Log how far it is."""
         self.logged_at = time.monotonic()
         _log.info(
-            "sweep_progress",
-            cache=self.cache.name,
-            passes_left=len(self._passes),
-            scanned=self.progress.scanned,
+            f"{self.action}_progress",
+            **self.shown(),
+            passes_left=len(self._patterns),
+            scanned=self.scanned,
             all_keys=await server.size(),
-            keys=self.progress.keys,
-            existed=self.progress.existed,
+            keys=sum(asked.keys for asked in self.asked.values()),
+            existed=sum(asked.existed for asked in self.asked.values()),
         )
 
-    async def _bust(self, server: CacheServer, keys: list[bytes]) -> None:
-        if self.cache.version is not None:
-            # A pattern that ends in a parameter also finds old values, kept by bumps. Bumped, they would stay,
-            # and one that came out as its counter's equal would show values that nothing bounds.
-            stale = [key for key in keys if key.endswith(STALE_SUFFIX)]
-            counters = [key for key in keys if not key.endswith(STALE_SUFFIX)]
-            reply = await server.bust([stale], dict.fromkeys(counters, self.cache.version_ttl))
-            self.progress.keys += len(reply.versions)
-            self.progress.existed += sum(version != 0 for version in reply.versions.values())
-        elif len(self._passes) == 2:
-            await server.unlink(keys)
-        else:
-            reply = await server.bust([keys], {})
-            self.progress.keys += len(keys)
-            self.progress.existed += reply.existed[0]
+    @abstractmethod
+    def shown(self) -> dict[str, Any]:
+        """Return what a log line says that it is about."""
+
+    @abstractmethod
+    def _begin(self) -> bytes:
+        """Return the pattern that finds all keys that are meant."""
+
+    @abstractmethod
+    def _meant(self, keys: list[bytes], suffix: bytes) -> Iterator[tuple[Asked, list[bytes]]]:
+        """Yield the keys that are meant, by cache; ``suffix``: what they have behind a cache's key."""
+
+
+class Sweep(Pass):
+    """A pass for the whole of one cache."""
+
+    action = "sweep"
+
+    def __init__(self, cache: Cache) -> None:
+        super().__init__()
+        self.cache = cache
+        self.of(cache)
+
+    def shown(self) -> dict[str, Any]:
+        """See `Pass`."""
+        return {"cache": self.cache.name}
+
+    def _begin(self) -> bytes:
+        return self.cache.sweep_template.glob()
+
+    def _meant(self, keys: list[bytes], suffix: bytes) -> Iterator[tuple[Asked, list[bytes]]]:  # noqa: ARG002  the pattern has it
+        yield self.asked[self.cache.name], keys
+
+
+class _Wanted(NamedTuple):
+    """What a search looks for of one cache: prefixes, by length, and what the whole key must be like."""
+
+    asked: Asked
+    by_length: list[tuple[int, set[bytes]]]
+    like: re.Pattern[bytes]
+
+
+class Search(Pass):
+    """A pass for all prefixes of all caches."""
+
+    action = "search"
+
+    def __init__(self) -> None:
+        super().__init__()
+        # The bytes that all prefixes take.
+        self.size = 0
+        # Whether it has taken so long that its beginning was logged, and its end will be.
+        self.long = False
+        self._wanted: list[_Wanted] = []
+
+    @property
+    def prefixes(self) -> int:
+        """How many prefixes are searched for."""
+        return sum(len(request.prefixes) for asked in self.asked.values() for request in asked.requests.values())
+
+    def shown(self) -> dict[str, Any]:
+        """See `Pass`."""
+        return {"caches": sorted(self.asked), "prefixes": self.prefixes}
+
+    def log_long(self) -> None:
+        """Log once that it has begun, if it takes long."""
+        if not self.long and time.monotonic() - self.began_at > LONG_SECONDS:
+            self.long = True
+            _log.info("search_started", **self.shown())
+
+    def log_over(self) -> None:
+        """Log its end, if its beginning was logged."""
+        if self.long:
+            _log.info(
+                "search_over",
+                **self.shown(),
+                scanned=self.scanned,
+                keys=sum(asked.keys for asked in self.asked.values()),
+                existed=sum(asked.existed for asked in self.asked.values()),
+                seconds=round(time.monotonic() - self.began_at, 3),
+            )
+
+    def _begin(self) -> bytes:
+        self._wanted = []
+        every: list[bytes] = []
+        for asked in self.asked.values():
+            by_length: dict[int, set[bytes]] = {}
+            prefixes = asked.prefixes
+            for prefix in prefixes:
+                by_length.setdefault(len(prefix), set()).add(prefix)
+            self._wanted.append(_Wanted(asked, list(by_length.items()), asked.cache.sweep_template.like()))
+            every += [min(prefixes), max(prefixes)]
+        # As much as the server can leave out; the rest is seen here.
+        first, last = min(every), max(every)
+        length = next(
+            (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first)
+        )
+        return escape_glob(first[:length]) + b"*"
+
+    def _meant(self, keys: list[bytes], suffix: bytes) -> Iterator[tuple[Asked, list[bytes]]]:
+        for asked, by_length, like in self._wanted:
+            if suffix and asked.cache.version is not None:
+                continue
+            meant = [
+                key
+                for key in keys
+                if any(key[:length] in prefixes for length, prefixes in by_length)
+                and like.fullmatch(key.removesuffix(suffix))
+            ]
+            if meant:
+                yield asked, meant
+
+
+async def _bust(server: CacheServer, asked: Asked, keys: list[bytes], *, of_locks: bool) -> None:
+    cache = asked.cache
+    if cache.version is not None:
+        # A pattern that ends in a parameter also finds old values, kept by bumps. Bumped, they would stay,
+        # and one that came out as its counter's equal would show values that nothing bounds.
+        stale = [key for key in keys if key.endswith(STALE_SUFFIX)]
+        counters = [key for key in keys if not key.endswith(STALE_SUFFIX)]
+        reply = await server.bust([stale], dict.fromkeys(counters, cache.version_ttl))
+        asked.keys += len(reply.versions)
+        asked.existed += sum(version != 0 for version in reply.versions.values())
+    elif of_locks:
+        await server.unlink(keys)
+    else:
+        reply = await server.bust([keys], {})
+        asked.keys += len(keys)
+        asked.existed += reply.existed[0]
 
 
 class Sweeps:
-    """The sweeps that run and those that wait: at most one of a cache runs, and one more waits behind it.
+    """The sweeps and the search that run, and those that wait.
+
+    Of a cache, at most one sweep runs, and one more waits behind it; and so it is with searches.
 
     Args:
         metrics: what to count.
-        rate: how many keys a second may be looked at, all sweeps together; 0 for as many as there are.
+        resolve: ends a part of a ticket whose work another ticket stands for.
+        rate: how many keys a second may be looked at, all together; 0 for as many as there are.
+        most: what the prefixes of one search may take, in bytes.
     """
 
-    def __init__(self, metrics: Metrics, *, rate: int = 0) -> None:
+    def __init__(
+        self, metrics: Metrics, resolve: Callable[[Ticket], None], *, rate: int = 0, most: int = SEARCH_BYTES
+    ) -> None:
         self._metrics = metrics
+        self._resolve = resolve
         self._rate = rate
+        self._most = most
         # Small steps make a slow pace even.
         self._count = min(SCAN_COUNT, max(10, rate // 10)) if rate else SCAN_COUNT
         self._next_at = 0.0
         # Set while a slow pace would cost more than it saves.
         self.hurry = False
-        self._running: dict[str, Sweep] = {}
-        self._waiting: dict[str, Sweep] = {}
+        # By cache; the search, which is of all caches, by the empty name.
+        self._running: dict[str, Pass] = {}
+        self._waiting: dict[str, Pass] = {}
 
     def __bool__(self) -> bool:
         return bool(self._running)
 
     def __len__(self) -> int:
-        return len(self._running) + len(self._waiting)
+        return sum(isinstance(each, Sweep) for each in self._all)
 
-    def request(self, cache: Cache, cause: Cause, request: Request, ticket: Ticket) -> None:
-        """Ask for a sweep of the cache that begins after now."""
-        queue = self._waiting if cache.name in self._running else self._running
-        if cache.name not in queue:
-            queue[cache.name] = Sweep(cache)
-        queue[cache.name].add(cause, request, [ticket])
+    @property
+    def _all(self) -> list[Pass]:
+        return [*self._running.values(), *self._waiting.values()]
+
+    @property
+    def searches(self) -> list[Search]:
+        """The search that runs, and the one behind it."""
+        return [each for each in self._all if isinstance(each, Search)]
+
+    def request(self, cache: Cache, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> None:
+        """Ask for a pass that begins after now: a search for the request's prefixes, or else a sweep of the cache."""
+        name = "" if request.prefixes else cache.name
+        running = self._running.get(name)
+        queue = self._waiting if running is not None and running.begun else self._running
+        wanted = queue.get(name)
+        if wanted is None:
+            wanted = queue[name] = Search() if request.prefixes else Sweep(cache)
+        asked = wanted.of(cache)
+        size = asked.add(cause, request)
+        for ticket in tickets:
+            asked.hold(ticket, self._resolve)
+        if isinstance(wanted, Search):
+            wanted.size += size
+            while wanted.size > self._most:
+                self._widen(wanted)
+            if not wanted.asked:
+                del queue[name]
+
+    def _widen(self, search: Search) -> None:
+        """Trade the prefixes of the cache with the most of them for a sweep."""
+        sizes = {name: asked.size for name, asked in search.asked.items()}
+        asked = search.asked.pop(max(sizes, key=sizes.__getitem__))
+        search.size -= sizes[asked.cache.name]
+        tickets: Iterable[Ticket] = asked.tickets
+        for cause, request in asked.requests.items():
+            request.prefixes = {}
+            self.request(asked.cache, cause, request, tickets)
+            tickets = ()
 
     def restart(self) -> None:
-        """Begin all again, on another connection; those that waited behind a sweep join it."""
-        for name, waiting in self._waiting.items():
-            for cause, request in waiting.requests.items():
-                self._running[name].add(cause, request, ())
-            self._running[name].tickets += waiting.tickets
-        self._waiting.clear()
-        for sweep in self._running.values():
-            sweep.restart()
+        """Begin all again, on another connection; those that waited behind a pass join it."""
+        waiting, self._waiting = self._waiting, {}
+        for each in self._running.values():
+            each.restart()
+        for each in waiting.values():
+            for asked in each.asked.values():
+                tickets: Iterable[Ticket] = asked.tickets
+                for cause, request in asked.requests.items():
+                    self.request(asked.cache, cause, request, tickets)
+                    tickets = ()
 
     def let_go(self, resolve: Callable[[Ticket], None]) -> set[str]:
-        """Hold no position back any longer; return the caches whose sweeps did. They go on."""
+        """Hold no position back any longer; return the caches whose passes did. They go on."""
         caches = set()
-        for sweep in (*self._running.values(), *self._waiting.values()):
-            held = [ticket for ticket in sweep.tickets if ticket.below < lsn.NEVER]
+        for asked in [asked for each in self._all for asked in each.asked.values()]:
+            held = [ticket for ticket in asked.tickets if ticket.below < lsn.NEVER]
             if held:
-                caches.add(sweep.cache.name)
-                sweep.tickets = [ticket for ticket in sweep.tickets if ticket.below == lsn.NEVER]
+                caches.add(asked.cache.name)
+                asked.tickets = [ticket for ticket in asked.tickets if ticket.below == lsn.NEVER]
                 for ticket in held:
                     resolve(ticket)
         return caches
@@ -180,25 +394,39 @@ class Sweeps:
         """Return the seconds until the next step may be taken."""
         return 0.0 if self.hurry else max(0.0, self._next_at - time.monotonic())
 
-    async def step(self, server: CacheServer) -> list[Sweep]:
-        """Take one step of each running sweep, if the pace allows; return those that are over."""
+    async def step(self, server: CacheServer) -> list[Pass]:
+        """Take one step of each that runs, if the pace allows; return those that are over."""
         over = []
-        for sweep in list(self._running.values()):
+        for name, each in list(self._running.items()):
             now = time.monotonic()
             if now < self._next_at and not self.hurry:
                 break
             if self._rate and not self.hurry:
                 self._next_at = max(now - 1, self._next_at) + self._count / self._rate
-            if await sweep.step(server, self._count):
-                over.append(sweep)
-            elif now - sweep.logged_at > PROGRESS_SECONDS:
-                await sweep.log_progress(server)
-            self._metrics.swept.labels(sweep.cache.name).inc(self._count)
+            if await each.step(server, self._count):
+                over.append(name)
+            else:
+                if isinstance(each, Search):
+                    each.log_long()
+                if now - each.logged_at > PROGRESS_SECONDS:
+                    await each.log_progress(server)
+            if isinstance(each, Search):
+                self._metrics.searched.inc(self._count)
+            else:
+                self._metrics.swept.labels(name).inc(self._count)
             # Its turn comes again after the others'.
-            self._running[sweep.cache.name] = self._running.pop(sweep.cache.name)
-        for sweep in over:
-            name = sweep.cache.name
-            del self._running[name]
+            self._running[name] = self._running.pop(name)
+        done = [self._running.pop(name) for name in over]
+        for name in over:
             if name in self._waiting:
                 self._running[name] = self._waiting.pop(name)
-        return over
+        for each in done:
+            if isinstance(each, Search):
+                each.log_over()
+                self._metrics.search_passes.inc()
+        return done
+
+    def show(self) -> None:
+        """Show in the metrics what runs and waits."""
+        self._metrics.sweeps_running.set(len(self))
+        self._metrics.search_prefixes.set(sum(search.prefixes for search in self.searches))

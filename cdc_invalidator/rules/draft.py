@@ -201,7 +201,7 @@ def _vars(documents: Sequence[Document], env: Mapping[str, str]) -> Mapping[str,
                 place = owner.place(taken, of_key=True)
                 document.complain(loc, f"the variable {shown(name)} is defined twice, first at {place}; remove one")
             elif isinstance(text, str) and text:
-                template = _template(document, loc, text, env, sweepable=False)
+                template = _template(document, loc, text, env, of_key=False)
                 if template is not None and template.params:
                     document.complain(loc, "a variable can't hold a parameter; write it into the keys")
                 elif template is not None:
@@ -332,6 +332,9 @@ def _check_cache(draft: _CacheDraft) -> None:
     if entry.version is not None and key is not None and "version" not in key.params:
         sentence = "the cache has a `version` but its key lacks `{version}`; put it there, or remove `version`"
         document.complain((*loc, "key"), sentence)
+    if entry.version is not None and key is not None and key.rest:
+        sentence = "a bust of a cache with a `version` names the version alone; take the `*` off, or remove `version`"
+        document.complain_inside((*loc, "key"), sentence, len(entry.key) - 1)
     if not whole:
         return  # a field that seems to be missing may be a wrong one
     if entry.version is None and key is not None and "version" in key.params:
@@ -361,7 +364,7 @@ def _filters_version(key: Template) -> bool:
 
 
 def _template(
-    document: Document, loc: Loc, text: str | None, env: Mapping[str, str], *, sweepable: bool = True
+    document: Document, loc: Loc, text: str | None, env: Mapping[str, str], *, of_key: bool = True
 ) -> Template | None:
     if text is None:
         return None
@@ -370,17 +373,24 @@ def _template(
     except TemplateError as error:
         document.complain_inside(loc, str(error), error.offset)
         return None
-    if sweepable and template.glob() == b"*":
+    if template.rest and loc[-1] != "key":
+        sentence = "a `*` stands for the rest of a `key` only; write `**` for the sign itself, or remove it"
+        document.complain_inside(loc, sentence, len(text) - 1)
+        return None
+    if of_key and template.glob() == b"*":
         document.complain(loc, "without literal text, a sweep of this would empty all of Redis; begin it with a prefix")
         return None
     return template
 
 
 def _check_same_keys(caches: Mapping[str, _CacheDraft]) -> None:
-    first: dict[tuple[bytes | Param, ...], str] = {}
+    first: dict[tuple[tuple[bytes | Param, ...], bool], str] = {}
     for name, draft in caches.items():
-        if draft.key is not None and first.setdefault(draft.key.parts, name) != name:
-            other = first[draft.key.parts]
+        if draft.key is None:
+            continue
+        key = (draft.key.parts, draft.key.rest)
+        if first.setdefault(key, name) != name:
+            other = first[key]
             place = caches[other].document.place((*caches[other].loc, "key"))
             sentence = f"cache {shown(other)} has the same key, at {place}; make one cache of the two"
             draft.document.complain((*draft.loc, "key"), sentence)
@@ -431,7 +441,8 @@ def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
 
 
 def _canonical_parts(template: Template) -> list[Any]:
-    return [part.decode() if isinstance(part, bytes) else [part.name, *part.filters] for part in template.parts]
+    parts = [part.decode() if isinstance(part, bytes) else [part.name, *part.filters] for part in template.parts]
+    return [*parts, ["*"]] if template.rest else parts
 
 
 def short_digest(*canonical: Any) -> str:

@@ -2,7 +2,8 @@
 
 ``"shop:${APP_ENV:-prod}:user:{id}"``: ``${NAME}`` and ``${NAME:-default}`` are environment, expanded once, at load;
 ``{name}`` is a parameter, ``{name|lower|sha256}`` one with filters; ``{{`` and ``}}`` are literal braces. As in a
-shell, the default also stands in for a variable that is set but empty.
+shell, the default also stands in for a variable that is set but empty. A ``*`` at the end stands for the rest of a key,
+which a bust can't name; ``**``, ``??``, ``[[`` and ``]]`` are these signs themselves.
 
 The rule that holds here: values of the environment are literal text. They are never parsed again, nor shown in errors.
 
@@ -62,29 +63,37 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A key template: the text as written, and its parts, where no two literals stand side by side."""
+    """A key template: the text as written, and its parts, where no two literals stand side by side.
+
+    ``rest``: behind the parts, a key goes on with any text, also none. What is compiled or rendered is the prefix then.
+    """
 
     text: str
     parts: tuple[bytes | Param, ...]
+    rest: bool = False
 
     @classmethod
     def parse(cls, text: str, env: Mapping[str, str]) -> Self:
         """Read a template and expand its environment.
 
         Raises:
-            TemplateError: the text is empty, a brace stands alone, a name or filter is unknown, a variable is not set,
-                or a literal holds white space or a control character.
+            TemplateError: the text is empty, a brace or a sign of patterns stands alone, a name or filter is unknown, a
+                variable is not set, or a literal holds white space or a control character.
         """
         parts: list[bytes | Param] = []
+        rest = False
         for token in _TOKEN.finditer(text):
+            if token.lastgroup == "rest":
+                rest = True
+                continue
             part = _part(token, env)
             if isinstance(part, bytes) and parts and isinstance(parts[-1], bytes):
                 parts[-1] += part
             elif part:
                 parts.append(part)
-        if not parts:
+        if not parts and not rest:
             raise TemplateError("the template is empty; write a key, such as `shop:user:{id}`", 0)
-        return cls(text, tuple(parts))
+        return cls(text, tuple(parts), rest)
 
     @classmethod
     def of(cls, parts: Iterable[bytes | Param]) -> Self:
@@ -142,11 +151,16 @@ class Template:
         before: bytes | Param = b""
         for part in self.parts:
             if isinstance(part, bytes):
-                pattern += _GLOB.sub(rb"\\\g<0>", part)
+                pattern += escape_glob(part)
             elif isinstance(before, bytes):
                 pattern += b"*"
             before = part
-        return pattern
+        return pattern + b"*" if self.rest and isinstance(before, bytes) else pattern
+
+    def like(self) -> re.Pattern[bytes]:
+        """Return the regular expression that finds what `glob` finds."""
+        parts = [re.escape(part) if isinstance(part, bytes) else b".*" for part in self.parts]
+        return re.compile(b"".join(parts) + (b".*" if self.rest else b""), re.DOTALL)
 
     def compile(self, index: Mapping[str, int]) -> MakeKey:
         """Return a function from a row to its key, or to None where a parameter is NULL.
@@ -202,10 +216,12 @@ class Template:
 
         Where a key can be read in several ways, each parameter is as short as can be and the last one takes the rest.
         A filter cannot be undone: its parameter reads as the filtered text, unless the template has it unfiltered too.
+        The rest of a key is given as ``*``.
         """
         groups: dict[Param, str] = {}
-        last = len(self.parts) - 1 if isinstance(self.parts[-1], Param) else len(self.parts) - 2
-        pattern = b"".join(_regex(part, groups, greedy=at >= last) for at, part in enumerate(self.parts))
+        parts = (*self.parts, Param("*")) if self.rest else self.parts
+        last = len(parts) - 1 if isinstance(parts[-1], Param) else len(parts) - 2
+        pattern = b"".join(_regex(part, groups, greedy=at >= last) for at, part in enumerate(parts))
         found = re.fullmatch(pattern, key, re.DOTALL)
         if found is None:
             return None
@@ -276,6 +292,11 @@ def _as_bytes(value: str | bytes | None) -> bytes | None:
 _GLOB = re.compile(rb"[*?\[\]\\^]")
 
 
+def escape_glob(text: bytes) -> bytes:
+    """Return the pattern for ``SCAN … MATCH`` that finds this text alone."""
+    return _GLOB.sub(rb"\\\g<0>", text)
+
+
 def _regex(part: bytes | Param, groups: dict[Param, str], *, greedy: bool) -> bytes:
     """Return the regular expression of one part; a parameter that came before must have the same value again.
 
@@ -294,11 +315,12 @@ def _regex(part: bytes | Param, groups: dict[Param, str], *, greedy: bool) -> by
 # Every character is part of exactly one token. `${{` is a dollar sign before a literal brace.
 _TOKEN = re.compile(
     r"""
-      (?P<brace> \{\{ | \}\} )
+      (?P<doubled> \{\{ | \}\} | \*\* | \?\? | \[\[ | \]\] )
     | \$\{ (?!\{) (?P<env> [^{}]* ) \}
     | \{ (?P<param> [^{}]* ) \}
-    | (?P<wrong> \$\{ (?!\{) | [{}] )
-    | (?P<text> [^{}$]+ | \$ )
+    | (?P<rest> \* \Z )
+    | (?P<wrong> \$\{ (?!\{) | [{}*?\[\]] )
+    | (?P<text> [^{}$*?\[\]]+ | \$ )
     """,
     re.VERBOSE,
 )
@@ -307,6 +329,10 @@ _WRONG = {
     "${": "`${` is not closed; write `${NAME}` or `${NAME:-default}`, with no brace in the default",
     "{": "`{` opens no parameter; write `{name}`, or `{{` for the brace itself",
     "}": "`}` closes no parameter; write `}}` for the brace itself",
+    "*": "a `*` stands for the rest of a key, at its end only; write `**` for the sign itself, or a parameter",
+    "?": "a key is no pattern, so `?` matches nothing; write `??` for the sign itself, or a parameter",
+    "[": "a key is no pattern, so `[` opens nothing; write `[[` for the sign itself, or a parameter",
+    "]": "a key is no pattern, so `]` closes nothing; write `]]` for the sign itself, or a parameter",
 }
 
 
@@ -318,7 +344,7 @@ def _part(token: re.Match[str], env: Mapping[str, str]) -> bytes | Param:
             for at, character in enumerate(text):
                 _refuse_unprintable(character, "the template", offset + at)
             return text.encode()
-        case "brace":
+        case "doubled":
             return text[0].encode()
         case "env":
             return _expand(token["env"], env, offset)

@@ -104,7 +104,7 @@ async def test_a_sweep_of_versions_does_not_keep_those_that_bumps_have_left(
         pass
     assert int(redis_client.get("ver:1") or 0) > 5 < int(redis_client.get("ver:2") or 0)
     assert redis_client.dbsize() == 2, "else it would live as long as a counter, and be one of the values shown"
-    assert (sweep.progress.keys, sweep.progress.existed) == (2, 2)
+    assert (sweep.asked["page"].keys, sweep.asked["page"].existed) == (2, 2)
 
 
 @pytest.mark.parametrize("missing", ["pexpire", "rename"])

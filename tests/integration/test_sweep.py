@@ -98,7 +98,7 @@ def test_a_pattern_finds_only_the_keys_of_its_cache_whatever_signs_they_hold(
     database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
     reading.create(database)
-    template = "a[b]*c?\\\\d:{id}:x^y"
+    template = "a[[b]]**c??\\\\d:{id}:x^y"
     rules = reading.rules_file(
         tmp_path,
         f'version: 1\ncaches: {{odd: {{key: "{template}", ttl: 5m}}}}\n'

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
-from cdc_invalidator.pipeline.sweep import Cause, Request, Sweep, Sweeps
+from cdc_invalidator.pipeline.sweep import Cause, Pass, Request, Sweeps
 from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer, Cursor
 from cdc_invalidator.rules.load import parse_rules
 
@@ -48,20 +48,22 @@ class Scanned:
 
 
 def sweeping(*names: str, rate: int) -> Sweeps:
-    sweeps = Sweeps(Metrics(CollectorRegistry()), rate=rate)
+    sweeps = Sweeps(Metrics(CollectorRegistry()), lambda _ticket: None, rate=rate)
     for name in names:
-        sweeps.request(CACHES[name], Cause("r", "public.t", "truncate", "truncate"), Request(1, None, None), Ticket(0))
+        sweeps.request(
+            CACHES[name], Cause("r", "public.t", "truncate", "truncate"), Request(1, None, None), [Ticket(0)]
+        )
     return sweeps
 
 
-async def step(sweeps: Sweeps, server: Scanned) -> list[Sweep]:
+async def step(sweeps: Sweeps, server: Scanned) -> list[Pass]:
     # Of a server, a sweep that finds nothing needs no more.
     return await sweeps.step(cast("CacheServer", server))
 
 
-async def run(sweeps: Sweeps, server: Scanned, clock: Clock) -> list[Sweep]:
+async def run(sweeps: Sweeps, server: Scanned, clock: Clock) -> list[Pass]:
     """Step as apply does, each time after just as much patience as is asked for."""
-    over: list[Sweep] = []
+    over: list[Pass] = []
     while sweeps:
         clock.now += sweeps.patience()
         over += await step(sweeps, server)
@@ -98,7 +100,7 @@ async def test_all_sweeps_together_keep_to_the_rate_and_take_turns(monkeypatch: 
     assert sum(count for _, count in server.steps) == 25_000
     # A second may be caught up with, at the beginning as well.
     assert 23.9 <= clock.now - 1000 <= 25
-    assert [sweep.cache.name for sweep in over] == ["v", "a", "b"]
+    assert [name for each in over for name in each.asked] == ["v", "a", "b"]
     assert {pattern[:1] for pattern in server.patterns[60:63]} == {b"a", b"b", b"v"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import re
 
 import pytest
 from hypothesis import given
@@ -165,8 +166,12 @@ def test_the_prefix_is_the_literal_text_up_to_the_first_parameter() -> None:
         ("user:{id}:dash", b"user:*:dash"),
         ("{a}{b|lower}{c}", b"*"),
         ("a:{a}:{b}{c}", b"a:*:*"),
-        ("a*b?c[d]e^f\\g:{id}", b"a\\*b\\?c\\[d\\]e\\^f\\\\g:*"),
-        ("a*{id}", b"a\\**"),
+        ("a**b??c[[d]]e^f\\g:{id}", b"a\\*b\\?c\\[d\\]e\\^f\\\\g:*"),
+        ("a**{id}", b"a\\**"),
+        ("a:{id}:*", b"a:*:*"),
+        ("a:{id}*", b"a:*"),
+        ("a:***", b"a:\\**"),
+        ("*", b"*"),
         ("user:{{{id}}}", b"user:{*}"),
     ],
 )
@@ -292,8 +297,12 @@ def test_render_takes_text_and_bytes_and_misses_no_parameter() -> None:
         ("{email|sha256}", b"abc", {"email": b"abc"}),
         ("{email|lower}:{email}", b"ada:Ada", {"email": b"Ada"}),
         ("{email}:{email|lower}", b"Ada:ada", {"email": b"Ada"}),
-        ("a.b*{größe}", b"a.b*\xff", {"größe": b"\xff"}),
-        ("a.b*{größe}", b"axbb\xff", None),
+        ("a.b**{größe}", b"a.b*\xff", {"größe": b"\xff"}),
+        ("a.b**{größe}", b"axbb\xff", None),
+        ("m:{id}:*", b"m:7:name:de", {"id": b"7", "*": b"name:de"}),
+        ("m:{id}:*", b"m:7:", {"id": b"7", "*": b""}),
+        ("m:{id}:*", b"m:7", None),
+        ("m:*", b"m:7", {"*": b"7"}),
         ("user:{{{id}}}", b"user:{42}", {"id": b"42"}),
     ],
 )
@@ -312,15 +321,62 @@ def test_a_template_may_have_more_parameters_than_a_regular_expression_has_short
 
 @given(
     st.lists(
-        st.one_of(st.sampled_from(["{a}", "{b}", "{a|lower}"]), st.text("*?[]\\^x%.:", min_size=1, max_size=3)),
+        st.one_of(
+            st.sampled_from(["{a}", "{b}", "{a|lower}", "**", "??", "[[", "]]"]),
+            st.text("\\^x%.:", min_size=1, max_size=3),
+        ),
         min_size=1,
         max_size=5,
     ),
     st.text("ab*[\\%", max_size=3),
+    st.one_of(st.none(), st.text("ab*[\\%", max_size=3)),
 )
-def test_every_key_of_a_template_matches_it_and_its_glob(pieces: list[str], value: str) -> None:
-    parsed = template("".join(pieces))
+def test_every_key_of_a_template_matches_it_and_its_glob(pieces: list[str], value: str, rest: str | None) -> None:
+    parsed = template("".join(pieces) + ("" if rest is None else "*"))
     key = parsed.render({"a": value, "b": value})
     assert key is not None
+    key += (rest or "").encode()
     assert parsed.match(key) is not None
+    assert parsed.like().fullmatch(key)
     assert glob_finds(parsed.glob(), key)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts", "rest"),
+    [
+        ("m:{id}:*", (b"m:", Param("id"), b":"), True),
+        ("m:{id}*", (b"m:", Param("id")), True),
+        ("m:{id}:**", (b"m:", Param("id"), b":*"), False),
+        ("m:{id}:***", (b"m:", Param("id"), b":*"), True),
+        ("**??[[]]", (b"*?[]",), False),
+        ("m:${SIGNS}", (b"m:*?[x]*",), False),
+        ("m:${NONE:-a*}", (b"m:a*",), False),
+    ],
+)
+def test_a_star_at_the_end_is_the_rest_and_doubled_signs_are_themselves(
+    text: str, parts: tuple[bytes | Param, ...], *, rest: bool
+) -> None:
+    parsed = template(text, SIGNS="*?[x]*")
+    assert (parsed.parts, parsed.rest) == (parts, rest)
+
+
+def test_of_keys_with_a_rest_the_prefix_is_made() -> None:
+    parsed = template("m:{id}:*")
+    assert parsed.compile({"id": 0})([b"7*"]) == b"m:7*:"
+    assert parsed.compile({"id": 0})([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "offset", "remedy"),
+    [
+        ("m:*:{id}", 2, "write `**` for the sign itself, or a parameter"),
+        ("m:*${EMPTY}", 2, "write `**` for the sign itself, or a parameter"),
+        ("m:{id}?", 6, "write `??` for the sign itself, or a parameter"),
+        ("m:[ab]", 2, "write `[[` for the sign itself, or a parameter"),
+        ("m:[[ab]", 6, "write `]]` for the sign itself, or a parameter"),
+    ],
+)
+def test_a_sign_of_patterns_that_stands_alone_is_refused_with_the_remedy(text: str, offset: int, remedy: str) -> None:
+    with pytest.raises(TemplateError, match=re.escape(remedy)) as refused:
+        template(text, EMPTY="")
+    assert refused.value.offset == offset

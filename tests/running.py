@@ -241,7 +241,7 @@ def passed(dsn: str, client: redis.Redis, slot: str) -> None:
     eventually(lambda: int(watermark(client, slot).get(b"lsn", 0)) >= position, "the watermark passes the last commit")
 
 
-def settled(dsn: str, client: redis.Redis, slot: str) -> None:
+def settled(dsn: str, client: redis.Redis, slot: str, seconds: float = SECONDS) -> None:
     """Wait until the watermark has passed all that has been committed, and no gap is open."""
     position = wal_position(dsn)
 
@@ -249,7 +249,7 @@ def settled(dsn: str, client: redis.Redis, slot: str) -> None:
         found = watermark(client, slot)
         return int(found.get(b"lsn", 0)) >= position and b"gaps" not in found
 
-    eventually(is_settled, "the watermark passes the last commit, and no gap is open")
+    eventually(is_settled, "the watermark passes the last commit, and no gap is open", seconds)
 
 
 def confirmed(dsn: str, slot: str) -> int:

@@ -266,8 +266,9 @@ class Apply:
 
     async def _close_gaps(self) -> None:
         """Begin the gaps that the watermark leaves out, and go on with those that wait for transactions."""
-        if self._gaps.must_begin:
-            self._gaps.begin(await self._postgres.horizon())
+        gaps = self._gaps.to_begin
+        if gaps:
+            self._gaps.begin(gaps, await self._postgres.horizon())
         due = self._gaps.asks_in(time.monotonic())
         if due is not None and due <= 0:
             horizon = await self._postgres.horizon()

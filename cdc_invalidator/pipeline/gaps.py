@@ -154,17 +154,20 @@ class Gaps:
     # Swept.
 
     @property
-    def must_begin(self) -> bool:
-        """Whether there are gaps to log and to sweep for."""
-        return any(self._withdrawn())
+    def to_begin(self) -> list[Gap]:
+        """The gaps to log and to sweep for: the watermark leaves them out."""
+        left_out = self._left_out or ()
+        return [gap for name, gap in self._open.items() if gap.horizon is None and name in left_out]
 
-    def begin(self, horizon: Horizon) -> None:
-        """Log the gaps that the watermark leaves out, and ask for their first sweeps.
+    def begin(self, gaps: Iterable[Gap], horizon: Horizon) -> None:
+        """Log gaps, and ask for their first sweeps.
 
         Args:
+            gaps: what was `to_begin` before the horizon was looked at. One that was found since then needs a later
+                look: a transaction may have begun in between that is not in the stream with all its changes.
             horizon: looked at after the watermark was written.
         """
-        gaps = list(self._withdrawn())
+        gaps = [gap for gap in gaps if self._open.get(gap.cache.name) is gap]
         self._tell({gap.cache.name: gap.reason for gap in gaps if not gap.silent})
         now = time.monotonic()
         quiet = horizon.covers(horizon) and not self._standbys.awaited
@@ -238,10 +241,6 @@ class Gaps:
             if gap.settling and gap.over_at is not None and self._standbys.replayed < gap.reached
         ]
         return min(waits, default=None)
-
-    def _withdrawn(self) -> Iterable[Gap]:
-        left_out = self._left_out or ()
-        return (gap for name, gap in self._open.items() if gap.horizon is None and name in left_out)
 
     def _sweep(self, gap: Gap) -> GapTicket:
         # Before the end of what was received, as commits are.

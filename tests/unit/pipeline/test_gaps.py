@@ -31,6 +31,7 @@ from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.gaps import Gaps
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.snapshot import Horizon
+from cdc_invalidator.redis import info
 from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark
 from cdc_invalidator.rules.load import parse_rules
@@ -72,11 +73,39 @@ class Commit:
     in_stream: bool
 
 
-class World:
-    """A database with readers, a Redis, and the apply task of one daemon after the other."""
+@dataclass
+class ReadStandby:
+    """A standby that readers load from; ``replayed``: the LSN that it has reached."""
 
-    def __init__(self, runner: asyncio.Runner) -> None:
+    replayed: int = START
+    awaited: bool = True
+    known: dict[str, str | None] = field(default_factory=dict)
+
+    def recall(self, _: object) -> bool:
+        return False
+
+    def returned(self) -> bool:
+        return False
+
+    def want(self) -> None:
+        pass
+
+    rest = want
+
+    def overdue(self, _since: float, _due: float) -> None:
+        pass
+
+
+class World:
+    """A database with readers, a Redis, and the apply task of one daemon after the other.
+
+    ``lags``: the readers load from a standby, which replays only when it is told to.
+    """
+
+    def __init__(self, runner: asyncio.Runner, *, lags: bool) -> None:
         self._runner = runner
+        self.standby = ReadStandby() if lags else ReadStandby(2**64, awaited=False)
+        self.late: int | None = None
         self.checkpoint = Checkpoint(START)
         self.lsn = START
         self.xid = 100
@@ -96,17 +125,12 @@ class World:
         self.backlog = Backlog()
         metrics = Metrics(CollectorRegistry())
         events = Events(metrics, KeyDisplay("hash"), EventLog(Mock(full=False, failure=None), "json", "info"))
-        standbys: Any = Mock(
-            awaited=False,
-            replayed=2**64,
-            known={},
-            **{"returned.return_value": False, "recall.return_value": False},
-        )
+        standbys: Any = self.standby
         queries: Any = Mock(derive=AsyncMock())
         server: Any = lambda: Server(self)  # noqa: E731
         self.apply = Apply(
             server,
-            PostgresView(self._hidden, queries, standbys, self._horizon, AsyncMock(return_value=0)),
+            PostgresView(self._hidden, queries, standbys, self._horizon, self._reached),
             Kept(RULES, self.digests, Position("7", 1, start, self.lsn)),
             backlog=self.backlog,
             checkpoint=self.checkpoint,
@@ -129,10 +153,20 @@ class World:
         return set()
 
     async def _horizon(self) -> Horizon:
-        return Horizon(min(self.running, default=self.xid), self.xid)
+        horizon = Horizon(min(self.running, default=self.xid), self.xid)
+        if self.late is not None:
+            self._run(self.late)
+            self.late = None
+            self.apply.gap({"user": "table_changed"})
+        return horizon
+
+    async def _reached(self) -> int:
+        return self.lsn + 5
 
     def version(self, row: int) -> int:
-        return max((commit.version for commit in self.commits if commit.row == row), default=0)
+        """The version that readers see."""
+        seen = (commit for commit in self.commits if commit.row == row and commit.lsn < self.standby.replayed)
+        return max((commit.version for commit in seen), default=0)
 
     def _commit(self, row: int, *, in_stream: bool) -> Commit:
         self.lsn += 10
@@ -146,6 +180,10 @@ class World:
         self.backlog.put(batch, self.checkpoint.track())
         self.checkpoint.received(commit.lsn + 5)
 
+    def _run(self, row: int) -> None:
+        self.running[self.xid] = row
+        self.xid += 1
+
     # What happens.
 
     def write(self, row: int) -> None:
@@ -155,10 +193,17 @@ class World:
 
     def unseen(self, row: int) -> None:
         """Something happens to a table while a transaction has changed it, and the daemon notices at once."""
-        self.running[self.xid] = row
-        self.xid += 1
+        self._run(row)
         self.looks += 1
         self.apply.redigest(self.digests, {"user": "table_changed"})
+
+    def unseen_late(self, row: int) -> None:
+        """It is noticed just after the daemon has looked at the transactions for another gap."""
+        self.late = row
+
+    def replay(self, _: int) -> None:
+        """The standby catches up."""
+        self.standby.replayed = max(self.standby.replayed, self.lsn + 5)
 
     def end(self, number: int) -> None:
         """A transaction that the stream does not have commits."""
@@ -193,8 +238,11 @@ class World:
         self.start()
 
     def turns(self, count: int) -> None:
-        for _ in range(count):
-            self._runner.run(self.apply._turn())
+        async def turn() -> None:
+            for _ in range(count):
+                await self.apply._turn()
+
+        self._runner.run(turn())
 
     def judge(self) -> None:
         mark = self.redis.mark
@@ -267,6 +315,7 @@ class Server:
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing waits for a clock."""
     monkeypatch.setattr(redis_connection, "_log", Mock())
+    monkeypatch.setattr(info, "_log", Mock())
     monkeypatch.setattr(record, "HEARTBEAT_SECONDS", 0.0)
     monkeypatch.setattr(gaps, "FIRST_SECONDS", 0.0)
     monkeypatch.setattr(Backlog, "wait", AsyncMock())
@@ -275,7 +324,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _rows = st.integers(0, KEYS - 1)
 _steps = st.one_of(
-    st.tuples(st.sampled_from(["unseen", "end", "read", "read", "write", "load", "store"]), _rows),
+    st.tuples(
+        st.sampled_from(["unseen", "unseen_late", "end", "read", "read", "write", "load", "store", "replay"]), _rows
+    ),
     st.tuples(st.just("turns"), st.sampled_from([1, 2, 4, 8, 16, 32])),
     st.tuples(st.just("turns"), st.sampled_from([1, 2, 4, 8, 16, 32])),
     st.tuples(st.sampled_from(["fail", "crash"]), st.integers(1, 2)),
@@ -285,13 +336,18 @@ _steps = st.one_of(
 @pytest.mark.usefixtures("at_once")
 def test_the_watermark_names_no_cache_with_an_entry_that_is_older_than_what_it_has_passed() -> None:
     @settings(max_examples=150)
-    @given(st.lists(_steps, max_size=12))
-    @example([("unseen", 0), ("turns", 32), ("read", 0), ("end", 0), ("turns", 1)])
-    @example([("unseen", 0), ("turns", 16), ("crash", 0), ("turns", 32), ("read", 0), ("end", 0), ("turns", 1)])
-    @example([("unseen", 0), ("unseen", 1), ("end", 0), ("turns", 32), ("read", 1), ("end", 0), ("turns", 1)])
-    def play(steps: list[tuple[str, int]]) -> None:
-        world = World(runner)
-        for step, given_with in [*steps, *[("end", 0)] * len(steps), ("turns", 8 * len(ENTRIES))]:
+    @given(st.lists(_steps, max_size=12), st.booleans())
+    @example([("unseen", 0), ("turns", 32), ("read", 0), ("end", 0), ("turns", 1)], False)
+    @example([("unseen", 0), ("turns", 16), ("crash", 0), ("turns", 32), ("read", 0), ("end", 0), ("turns", 1)], False)
+    @example([("unseen", 0), ("unseen", 1), ("end", 0), ("turns", 32), ("read", 1), ("end", 0), ("turns", 1)], False)
+    @example(
+        [("unseen", 0), ("unseen_late", 0), ("end", 0), ("turns", 32), ("read", 0), ("end", 0), ("turns", 1)], False
+    )
+    @example([("unseen", 0), ("end", 0), ("turns", 32), ("read", 0), ("turns", 32)], True)
+    def play(steps: list[tuple[str, int]], lags: bool) -> None:
+        world = World(runner, lags=lags)
+        ends = [("turns", 8), *[("end", 0)] * len(steps), ("replay", 0)]
+        for step, given_with in [*steps, *ends, ("turns", 12 * len(ENTRIES))]:
             getattr(world, step)(given_with)
         assert world.redis.mark.rules == world.digests
         assert not world.redis.mark.gaps
@@ -328,6 +384,9 @@ class One:
         self.gaps.report(dict.fromkeys(names, "table_changed"))
         self.gaps.written(self.gaps.reasons)
 
+    def begin(self, horizon: Horizon) -> None:
+        self.gaps.begin(self.gaps.to_begin, horizon)
+
     def sweep(self) -> list[str]:
         """Do what was asked for; give the caches."""
         taken = self.gaps.take()
@@ -344,7 +403,7 @@ class One:
 def test_with_no_transaction_running_one_sweep_is_enough() -> None:
     one = One()
     one.withdrawn("user")
-    one.gaps.begin(Horizon(7, 7))
+    one.begin(Horizon(7, 7))
     assert one.gaps.sweeping == {"user"}
     assert one.sweep() == ["user"]
     assert one.gaps.reasons == {}
@@ -355,7 +414,7 @@ def test_with_no_transaction_running_one_sweep_is_enough() -> None:
 def test_a_gap_waits_for_the_transactions_of_its_first_sweep_and_for_no_later_ones() -> None:
     one = One()
     one.withdrawn("user")
-    one.gaps.begin(Horizon(5, 9))
+    one.begin(Horizon(5, 9))
     assert one.sweep() == ["user"]
     assert one.gaps.reasons == {"user": "table_changed"}
     assert not one.gaps.sweeping
@@ -367,7 +426,7 @@ def test_a_gap_waits_for_the_transactions_of_its_first_sweep_and_for_no_later_on
 def test_the_last_sweep_of_a_cache_whose_readers_hold_no_lease_comes_after_again_after() -> None:
     one = One()
     one.withdrawn("slow")
-    one.gaps.begin(Horizon(7, 7))
+    one.begin(Horizon(7, 7))
     assert one.sweep() == ["slow"]
     assert one.settle(Horizon(7, 7), 100.0) == []
     assert one.settle(Horizon(7, 7), 104.9) == []
@@ -377,7 +436,7 @@ def test_the_last_sweep_of_a_cache_whose_readers_hold_no_lease_comes_after_again
 def test_the_last_sweep_comes_when_the_standbys_have_replayed_what_was_written_then() -> None:
     one = One(standbys=Mock(awaited=True, replayed=900))
     one.withdrawn("user")
-    one.gaps.begin(Horizon(7, 7))
+    one.begin(Horizon(7, 7))
     assert one.sweep() == ["user"]
     assert one.settle(Horizon(7, 7), 1.0, reached=1000) == []
     assert one.gaps.unreplayed == (1.0, 999)
@@ -394,25 +453,35 @@ def test_a_gap_is_logged_and_swept_only_once_the_watermark_leaves_its_cache_out(
     while_it_is_written = list(one.gaps.reasons)
     one.gaps.report({"slow": "table_changed"})
     one.gaps.written(while_it_is_written)
-    one.gaps.begin(Horizon(7, 7))
+    one.begin(Horizon(7, 7))
     one.events.gap.assert_called_once_with("table_changed", ["user"], swept=True, lsn="0/3E8")
     assert one.sweep() == ["user"]
     one.gaps.rewrite()
-    one.gaps.begin(Horizon(7, 7))
+    one.begin(Horizon(7, 7))
     assert one.sweep() == [], "another Redis may name it"
     one.gaps.written(one.gaps.reasons)
-    one.gaps.begin(Horizon(7, 7))
+    one.begin(Horizon(7, 7))
     assert one.sweep() == ["slow"]
 
 
 def test_a_gap_that_begins_again_is_not_over_with_the_sweep_of_the_former() -> None:
     one = One()
     one.withdrawn("user")
-    one.gaps.begin(Horizon(7, 7))
+    one.begin(Horizon(7, 7))
     one.gaps.report({"user": "table_unpublished"})
     assert one.sweep() == ["user"]
     assert one.gaps.reasons == {"user": "table_unpublished"}
-    assert one.gaps.must_begin
+    assert one.gaps.to_begin
+
+
+def test_a_gap_that_is_found_while_transactions_are_looked_at_is_begun_after_the_next_look() -> None:
+    one = One()
+    one.withdrawn("user")
+    before = one.gaps.to_begin
+    one.withdrawn("user", "slow")
+    one.gaps.begin(before, Horizon(7, 7))
+    assert one.sweep() == []
+    assert [gap.cache.name for gap in one.gaps.to_begin] == ["user", "slow"]
 
 
 def test_a_gap_that_waits_long_is_logged_once_with_the_transaction(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +490,7 @@ def test_a_gap_that_waits_long_is_logged_once_with_the_transaction(monkeypatch: 
     monkeypatch.setattr("cdc_invalidator.pipeline.gaps.time.monotonic", lambda: 100.0)
     one = One()
     one.withdrawn("user")
-    one.gaps.begin(Horizon(2**32 + 5, 2**32 + 9))
+    one.begin(Horizon(2**32 + 5, 2**32 + 9))
     one.sweep()
     for now in (109.0, 110.5, 120.0):
         one.settle(Horizon(2**32 + 5, 2**32 + 9), now)

@@ -671,6 +671,38 @@ def test_while_a_gap_is_swept_the_watermark_goes_on_without_its_caches(
         stage.assert_all_gone()
 
 
+def test_a_redis_without_memory_for_the_watermark_has_the_claim_taken_out_all_the_same(
+    database: str, tmp_path: Path, slot_name: str
+) -> None:
+    with (
+        Valkey(settings={"maxmemory-policy": "noeviction"}) as valkey,
+        staged(database, valkey.url, tmp_path, slot_name) as stage,
+        psycopg.connect(database) as older,
+    ):
+        older.execute("INSERT INTO junk VALUES (1)")
+        stage.cache("t:thing:1", "t:thing:2")
+        stage.client.config_set("maxmemory", 1)
+        stage.daemon.seen("watermark_stalled")
+        assert stage.named() == {"thing", "other"}, "it stands still, and what it says is true"
+        execute(
+            database,
+            f"ALTER PUBLICATION {slot_name} DROP TABLE things",
+            "UPDATE things SET n = 1 WHERE id = 1",
+            f"ALTER PUBLICATION {slot_name} ADD TABLE things",
+        )
+        stage.daemon.seen("gap", reason="table_changed")
+        # What to say of the other caches is refused, too.
+        assert stage.named() == set()
+        eventually(lambda: not stage.cached("t:thing:1"), "it is swept")
+        older.commit()
+        eventually(lambda: stage.daemon.metric("cdc_invalidator_gaps_open") == 0, "it is swept once more")
+        assert stage.named() == set()
+        stage.client.config_set("maxmemory", 0)
+        stage.settle()
+        assert stage.named() == {"thing", "other"}
+        stage.assert_all_gone()
+
+
 @pytest.mark.parametrize("taken_over", [False, True], ids=["killed", "taken over"])
 def test_what_was_settling_when_a_daemon_was_killed_is_swept_by_the_next(stage: GapStage, taken_over: bool) -> None:
     with psycopg.connect(stage.dsn) as older:

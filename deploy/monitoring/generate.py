@@ -314,6 +314,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             Query(f"time() - {highest(gauge('gap_timestamp_seconds'), 'reason')}", "{{slot}} {{reason}}"),
             about="Also of one that was before the first scrape.",
         ),
+        lines(
+            "Caches with an open gap",
+            "short",
+            Query(highest(gauge("gaps_open")), "{{slot}}"),
+            about="The watermark leaves them out until they are swept, and the transactions of that time are over.",
+        ),
         lines("Rule errors", "short", Query(total(rise("rule_errors_total"), "rule"), "{{slot}} {{rule}}")),
         lines("Reloads", "short", Query(total(rise("reloads_total"), "result"), "{{slot}} {{result}}")),
         states(

@@ -168,16 +168,6 @@ class Session:
             await self._stream(opening.result(), stopping)
 
     async def _stream(self, opened: Opened, stopping: asyncio.Task[None]) -> None:
-        receiver = receive.Receive(
-            opened.replication,
-            opened.publication,
-            Invalidation(self._rules),
-            ManualBusts(self._rules),
-            lambda: opened.tables.survey,
-            backlog=self.backlog,
-            checkpoint=opened.checkpoint,
-            metrics=self._metrics,
-        )
         watch = Watch(
             opened.slot,
             opened.tables,
@@ -186,6 +176,17 @@ class Session:
             replication=opened.replication,
             tell=self._tell,
             max_retained_wal=self._options.max_retained_wal,
+            metrics=self._metrics,
+        )
+        receiver = receive.Receive(
+            opened.replication,
+            opened.publication,
+            Invalidation(self._rules),
+            ManualBusts(self._rules),
+            lambda: opened.tables.survey,
+            watch.look_at_tables,
+            backlog=self.backlog,
+            checkpoint=opened.checkpoint,
             metrics=self._metrics,
         )
         receiving = self._start(receiver.run(), "receive")

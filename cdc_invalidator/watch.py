@@ -67,6 +67,7 @@ class Watch:
         self._max_retained_wal = max_retained_wal
         self._metrics = metrics
         self._looked_at = time.monotonic()
+        self._looking = asyncio.Lock()
         # What holds the position back, and since when.
         self._oldest: Ticket | None = None
         self._held_since = 0.0
@@ -84,7 +85,7 @@ class Watch:
         self._tables.relent()
         while True:
             await self._look_at_slot()
-            await self._look_at_tables()
+            await self.look_at_tables()
             self._metrics.watches.inc()
             self._looked_at = time.monotonic()
             await asyncio.sleep(WATCH_SECONDS)
@@ -163,12 +164,14 @@ class Watch:
             "pg_stat_activity and pg_prepared_xacts)"
         )
 
-    async def _look_at_tables(self) -> None:
-        before = self._tables.digests()
-        broken = await self._tables.look(sweeping=lambda: self._apply.sweeping)
-        digests = self._tables.digests()
-        if broken or digests != before:
-            self._apply.redigest(digests, broken)
+    async def look_at_tables(self) -> None:
+        """Look at the tables now, and have swept what that takes."""
+        async with self._looking:
+            before = self._tables.digests()
+            broken = await self._tables.look(sweeping=lambda: self._apply.sweeping)
+            digests = self._tables.digests()
+            if broken or digests != before:
+                self._apply.redigest(digests, broken)
 
 
 def show(state: SlotState | None, metrics: Metrics) -> None:

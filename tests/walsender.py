@@ -173,6 +173,9 @@ class World:
     def types(self, _oid: int, _tables: list[Table]) -> dict[str, ColumnType]:
         return {}
 
+    async def look(self) -> None:
+        pass
+
     async def ancestors(self, oid: int) -> list[Table]:
         return [Table("public", "orders")] if oid == PART else []
 
@@ -243,6 +246,7 @@ class Reader:
             world.invalidation,
             world.manual,
             lambda: world,
+            world.look,
             backlog=backlog,
             checkpoint=self.checkpoint,
             metrics=self.metrics,

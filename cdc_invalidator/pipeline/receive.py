@@ -49,6 +49,7 @@ class Receive:
         invalidation: the rules.
         manual: reads manual busts.
         survey: gives the tables of the rules as they were seen last.
+        look: has them looked at again.
         backlog: where batches go.
         checkpoint: is told what is in flight and what has been received.
         metrics: what to count.
@@ -61,6 +62,7 @@ class Receive:
         invalidation: Invalidation,
         manual: ManualBusts,
         survey: Callable[[], Survey],
+        look: Callable[[], Awaitable[None]],
         *,
         backlog: Backlog,
         checkpoint: Checkpoint,
@@ -71,6 +73,7 @@ class Receive:
         self._invalidation = invalidation
         self._manual = manual
         self._survey = survey
+        self._look = look
         self._assembly = Assembly()
         self._backlog = backlog
         self._checkpoint = checkpoint
@@ -160,8 +163,14 @@ class Receive:
 
         If its columns are not those that were seen last, all rows may show something else: sweep, in its transaction.
         """
+        tables = await self._tables(message)
+        if tables and self._survey().leaf(message.oid) is None:
+            # A partition that is made, written and dropped between two looks would not be missed. So the watermark has
+            # to know it before it passes this transaction.
+            await self._look()
+            tables = await self._tables(message)
         # A table that was renamed a moment ago, or only within its transaction, is still the one of the rule.
-        tables = await self._tables(message) or self._survey().known_as(message.oid)
+        tables = tables or self._survey().known_as(message.oid)
         plan = None
         homeless = [] if tables else await self._homeless(message.oid)
         if tables:

@@ -563,6 +563,35 @@ def test_a_partition_that_is_gone_before_its_changes_are_read_is_swept_for_in_th
     stage.assert_well()
 
 
+@pytest.mark.parametrize("away", [False, True], ids=["running", "away"])
+@pytest.mark.parametrize(
+    "end", ["DROP TABLE events_9", "ALTER TABLE events DETACH PARTITION events_9"], ids=["dropped", "detached"]
+)
+def test_a_partition_that_is_made_written_and_gone_between_two_looks_is_swept_for(
+    start: Start, end: str, away: bool
+) -> None:
+    stage = start(*EVENTS, OTHERS, rules=(EVENT, OTHER))
+    stage.cache("t:other:1")
+    looks = stage.looks()
+    eventually(lambda: stage.looks() > looks, "the daemon looks at the tables")
+    stage.busts(
+        ["t:event:9"],
+        "CREATE TABLE events_9 PARTITION OF events FOR VALUES FROM (900) TO (1000)",
+        "INSERT INTO events VALUES (9, 950, 1)",
+    )
+    # A reader has it now.
+    stage.cache("t:event:9")
+    if away:
+        assert stage.daemon.terminate() == 0
+    execute(stage.dsn, end)
+    if away:
+        stage.daemon.start().ready()
+    eventually(lambda: not stage.cached("t:event:9"), "it is swept")
+    stage.settle()
+    assert stage.cached("t:other:1")
+    assert_nothing_confirmed_too_early(stage.dsn, stage.client, stage.slot)
+
+
 # The publication.
 
 PUBLISH = "ALTER PUBLICATION {slot} SET (publish = '%s')"

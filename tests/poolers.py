@@ -44,7 +44,7 @@ def pgbouncer(dsn: str, mode: Mode, *, ignored: str = "") -> Iterator[str]:
             f"[databases]\n{to['dbname']} = host={to['host']} port={to['port']} user={to['user']} "
             f"password={to['password']}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\n"
             f"unix_socket_dir =\nauth_type = any\npool_mode = {mode}\ndefault_pool_size = 1\n"
-            f"ignore_startup_parameters = {ignored}\n"
+            f"ignore_startup_parameters = {ignored}\nserver_login_retry = 1\n"
         )
         with subprocess.Popen([binary, "-q", *other, str(folder / "ini")], stderr=subprocess.DEVNULL) as process:
             try:

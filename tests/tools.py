@@ -19,9 +19,14 @@ def missing(what: str) -> None:
 
 def tool(name: str) -> str:
     """Find a program, first beside this Python (where the `dev` extra puts it), then on PATH."""
-    # A user's PATH may lack /usr/sbin.
-    paths = (Path(sys.executable).parent, None, "/usr/sbin")
-    found = next(filter(None, (shutil.which(name, path=path) for path in paths)), None)
+    found = find(name)
     if found is None:
         missing(f"{name} is not installed here")
     return str(found)
+
+
+def find(name: str) -> str | None:
+    """Find a program; None if it is not installed."""
+    # A user's PATH may lack /usr/sbin.
+    paths = (Path(sys.executable).parent, None, "/usr/sbin")
+    return next(filter(None, (shutil.which(name, path=path) for path in paths)), None)

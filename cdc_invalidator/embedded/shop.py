@@ -215,14 +215,24 @@ class Auditor:
         dsn: The shop's database.
         url: Its Redis.
         environment: The ``${APP_ENV}`` of the keys.
+        rules: The rule file or directory; by default, the shop's.
+        queries: What it caches.
     """
 
-    def __init__(self, dsn: str, url: str, *, environment: str = ENVIRONMENT) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        url: str,
+        *,
+        environment: str = ENVIRONMENT,
+        rules: Path | None = None,
+        queries: Sequence[CachedQuery] = QUERIES,
+    ) -> None:
         self._dsn = dsn
         self._url = url
-        caches = load_rules(rules_file(), {"APP_ENV": environment}, conditions=False).caches
+        caches = load_rules(rules or rules_file(), {"APP_ENV": environment}, conditions=False).caches
         self._entries = [
-            _Entries.of(query, caches[query.cache]) for query in QUERIES if not caches[query.cache].ttl_only
+            _Entries.of(query, caches[query.cache]) for query in queries if not caches[query.cache].ttl_only
         ]
 
     def audit(self) -> Audit:
@@ -247,9 +257,9 @@ class Auditor:
         return Audit(entries, stale)
 
 
-def audit(dsn: str, url: str, *, environment: str = ENVIRONMENT) -> Audit:
-    """Compare the cache with the database once; see `Auditor.audit`."""
-    return Auditor(dsn, url, environment=environment).audit()
+def audit(dsn: str, url: str, *, rules: Path | None = None, queries: Sequence[CachedQuery] = QUERIES) -> Audit:
+    """Compare the cache with the database once; see `Auditor`."""
+    return Auditor(dsn, url, rules=rules, queries=queries).audit()
 
 
 @dataclass(frozen=True, slots=True)

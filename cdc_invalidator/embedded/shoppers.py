@@ -13,7 +13,8 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Final, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self, TypeAlias
 
 import psycopg
 from prometheus_client import CollectorRegistry
@@ -34,10 +35,14 @@ from cdc_invalidator.embedded.shop import (
 from cdc_invalidator.reader.sync import Caches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 
 RECONNECT_SECONDS: Final = 0.1
+
+Change: TypeAlias = "Callable[[psycopg.Connection[tuple[object, ...]], random.Random], object]"
+"""One statement or more of a writer, who passes its own dice."""
 
 
 @dataclass(slots=True)
@@ -65,10 +70,19 @@ class Writer:
 
     Each `step` is one transaction: mostly one change, sometimes several, sometimes rolled back. The seed determines the
     statements; their effect also depends on the other writers.
+
+    ``refused`` holds the errors that are neither the writers' own conflicts nor the loss of a connection: without
+    somebody else's doing, there are none.
+
+    Args:
+        dsn: The shop's database.
+        seed: Determines the statements.
+        further: Changes of other tables, each with its weight beside the shop's, which are 137 in all.
     """
 
-    def __init__(self, dsn: str, *, seed: int) -> None:
+    def __init__(self, dsn: str, *, seed: int, further: Sequence[tuple[int, Change]] = ()) -> None:
         self.counts = WorkCounts()
+        self.refused: list[str] = []
         self._dsn = dsn
         self._dice = random.Random(seed)  # noqa: S311
         self._connection: psycopg.Connection[tuple[object, ...]] | None = None
@@ -89,6 +103,7 @@ class Writer:
             (6, self._add_review),
             (6, self._change_review),
             (1, self._remove_review),
+            *((weight, partial(self._further, change)) for weight, change in further),
         )
         self._weights, self._changes = zip(*changes, strict=True)
 
@@ -104,9 +119,11 @@ class Writer:
                 self._empty_a_table(connection)
             else:
                 self._transaction(connection)
-        except psycopg.Error:
+        except psycopg.Error as error:
             # Writers conflict (deadlocks, a number that is taken), and the database rolls one back.
             self.counts.aborted += 1
+            if not isinstance(error, _CONFLICTS) and (error.sqlstate or _LOST[0]) not in _LOST:
+                self.refused.append(f"{error.sqlstate}: {error}")
             if connection.closed:
                 raise
 
@@ -117,8 +134,12 @@ class Writer:
 
     def _connected(self) -> psycopg.Connection[tuple[object, ...]]:
         if self._connection is None or self._connection.closed:
-            self._connection = psycopg.connect(self._dsn, autocommit=True, connect_timeout=5)
+            # Nothing is prepared: a pooler may pass the next statement to another session.
+            self._connection = psycopg.connect(self._dsn, autocommit=True, connect_timeout=5, prepare_threshold=None)
         return self._connection
+
+    def _further(self, change: Change, connection: psycopg.Connection[tuple[object, ...]]) -> None:
+        change(connection, self._dice)
 
     def _transaction(self, connection: psycopg.Connection[tuple[object, ...]]) -> None:
         count = self._dice.randint(2, 6) if self._dice.random() < 0.15 else 1
@@ -260,6 +281,11 @@ class Writer:
         )
 
 
+# Two transactions that change the same rows; a server that stops, has crashed or starts; a connection that is gone.
+_CONFLICTS: Final = (psycopg.errors.DeadlockDetected, psycopg.errors.SerializationFailure, psycopg.IntegrityError)
+_LOST: Final = ("08006", "08000", "08001", "08003", "08004", "08P01", "57P01", "57P02", "57P03")
+
+
 def _hot(dice: random.Random, count: int) -> int:
     """Draw an id from 1 to count; a quarter of the draws is in the first sixteenth."""
     return 1 + int(count * dice.random() ** 2)
@@ -271,8 +297,9 @@ class Reader:
     Some loads are slow (up to 0.3 s between query and fill), so that busts come before their fills.
     """
 
-    def __init__(self, dsn: str, caches: Caches, *, seed: int) -> None:
+    def __init__(self, dsn: str, caches: Caches, *, seed: int, queries: Sequence[CachedQuery] = QUERIES) -> None:
         self.counts = WorkCounts()
+        self._queries = queries
         self._dsn = dsn
         self._caches = caches
         self._dice = random.Random(seed)  # noqa: S311
@@ -284,7 +311,7 @@ class Reader:
         Raises:
             psycopg.OperationalError: The connection is lost; the next step makes a new one.
         """
-        query = self._dice.choice(QUERIES)
+        query = self._dice.choice(self._queries)
         try:
             self.read(query, _hot(self._dice, query.ids) if query.param else 0)
         except psycopg.Error:
@@ -326,6 +353,10 @@ class Workload:
         commits_per_second: The rate of all writers together, roughly; 0 for as fast as possible.
         reads_per_second: The rate of all readers together, roughly; 0 for as fast as possible.
         survive: Whether workers reconnect when PostgreSQL goes away; else they end, and `check` raises the error.
+        writers_dsn: Where writers connect instead, such as a pooler.
+        rules: The rule file or directory; by default, the shop's.
+        queries: What readers read.
+        further: What writers change beside the shop; see `Writer`.
     """
 
     def __init__(
@@ -340,22 +371,28 @@ class Workload:
         commits_per_second: float = 150,
         reads_per_second: float = 600,
         survive: bool = False,
+        writers_dsn: str | None = None,
+        rules: Path | None = None,
+        queries: Sequence[CachedQuery] = QUERIES,
+        further: Sequence[tuple[int, Change]] = (),
     ) -> None:
         self._survive = survive
         self._registry = CollectorRegistry()
         self._redis = connect_redis(url)
         caches = Caches.from_rules(
-            rules_file(),
+            rules or rules_file(),
             self._redis,
             env={"APP_ENV": environment},
             registry=self._registry,
         )
         self._failures: list[Exception] = []
         self._writers = _WorkerThreads(
-            [Writer(dsn, seed=seed + n) for n in range(writers)], commits_per_second, self._run
+            [Writer(writers_dsn or dsn, seed=seed + n, further=further) for n in range(writers)],
+            commits_per_second,
+            self._run,
         )
         self._readers = _WorkerThreads(
-            [Reader(dsn, caches, seed=seed + 1000 + n) for n in range(readers)],
+            [Reader(dsn, caches, seed=seed + 1000 + n, queries=queries) for n in range(readers)],
             reads_per_second,
             self._run,
         )
@@ -365,6 +402,11 @@ class Workload:
         """What all workers have done so far, together."""
         counts = (worker.counts for threads in (self._writers, self._readers) for worker in threads.workers)
         return sum(counts, _reader_counts(self._registry))
+
+    @property
+    def refused(self) -> list[str]:
+        """The errors that writers have met and that are no conflicts of theirs; see `Writer`."""
+        return [error for worker in self._writers.workers if isinstance(worker, Writer) for error in worker.refused]
 
     def start(self) -> None:
         """Start all workers."""

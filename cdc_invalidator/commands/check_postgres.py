@@ -31,7 +31,7 @@ from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Leaf, Survey
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules import overlap
-from cdc_invalidator.rules.condition import Condition
+from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.overlap import Texts
 from cdc_invalidator.rules.table import Table
@@ -498,10 +498,12 @@ def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
     """Yield findings on old rows that lack what a rule reads of them, as far as that is not refused."""
     remedy = remedies.with_full_identity(leaf, publication)
     ops = rule.on & {"update", "delete"}
-    watched = (set(rule.columns) if "update" in ops else set()) & leaf.columns - leaf.carried
+    asked = asked_columns(rule) & leaf.columns - leaf.carried
+    watched = {*rule.columns, *(asked - rule.immutable if rule.columns else ())} if "update" in ops else set()
+    watched &= leaf.columns - leaf.carried
     compared: frozenset[str] = frozenset()
     if rule.when is not None and ops:
-        reads = Condition(rule.when).reads["old"]
+        reads = condition_of(rule.when).reads["old"]
         compared = ((leaf.columns if reads.whole else reads.columns) & leaf.columns) - leaf.carried
     fired = sorted((ops if compared else {"update"}) - never(rule))
     if (watched or compared) and fired:
@@ -512,6 +514,16 @@ def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
             f"rule {rule.name} compares {', '.join(sorted(watched | compared))} of the old row, which the replica "
             f"identity of {leaf.table} does not carry, so that it fires on every {_and(fired)}; "
             f"{remedy}.",
+        )
+    counted = {op: asked - rule.immutable if op == "update" else asked for op in ops}
+    if any(counted.values()):
+        yield Finding(
+            Severity.NOTE,
+            "old_row_not_asked",
+            rule.place,
+            f"rule {rule.name} asks its `where` for {', '.join(sorted(frozenset().union(*counted.values())))} of the "
+            f"old row, which the replica identity of {leaf.table} does not carry, so that the old row counts at every "
+            f"{_and(op for op, lacking in counted.items() if lacking)} and more is busted than need be; {remedy}.",
         )
     unknown = unknown_old(rule, leaf)
     if unknown and rule.old_row == "sweep":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.rules import overlap
-from cdc_invalidator.rules.condition import Condition
+from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Cache, Rule, RuleSet
 from cdc_invalidator.rules.overlap import Language, Texts
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
@@ -71,8 +71,8 @@ def _of_rule(rule: Rule) -> Iterator[Finding]:
             Severity.WARNING,
             "never_fires",
             rule.place,
-            f"rule {rule.name} can never fire, since its `when` is false for every {' and '.join(sorted(rule.on))} or "
-            "its `columns` never change; correct it, or remove the rule.",
+            f"rule {rule.name} can never fire, since its `when` or `where` is false for every "
+            f"{' and '.join(sorted(rule.on))} or its `columns` never change; correct it, or remove the rule.",
         )
     elif silent:
         yield Finding(
@@ -95,9 +95,11 @@ def never(rule: Rule) -> frozenset[str]:
     """Return the kinds of change that a rule names and can't fire on, whatever the rows hold."""
     silent: set[str] = set()
     if rule.when is not None:
-        condition = Condition(rule.when)
+        condition = condition_of(rule.when)
         silent = {op for op in rule.on if condition.refuses(op)}
-    if "update" in rule.on and rule.columns and set(rule.columns) <= rule.immutable:
+    if rule.where is not None and condition_of(rule.where, "where").refuses("update"):
+        silent |= rule.on - {"truncate"}
+    if "update" in rule.on and rule.columns and {*rule.columns, *asked_columns(rule)} <= rule.immutable:
         silent.add("update")
     return frozenset(silent)
 

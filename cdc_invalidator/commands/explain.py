@@ -221,6 +221,7 @@ def _cause(rule: Rule, bust: Bust) -> dict[str, Any]:
         "on": [op for op in OPS if op in rule.on],
         "columns": list(rule.columns) or None,
         "when": rule.when,
+        "where": rule.where_of(bust),
         "params": dict(bust.given if query else bust.columns),
         "via": None if query is None else "".join(p if isinstance(p, str) else f"{{{p.name}}}" for p in query.parts),
         "action": action,
@@ -318,6 +319,8 @@ def _cause_lines(cause: Mapping[str, Any]) -> Iterator[str]:
         yield f"    an update counts if it changes {', '.join(cause['columns'])}, or a column of the key"
     if cause["when"]:
         yield f"    when {cause['when']}"
+    if cause["where"]:
+        yield f"    for each row, old or new, where {cause['where']}"
     for parameter, column in cause["params"].items():
         yield f"    {parameter} is column {column}"
     if cause["via"]:

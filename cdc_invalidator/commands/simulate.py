@@ -17,7 +17,7 @@ from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.plan import Complaint
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.comparison import ColumnType
-from cdc_invalidator.rules.condition import Condition
+from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.packed import Pair, split_arguments
 from cdc_invalidator.rules.table import Table
@@ -216,10 +216,8 @@ def _made_up(change: Change, rules: Iterable[Rule]) -> Shape:
 
 def _columns(rule: Rule) -> set[str]:
     """All columns that the rule reads."""
-    read = {*rule.key_columns, *rule.columns}
-    if rule.when is not None:
-        read.update(name for reads in Condition(rule.when).reads.values() for name in reads.columns)
-    return read
+    asked = (condition_of(each.source, each.field).columns for each in rule.conditions)
+    return {*rule.key_columns, *rule.columns}.union(*asked)
 
 
 def _message(change: Change, relation: pgoutput.Relation) -> pgoutput.Change:
@@ -283,14 +281,18 @@ def _why_not(rule: Rule, change: Change, table: Shape) -> Iterator[str]:
     if change.op not in rule.on:
         yield f"its `on` has no {change.op}"
         return
-    unconditional, unwatched = replace(rule, when=None), replace(rule, columns=())
-    without_when = rule.when is not None and _ask(unconditional, change, table)[0]
-    without_columns = bool(rule.columns) and _ask(unwatched, change, table)[0]
-    neither = not without_when and not without_columns
-    if rule.columns and (without_columns or neither):
+    without = {
+        "columns": bool(rule.columns) and _ask(replace(rule, columns=()), change, table)[0],
+        "when": rule.when is not None and _ask(replace(rule, when=None), change, table)[0],
+        "where": rule.where is not None and _ask(replace(rule, where=None), change, table)[0],
+    }
+    no_single = not any(without.values())
+    if rule.columns and (without["columns"] or no_single):
         yield f"the update changes none of its columns ({', '.join(rule.columns)})"
-    if rule.when is not None and (without_when or neither):
+    if rule.when is not None and (without["when"] or no_single):
         yield f"its `when` is false: {rule.when}"
+    if rule.where is not None and (without["where"] or no_single):
+        yield f"its `where` is false for each image of the row: {rule.where}"
 
 
 def _notes(rule: Rule, change: Change, table: Shape, batches: Iterable[Batch]) -> Iterator[str]:
@@ -308,18 +310,50 @@ def _notes(rule: Rule, change: Change, table: Shape, batches: Iterable[Batch]) -
         return
     if rule.when is not None and _ask(replace(rule, when=f"!({rule.when})"), change, table)[0]:
         yield f"its `when` fails, or reads what is not known, and so counts as true: {rule.when}"
-    if change.op == "update" and rule.columns and (unsaid := sorted(set(rule.columns) & there - carried)):
+    watched = {*rule.columns, *(asked_columns(rule) - rule.immutable)} if rule.columns else set()
+    if change.op == "update" and (unsaid := sorted(watched & there - carried)):
         yield f"the old row does not tell {', '.join(unsaid)}, so any update counts as a change of it"
     for bust in rule.busts:
+        counts = {image: _counts(rule, bust, image, change, table) for image in sorted(ROWS_OF[change.op])}
+        for image, counted in counts.items():
+            what = f"the `where` of cache {bust.cache.name}"
+            if counted is False:
+                yield f"the {image} row gives no key, because {what} is false for it: {rule.where_of(bust)}"
+            elif counted is None:
+                yield f"{what} fails for the {image} row, or reads what is not known, and so counts as true"
         name, columns = bust.cache.name, set(bust.columns.values())
         unknown = columns & there - carried if change.op in {"update", "delete"} else set()
         if change.op == "update":
             unknown -= rule.immutable
-        if unknown and name in swept:
+        if counts.get("old") is False:
+            pass
+        elif unknown and name in swept:
             yield f"the old row does not tell {', '.join(sorted(unknown))}, so cache {name} is swept"
         elif unknown:
             yield f"the old row does not tell {', '.join(sorted(unknown))}; `old_row: {rule.old_row}` lets its key be"
         for image, row, of in (("old", change.old, columns & carried), ("new", change.new, columns & there)):
             nulls = [] if row is None else sorted(column for column in of if row.get(column) is None)
-            if nulls and image in ROWS_OF[change.op]:
+            if nulls and counts.get(image, False) is not False:
                 yield f"the {image} row gives no key of cache {name}, because {', '.join(nulls)} is NULL"
+
+
+def _counts(rule: Rule, bust: Bust, image: str, change: Change, table: Shape) -> bool | None:
+    """Return whether an image of the row satisfies the `where` of a bust; ``None`` where that can't be told."""
+    where = rule.where_of(bust)
+    if where is None:
+        return True
+    row = change.new or {}
+    if image == "old":
+        carried = {column.name for column in table.relation.columns if column.is_key}
+        kept = rule.immutable if change.op == "update" else frozenset()
+        read = condition_of(where, "where").reads["row"]
+        if (read.whole or not read.columns <= carried | kept) and table.relation.identity != "f":
+            return None
+        row = {name: row.get(name) for name in kept} | {name: (change.old or {}).get(name) for name in carried}
+
+    def holds(where: str) -> bool:
+        alone = replace(rule, on=frozenset({"insert"}), columns=(), when=None, where=where, busts=())
+        return _ask(alone, Change(change.table, "insert", None, row, change.types), table)[0]
+
+    satisfied = holds(where)
+    return None if satisfied and holds(f"!({where})") else satisfied

@@ -13,7 +13,7 @@ from cdc_invalidator.pipeline.batch import Target
 from cdc_invalidator.pipeline.plan import Complaint, Counts, Plan, PreparedRule, compile_plan, compile_sweeps
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.comparison import ColumnType
-from cdc_invalidator.rules.condition import Condition
+from cdc_invalidator.rules.condition import condition_of
 from cdc_invalidator.rules.model import Rule, RuleSet
 from cdc_invalidator.rules.table import Table
 
@@ -73,4 +73,5 @@ class Invalidation:
 
 def _prepared(rule: Rule) -> PreparedRule:
     targets = tuple(Target(rule.name, bust.cache, str(rule.table), bust, rule.debounce or 0) for bust in rule.busts)
-    return PreparedRule(rule, targets, Condition(rule.when) if rule.when is not None else None)
+    wheres = tuple(tuple(condition_of(each.source, each.field) for each in rule.wheres(bust)) for bust in rule.busts)
+    return PreparedRule(rule, targets, condition_of(rule.when) if rule.when is not None else None, wheres)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cdc_invalidator import errors
@@ -16,8 +16,7 @@ from cdc_invalidator.pipeline import scan
 from cdc_invalidator.pipeline.batch import Batch, Target
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.comparison import ColumnType
-from cdc_invalidator.rules.condition import Condition, Holds
-from cdc_invalidator.rules.condition import missing as condition_misses
+from cdc_invalidator.rules.condition import Condition, Holds, HoldsOf, asked_columns
 from cdc_invalidator.rules.model import Bust, Rule
 from cdc_invalidator.rules.packed import join_arguments
 from cdc_invalidator.rules.table import Table
@@ -38,11 +37,15 @@ class Complaint:
 
 
 class PreparedRule(NamedTuple):
-    """A rule with what does not depend on a relation: the target of each of its busts, and its condition."""
+    """A rule with what does not depend on a relation: the target of each of its busts, and its conditions.
+
+    ``wheres``: for each of the busts, those that an image of a row must satisfy.
+    """
 
     rule: Rule
     targets: tuple[Target, ...]
     condition: Condition | None
+    wheres: tuple[tuple[Condition, ...], ...]
 
 
 @dataclass(slots=True)
@@ -58,14 +61,17 @@ class _Firing:
     # carry never change), or the rule's answer to not knowing: "sweep" or "ignore".
     old_of_update: str
     old_of_delete: str
+    # Which images of a row count; None for all.
+    where: HoldsOf | None = None
 
 
 @dataclass(slots=True)
 class _RulePlan:
     """One rule, compiled for one relation.
 
+    ``firings``: all; ``always``: those for which every image of a row counts; ``asked``: those with a `where`.
     ``compared``: columns of which an UPDATE must change one; empty, any. ``holds``: its condition, if it has one that
-    can be asked.
+    can be asked. ``kept``: for each column, whether an old row has the new row's value, because it never changes.
     """
 
     firings: list[_Firing]
@@ -73,6 +79,17 @@ class _RulePlan:
     on: frozenset[str]
     broken: bool = False
     holds: Holds | None = None
+    kept: tuple[bool, ...] = ()
+    always: list[_Firing] = field(init=False)
+    asked: list[tuple[_Firing, HoldsOf]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.always = [firing for firing in self.firings if firing.where is None]
+        self.asked = [(firing, firing.where) for firing in self.firings if firing.where is not None]
+
+    def counting(self, row: Row) -> list[_Firing]:
+        """Return what an image of a row busts."""
+        return [*self.always, *(firing for firing, where in self.asked if where(row))]
 
 
 class Plan:
@@ -92,7 +109,7 @@ class Plan:
     ) -> None:
         self._in_identity = in_identity
         self._rules = rules
-        self._compares = any(rule.compared or rule.holds for rule in rules["update"])
+        self._compares = any(rule.compared or rule.holds or rule.asked for rule in rules["update"])
         self._name = name
         self._counts = counts
         inserts, updates, deletes = (_plain(op, rules[op]) for op in ("insert", "update", "delete"))
@@ -107,7 +124,7 @@ class Plan:
         for rule in self._rules["insert"]:
             if rule.holds and not rule.holds("insert", None, new):
                 continue
-            for firing in rule.firings:
+            for firing in rule.counting(new) if rule.asked else rule.firings:
                 _bust(batch, firing, "insert", new)
 
     def update(self, batch: Batch, message: pgoutput.Update) -> None:
@@ -126,7 +143,9 @@ class Plan:
                 continue
             if rule.holds and not rule.holds("update", known, new):
                 continue
-            for firing in rule.firings:
+            if rule.asked:
+                self._ask_of_update(batch, rule, known, new)
+            for firing in rule.always:
                 _bust(batch, firing, "update", new)
                 if firing.old_of_update == "given":
                     if old is not None:
@@ -137,6 +156,23 @@ class Plan:
                 elif firing.old_of_update == "sweep":
                     batch.sweep(firing.target, ("update",), "change")
 
+    def _ask_of_update(self, batch: Batch, rule: _RulePlan, known: Row, new: Row) -> None:
+        """Put what a changed row makes stale into the batch, where its images are asked one by one.
+
+        The old image counts even if its key is the new one's, since the new one may not count. Where the old key is not
+        known and is to be ignored, it is taken to be as it was.
+        """
+        before = [after if kept else value for value, after, kept in zip(known, new, rule.kept, strict=False)]
+        as_it_was = self._kept(known, new)
+        for firing, where in rule.asked:
+            if where(new):
+                _bust(batch, firing, "update", new)
+            if where(before):
+                if firing.old_of_update == "sweep":
+                    batch.sweep(firing.target, ("update",), "change")
+                else:
+                    _bust(batch, firing, "update", as_it_was)
+
     def delete(self, batch: Batch, message: pgoutput.Delete) -> None:
         """Put what a deleted row makes stale into the batch."""
         self._check_width(message.old)
@@ -144,7 +180,7 @@ class Plan:
         for rule in self._rules["delete"]:
             if rule.holds and not rule.holds("delete", self._carried(message.old), None):
                 continue
-            for firing in rule.firings:
+            for firing in rule.counting(self._carried(message.old)) if rule.asked else rule.firings:
                 if firing.old_of_delete == "given":
                     _bust(batch, firing, "delete", message.old)
                 elif firing.old_of_delete == "sweep":
@@ -193,7 +229,7 @@ def _plain(op: str, rules: Iterable[_RulePlan]) -> scan.PlainRules:
     """Return the rules for one kind of change as `scan` takes them; ``None`` where one of them is not plain."""
     found = []
     for rule in rules:
-        if rule.broken or rule.holds:
+        if rule.broken or rule.holds or rule.asked:
             return None
         firings: list[scan.PlainFiring] = []
         for firing in rule.firings:
@@ -296,10 +332,10 @@ def _compile(
     rule, condition = prepared.rule, prepared.condition
     index = {column.name: position for position, column in enumerate(relation.columns)}
     carried = {column.name for column in relation.columns if column.is_key}
-    missing = sorted(
-        (rule.key_columns | set(rule.columns)) - index.keys()
-        | set(condition_misses(condition, index) if condition else ())
-    )
+    wheres = {where.source: where for of_bust in prepared.wheres for where in of_bust}
+    asked = asked_columns(rule)
+    read = rule.key_columns | set(rule.columns) | (condition.columns if condition else set()) | asked
+    missing = sorted(read - index.keys())
     name = str(Table(relation.schema, relation.name))
     complaints = []
     if missing:
@@ -310,9 +346,23 @@ def _compile(
                 "table is put right, its caches are swept where a key needs it, and every UPDATE counts.",
             )
         )
+    of_columns = {column.name: _type(column, types) for column in relation.columns}
+
+    def bindable(of: Condition) -> bool:
+        misuses = of.misuses(of_columns)
+        what = "every change counts" if of is condition else "every row counts"
+        complaints.extend(Complaint(rule.name, f"{name}: {misuse}; until then {what}.") for misuse in misuses)
+        return not misuses
+
+    bound = {
+        source: where.bind_row(list(of_columns), list(of_columns.values()))
+        for source, where in wheres.items()
+        if where.columns <= index.keys() and bindable(where)
+    }
     firings = []
-    for target, bust in zip(prepared.targets, rule.busts, strict=True):
+    for target, bust, of_bust in zip(prepared.targets, rule.busts, prepared.wheres, strict=True):
         firing = _firing(rule, target, bust, index, carried)
+        firing.where = _both([bound[where.source] for where in of_bust if where.source in bound])
         firings.append(firing)
         unknown = sorted(set(bust.columns.values()) & index.keys() - carried)
         if rule.old_row == "require" and "sweep" in _old_modes(rule, firing) and not missing:
@@ -324,18 +374,21 @@ def _compile(
                     "run `cdc-invalidator check`, which gives the remedy.",
                 )
             )
-    compared = tuple(index[name] for name in rule.columns if name in index)
+    # A row that moves into a `where`, or out of it, changes what the cache holds.
+    watched = {*rule.columns, *(asked - rule.immutable)} if rule.columns else ()
+    compared = tuple(sorted(index[column] for column in watched if column in index))
     holds = None
-    if condition is not None and not missing:
-        of_columns = {column.name: _type(column, types) for column in relation.columns}
-        misuses = condition.misuses(of_columns)
-        if misuses:
-            complaints += [
-                Complaint(rule.name, f"{name}: {misuse}; until then every change counts.") for misuse in misuses
-            ]
-        else:
-            holds = condition.bind(list(of_columns), list(of_columns.values()))
-    return _RulePlan(firings, compared, rule.on, bool(missing), holds), complaints
+    if condition is not None and not missing and bindable(condition):
+        holds = condition.bind(list(of_columns), list(of_columns.values()))
+    kept = tuple(column.name in rule.immutable and not column.is_key for column in relation.columns)
+    return _RulePlan(firings, compared, rule.on, bool(missing), holds, kept), complaints
+
+
+def _both(conditions: Sequence[HoldsOf]) -> HoldsOf | None:
+    """Return the condition that all of these hold; ``None`` for none."""
+    if len(conditions) < 2:
+        return conditions[0] if conditions else None
+    return lambda row: all(holds(row) for holds in conditions)
 
 
 def _type(column: pgoutput.Column, types: Mapping[str, ColumnType]) -> ColumnType:

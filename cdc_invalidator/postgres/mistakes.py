@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from cdc_invalidator.errors import Problem
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.survey import NOT_TABLES, Leaf, Survey
-from cdc_invalidator.rules.condition import Condition
+from cdc_invalidator.rules.condition import condition_of
 from cdc_invalidator.rules.model import Rule, RuleSet
 from cdc_invalidator.rules.table import Table
 
@@ -74,7 +74,7 @@ def _mistakes(publication: str, table: Table, leaves: Iterable[Leaf], rules: Seq
         for rule in rules:
             for column in sorted((rule.key_columns | set(rule.columns)) - (leaf.columns - leaf.generated)):
                 add(rule, *_no_column(rule, leaf, column))
-            problems += _not_of_condition(rule, leaf)
+            problems += _not_of_conditions(rule, leaf)
             unknown = unknown_old(rule, leaf)
             if unknown and rule.old_row == "require":
                 add(
@@ -99,21 +99,18 @@ def _no_column(rule: Rule, leaf: Leaf, column: str) -> tuple[str, str]:
     return "unknown_column", f"rule {rule.name} reads column {column}, which {leaf.table} does not have; {hint}"
 
 
-def _not_of_condition(rule: Rule, leaf: Leaf) -> list[Problem]:
-    """Return the problems of the rule's condition: columns that the stream lacks, values that CEL can't compare."""
-    if rule.when is None:
-        return []
-    condition = Condition(rule.when)
-    read = {column for reads in condition.reads.values() for column in reads.columns}
-    lacking = read - (leaf.columns - leaf.generated) - rule.key_columns - set(rule.columns)
-    place = rule.when_place
+def _not_of_conditions(rule: Rule, leaf: Leaf) -> list[Problem]:
+    """Return the problems of the rule's conditions: columns that the stream lacks, values that CEL can't compare."""
     problems = []
-    for column in sorted(lacking):
-        code, sentence = _no_column(rule, leaf, column)
-        problems.append(Problem(place.file, place.line, place.column, sentence, code))
-    for misuse in condition.misuses(leaf.types):
-        sentence = f"rule {rule.name} on {leaf.table}: {misuse}."
-        problems.append(Problem(place.file, place.line, place.column, sentence, "not_comparable"))
+    for field, source, place in rule.conditions:
+        condition = condition_of(source, field)
+        lacking = condition.columns - (leaf.columns - leaf.generated) - rule.key_columns - set(rule.columns)
+        found = [_no_column(rule, leaf, column) for column in sorted(lacking)]
+        found += [
+            ("not_comparable", f"rule {rule.name} on {leaf.table}: {misuse}.")
+            for misuse in condition.misuses(leaf.types)
+        ]
+        problems += [Problem(place.file, place.line, place.column, sentence, code) for code, sentence in found]
     return problems
 
 

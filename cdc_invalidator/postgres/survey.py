@@ -359,7 +359,9 @@ class Surveyor:
 
     async def _types(self, rules: RuleSet, leaves: Sequence[Any]) -> dict[int, dict[str, ColumnType]]:
         """Return the types of the columns that conditions read, by the OID of each table that holds rows."""
-        conditions = [(rule.table, condition_of(rule.when)) for rule in rules.rules if rule.when is not None]
+        conditions = [
+            (rule.table, condition_of(each.source, each.field)) for rule in rules.rules for each in rule.conditions
+        ]
         tables = {table for table, _ in conditions}
         oids = [row.oid for row in leaves if Table(row.root_schema, row.root_name) in tables]
         if not oids:

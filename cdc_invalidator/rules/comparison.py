@@ -1,10 +1,10 @@
-"""Compares the values that `when` sees as PostgreSQL compares them. Pure.
+"""Compares the values that `when` and `where` see as PostgreSQL compares them. Pure.
 
 CEL has neither decimals nor PostgreSQL's types, so an expression's operators become calls of the functions made here
 (see `expression`). A value of a type that CEL has not is passed as bytes: a tag, and the text that PostgreSQL prints.
 
 The rule that holds here: what can't be compared for sure is `UNKNOWN`, never false. It makes an expression fail, or
-come out neither true nor false, and then the rule fires.
+come out neither true nor false, and then the condition counts as true.
 """
 
 from __future__ import annotations

@@ -1,30 +1,59 @@
-"""`when`: a CEL expression over ``op``, ``old`` and ``new`` that tells whether a rule fires for a change. Pure.
+"""Conditions of rules, as CEL expressions. Pure.
+
+`when`, over ``op``, ``old`` and ``new``, tells whether a rule fires for a change. `where`, over ``row``, tells whether
+one image of a row (the old one, or the new one) gives keys.
 
 The CEL library is slow to import and to feed. It is imported with the first rule that has a condition, and gets only
 the columns that the expression names. What the expression does with values is done by `comparison`.
 
-The rule that holds here: what is not known for sure counts as true. The rule fires when the expression fails, when its
-result is neither true nor false, or when it reads a value that the stream did not carry.
+The rule that holds here: what is not known for sure counts as true. A condition holds when the expression fails, when
+its result is neither true nor false, or when it reads a value that the stream did not carry.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cdc_invalidator.rules.comparison import ARITHMETIC, NAMES, ORDERS, ColumnType, Kind, converter, functions
 from cdc_invalidator.rules.expression import Operand, Use, read
+from cdc_invalidator.rules.model import Rule
 from cdc_invalidator.rules.values import ROWS_OF, UNCHANGED, Value
 
 if TYPE_CHECKING:
     import cel
 
 Holds = Callable[[str, Sequence[Value] | None, Sequence[Value] | None], bool]
+HoldsOf = Callable[[Sequence[Value]], bool]
 
-ROOTS = frozenset({"op", "old", "new"})
+
+class _Field(NamedTuple):
+    """What a condition may say, by the field of the rule file that it stands in.
+
+    ``rows``: its variables that are rows; ``others``: those that are none; ``prefer``: the row that an error writes;
+    ``example``: a condition; ``instead``: what to do without one.
+    """
+
+    rows: tuple[str, ...]
+    others: tuple[str, ...]
+    prefer: str
+    example: str
+    instead: str
+
+    @property
+    def variables(self) -> str:
+        """The names of the variables in a sentence."""
+        names = [f"`{name}`" for name in (*self.others, *self.rows)]
+        return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+_FIELDS: Mapping[str, _Field] = {
+    "when": _Field(("old", "new"), ("op",), "new", "new.plan != old.plan", "list it in `columns` instead"),
+    "where": _Field(("row",), (), "row", "row.kind == 'admin'", "take it out of the condition"),
+}
 
 _ERROR_AT = re.compile(r"<input>:(\d+):(\d+): (?:Syntax error: )?([^\n]*)")
 
@@ -50,43 +79,51 @@ class Condition:
 
     Args:
         source: its text.
+        field: what it stands in, `when` or `where`.
 
     Raises:
-        ConditionError: it can't be read, or names something else than op, old and new.
+        ConditionError: it can't be read, or names something else than its variables.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, field: str = "when") -> None:
         import cel  # noqa: PLC0415  0.4 s and 39 MB, which only rules with a condition pay for
 
         self.source = source
+        self.field = field
+        known = _FIELDS[field]
         try:
             variables = set(cel.compile(source).variables())
-            self._expression = read(source)
+            self._expression = read(source, known.rows)
             self._program: cel.Program = cel.compile(self._expression.text)
         except ValueError as error:
-            raise _wrong(source, str(error)) from None
-        strangers = sorted(variables - ROOTS - self._expression.bound)
+            raise _wrong(source, str(error), field) from None
+        strangers = sorted(variables - {*known.rows, *known.others} - self._expression.bound)
         if strangers:
             at = re.search(rf"\b{re.escape(strangers[0])}\b", source)
             raise ConditionError(
-                f"`when` knows `op`, `old` and `new`, and no `{strangers[0]}`; write `new.{strangers[0]}` for a column",
+                f"`{field}` knows {known.variables}, and no `{strangers[0]}`; "
+                f"write `{known.prefer}.{strangers[0]}` for a column",
                 at.start() if at else 0,
             )
         if self._expression.constants:
             raise ConditionError(
-                "`when` sees no column as bytes; write text, as PostgreSQL prints the value",
+                f"`{field}` sees no column as bytes; write text, as PostgreSQL prints the value",
                 self._expression.constants[0],
             )
         self._context = cel.Context
         self.reads = {
-            row: Reads(frozenset(self._expression.columns[row]), row in self._expression.whole)
-            for row in ("old", "new")
+            row: Reads(frozenset(self._expression.columns[row]), row in self._expression.whole) for row in known.rows
         }
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """All columns that it names, of whichever row."""
+        return frozenset(name for reads in self.reads.values() for name in reads.columns)
 
     def refuses(self, op: str) -> bool:
         """Return whether it is false for all changes of this kind, whatever the rows hold."""
         # Rows that exist stay undefined: an expression that depends on one fails, and so is not false.
-        absent = ROWS_OF["update"] - ROWS_OF[op]
+        absent = (ROWS_OF["update"] - ROWS_OF[op]) & set(_FIELDS[self.field].rows)
         try:
             known = self._context({"op": op, **dict.fromkeys(absent)}, functions(order_text=True))
             return self._program.execute(known) is False
@@ -95,16 +132,29 @@ class Condition:
 
     def misuses(self, columns: Mapping[str, ColumnType]) -> list[str]:
         """Return what it does with columns of these types that CEL can't do as PostgreSQL does: a sentence each."""
-        found = (sentence for use in self._expression.uses for sentence in _misuses(use, columns))
-        return list(dict.fromkeys(found))
+        found = (misuse for use in self._expression.uses for misuse in _misuses(use, columns))
+        instead = _FIELDS[self.field].instead
+        return [f"`{self.field}` {misuse}, or {instead}" for misuse in dict.fromkeys(found)]
 
     def bind(self, names: Sequence[str], types: Sequence[ColumnType]) -> Holds:
-        """Return the function that decides about changes of one relation.
+        """Return the function that decides about changes of one relation; of `when`.
 
         Args:
             names: the relation's columns.
             types: their types.
         """
+        decide = self._decide(names, types)
+        return lambda op, old, new: decide({"op": op, "old": None, "new": None}, (("old", old), ("new", new)))
+
+    def bind_row(self, names: Sequence[str], types: Sequence[ColumnType]) -> HoldsOf:
+        """Return the function that decides about images of rows of one relation; of `where`."""
+        decide = self._decide(names, types)
+        return lambda row: decide({}, (("row", row),))
+
+    def _decide(
+        self, names: Sequence[str], types: Sequence[ColumnType]
+    ) -> Callable[[dict[str, Any], Iterable[tuple[str, Sequence[Value] | None]]], bool]:
+        """Return the function that decides for variables, to which it adds those that are rows."""
         index = {name: position for position, name in enumerate(names)}
         read_columns = {
             row: [
@@ -123,10 +173,9 @@ class Condition:
         called = functions(order_text=all(column.ordered for column in texts))
         program, context = self._program, self._context
 
-        def holds(op: str, old: Sequence[Value] | None, new: Sequence[Value] | None) -> bool:
-            values: dict[str, Any] = {"op": op, "old": None, "new": None}
+        def decide(values: dict[str, Any], rows: Iterable[tuple[str, Sequence[Value] | None]]) -> bool:
             try:
-                for row, columns in (("old", old), ("new", new)):
+                for row, columns in rows:
                     if columns is None:
                         continue
                     taken = values[row] = {}
@@ -139,13 +188,22 @@ class Condition:
             except Exception:  # noqa: BLE001  an expression may fail in any way, and none may end the daemon
                 return True
 
-        return holds
+        return decide
 
 
 @lru_cache(1024)
-def condition_of(source: str) -> Condition:
+def condition_of(source: str, field: str = "when") -> Condition:
     """Return the condition of this text; one that was compiled lately is not compiled again."""
-    return Condition(source)
+    return Condition(source, field)
+
+
+def asked_columns(rule: Rule) -> frozenset[str]:
+    """Return the columns that the `where`s of a rule and of its busts read.
+
+    With `columns`, an UPDATE that changes one of these counts too: the row moves into what the cache holds, or out.
+    """
+    asked = [condition_of(each.source, "where").columns for each in rule.conditions if each.field == "where"]
+    return frozenset[str]().union(*asked)
 
 
 def _misuses(use: Use, columns: Mapping[str, ColumnType]) -> Iterator[str]:
@@ -195,20 +253,15 @@ def _unlike(use: Use, columns: Mapping[str, ColumnType], left: Operand, right: O
 
 def _cant(use: Use, name: str, column: ColumnType, why: str) -> str:
     return (
-        f"`when` uses column {name}, of type {column.name}, with `{use.what}`, but CEL {why}; compare it by == or != "
-        "with a column of its type, or list it in `columns` instead"
+        f"uses column {name}, of type {column.name}, with `{use.what}`, but CEL {why}; compare it by == or != "
+        "with a column of its type"
     )
 
 
-def _wrong(source: str, message: str) -> ConditionError:
+def _wrong(source: str, message: str, field: str) -> ConditionError:
     found = _ERROR_AT.search(message)
     if found is None:
-        return ConditionError("`when` is no CEL expression; write one such as `new.plan != old.plan`", 0)
+        return ConditionError(f"`{field}` is no CEL expression; write one such as `{_FIELDS[field].example}`", 0)
     lines = source.splitlines(keepends=True)
     offset = sum(map(len, lines[: int(found[1]) - 1])) + max(0, int(found[2]) - 1)
-    return ConditionError(f"`when` is no CEL expression ({found[3].strip()}); correct it", offset)
-
-
-def missing(condition: Condition, columns: Mapping[str, object]) -> list[str]:
-    """Return the columns that the condition names and the table lacks, sorted."""
-    return sorted({name for reads in condition.reads.values() for name in reads.columns} - columns.keys())
+    return ConditionError(f"`{field}` is no CEL expression ({found[3].strip()}); correct it", offset)

@@ -16,12 +16,15 @@ from cdc_invalidator.rules.condition import Condition, ConditionError
 from cdc_invalidator.rules.defaults import Defaults
 from cdc_invalidator.rules.document import Document, Loc
 from cdc_invalidator.rules.duration import LONGEST_AGAIN, TOO_LONG
-from cdc_invalidator.rules.format import CacheEntry, RuleEntry, TestEntry, entries, sound
+from cdc_invalidator.rules.format import LONGEST_CONDITION, CacheEntry, RuleEntry, TestEntry, entries, sound
 from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test
 from cdc_invalidator.rules.packed import pair
 from cdc_invalidator.rules.template import Param, Template, TemplateError
 from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
+
+# What stands beside the parameters in a bust's mapping.
+RESERVED = frozenset({"via", "where"})
 
 
 class _CacheDraft(NamedTuple):
@@ -50,13 +53,23 @@ class _BustDraft(NamedTuple):
     columns: Mapping[str, str]
     query: Query | None
     given: Mapping[str, str]
+    where: str | None = None
+    where_place: Place = Place("")
+
+    def like(self, other: _BustDraft) -> bool:
+        """Whether both bust the same keys for the same rows."""
+        return self._replace(where_place=other.where_place) == other
 
 
 class _RuleDraft(NamedTuple):
+    document: Document
+    loc: Loc
     entry: RuleEntry
-    place: Place
-    when_place: Place
     busts: tuple[_BustDraft, ...]
+
+    def place(self, *field: str) -> Place:
+        """Where the rule begins, or a field of it."""
+        return self.document.place((*self.loc, *field))
 
 
 class Draft:
@@ -88,7 +101,7 @@ class Draft:
                 self._caches.setdefault(str(loc[1]), draft)
         _check_same_keys(self._caches)
         self._rules = [
-            _RuleDraft(rule, document.place(loc), document.place((*loc, "when")), self._busts(document, loc, rule))
+            _RuleDraft(document, loc, rule, self._busts(document, loc, rule))
             for document, of_file in zip(documents, defaults, strict=True)
             for loc, own_rule, _ in sound(document, "rules", RuleEntry)
             for rule in (of_file.rule(own_rule),)
@@ -115,14 +128,18 @@ class Draft:
     def _busts(self, document: Document, loc: Loc, rule: RuleEntry) -> tuple[_BustDraft, ...]:
         _check_repeats(document, loc, rule)
         _check_debounce(document, loc, rule)
-        if self._conditions:
-            _check_condition(document, loc, rule)
+        self._check_condition(document, (*loc, "when"), rule.when)
+        self._check_condition(document, (*loc, "where"), rule.where)
         busts: list[_BustDraft] = []
         for number, entry in enumerate(rule.bust):
             name, mapping = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
             at = (*loc, "bust", number)
             bust = self._bust(document, (*at, name), name, mapping)
-            if bust is not None and bust in busts:
+            where = mapping.get("where")
+            self._check_condition(document, (*at, name, "where"), where)
+            if bust is not None and where is not None:
+                bust = bust._replace(where=where, where_place=document.place((*at, name, "where")))
+            if bust is not None and any(map(bust.like, busts)):
                 document.complain(at, f"the rule busts {shown(name)} twice from the same columns; remove one")
             elif bust is not None:
                 busts.append(bust)
@@ -140,12 +157,12 @@ class Draft:
         if draft is None or draft.bust_template is None:
             return None
         params = draft.bust_template.params
-        for parameter in sorted(mapping.keys() - set(params) - {"via"}):
+        for parameter in sorted(mapping.keys() - set(params) - RESERVED):
             of = "key" if draft.entry.version is None or draft.entry.bump_over else "version"
             remedy = nearest(parameter, params, "remove it") if params else "it has none, so remove it"
             sentence = f"the `{of}` of cache {shown(name)} has no parameter {shown(parameter)}; {remedy}"
             document.complain((*loc, parameter), sentence, of_key=True)
-        if "via" not in mapping or "via" in params:
+        if "via" not in mapping:
             columns = {parameter: mapping.get(parameter, parameter) for parameter in params}
             return _BustDraft(name, draft.bust_template, columns, None, {})
         return self._via(document, loc, name, params, mapping)
@@ -154,7 +171,7 @@ class Draft:
         self, document: Document, loc: Loc, name: str, params: Sequence[str], mapping: Mapping[str, str]
     ) -> _BustDraft | None:
         query = _query(document, (*loc, "via"), mapping["via"])
-        given = {parameter: column for parameter, column in mapping.items() if parameter != "via"}
+        given = {parameter: column for parameter, column in mapping.items() if parameter not in RESERVED}
         if not set(params) - given.keys():
             sentence = f"all parameters of cache {shown(name)} are given, so its query has none to give; remove `via`"
             document.complain((*loc, "via"), sentence, of_key=True)
@@ -163,6 +180,18 @@ class Draft:
         read = (*query.columns, *given.values())
         parts = [part for column in read for part in (Param(column), b"\0")][:-1]
         return _BustDraft(name, Template.of(parts), {column: column for column in read}, query, given)
+
+    def _check_condition(self, document: Document, loc: Loc, source: str | None) -> None:
+        if source is None or not self._conditions:
+            return
+        field = str(loc[-1])
+        if len(source) > LONGEST_CONDITION:
+            document.complain(loc, f"`{field}` is too long; write it shorter")
+            return
+        try:
+            Condition(source, field)
+        except ConditionError as error:
+            document.complain_inside(loc, str(error), error.offset)
 
     def _check_test(self, document: Document, loc: Loc, test: TestEntry) -> bool:
         """Note mistakes with which no run of the test could pass."""
@@ -293,12 +322,15 @@ def _rule(draft: _RuleDraft, caches: Mapping[str, Cache]) -> Rule:
         old_row=entry.old_row,
         immutable=frozenset(entry.immutable),
         busts=tuple(
-            Bust(caches[bust.cache], bust.template, bust.columns, bust.query, bust.given) for bust in draft.busts
+            Bust(caches[bust.cache], bust.template, bust.columns, bust.query, bust.given, bust.where, bust.where_place)
+            for bust in draft.busts
         ),
-        place=draft.place,
+        place=draft.place(),
         when=entry.when,
-        when_place=draft.when_place,
+        when_place=draft.place("when"),
         debounce=entry.debounce,
+        where=entry.where,
+        where_place=draft.place("where"),
     )
 
 
@@ -329,6 +361,10 @@ def _check_cache(draft: _CacheDraft) -> None:
     document, loc, entry, key, version, whole = draft
     if version is not None and "version" in version.params:
         document.complain((*loc, "version"), "a `version` may not hold `{version}` itself; remove the parameter")
+    for name, template in (("key", key), ("version", version)):
+        for parameter in sorted(RESERVED & set(template.params if template is not None else ())):
+            sentence = f"a parameter may not be called `{parameter}`, a word of a rule's `bust`; give it another name"
+            document.complain((*loc, name), sentence)
     if entry.version is not None and key is not None and "version" not in key.params:
         sentence = "the cache has a `version` but its key lacks `{version}`; put it there, or remove `version`"
         document.complain((*loc, "key"), sentence)
@@ -405,14 +441,6 @@ def _check_repeats(document: Document, loc: Loc, rule: RuleEntry) -> None:
             seen.add(item)
 
 
-def _check_condition(document: Document, loc: Loc, rule: RuleEntry) -> None:
-    if rule.when is not None:
-        try:
-            Condition(rule.when)
-        except ConditionError as error:
-            document.complain_inside((*loc, "when"), str(error), error.offset)
-
-
 def _check_debounce(document: Document, loc: Loc, rule: RuleEntry) -> None:
     if rule.debounce is not None and rule.debounce > LONGEST_AGAIN:
         document.complain((*loc, "debounce"), TOO_LONG.format(field="debounce"))
@@ -435,6 +463,7 @@ def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
         "via": bust.query
         and ["".join(part if isinstance(part, str) else f"{{{part.name}}}" for part in bust.query.parts)],
         "given": sorted(bust.given.items()),
+        "where": [text for text in (rule.where, bust.where) if text],
     }
     used = {name: value for name, value in more.items() if value}
     return [*canonical, used] if used else canonical

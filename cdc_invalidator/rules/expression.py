@@ -7,7 +7,7 @@ CEL library has found the text right before; the grammar is that of https://gith
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,7 +26,6 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_ROWS = frozenset({"old", "new"})
 _MACROS = frozenset({"all", "exists", "exists_one", "filter", "map"})
 # What functions give, as far as it is known before they are called.
 _GIVES = {
@@ -39,8 +38,8 @@ _LEVELS = ({"||"}, {"&&"}, {"<", "<=", ">", ">=", "==", "!=", "in"}, {"+", "-"},
 class Operand(NamedTuple):
     """A part of an expression, written anew; and what is known of it before any row is.
 
-    ``column``: the column that it is, if it is one; ``row``: old or new, as a whole; ``kind``: that of a literal, or of
-    what a function gives; ``null``: it is null; ``elements``: those of a list that is written out.
+    ``column``: the column that it is, if it is one; ``row``: the row that it is, as a whole; ``kind``: that of a
+    literal, or of what a function gives; ``null``: it is null; ``elements``: those of a list that is written out.
     """
 
     text: str
@@ -69,7 +68,7 @@ class Expression:
 
     text: str = ""
     uses: list[Use] = field(default_factory=list)
-    columns: dict[str, set[str]] = field(default_factory=lambda: {row: set() for row in _ROWS})
+    columns: dict[str, set[str]] = field(default_factory=dict)
     whole: set[str] = field(default_factory=set)
     bound: set[str] = field(default_factory=set)
     constants: list[int] = field(default_factory=list)
@@ -88,22 +87,26 @@ def _tokens(source: str) -> Iterator[_Token]:
     yield _Token("end", "", len(source))
 
 
-def read(source: str) -> Expression:
+def read(source: str, rows: Iterable[str]) -> Expression:
     """Read an expression that the CEL library takes.
+
+    Args:
+        source: its text.
+        rows: the variables that are rows.
 
     Raises:
         ValueError: it is none.
     """
-    return _Reader(source).read()
+    return _Reader(source, rows).read()
 
 
 class _Reader:
     """Goes through the text once. Each method reads one thing of the grammar, and returns it written anew."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, rows: Iterable[str]) -> None:
         self._tokens = list(_tokens(source))
         self._at = 0
-        self._found = Expression()
+        self._found = Expression(columns={row: set() for row in rows})
 
     def read(self) -> Expression:
         whole = self._value(self._ternary())
@@ -258,7 +261,7 @@ class _Reader:
             return Operand(f"{token.text}({self._written(given, around)})", token.start, kind=_GIVES.get(token.text))
         if token.text in {"true", "false"}:
             return Operand(token.text, token.start, kind=Kind.FLAG)
-        if token.text in _ROWS:
+        if token.text in self._found.columns:
             return Operand(token.text, token.start, row=token.text)
         kind = Kind.TEXT if token.text == "op" else None
         return Operand(token.text, token.start, kind=kind, null=token.text == "null")

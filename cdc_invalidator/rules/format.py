@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=BaseModel)
 
+LONGEST_CONDITION = 4096
+
 
 def _format_version(value: object) -> object:
     if value != 1 or type(value) is not int:
@@ -63,7 +65,7 @@ BustMapping = Annotated[
     dict[str, Column],
     Field(
         description="`parameter: column` where the names differ; `via: SELECT …` for a query whose rows give "
-        "parameters, with `{column}` for the changed row's."
+        "parameters, with `{column}` for the changed row's; `where`, as that of the rule, for this cache alone."
     ),
 ]
 MappedBust = Annotated[dict[str, BustMapping], Field(min_length=1, max_length=1)]
@@ -138,8 +140,15 @@ class RuleEntry(_Entry):
     when: str | None = Field(
         None,
         min_length=1,
-        max_length=4096,
+        max_length=LONGEST_CONDITION,
         description="A CEL expression over `op`, `old` and `new`: the rule fires when it is true, or fails.",
+    )
+    where: str | None = Field(
+        None,
+        min_length=1,
+        max_length=LONGEST_CONDITION,
+        description="A CEL expression over `row`: the old row and the new row each give keys only where it is true, or "
+        "fails.",
     )
     debounce: Duration | None = Field(
         None, description="At most one bust of a key in that time; the last one always happens."

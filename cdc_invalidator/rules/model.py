@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cdc_invalidator.rules.packed import pair
 from cdc_invalidator.rules.table import Table
@@ -74,6 +75,14 @@ class Query:
     columns: tuple[str, ...]
 
 
+class Expression(NamedTuple):
+    """A condition as the file has it: its ``field`` (``when`` or ``where``), its text, and where that stands."""
+
+    field: str
+    source: str
+    place: Place
+
+
 @dataclass(frozen=True, slots=True)
 class Bust:
     """A cache that a rule busts.
@@ -81,6 +90,7 @@ class Bust:
     ``template``: rendered for a changed row; ``columns`` names the column of each of its parameters. Without a
     ``query`` the result is the key to bust. With one, it is the query's arguments: the values of `Query.columns`, then
     of ``given`` (parameter: column), as `packed.join_arguments` puts them. The query's rows are the other parameters.
+    ``where``: which images of a row it is for, beside the rule's own.
     """
 
     cache: Cache
@@ -88,6 +98,8 @@ class Bust:
     columns: Mapping[str, str] = field(hash=False)
     query: Query | None = None
     given: Mapping[str, str] = field(default_factory=dict, hash=False)
+    where: str | None = None
+    where_place: Place = field(default=Place(""), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +117,26 @@ class Rule:
     when: str | None = None
     when_place: Place = field(default=Place(""), compare=False)
     debounce: int | None = None
+    where: str | None = None
+    where_place: Place = field(default=Place(""), compare=False)
+
+    def wheres(self, bust: Bust) -> tuple[Expression, ...]:
+        """Return the conditions that an image of a row must satisfy to give a key of one of the rule's busts."""
+        written = ((self.where, self.where_place), (bust.where, bust.where_place))
+        return tuple(Expression("where", source, place) for source, place in written if source is not None)
+
+    def where_of(self, bust: Bust) -> str | None:
+        """Return the conditions of `wheres` as one, if there are any."""
+        sources = [each.source for each in self.wheres(bust)]
+        if len(sources) > 1:
+            return " && ".join(f"({source})" for source in sources)
+        return sources[0] if sources else None
+
+    @property
+    def conditions(self) -> tuple[Expression, ...]:
+        """All conditions of the rule and its busts, each once."""
+        when = [] if self.when is None else [Expression("when", self.when, self.when_place)]
+        return tuple(dict.fromkeys([*when, *(each for bust in self.busts for each in self.wheres(bust))]))
 
     @property
     def key_columns(self) -> frozenset[str]:

@@ -117,6 +117,98 @@ def test_what_can_t_be_compared_is_refused_where_the_table_is_seen(
     assert any(f"{rules}:" in line and part in line for line in daemon.errors)
 
 
+WHERE = """version: 1
+caches:
+  own: {{key: "t:own:{{code}}", ttl: 1m}}
+  other: {{key: "t:other:{{code}}@{{domain}}", ttl: 1m}}
+  live: {{key: "t:live:{{code}}", ttl: 1m}}
+  of-team: {{key: "t:team:{{team}}", ttl: 1m}}
+rules:
+  - name: emoji
+    table: public.emojis
+    {fields}
+    where: "row.kind == 'emoji'"
+    bust:
+      - own: {{where: row.domain == null}}
+      - other: {{where: row.domain != null}}
+      - live: {{where: "row.gone_at == null || row.gone_at > timestamp('2020-01-01T00:00:00Z')"}}
+      - of-team: {{via: "SELECT team FROM members WHERE member = {{code}}"}}
+"""
+EMOJIS = (
+    "CREATE TYPE sort AS ENUM ('emoji', 'sticker')",
+    "CREATE TABLE emojis (id int PRIMARY KEY, code text NOT NULL, domain text, kind sort, gone_at timestamptz)",
+    "CREATE TABLE members (team int, member text)",
+    "INSERT INTO members VALUES (1, 'a'), (2, 'b'), (3, 'c')",
+    "INSERT INTO emojis VALUES (1, 'a', NULL, 'emoji', NULL), (2, 'b', 'x.org', 'emoji', '2019-01-01')",
+    "INSERT INTO emojis VALUES (3, 'c', NULL, 'sticker', NULL)",
+)
+EMOJI_KEYS = [f"t:{key}" for code in "abc" for key in (f"own:{code}", f"other:{code}@x.org", f"live:{code}")]
+
+
+def test_each_image_of_a_row_busts_only_what_it_counts_for(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, *EMOJIS, "ALTER TABLE emojis REPLICA IDENTITY FULL")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(WHERE.format(fields=""))
+    keys = [*EMOJI_KEYS, *(f"t:team:{team}" for team in (1, 2, 3))]
+    with Stage.playing(database, redis_url, rules, slot_name, client=redis_client) as stage:
+
+        def busted(*statements: str) -> set[str]:
+            stage.cache(*keys)
+            stage.run(*statements)
+            return set(keys) - set(stage.cached(*keys))
+
+        assert busted("UPDATE emojis SET code = code") == {
+            "t:own:a",
+            "t:live:a",
+            "t:other:b@x.org",
+            "t:team:1",
+            "t:team:2",
+        }
+        assert busted("UPDATE emojis SET domain = 'x.org' WHERE id = 1") == {
+            *("t:own:a", "t:other:a@x.org", "t:live:a", "t:team:1")
+        }
+        assert busted("UPDATE emojis SET kind = 'sticker' WHERE id = 2") == {"t:other:b@x.org", "t:team:2"}
+        assert busted("UPDATE emojis SET gone_at = now() WHERE id = 2", "DELETE FROM emojis WHERE id = 2") == set()
+        assert busted("UPDATE emojis SET kind = 'emoji' WHERE id = 3") == {"t:own:c", "t:live:c", "t:team:3"}
+        assert busted("DELETE FROM emojis WHERE id = 3") == {"t:own:c", "t:live:c", "t:team:3"}
+
+
+def test_what_the_old_row_does_not_tell_is_noted_and_counts_as_true(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, *EMOJIS, "CREATE UNIQUE INDEX by_code ON emojis (id, code)")
+    execute(database, "ALTER TABLE emojis REPLICA IDENTITY USING INDEX by_code")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(WHERE.format(fields="old_row: ignore"))
+    servers = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "publication": slot_name}
+    told = json.loads(command("check", "--format", "json", rules=str(rules), **servers).stdout)
+    (found,) = [finding for finding in told["findings"] if finding["code"] == "old_row_not_asked"]
+    assert found["severity"] == "note"
+    assert "asks its `where` for domain, gone_at, kind of the old row" in found["sentence"]
+    assert "counts at every DELETE and UPDATE" in found["sentence"]
+    with Stage.playing(database, redis_url, rules, slot_name, client=redis_client) as stage:
+        stage.cache(*EMOJI_KEYS)
+        stage.run("UPDATE emojis SET kind = 'sticker' WHERE id = 1", "DELETE FROM emojis WHERE id = 3")
+        assert {*EMOJI_KEYS} - {*stage.cached(*EMOJI_KEYS)} == {"t:own:a", "t:live:a", "t:own:c", "t:live:c"}
+
+
+def test_a_condition_on_rows_that_the_table_can_t_answer_is_refused_at_its_place(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, *EMOJIS, "ALTER TABLE emojis REPLICA IDENTITY FULL")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        WHERE.format(fields="").replace("row.domain == null", "row.domian == null").replace("'emoji'", "5")
+    )
+    servers = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "publication": slot_name}
+    told = json.loads(command("check", "--format", "json", rules=str(rules), **servers).stdout)
+    places = {finding["code"]: (finding["line"], finding["column"]) for finding in told["findings"]}
+    assert places["unknown_column"] == (13, 22)
+    assert places["not_comparable"] == (11, 12)
+
+
 def test_a_domain_of_a_table_that_is_created_later_is_known_too(
     database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:

@@ -58,6 +58,9 @@ def test_a_rule_that_ignores_the_old_row_is_listed_at_its_line() -> None:
     ("fields", "code"),
     [
         ("on: [insert], when: \"op == 'update'\"", "never_fires"),
+        ('on: [insert, update], where: "row.a == 1 && false"', "never_fires"),
+        ('where: "row.a == 1 && false"', "never_fires_on"),
+        ("columns: [a], immutable: [a, b], on: [update], where: row.b == 1", "never_fires"),
         ("on: [insert, delete], when: \"op == 'update' && old.a != new.a\"", "never_fires"),
         ("on: [delete], when: new != null", "never_fires"),
         ("on: [update], columns: [a, b], immutable: [a, b]", "never_fires"),

@@ -104,6 +104,18 @@ def test_a_key_that_two_caches_may_have_is_told_of_both_the_likeliest_first() ->
     assert [reading.cache.name for reading in read_key(parse(text), "k:user:42")] == ["user", "any"]
 
 
+def test_the_condition_on_the_rows_that_bust_a_key_is_told() -> None:
+    text = """version: 1
+caches: {user: {key: "k:user:{id}"}}
+rules: [{name: r, table: public.users, where: row.a == 1, bust: [user, user: {where: row.b == 2}]}]"""
+    told = explain_key(parse(text), "k:user:42")
+    assert [cause["where"] for cause in told["caches"][0]["busted_by"]] == [
+        "row.a == 1",
+        "(row.a == 1) && (row.b == 2)",
+    ]
+    assert "    for each row, old or new, where row.a == 1" in list(key_lines(told))
+
+
 def test_it_is_told_which_rules_bust_a_key() -> None:
     told = explain_key(RULES, "shop:dash:42:v7")
     assert told["key"] == "shop:dash:42:v7"
@@ -117,6 +129,7 @@ def test_it_is_told_which_rules_bust_a_key() -> None:
         "on": ["insert", "update", "delete", "truncate"],
         "columns": ["name"],
         "when": "new.id > 0",
+        "where": None,
         "params": {"id": "id"},
         "via": None,
         "action": "bump",

@@ -70,6 +70,10 @@ ROW = {"id": 1, "team_id": 7, "name": "a"}
         ("immutable: [team_id], bust: [team]", change("update", {"id": 1}, ROW), ["team:7"]),
         ("old_row: ignore, bust: [team]", change("update", {"id": 1}, ROW), ["team:7"]),
         ("bust: [user: {id: owner}]", change("insert", new=ROW), []),
+        ("where: row.team_id == 7, bust: [user, team]", change("insert", new=ROW), ["user:1", "team:7"]),
+        ("where: row.team_id == 7, bust: [team]", change("update", ROW, {**ROW, "team_id": 9}), ["team:7"]),
+        ("bust: [user, team: {where: row.team_id == 9}]", change("insert", new=ROW), ["user:1"]),
+        ("where: row.team_id == 9, bust: [team]", change("truncate"), ["sweep team"]),
     ],
 )
 def test_a_change_busts_what_the_daemon_would_bust(entry: str, made: Change, expected: list[str]) -> None:
@@ -292,3 +296,53 @@ def test_a_test_without_the_answers_that_it_needs_fails(via: str, fault: str) ->
 def test_an_answer_that_no_rule_asks_for_is_a_failure() -> None:
     text = DESIGN.replace("via: {team-members:", "via: {user: [], team-members:")
     assert report(text)[1] == "  ! no rule of public.users has a query for cache user; remove it from `via`"
+
+
+WHERE = "where: \"row.name == 'a'\""
+FALSE = "because the `where` of cache {} is false for it: row.name == 'a'"
+
+
+def test_a_rule_that_no_image_satisfies_tells_so() -> None:
+    told = verdict(f"{WHERE}, bust: [user]", change("insert", new={**ROW, "name": "b"}))
+    assert (told.fired, told.busts) == (False, ())
+    assert told.why_not == ("its `where` is false for each image of the row: row.name == 'a'",)
+    both = verdict(f"{WHERE}, when: op == 'delete', bust: [user]", change("insert", new={**ROW, "name": "b"}))
+    assert both.why_not == ("its `when` is false: op == 'delete'", *told.why_not)
+
+
+@pytest.mark.parametrize(
+    ("entry", "made", "notes"),
+    [
+        (f"{WHERE}, bust: [user]", change("insert", new=ROW), ()),
+        (
+            f"{WHERE}, bust: [team]",
+            change("update", ROW, {**ROW, "name": "b"}),
+            ("the new row gives no key, " + FALSE.format("team"),),
+        ),
+        (
+            "bust: [front, user: {where: \"row.name == 'a'\"}]",
+            change("delete", {**ROW, "name": "b"}),
+            ("the old row gives no key, " + FALSE.format("user"),),
+        ),
+        (
+            f"{WHERE}, bust: [user]",
+            change("delete", {"id": 1}),
+            ("the `where` of cache user fails for the old row, or reads what is not known, and so counts as true",),
+        ),
+        (
+            f"{WHERE}, immutable: [name], bust: [front, user]",
+            change("update", {"id": 1}, ROW),
+            (),
+        ),
+        (
+            "where: row.team_id > 5, bust: [user]",
+            change("insert", new={**ROW, "team_id": None}),
+            ("the `where` of cache user fails for the new row, or reads what is not known, and so counts as true",),
+        ),
+    ],
+)
+def test_an_image_that_does_not_count_or_counts_because_nobody_knows_is_noted(
+    entry: str, made: Change, notes: tuple[str, ...]
+) -> None:
+    told = verdict(entry, made)
+    assert (told.fired, told.notes) == (True, notes)

@@ -248,6 +248,142 @@ def test_one_rule_with_a_filter_does_not_filter_for_another() -> None:
     assert stream.busts(update(row("42", "7", "Ada", "x"), old=row("42", "7", "Ada", "y"))) == {"team:7"}
 
 
+# ── The condition on each image of a row ──────────────────────────────────────────────────────────────────────────────
+
+ADA = "where: \"row.name == 'Ada'\""
+
+
+def test_only_the_images_that_satisfy_the_condition_bust() -> None:
+    stream = users("team", fields=ADA, identity="f")
+    ada, eva = row("42", "7", "Ada", None), row("42", "9", "Eva", None)
+
+    assert stream.busts(insert("42", "7", "Ada", None), insert("42", "8", "Eva", None)) == {"team:7"}
+    assert stream.busts(update(eva, old=ada)) == {"team:7"}
+    assert stream.busts(update(ada, old=eva)) == {"team:7"}
+    assert stream.busts(update(eva, old=eva)) == set()
+    assert stream.busts(delete(old=ada), delete(old=eva)) == {"team:7"}
+    assert stream.busts(delete(old=eva)) == set()
+
+
+def test_a_truncate_is_not_asked() -> None:
+    assert users("team", fields=ADA, identity="f").busts(truncate(USERS)) == {"sweep team"}
+
+
+@pytest.mark.parametrize("name", ["Eva", None])
+def test_a_row_that_leaves_the_condition_busts_its_key_though_its_old_row_is_not_sent(name: str | None) -> None:
+    # Without an old tuple the key is as it was; whether the row counted then is not known.
+    assert users("user", fields=ADA).busts(update(row("42", "7", name, None))) == {"user:42"}
+    moved = update(row("43", "7", name, None), key=row("42", None, None, None))
+    assert users("user", fields=ADA).busts(moved) == {"user:42"}
+
+
+def test_a_condition_on_what_the_identity_carries_or_what_never_changes_is_decided_for_the_old_row() -> None:
+    by_key = users("user", fields="where: \"row.id == '1'\"")
+    assert by_key.busts(update(row("42", "7", "Ada", None))) == set()
+    assert by_key.busts(update(row("42", "7", "Ada", None), key=row("1", None, None, None))) == {"user:1"}
+    assert by_key.busts(delete(key=row("42", None, None, None))) == set()
+    kept = users("user", fields=f"{ADA}, immutable: [name]")
+    assert kept.busts(update(row("42", "7", "Eva", None))) == set()
+    assert kept.busts(update(row("42", "7", "Ada", None))) == {"user:42"}
+    assert kept.busts(delete(key=row("42", None, None, None))) == {"user:42"}
+
+
+def test_where_the_old_key_is_not_known_an_image_that_does_not_count_sweeps_nothing() -> None:
+    stream = users("team", fields="old_row: sweep, where: \"row.id == '1'\"")
+
+    assert stream.busts(update(row("42", "7", "Ada", None)), delete(key=row("42", None, None, None))) == set()
+    assert stream.busts(update(row("1", "7", "Ada", None))) == {"team:7", "sweep team"}
+    assert stream.busts(delete(key=row("1", None, None, None))) == {"sweep team"}
+    undecided = users("team", fields=f"old_row: sweep, {ADA}")
+    assert undecided.busts(delete(key=row("1", None, None, None))) == {"sweep team"}
+
+
+def test_a_row_that_leaves_the_condition_busts_the_key_that_it_has_where_the_old_one_is_ignored() -> None:
+    stream = users("team", fields=f"old_row: ignore, {ADA}")
+
+    assert stream.busts(update(row("42", "7", "Eva", None))) == {"team:7"}
+    assert stream.busts(delete(key=row("42", None, None, None))) == set()
+
+
+def test_an_immutable_column_of_the_key_is_taken_from_the_new_row_though_that_does_not_count() -> None:
+    stream = users("team", fields=f"old_row: sweep, immutable: [team_id], {ADA}")
+
+    assert stream.busts(update(row("42", "7", "Eva", None))) == {"team:7"}
+
+
+def test_a_condition_that_reads_a_toast_value_which_is_not_sent_counts_as_true() -> None:
+    stream = users("user", fields="where: \"row.bio == 'x'\"")
+
+    assert stream.busts(update(row("42", "7", "Ada", UNCHANGED))) == {"user:42"}
+    full = users("user", fields="where: \"row.bio == 'x'\"", identity="f")
+    assert full.busts(update(row("42", "7", "Ada", UNCHANGED), old=row("42", "7", "Ada", "y"))) == set()
+
+
+@pytest.mark.parametrize("where", ["row.name > 'A'", "row.team_id.size() > 3"])
+def test_a_condition_that_fails_counts_as_true(where: str) -> None:
+    assert users("user", fields=f'where: "{where}"', identity="f").busts(insert("42", None, None, None)) == {"user:42"}
+
+
+def test_an_update_that_changes_a_column_of_the_condition_counts_though_no_one_watches_it() -> None:
+    stream = users("team", fields=f"columns: [bio], {ADA}", identity="f")
+    ada, eva = row("42", "7", "Ada", "x"), row("42", "7", "Eva", "x")
+
+    assert stream.busts(update(eva, old=ada)) == {"team:7"}
+    assert stream.busts(update(ada, old=eva)) == {"team:7"}
+    assert stream.busts(update(ada, old=ada)) == set()
+
+
+def test_a_column_of_the_condition_that_never_changes_does_not_make_every_update_count() -> None:
+    stream = users("user", fields=f"columns: [id], immutable: [name], {ADA}")
+
+    assert stream.busts(update(row("42", "7", "Ada", "x"))) == set()
+
+
+def test_one_rule_may_bust_one_cache_or_the_other_by_the_same_column() -> None:
+    """As Mastodon's emoji: those of this server by their code, those of others by code and domain."""
+    stream = users('user: {where: "row.team_id == null"}', 'member: {where: "row.team_id != null"}', identity="f")
+    here, there = row("42", None, "Ada", None), row("42", "7", "Ada", None)
+
+    assert stream.busts(insert("42", None, "Ada", None)) == {"user:42"}
+    assert stream.busts(insert("42", "7", "Ada", None)) == {"team:7:user:42"}
+    assert stream.busts(update(there, old=here)) == {"user:42", "team:7:user:42"}
+    assert stream.busts(delete(old=there)) == {"team:7:user:42"}
+
+
+def test_the_conditions_of_a_rule_and_of_a_bust_must_both_hold() -> None:
+    stream = users("user: {where: \"row.team_id == '7'\"}", "team", fields=ADA, identity="f")
+
+    assert stream.busts(
+        insert("1", "7", "Ada", None), insert("2", "8", "Ada", None), insert("3", "7", "Eva", None)
+    ) == {*("user:1", "team:7", "team:8")}
+
+
+def test_a_query_is_asked_only_for_the_images_that_count() -> None:
+    text = f"table: public.users, {ADA}, bust: [team: {{via: 'SELECT t AS team_id FROM x WHERE u = {{id}}'}}]"
+    stream = Stream(rule_set(text), relation(identity="f"))
+    ada, eva = row("42", "7", "Ada", None), row("43", "7", "Eva", None)
+
+    assert stream.busts(update(eva, old=ada)) == {"+42"}
+    assert stream.busts(update(ada, old=eva)) == {"+42"}
+    assert stream.busts(update(eva, old=eva), delete(old=eva)) == set()
+
+
+def test_a_condition_on_a_column_that_is_not_there_counts_as_true_and_is_told() -> None:
+    stream = users("user", fields="columns: [id], where: \"row.nam == 'Ada'\"")
+
+    assert stream.busts(update(row("42", "7", "Eva", None))) == {"user:42"}
+    assert ["has no column nam" in complaint.sentence for complaint in stream.complaints] == [True]
+
+
+def test_a_condition_that_can_t_be_compared_counts_as_true_and_is_told_once() -> None:
+    stream = users("user", "team", fields="old_row: ignore, where: row.name == 5")
+
+    assert stream.busts(insert("42", "7", "Ada", None)) == {"user:42", "team:7"}
+    (complaint,) = stream.complaints
+    assert "`where` uses column name" in complaint.sentence
+    assert complaint.sentence.endswith("; until then every row counts.")
+
+
 # ── Old rows that the identity does not carry ────────────────────────────────────────────────────────────────────────
 
 
@@ -555,6 +691,12 @@ class AnyRule(NamedTuple):
     params: tuple[str, ...]
     watched: frozenset[str]
     immutable: frozenset[str]
+    # Columns of which an image must have the value "1".
+    where: frozenset[str]
+    bust_where: frozenset[str]
+
+    def counts(self, image: dict[str, str | None]) -> bool:
+        return all(image[column] == "1" for column in self.where | self.bust_where)
 
 
 @dataclass(frozen=True)
@@ -604,6 +746,8 @@ any_rules = st.builds(
     params=st.lists(st.sampled_from(ANY_COLUMNS), unique=True, max_size=3).map(tuple),
     watched=st.frozensets(st.sampled_from(ANY_COLUMNS), max_size=2),
     immutable=st.frozensets(st.sampled_from(ANY_COLUMNS), max_size=2),
+    where=st.frozensets(st.sampled_from(ANY_COLUMNS), max_size=1),
+    bust_where=st.frozensets(st.sampled_from(ANY_COLUMNS), max_size=1),
 )
 
 
@@ -628,12 +772,15 @@ def test_every_key_of_what_the_row_was_and_is_is_busted(
     happened = data.draw(st.lists(changes(shape, rule.immutable), min_size=1, max_size=4))
     key = "k" + "".join(f":{{{param}}}" for param in rule.params)
     watching = f"columns: [{', '.join(sorted(rule.watched))}], " if rule.watched else ""
+    where, bust_where = (
+        "".join(f"where: \"row.{column} == '1'\"" for column in columns) for columns in (rule.where, rule.bust_where)
+    )
     text = f"""
 version: 1
 caches: {{c: {{key: "{key}"}}}}
 rules:
   - {{name: r, table: public.users, old_row: {old_row}, {watching}immutable: [{", ".join(sorted(rule.immutable))}],
-      bust: [c]}}
+      {where + ", " if where else ""}bust: [c: {{{bust_where}}}]}}
 """
     stream = Stream(
         parse_rules([("rules.yaml", text)], {}),
@@ -643,8 +790,9 @@ rules:
     stale = {
         ":".join(["k", *(image[param] or "" for param in rule.params)])
         for change in happened
-        if not rule.watched or change.differs(rule.watched | set(rule.params))
+        if not rule.watched or change.differs(rule.watched | set(rule.params) | rule.where | rule.bust_where)
         for image in change.images()
+        if rule.counts(image)
         if None not in [image[param] for param in rule.params]
     }
     busted = stream.busts(*(as_postgresql_sends_it(change, shape) for change in happened))

@@ -43,6 +43,7 @@ from cdc_invalidator import errors
 from cdc_invalidator.pipeline import receive, scan
 from cdc_invalidator.pipeline.assembly import Assembly
 from cdc_invalidator.pipeline.batch import Batch
+from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.replication import COPY, PAYLOAD, Keepalive
@@ -98,8 +99,11 @@ ENTRIES = (
     "bust: [again]",
     "bust: [user], debounce: 5s",
     "bust: [pairs], immutable: [team]",
+    "bust: [user], where: \"row.name == '1'\"",
+    "bust: [user, every: {where: \"row.team == '1'\"}], columns: [name]",
     "bust: [user], when: \"op != 'update' || new.name != '1'\"",
 )
+NOT_PLAIN = ENTRIES[19:]
 WIDE = "bust: [user, team, member, twice, all-four, dash, every, counts, bio], old_row: ignore"
 
 
@@ -117,6 +121,17 @@ def no_complaints() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(receive, "_log", Mock())
         yield
+
+
+@pytest.mark.parametrize("entry", NOT_PLAIN)
+def test_what_is_not_plain_is_left_to_the_reference(entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Sequence[Any]] = []
+    monkeypatch.setattr(scan, "compile_plain", lambda *given: taken.append(given[2:5]))
+    columns = tuple(pgoutput.Column(name, name == "id", 25, -1) for name in ("id", "team", "name", "bio"))
+    Invalidation(rule_set((entry,), (), False)).compile(
+        pgoutput.Relation(None, USERS, "public", "users", "d", columns), [Table("public", "users")]
+    )
+    assert taken == [(None, None, None)]
 
 
 # ── What it busts ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,6 +6,7 @@ import pytest
 
 from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.condition import Condition, ConditionError
+from cdc_invalidator.rules.values import UNCHANGED
 
 OIDS = {
     "bool": 16, "int8": 20, "int4": 23, "text": 25, "oid": 26, "float4": 700, "float8": 701, "money": 790,
@@ -25,6 +26,48 @@ def fires(when: str, kind: str, old: str | None, new: str | None, *, by_code_poi
     holds = condition.bind(["c"], [column(kind, by_code_point=by_code_point)])
     before, after = (None if value is None else value.encode() for value in (old, new))
     return holds("update", [before], [after])
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "value", "wanted"),
+    [
+        ("row.c == 'happy'", "mood", "happy", True),
+        ("row.c == 'happy'", "mood", "sad", False),
+        ("row.c == null", "text", None, True),
+        ("row.c != null", "text", None, False),
+        ("row.c > 5.5", "numeric", "5.51", True),
+        ("row.c > 5.5", "numeric", "5.5", False),
+        ("row.c > 5", "int4", None, True),  # that NULL is more than 5 is not known
+        ("row['c'] in [1, 2]", "int4", "3", False),
+        ("row == {'c': 3}", "int4", "3", True),
+        ("row == {'c': 3}", "int4", "4", False),
+    ],
+)
+def test_the_condition_on_an_image_compares_as_that_on_a_change_does(
+    where: str, kind: str, value: str | None, wanted: bool
+) -> None:
+    holds = Condition(where, "where").bind_row(["c"], [column(kind)])
+    assert holds([None if value is None else value.encode()]) is wanted
+
+
+def test_the_condition_on_an_image_holds_where_a_value_is_not_known() -> None:
+    assert Condition("row.c == 1", "where").bind_row(["c"], [column("int4")])([UNCHANGED])
+
+
+def test_what_the_condition_on_an_image_can_t_compare_is_told_with_its_name() -> None:
+    (misuse,) = Condition("row.c == 5", "where").misuses({"c": column("money")})
+    assert misuse.startswith(
+        "`where` uses column c, of type money, with `==`, but CEL can't compare it with a number; "
+    )
+    assert misuse.endswith("with a column of its type, or take it out of the condition")
+
+
+def test_each_kind_of_condition_knows_its_own_variables() -> None:
+    assert Condition("row.a == row.b", "where").columns == {"a", "b"}
+    with pytest.raises(ConditionError, match=r"`when` knows `op`, `old` and `new`, and no `row`; write `new\.row` for"):
+        Condition("row.a == 1")
+    with pytest.raises(ConditionError, match=r"`where` knows `row`, and no `old`; write `row\.old` for a column"):
+        Condition("old.a == 1", "where")
 
 
 EXACT = "12345678901234567890.1", "12345678901234567890.2"

@@ -171,6 +171,31 @@ def test_the_models_give_a_json_schema_in_which_each_field_is_described() -> Non
     assert json.dumps(schema)
 
 
+# ── Which images count ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_rule_and_its_busts_may_have_a_condition_each() -> None:
+    rule = parse(busting("a: {where: row.y == 1, id: x}", "v", fields="where: row.z == 2,")).rules[0]
+    assert (rule.where, [bust.where for bust in rule.busts]) == ("row.z == 2", ["row.y == 1", None])
+    assert [[(each.source, str(each.place)) for each in rule.wheres(bust)] for bust in rule.busts] == [
+        [("row.z == 2", "a.yaml:3:47"), ("row.y == 1", "a.yaml:5:16")],
+        [("row.z == 2", "a.yaml:3:47")],
+    ]
+    assert [rule.where_of(bust) for bust in rule.busts] == ["(row.z == 2) && (row.y == 1)", "row.z == 2"]
+    assert rule.key_columns == {"x"}
+
+
+def test_one_cache_may_be_busted_twice_from_the_same_columns_by_other_conditions() -> None:
+    busts = parse(busting("a: {where: row.y == 1}", "a: {where: row.y == 2}", "a")).rules[0].busts
+    assert [bust.where for bust in busts] == ["row.y == 1", "row.y == 2", None]
+
+
+def test_a_condition_changes_the_digest_of_the_caches_that_it_is_for_and_no_other() -> None:
+    before = digests(busting("a", "v"))
+    assert changed(before, digests(busting("a: {where: row.y == 1}", "v"))) == {"", "a"}
+    assert changed(before, digests(busting("a", "v", fields="where: row.y == 1,"))) == {"", "a", "v"}
+
+
 # ── Defaults ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 DEFAULTS = "{ttl: 1m, jitter: 2s, negative_ttl: 3s, stale_for: 4s, again_after: 5s, given: true, old_row: ignore}"

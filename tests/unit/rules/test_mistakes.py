@@ -10,6 +10,12 @@ from cdc_invalidator.rules.format import CacheEntry
 # ── What is wrong ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 A_NAME = "use 1 to 63 of A-Z a-z 0-9 _ . -, and begin with a letter or a digit"
+A_WORD = "a parameter may not be called `{}`, a word of a rule's `bust`; give it another name"
+AS_TEXT = "write text, as PostgreSQL prints the value"
+CEL_ENDS = (
+    "extraneous input '*' expecting {'[', '{', '(', '.', '-', '!', 'true', 'false', 'null', NUM_FLOAT, NUM_INT, "
+    "NUM_UINT, STRING, BYTES, IDENTIFIER}"
+)
 A_TABLE = "write `schema.table`, names with capitals or signs in double quotes"
 CHECK_YAML = "check quotes, brackets and indentation"
 UNCLOSED = "did not find expected ',' or ']'"
@@ -169,6 +175,29 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
         ("    columns:", "    colums:", "21:5: `colums` is not a field of a rule; did you mean `columns`?"),
         ("old_row: sweep", "old_row: requires", "27:14: `requires` is not allowed here; did you mean `require`?"),
         ("[user_id]", "[user_id, user_id]", "28:26: `user_id` stands twice in `immutable`; remove one"),
+        ("old_row: sweep", "where: row.a +* 1", f"27:19: `where` is no CEL expression ({CEL_ENDS}); correct it"),
+        ("old_row: sweep", "where: a == 1", "27:12: `where` knows `row`, and no `a`; write `row.a` for a column"),
+        (
+            "old_row: sweep",
+            "where: new.a == 1",
+            "27:12: `where` knows `row`, and no `new`; write `row.new` for a column",
+        ),
+        ("old_row: sweep", "where: op == 'x'", "27:12: `where` knows `row`, and no `op`; write `row.op` for a column"),
+        ("old_row: sweep", "where: row.a == b'x'", f"27:21: `where` sees no column as bytes; {AS_TEXT}"),
+        ("old_row: sweep", "where:", "27:5: `where` is empty; give it a value or remove it"),
+        (
+            "{id: user_id}",
+            "{id: user_id, where: b == 1}",
+            "30:41: `where` knows `row`, and no `b`; write `row.b` for a column",
+        ),
+        (
+            "{id: user_id}",
+            f"{{id: user_id, where: {'1' * 4097}}}",
+            "30:41: `where` must be text; put it in quotes if it is one word, number or sign",
+        ),
+        ("{id: user_id}", f"{{id: user_id, where: row.{'a' * 4097}}}", "30:41: `where` is too long; write it shorter"),
+        ("key: shop:counts", "key: 'shop:{where}'", f"13:10: {A_WORD.format('where')}"),
+        ("key: shop:counts", "key: 'shop:{via}'", f"13:10: {A_WORD.format('via')}"),
         # Busts
         ("      - user\n", "      - usr\n", "23:9: there is no cache `usr`; did you mean `user`?"),
         ("      - user\n", "      - zzz\n", "23:9: there is no cache `zzz`; define it under `caches`"),

@@ -48,16 +48,20 @@ class Forked:
     Args:
         words: The arguments.
         env: All its variables.
+        deadlines: Constants of the package's modules that have other values there, by their dotted names below it.
     """
 
-    def __init__(self, words: Sequence[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, words: Sequence[str], env: Mapping[str, str], deadlines: Mapping[str, float] | None = None
+    ) -> None:
         self.args = ["cdc_invalidator", *words]
         self.returncode: int | None = None
         self._lock = threading.Lock()
         (out, its_out), (err, its_err), (self._status, its_status) = (os.pipe() for _ in range(3))
         given = [its_out, its_err, its_status]
+        request = {"words": words, "env": dict(env), "cwd": os.getcwd(), "deadlines": dict(deadlines or {})}  # noqa: PTH109
         try:
-            self.pid, self._pidfd = _nursery().fork({"words": words, "env": dict(env), "cwd": os.getcwd()}, given)  # noqa: PTH109
+            self.pid, self._pidfd = _nursery().fork(request, given)
         finally:
             for each in given:
                 os.close(each)
@@ -247,6 +251,10 @@ class _Children:
         os.environ.update(request["env"])
         time.tzset()
         os.chdir(request["cwd"])
+        for name, seconds in request["deadlines"].items():
+            module, _, constant = f"cdc_invalidator.{name}".rpartition(".")
+            assert isinstance(getattr(sys.modules[module], constant), (int, float))
+            setattr(sys.modules[module], constant, seconds)
         sys.stdout.reconfigure(line_buffering=False)  # type: ignore[union-attr]
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import nursery
 import psycopg
@@ -68,10 +68,12 @@ _RUN = [sys.executable, "-m", "cdc_invalidator", "run"]
 class RunningDaemon:
     """``python -m cdc_invalidator run`` with its output collected; use it as a context manager.
 
-    It is forked from the nursery, unless ``command`` is another.
+    It is forked from the nursery, unless ``command`` is another. A subclass may have shorter ``deadlines`` than the
+    daemon's, for tests that wait for them to pass; see `nursery.Forked`.
     """
 
     forked = True
+    deadlines: ClassVar[Mapping[str, float]] = {}
 
     def __init__(self, *, dsn: str, redis_url: str, rules: Path, slot: str, **settings: str) -> None:
         self.command = _RUN
@@ -110,7 +112,8 @@ class RunningDaemon:
 
     def _started(self) -> nursery.Forked | subprocess.Popen[str]:
         if self.command == _RUN and self.forked and nursery.can_fork(self._env):
-            return nursery.Forked(["run"], self._env)
+            return nursery.Forked(["run"], self._env, self.deadlines)
+        assert not self.deadlines, "only a fork has others"
         return subprocess.Popen(self.command, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def _collect_events(self, lines: Any) -> None:

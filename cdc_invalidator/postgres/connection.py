@@ -183,15 +183,15 @@ async def rows(
 
 
 @contextmanager
-def answered(connection: psycopg.AsyncConnection[Any], seconds: float = ANSWER_SECONDS) -> Iterator[None]:
-    """Turn the driver's errors into ours, and cut the connection if the server has not answered in time."""
+def answered(connection: psycopg.AsyncConnection[Any], seconds: float | None = None) -> Iterator[None]:
+    """Turn the driver's errors into ours, and cut the connection if the server does not answer: see `limited`."""
     with translated(), limited(connection, seconds):
         yield
 
 
 @contextmanager
-def limited(connection: psycopg.AsyncConnection[Any], seconds: float = ANSWER_SECONDS) -> Iterator[None]:
-    """Cut the connection if the server has not answered in time.
+def limited(connection: psycopg.AsyncConnection[Any], seconds: float | None = None) -> Iterator[None]:
+    """Cut the connection if the server has not answered in time, which is ANSWER_SECONDS unless it is given.
 
     The server's own limits do not help against a backend that hangs. To cut the socket ends the wait as a server that
     goes away does: the driver, if cancelled, would wait for the server once more.
@@ -199,6 +199,7 @@ def limited(connection: psycopg.AsyncConnection[Any], seconds: float = ANSWER_SE
     Raises:
         errors.PostgresUnavailable: the server has not answered.
     """
+    seconds = ANSWER_SECONDS if seconds is None else seconds
     pgconn = connection.pgconn
     pid, application = pgconn.backend_pid, pgconn.parameter_status(b"application_name")
     late = False

@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import psycopg
 import pytest
@@ -18,11 +18,25 @@ from writing import Writer, assert_all_is_well, create, left, rules_file
 from cdc_invalidator.embedded.servers import Postgres
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 # Longer than any deadline of the daemon.
 LONG = 100.0
+
+
+class Impatient(RunningDaemon):
+    """The daemon's own deadlines are three to five times as long."""
+
+    deadlines: ClassVar[Mapping[str, float]] = {
+        "postgres.connection.ANSWER_SECONDS": 8.0,
+        "postgres.snapshot.AT_ONCE_SECONDS": 4.0,
+        "postgres.replication.SILENCE_SECONDS": 8.0,
+        "watch.HUSH_SECONDS": 4.0,
+        "session.OUTLIVE_SECONDS": 4.0,
+        "pipeline.derive.QUERY_SECONDS": 3.0,
+    }
+
 
 QUERY = """
 version: 1
@@ -65,7 +79,7 @@ def dsn(own: Postgres, slot_name: str) -> Iterator[str]:
 def daemon(
     dsn: str, tmp_path: Path, redis_url: str, redis_client: redis.Redis, slot_name: str
 ) -> Iterator[RunningDaemon]:
-    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules_file(tmp_path), slot=slot_name) as running:
+    with Impatient(dsn=dsn, redis_url=redis_url, rules=rules_file(tmp_path), slot=slot_name) as running:
         running.ready()
         settled(dsn, redis_client, slot_name)
         yield running
@@ -151,7 +165,7 @@ def test_a_query_that_never_ends_sweeps_its_cache_and_holds_up_the_others_only_f
     query: str,
 ) -> None:
     (tmp_path / "rules.yaml").write_text(QUERY % query)
-    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=tmp_path, slot=slot_name) as daemon:
+    with Impatient(dsn=dsn, redis_url=redis_url, rules=tmp_path, slot=slot_name) as daemon:
         daemon.ready()
         settled(dsn, redis_client, slot_name)
         execute(dsn, "INSERT INTO questions VALUES (1)")

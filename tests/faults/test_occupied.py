@@ -8,7 +8,7 @@ import psycopg
 import pytest
 import reading
 import redis
-from running import RunningDaemon, command, eventually, execute, settled, watermark
+from running import RunningDaemon, command, eventually, execute, settled
 
 from cdc_invalidator.embedded.servers import Postgres
 
@@ -139,7 +139,8 @@ def test_two_deployments_with_two_watermarks_get_along(
         dsn=other, redis_url=redis_url, rules=without.rules, slot=slot_name, watermark="orders-db"
     ) as second:
         second.ready()
-        eventually(lambda: watermark(redis_client, "orders-db"), "it writes its own")
+        settled(first.dsn, redis_client, slot_name)
+        settled(other, redis_client, "orders-db")
         redis_client.mset({"a:thing:1": "old", "a:thing:2": "good", "b:thing:1": "old", "b:thing:2": "good"})
         for dsn, name in ((first.dsn, slot_name), (other, "orders-db")):
             execute(dsn, "UPDATE counters SET n = n + 1 WHERE id = 1")

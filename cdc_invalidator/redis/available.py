@@ -23,7 +23,7 @@ COSMETIC = {
 }
 
 _UNKNOWN = re.compile(
-    r"unknown( redis)? command|unsupported command|command.* is not (supported|allowed)", re.IGNORECASE
+    r"unknown( redis)? command|unsupported command|command\b.*\bnot (support(ed)?|allowed|available)\b", re.IGNORECASE
 )
 
 

@@ -95,7 +95,7 @@ class Cluster(CacheServer):
         self._known_watermark_keys: tuple[int, list[bytes]] = (-1, [])
         # Counts each time that hash slots have moved, or may have.
         self._moves = 0
-        self._why_lost: str | None = None
+        self._why_lost: errors.RedisUnavailable | None = None
         self._turn = asyncio.Lock()
         self._looking: asyncio.Task[None] | None = None
 
@@ -159,7 +159,8 @@ class Cluster(CacheServer):
         views = [answer for answer in answers if isinstance(answer, View)]
         for answer in answers:
             if isinstance(answer, errors.RedisUnavailable):
-                self._why_lost = f"A node of the cluster is lost: {answer}"
+                sentence = f"A node of the cluster is lost: {answer}"
+                self._why_lost = errors.RedisUnavailable(sentence, code=answer.code, report=answer.report)
             elif isinstance(answer, BaseException):
                 raise answer
         known = self._view
@@ -170,7 +171,9 @@ class Cluster(CacheServer):
         moving = frozenset(hash_slot for view in views for hash_slot in view.moving)
         owners = {owner for owner in latest.owners if owner}
         if owners - self._nodes.keys() or self._nodes.keys() - owners - latest.idle:
-            self._why_lost = "A master of the cluster was replaced; all are looked for again."
+            self._why_lost = errors.RedisUnavailable(
+                "A master of the cluster was replaced; all are looked for again.", code="MOVED_AWAY"
+            )
             return
         for address in latest.idle - self._nodes.keys():
             # It has no hash slots yet. Once connected, it is known when it gets some.
@@ -260,7 +263,7 @@ class Cluster(CacheServer):
         if self._looking is not None and self._looking.done() and self._why_lost is None:
             self._looking.result()
         if self._why_lost is not None:
-            raise errors.RedisUnavailable(self._why_lost, code="MOVED_AWAY")
+            raise self._why_lost
 
     async def bust(
         self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES

@@ -245,6 +245,30 @@ def test_a_node_that_is_in_no_cluster_yet_is_waited_for(database: str, tmp_path:
         assert not daemon.errors
 
 
+def test_what_a_node_refuses_while_it_is_watched_is_told_under_its_own_name(
+    database: str, tmp_path: Path, slot_name: str
+) -> None:
+    reading.create(database)
+    rules = reading.rules_file(tmp_path)
+    with Node() as node:
+        node.ask("CLUSTER", "ADDSLOTS", *range(SLOTS))
+        eventually(node.is_well, "it is a cluster of one")
+        node.ask("ACL", "SETUSER", "app", "on", "nopass", "~*", "+@all")
+        url = f"redis+cluster://app:any@{HOST}:{node.port}"
+        with (
+            RunningDaemon(dsn=database, redis_url=url, rules=rules, slot=slot_name) as daemon,
+            redis.Redis.from_url(node.url) as client,
+        ):
+            daemon.ready()
+            settled(database, client, slot_name)
+            node.ask("ACL", "SETUSER", "app", "-cluster")
+            lost = daemon.seen("redis_unavailable")
+            assert (lost["code"], lost["level"]) == ("NOPERM", "error")
+            node.ask("ACL", "SETUSER", "app", "+cluster")
+            execute(database, "UPDATE counters SET n = 1 WHERE id = 7")
+            settled(database, client, slot_name)
+
+
 def _exists(client: Any, key: str) -> bool:
     try:
         return bool(client.exists(key))

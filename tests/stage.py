@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import redis
 from running import RunningDaemon, execute, passed, settled, watermark
@@ -26,6 +26,8 @@ class Stage:
         daemon: The daemon, started or not.
         client: A client of its Redis; one of its own, unless given.
     """
+
+    kind: ClassVar[type[RunningDaemon]] = RunningDaemon
 
     def __init__(self, daemon: RunningDaemon, client: Any = None) -> None:
         self.daemon = daemon
@@ -97,7 +99,7 @@ class Stage:
             client: As of the class.
             settings: The daemon's further settings.
         """
-        with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
+        with cls.kind(dsn=dsn, redis_url=redis_url, rules=rules, slot=slot, **settings) as daemon:
             made: Any = cls
             stage: Self = made(daemon, *more, client=client)
             try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import psycopg
 import pytest
@@ -12,7 +12,7 @@ from running import RunningDaemon, eventually, execute, settled
 from writing import Writer, assert_all_is_well, create, rules_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from cdc_invalidator.embedded.servers import Postgres
@@ -45,11 +45,17 @@ def streams_again(daemon: RunningDaemon, times: int) -> None:
     eventually(lambda: len(daemon.named("streaming")) >= times, "it streams again")
 
 
+class Impatient(RunningDaemon):
+    """It skips after a second what can't be sent, not after five."""
+
+    deadlines: ClassVar[Mapping[str, float]] = {"impasse.SECONDS": 1.0}
+
+
 @pytest.mark.timeout(120)
 def test_a_change_that_can_not_be_sent_is_skipped_and_the_caches_are_swept(
     legacy: str, tmp_path: Path, redis_url: str, redis_client: redis.Redis, slot_name: str
 ) -> None:
-    with RunningDaemon(dsn=legacy, redis_url=redis_url, rules=rules_file(tmp_path), slot=slot_name) as daemon:
+    with Impatient(dsn=legacy, redis_url=redis_url, rules=rules_file(tmp_path), slot=slot_name) as daemon:
         daemon.ready()
         settled(legacy, redis_client, slot_name)
         with Writer(legacy, redis_url) as writer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import redis
@@ -17,7 +17,7 @@ from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.redis import replies
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 WORDS = {
@@ -55,8 +55,16 @@ def valkey() -> Iterator[Valkey]:
         yield valkey
 
 
+class InquisitiveDaemon(RunningDaemon):
+    """It asks for INFO each second."""
+
+    deadlines: ClassVar[Mapping[str, float]] = {"redis.info.INFO_SECONDS": 1.0}
+
+
 class ReplyStage(Stage):
     """A daemon and a Redis, and between them a proxy that puts its own words into replies."""
+
+    kind = InquisitiveDaemon
 
     def __init__(self, daemon: RunningDaemon, valkey: Valkey, proxy: resp.RespProxy, client: Any = None) -> None:
         super().__init__(daemon, client)

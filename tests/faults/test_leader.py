@@ -52,6 +52,13 @@ def sessions(dsn: str) -> dict[str, int]:
         )
 
 
+def slots(dsn: str, name: str) -> list[bool]:
+    """Whether the slot is in use; nothing if there is none."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        query = "SELECT active FROM pg_replication_slots WHERE slot_name = %s"
+        return [active for (active,) in connection.execute(query, [name])]
+
+
 def takes_over(daemon: RunningDaemon) -> None:
     eventually(lambda: daemon.alive() and leaders(daemon), "a standby leads")
 
@@ -89,6 +96,39 @@ def test_two_daemons_that_start_at_once_with_nothing_set_up_make_one_slot(
     assert gap["reason"] in {"new_slot", "no_watermark"}
     (leader,) = leaders(first, second)
     assert leader.named("gap") == [gap]
+
+
+@pytest.mark.parametrize("ran_before", [False, True], ids=["no watermark", "a watermark"])
+def test_a_slot_that_another_daemon_has_made_is_a_gap_for_the_one_that_streams_from_it(
+    make: Callable[..., RunningDaemon],
+    database: str,
+    redis_client: redis.Redis,
+    slot_name: str,
+    ran_before: bool,
+) -> None:
+    if ran_before:
+        former = make().ready()
+        settled(database, redis_client, slot_name)
+        assert former.terminate() == 0
+        execute(database, f"SELECT pg_drop_replication_slot('{slot_name}')")
+    redis_client.set("t:thing:1", "cached")
+    execute(database, "INSERT INTO things VALUES (1, 'nobody hears of it')")
+    with psycopg.connect(database) as older:
+        older.execute("SELECT pg_current_xact_id()")
+        maker = make()
+        eventually(lambda: slots(database, slot_name) == [True], "it makes the slot, and waits for the transaction")
+        maker.send(signal.SIGSTOP)
+    eventually(lambda: slots(database, slot_name) == [False], "the slot is made")
+    second = make().ready()
+    takes_over(second)
+    gap = second.seen("gap")
+    assert gap["reason"] == ("missed_changes" if ran_before else "no_watermark")
+    maker.send(signal.SIGCONT)
+    maker.ready()
+    assert leaders(maker, second) == [second]
+    assert_all_is_well(database, redis_client, maker, second)
+    assert second.named("gap") == [gap]
+    assert not maker.named("gap")
 
 
 def test_a_killed_leader_is_replaced_within_seconds(

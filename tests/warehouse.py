@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from cdc_invalidator.embedded.shoppers import Change
 
 ITEMS: Final = 120
+COLD_ITEMS: Final = 60
+"""The first of them are read and never written, so that nothing but a sweep makes up for a fault that was missed."""
+
 ZONES: Final = 8
 DAYS: Final = 40
 WRITTEN_DAYS: Final = 20
@@ -91,7 +94,7 @@ def _statement(weight: int, text: str) -> tuple[int, Change]:
 
     def change(connection: object, dice: random.Random) -> None:
         values = {
-            "item": dice.randint(1, ITEMS),
+            "item": dice.randint(COLD_ITEMS + 1, ITEMS),
             "product": dice.randint(1, PRODUCTS),
             "day": dice.randrange(WRITTEN_DAYS),
             "grade": dice.choice(["good", "worn"]),

@@ -552,10 +552,10 @@ def _and(ops: Iterable[str]) -> str:
 
 def _hashed(cache: Cache, parameter: str) -> bool:
     return all(
-        "sha256" in part.filters
+        part.hashed
         for template in (cache.key, cache.version)
         for part in (template.parts if template is not None else ())
-        if isinstance(part, Param) and part.name == parameter
+        if isinstance(part, Param) and parameter in part.names
     )
 
 

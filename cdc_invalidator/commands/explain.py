@@ -61,11 +61,11 @@ class Reading(NamedTuple):
             return None
         read = set(self.template.parts)
         wanted = [part for part in version.parts if isinstance(part, Param)]
-        if not all(part in read or Param(part.name) in read for part in wanted):
+        unread = {part for part in wanted if not all(Param(name) in read for name in part.names)}
+        if not unread <= read:
             return None
         # What was read after a filter stands as it is.
-        filtered = {part for part in wanted if Param(part.name) not in read}
-        parts = (self.params[p.name].encode() if isinstance(p, Param) and p in filtered else p for p in version.parts)
+        parts = (self.params[p.name].encode() if isinstance(p, Param) and p in unread else p for p in version.parts)
         key = Template.of(parts).render(self.params)
         return None if key is None else key.decode("utf-8", "backslashreplace")
 
@@ -102,7 +102,8 @@ def _params(cache: Cache, key: bytes) -> dict[str, str] | None:
         found = Template.of(parts).match(key)
         if found is not None:
             values = _texts({**found, "version": version})
-            return {name: values[name] for name in cache.key.params}
+            names = (part.name for part in cache.key.parts if isinstance(part, Param))
+            return {name: values[name] for name in names}
     return None
 
 

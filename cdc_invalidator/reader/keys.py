@@ -51,10 +51,11 @@ class Keys:
         templates = (key, *([cache.version] if cache.version is not None else []))
         # A value that is hashed wherever it stands may be of any length.
         self._plain = {
-            part.name
+            name
             for template in templates
             for part in template.parts
-            if isinstance(part, Param) and "sha256" not in part.filters
+            if isinstance(part, Param) and not part.hashed
+            for name in part.names
         }
         index = {name: at for at, name in enumerate(self.names)}
         self._key: MakeKey = key.compile(index)

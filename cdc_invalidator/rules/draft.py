@@ -246,6 +246,12 @@ def _query(document: Document, loc: Loc, text: str) -> Query | None:
     parts: list[str | Param] = []
     quoted = ""
     for token in _VIA_TOKEN.finditer(text):
+        if token["column"] is not None and "|" in token["column"]:
+            name, _, filters = token["column"].partition("|")
+            remedy = _IN_SQL.get(filters, "put the filter into the key, or write it in SQL").format(f"{{{name}}}")
+            sentence = f"a query takes no filter `|{filters}`; {remedy}"
+            document.complain_inside(loc, sentence, token.start())
+            continue
         if token["column"] is not None:
             if quoted:
                 sentence = "a column in quotes would be text of the query; take the quotes off, values are bound"
@@ -265,6 +271,14 @@ def _query(document: Document, loc: Loc, text: str) -> Query | None:
     return Query(tuple(parts), tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Param))))
 
 
+# What a filter is in SQL.
+_IN_SQL = {
+    "lower": "write `lower({0})`",
+    "upper": "write `upper({0})`",
+    "md5": "write `md5({0})`",
+    "sha1": "write `encode(digest({0}, 'sha1'), 'hex')`, of the extension pgcrypto",
+    "sha256": "write `encode(sha256(convert_to({0}, 'UTF8')), 'hex')`",
+}
 _SELECT = re.compile(r"\s*(SELECT|WITH)\b", re.IGNORECASE)
 _VIA_TOKEN = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<column>[^{}\s]+)\}|(?P<wrong>[{}])|(?P<text>['\";]|[^{}'\";]+)")
 _QUOTES = frozenset("'\"")
@@ -386,6 +400,8 @@ def _check_cache(draft: _CacheDraft) -> None:
                 f"with `bump_over`, the key must hold all parameters of the version; put `{{{parameter}}}` into it"
             )
             document.complain((*loc, "key"), sentence)
+    if key is not None and any("version" in part.names for part in key.parts if isinstance(part, Param) and part.parts):
+        document.complain((*loc, "key"), "`{version}` may not stand in a hash; write it outside")
     if entry.bump_over is not None and key is not None and _filters_version(key):
         sentence = "with `bump_over`, the version stands in the key as it is; take the filter off `{version}`"
         document.complain((*loc, "key"), sentence)

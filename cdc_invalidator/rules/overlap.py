@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, Self
 
-from cdc_invalidator.rules.template import Param, Template
+from cdc_invalidator.rules.template import HASHES, Param, Template
 
 
 def _mask(characters: bytes | range) -> int:
@@ -47,8 +47,8 @@ class Texts:
 
     def filtered(self, name: str) -> Texts:
         """Return the texts that a filter of a template makes of these."""
-        if name == "sha256":
-            return HASH
+        if name in HASHES:
+            return _hash(HASHES[name])
         if name == "urlencode":
             if not any(mask & ~_UNRESERVED for mask in (*self.steps, self.more)):
                 return self
@@ -66,6 +66,10 @@ class Texts:
         return NUMBER if self.free else self
 
 
+def _hash(digits: int) -> Texts:
+    return Texts((_HEX,) * digits)
+
+
 def _changed(mask: int, change: Callable[[bytes], bytes]) -> int:
     return _mask(bytes({change(bytes([byte]))[0] for byte in range(0x100) if mask >> byte & 1}))
 
@@ -75,7 +79,6 @@ PART = TEXT.of_parts()
 NUMBER = Texts((_DIGITS | _mask(b"-"),), _DIGITS)
 COUNTER = Texts((_DIGITS,), _DIGITS)
 FLAG = Texts((_mask(b"tf"),))
-HASH = Texts((_HEX,) * 64)
 UUID = Texts(tuple(_mask(b"-") if place in {8, 13, 18, 23} else _HEX for place in range(36)))
 # What a sweep finds in a parameter's place: any text, also an empty one.
 _STAR = Texts((), _ANY)
@@ -123,7 +126,7 @@ class Language:
         """Return the language of what a sweep of the template's keys finds; see `Template.glob`."""
         # The pattern finds the same with and without filters.
         plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in template.parts)
-        return cls(plain, dict.fromkeys(template.params, _STAR))
+        return cls(plain, {part.name: _STAR for part in plain.parts if isinstance(part, Param)})
 
     @classmethod
     def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Texts]) -> Self:

@@ -1,9 +1,10 @@
 """Key templates: from a row's columns to the key of a cache, and from a key back to its parameters.
 
 ``"shop:${APP_ENV:-prod}:user:{id}"``: ``${NAME}`` and ``${NAME:-default}`` are environment, expanded once, at load;
-``{name}`` is a parameter, ``{name|lower|sha256}`` one with filters; ``{{`` and ``}}`` are literal braces. As in a
-shell, the default also stands in for a variable that is set but empty. A ``*`` at the end stands for the rest of a key,
-which a bust can't name; ``**``, ``??``, ``[[`` and ``]]`` are these signs themselves.
+``{name}`` is a parameter, ``{name|lower|sha256}`` one with filters, ``{team ":" name|sha256}`` a hash over a text that
+is put together of parameters and quoted text; ``{{`` and ``}}`` are literal braces. As in a shell, the default also
+stands in for a variable that is set but empty. A ``*`` at the end stands for the rest of a key, which a bust can't
+name; ``**``, ``??``, ``[[`` and ``]]`` are these signs themselves.
 
 The rule that holds here: values of the environment are literal text. They are never parsed again, nor shown in errors.
 
@@ -17,7 +18,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from hashlib import sha256
+from hashlib import md5, sha1, sha256
 from operator import itemgetter
 from typing import Self
 from urllib.parse import quote
@@ -45,16 +46,46 @@ FILTERS: Mapping[str, Callable[[bytes], bytes]] = {
     "lower": _on_text(str.lower),
     "upper": _on_text(str.upper),
     "urlencode": lambda value: quote(value, safe="").encode(),
+    # They shorten keys, and protect nothing.
+    "md5": lambda value: md5(value, usedforsecurity=False).hexdigest().encode(),
+    "sha1": lambda value: sha1(value, usedforsecurity=False).hexdigest().encode(),
     "sha256": lambda value: sha256(value).hexdigest().encode(),
 }
+HASHES: Mapping[str, int] = {"md5": 32, "sha1": 40, "sha256": 64}
+"""The filters whose result is of one length whatever the value: how many hexadecimal digits it has."""
 
 
 @dataclass(frozen=True, slots=True)
 class Param:
-    """A parameter of a key: its name, and the filters that its value goes through, in order."""
+    """A parameter of a key: its name, and the filters that its value goes through, in order.
+
+    ``parts``: where a text is put together for a hash, its literals and parameters; its name is how they are written.
+    """
 
     name: str
     filters: tuple[str, ...] = ()
+    parts: tuple[bytes | Param, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the values that it is made of: its own, or those of its parts."""
+        return tuple(part.name for part in self.parts if isinstance(part, Param)) if self.parts else (self.name,)
+
+    @property
+    def hashed(self) -> bool:
+        """Whether its text is of one length whatever the value."""
+        return not HASHES.keys().isdisjoint(self.filters)
+
+    def maker(self, index: Mapping[str, int]) -> MakeKey:
+        """Return a function from a row to its text; see `Template.compile`."""
+        make: MakeKey = Template.of(self.parts).compile(index) if self.parts else itemgetter(index[self.name])
+        change = FILTERS[self.filters[0]] if len(self.filters) == 1 else self.change
+
+        def make_text(row: Sequence[bytes | None]) -> bytes | None:
+            value = make(row)
+            return None if value is None else change(value)
+
+        return make_text if self.filters else make
 
     def change(self, value: bytes) -> bytes:
         """Return the value after all filters."""
@@ -109,7 +140,7 @@ class Template:
     @property
     def params(self) -> tuple[str, ...]:
         """The names of the parameters, each once, in order of appearance."""
-        return tuple(dict.fromkeys(param.name for param in self._occurrences))
+        return tuple(dict.fromkeys(name for param in self._occurrences for name in param.names))
 
     @property
     def prefix(self) -> bytes:
@@ -175,9 +206,9 @@ class Template:
         """
         params = self._occurrences
         form = b"".join(b"%b" if isinstance(part, Param) else part.replace(b"%", b"%%") for part in self.parts)
-        at = [index[param.name] for param in params]
         if any(param.filters for param in params):
-            return _filtered(form, at, params)
+            return _filtered(form, [param.maker(index) for param in params])
+        at = [index[param.name] for param in params]
         if len(at) > 2:
             return _of_many(form, at)
         return (_of_none, _of_one, _of_two)[len(at)](form, *at)
@@ -216,6 +247,7 @@ class Template:
 
         Where a key can be read in several ways, each parameter is as short as can be and the last one takes the rest.
         A filter cannot be undone: its parameter reads as the filtered text, unless the template has it unfiltered too.
+        A text that is put together reads as its hash, by the name of that parameter.
         The rest of a key is given as ``*``.
         """
         groups: dict[Param, str] = {}
@@ -268,17 +300,10 @@ def _of_many(form: bytes, at: Sequence[int]) -> MakeKey:
     return make_key
 
 
-def _filtered(form: bytes, at: Sequence[int], params: Sequence[Param]) -> MakeKey:
-    steps = [(position, param.change if param.filters else bytes) for position, param in zip(at, params, strict=True)]
-
+def _filtered(form: bytes, makers: Sequence[MakeKey]) -> MakeKey:
     def make_key(row: Sequence[bytes | None]) -> bytes | None:
-        values = []
-        for position, change in steps:
-            value = row[position]
-            if value is None:
-                return None
-            values.append(change(value))
-        return form % tuple(values)
+        values = [make(row) for make in makers]
+        return None if None in values else form % tuple(values)
 
     return make_key
 
@@ -307,6 +332,8 @@ def _regex(part: bytes | Param, groups: dict[Param, str], *, greedy: bool) -> by
     if part in groups:
         return b"(?P=%b)" % groups[part].encode()
     groups[part] = f"g{len(groups)}"
+    if part.filters and part.filters[-1] in HASHES:
+        return b"(?P<%b>[0-9a-f]{%d})" % (groups[part].encode(), HASHES[part.filters[-1]])
     return b"(?P<%b>.*%b)" % (groups[part].encode(), b"" if greedy else b"?")
 
 
@@ -371,21 +398,64 @@ def _expand(reference: str, env: Mapping[str, str], offset: int) -> bytes:
     return value.encode()
 
 
+# A parameter: what stands before its filters, where a quoted text may hold any sign but braces; and the pieces of that.
+_BEFORE_FILTERS = re.compile(r"""(?:[^|"']|"[^"]*"|'[^']*')*""")
+_PIECES = re.compile(r"""(?P<name>[^\W\d]\w*)|"(?P<double>[^"]*)"|'(?P<single>[^']*)'|(?P<blank>\ +)|(?P<wrong>.)""")
+
+
 def _param(content: str, offset: int) -> Param:
-    name, *filters = content.split("|")
-    if not name.isidentifier():
+    found = _BEFORE_FILTERS.match(content)
+    before = found[0] if found else ""
+    after = content[len(before) :]
+    parts = () if before.isidentifier() else _pieces(before, offset)
+    if (after and after[0] != "|") or not (before.isidentifier() or any(isinstance(part, Param) for part in parts)):
         raise TemplateError(
             "`{…}` does not hold a parameter's name; write `{name}` or `{name|filter}`, without blanks,"
             " or `{{` for the brace itself",
             offset,
         )
-    at = offset + 1 + len(name) + 1
+    filters = after.split("|")[1:]
+    at = offset + 1 + len(before) + 1
     for filter_name in filters:
         if filter_name not in FILTERS:
             remedy = nearest(filter_name, FILTERS, f"there are {', '.join(FILTERS)}")
             raise TemplateError(f"there is no filter {shown(filter_name)}; {remedy}", at)
         at += len(filter_name) + 1
-    return Param(name, tuple(filters))
+    if not parts:
+        return Param(before, tuple(filters))
+    param = Param(_written(parts), tuple(filters), parts)
+    if not param.hashed:
+        suffix = "".join(f"|{name}" for name in filters)
+        outside = "".join(f"{{{part.name}{suffix}}}" if isinstance(part, Param) else part.decode() for part in parts)
+        raise TemplateError(
+            f"a text is put together in `{{…}}` only for a hash, such as `|sha256`; write it outside: {shown(outside)}",
+            offset,
+        )
+    return param
+
+
+def _pieces(text: str, offset: int) -> tuple[bytes | Param, ...]:
+    """Return the literals and parameters that stand side by side in a parameter; none if there is something else."""
+    parts: list[bytes | Param] = []
+    for piece in _PIECES.finditer(text):
+        if piece["wrong"] or (piece["name"] and not piece["name"].isidentifier()) or text != text.strip():
+            return ()
+        if piece["name"]:
+            parts.append(Param(piece["name"]))
+        elif not piece["blank"]:
+            literal = piece[0][1:-1]
+            for at, character in enumerate(literal):
+                if character != " ":
+                    _refuse_unprintable(character, "the template", offset + 1 + piece.start() + 1 + at)
+            parts.append(literal.encode())
+    return tuple(parts)
+
+
+def _written(parts: Sequence[bytes | Param]) -> str:
+    """Return how parts that stand side by side are written."""
+    texts = (part.name if isinstance(part, Param) else part.decode() for part in parts)
+    quotes = ("" if isinstance(part, Param) else "'" if b'"' in part else '"' for part in parts)
+    return " ".join(f"{quote}{text}{quote}" for text, quote in zip(texts, quotes, strict=True))
 
 
 def _refuse_unprintable(character: str, where: str, offset: int) -> None:

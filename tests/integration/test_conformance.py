@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conformance.runner import VECTORS, Broken, Runner, names
@@ -15,6 +15,8 @@ from conformance.runner import VECTORS, Broken, Runner, names
 from cdc_invalidator import reader
 from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import scripts
+from cdc_invalidator.reader.keys import Keys, NoKey
+from cdc_invalidator.rules.load import parse_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,6 +63,17 @@ def test_who_keeps_the_contract_passes(client: str, name: str, server: Valkey, t
 def test_who_stores_without_looking_at_the_lease_is_found_out(name: str, server: Valkey, tmp_path: Path) -> None:
     with pytest.raises(Broken):
         runner("a client without the fence", server, tmp_path).run(name)
+
+
+@pytest.mark.parametrize("vector", json.loads(VECTORS.read_text())["keys"], ids=lambda vector: vector["key"])
+def test_the_library_renders_the_keys_of_the_vectors(vector: dict[str, Any]) -> None:
+    text = json.dumps({"version": 1, "caches": {"conf": {"key": vector["key"]}}})
+    keys = Keys(parse_rules([("rules.yaml", text)], {}).caches["conf"])
+    if vector["gives"] is None:
+        with pytest.raises(NoKey):
+            keys.of(vector["params"])
+    else:
+        assert keys.of(vector["params"])[0].decode() == vector["gives"]
 
 
 def test_every_word_of_the_vectors_is_explained() -> None:

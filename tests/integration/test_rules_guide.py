@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from running import command
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import trial
@@ -47,6 +48,15 @@ def test_an_example_of_the_guide_is_a_file_whose_tests_pass(example: Example) ->
     assert found.tests or example.heading == "A first rule"
     busted = {bust.cache.name for rule in found.rules for bust in rule.busts}
     assert busted == {name for name, cache in found.caches.items() if not cache.ttl_only}
+
+
+def test_the_expressions_of_the_guide_give_the_same_on_a_real_postgresql(tmp_path: Path) -> None:
+    (schema,) = re.findall(r"^```sql\n(CREATE TABLE .*?)^```\n", GUIDE, re.DOTALL | re.MULTILINE)
+    (example,) = (each for each in GOOD if each.heading == "Values that SQL makes: via without a table")
+    (tmp_path / "schema.sql").write_text(schema)
+    (tmp_path / "rules.yaml").write_text(example.text)
+    ended = command("test", "--live", str(tmp_path / "schema.sql"), rules=tmp_path / "rules.yaml")
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("1 passed, 0 failed\n", "", 0)
 
 
 @pytest.mark.parametrize("example", WRONG, ids=[example.heading for example in WRONG])

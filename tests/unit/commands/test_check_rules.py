@@ -427,3 +427,11 @@ def test_a_key_parses_back_to_its_parameters_or_the_template_is_called_ambiguous
     wanted = {name: values[name].encode() for name in template.params}
     if template.match(key) != wanted:
         assert readings(Language(template, dict.fromkeys("pqr", overlap.TEXT))) is not None
+
+
+@pytest.mark.parametrize(("other", "clash"), [("{b|sha1}", None), ("{c ':' d|md5}", "same_keys"), ("{b}", "same_keys")])
+def test_hashes_are_told_apart_by_their_length(other: str, clash: str | None) -> None:
+    caches = "  one: {key: \"app:env:{a ':' b|md5}\", ttl: 1m}\n" + f'  two: {{key: "app:env:{other}", ttl: 1m}}\n'
+    rule = "  - {name: r, table: public.t, bust: [one, two]}\n"
+    told = [code for code in codes(found(caches, rule=rule)) if code != "sweeps_others"]
+    assert told == ([clash] if clash else [])

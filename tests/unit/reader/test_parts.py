@@ -67,7 +67,7 @@ def test_what_it_may_print_in_several_ways_must_be_text(value: Any) -> None:
 
 @given(st.dictionaries(st.sampled_from(["id", "name"]), st.text(st.characters(codec="utf-8"), max_size=20), min_size=2))
 def test_keys_are_those_that_the_daemon_makes(values: dict[str, str]) -> None:
-    one = cache(key="t:{{x}}:{id}:{name|lower|urlencode}:{id|sha256}")
+    one = cache(key="t:{{x}}:{id}:{name|lower|urlencode}:{id|sha256}:{name ':' id|sha1}")
     if any("\0" in value for value in values.values()):
         with pytest.raises(NoKey, match="unprintable"):
             Keys(one).of(values)
@@ -83,6 +83,14 @@ def test_of_a_version_both_keys_are_given_and_text_may_be_long_where_it_is_hashe
     for value, reason in (("x" * 513, "unbounded"), (None, "null"), ("a\0", "unprintable"), ("\ud800", "unprintable")):
         with pytest.raises(NoKey, match=reason):
             keys.of({"q": "", "team": value})
+
+
+def test_a_value_may_be_long_where_it_is_hashed_together_with_others() -> None:
+    keys = Keys(cache(key="t:{team ':' q|md5}:{team}"))
+    assert keys.names == ("team", "q")
+    assert len(keys.of({"team": 7, "q": "x" * 100_000})[0]) == 2 + 32 + 2
+    with pytest.raises(NoKey, match="unbounded"):
+        keys.of({"team": "7" * 513, "q": "x"})
 
 
 # ── Entries ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -185,6 +185,15 @@ def test_a_rule_and_its_busts_may_have_a_condition_each() -> None:
     assert rule.key_columns == {"x"}
 
 
+def test_a_hash_over_a_text_that_is_put_together_needs_a_column_for_each_of_its_parameters() -> None:
+    text = """version: 1
+caches: {c: {key: 'c:{team ":" name|sha256}'}}
+rules: [{name: r, table: s.t, bust: [c: {name: title}]}]"""
+    assert parse(text).rules[0].busts[0].columns == {"team": "team", "name": "title"}
+    assert changed(digests(text), digests(text.replace('":"', '"/"'))) == {"", "c"}
+    assert changed(digests(text), digests(text.replace('team ":"', 'team  ":" '))) == set()
+
+
 def test_one_cache_may_be_busted_twice_from_the_same_columns_by_other_conditions() -> None:
     busts = parse(busting("a: {where: row.y == 1}", "a: {where: row.y == 2}", "a")).rules[0].busts
     assert [bust.where for bust in busts] == ["row.y == 1", "row.y == 2", None]

@@ -11,6 +11,7 @@ from cdc_invalidator.rules.format import CacheEntry
 
 A_NAME = "use 1 to 63 of A-Z a-z 0-9 _ . -, and begin with a letter or a digit"
 A_WORD = "a parameter may not be called `{}`, a word of a rule's `bust`; give it another name"
+OUT_OF_HASH = "`{version}` may not stand in a hash; write it outside"
 AS_TEXT = "write text, as PostgreSQL prints the value"
 CEL_ENDS = (
     "extraneous input '*' expecting {'[', '{', '(', '.', '-', '!', 'true', 'false', 'null', NUM_FLOAT, NUM_INT, "
@@ -196,6 +197,7 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
             "30:41: `where` must be text; put it in quotes if it is one word, number or sign",
         ),
         ("{id: user_id}", f"{{id: user_id, where: row.{'a' * 4097}}}", "30:41: `where` is too long; write it shorter"),
+        ("dash:v{version}", "dash:v{version}:{id version|md5}", f"9:10: {OUT_OF_HASH}"),
         ("key: shop:counts", "key: 'shop:{where}'", f"13:10: {A_WORD.format('where')}"),
         ("key: shop:counts", "key: 'shop:{via}'", f"13:10: {A_WORD.format('via')}"),
         # Busts
@@ -370,3 +372,18 @@ def test_a_name_with_a_line_break_stays_on_one_line_of_the_report() -> None:
     assert mistakes('version: 1\n"a\\nb\\e": 1') == [
         f"a.yaml:2:1: `a\\nb\\x1b` is not a field of a rule file; write one of {fields}"
     ]
+
+
+@pytest.mark.parametrize(
+    ("written", "remedy"),
+    [
+        ("name|lower", "write `lower({name})`"),
+        ("name|md5", "write `md5({name})`"),
+        ("name|sha1", "write `encode(digest({name}, 'sha1'), 'hex')`, of the extension pgcrypto"),
+        ("name|sha256", "write `encode(sha256(convert_to({name}, 'UTF8')), 'hex')`"),
+        ("name|urlencode", "put the filter into the key, or write it in SQL"),
+    ],
+)
+def test_a_filter_in_a_query_is_refused_with_what_it_is_in_sql(written: str, remedy: str) -> None:
+    (told,) = mistakes(busting(f'a: {{via: "SELECT {{{written}}} AS id"}}'))
+    assert told == f"a.yaml:5:22: a query takes no filter `|{written.partition('|')[2]}`; {remedy}"

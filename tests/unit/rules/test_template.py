@@ -19,6 +19,9 @@ NOT_A_NAME = (
 )
 
 
+OUTSIDE = "a text is put together in `{{…}}` only for a hash, such as `|sha256`; write it outside: `{}`"
+
+
 def template(text: str, **env: str) -> Template:
     return Template.parse(text, env)
 
@@ -105,9 +108,20 @@ def test_what_the_environment_gives_is_never_parsed_again() -> None:
             2,
             NOT_A_NAME,
         ),
+        ("a:{id name}", 2, OUTSIDE.format("{id}{name}")),
+        ("a:{id ':' name|lower}", 2, OUTSIDE.format("{id|lower}:{name|lower}")),
+        ("a:{':' name|urlencode|upper}", 2, OUTSIDE.format(":{name|urlencode|upper}")),
+        ("a:{':'|md5}", 2, NOT_A_NAME),
+        ("a:{id ':|md5}", 2, NOT_A_NAME),
+        ("a:{id :|md5}", 2, NOT_A_NAME),
+        ("a:{id ':' |md5}", 2, NOT_A_NAME),
+        ("a:{ id|md5}", 2, NOT_A_NAME),
+        ("a:{id ':' 2|md5}", 2, NOT_A_NAME),
+        ("a:{id ':' name|md6}", 15, "there is no filter `md6`; did you mean `md5`?"),
+        ("a:{id '\t' name|md5}", 7, "the template holds white space or a control character (U+0009); remove it"),
         ("a:{id|lover}", 6, "there is no filter `lover`; did you mean `lower`?"),
-        ("a:{id|lower|zzz}", 12, "there is no filter `zzz`; there are lower, upper, urlencode, sha256"),
-        ("a:{id|}", 6, "there is no filter ``; there are lower, upper, urlencode, sha256"),
+        ("a:{id|lower|zzz}", 12, "there is no filter `zzz`; there are lower, upper, urlencode, md5, sha1, sha256"),
+        ("a:{id|}", 6, "there is no filter ``; there are lower, upper, urlencode, md5, sha1, sha256"),
         (
             "a:${APP_ENV}",
             2,
@@ -239,6 +253,12 @@ ROW = (b"42", b"7", "Ada@Ä.example".encode(), None, b"a/b c")
         ("{path|urlencode}", b"a%2Fb%20c"),
         ("{id}:{path|sha256}", b"42:" + hashlib.sha256(b"a/b c").hexdigest().encode()),
         ("{email|lower|sha256}", hashlib.sha256("ada@ä.example".encode()).hexdigest().encode()),
+        ("{path|sha1}:%", hashlib.sha1(b"a/b c").hexdigest().encode() + b":%"),
+        ("{path|upper|md5|upper}", hashlib.md5(b"A/B C").hexdigest().upper().encode()),
+        ("u:{id ':' email|sha256}", b"u:" + hashlib.sha256("42:Ada@Ä.example".encode()).hexdigest().encode()),
+        ("{team}:{'%b  '  team  \"|'\" id|lower|sha1}", b"7:" + hashlib.sha1(b"%b  7|'42").hexdigest().encode()),
+        ("{id team|md5}", hashlib.md5(b"427").hexdigest().encode()),
+        ("{id ':' gone|md5}", None),
         ("{gone}", None),
         ("{id}:{gone}", None),
         ("{gone}:{id}", None),
@@ -251,6 +271,28 @@ def test_a_row_gives_its_key_and_a_null_gives_none(text: str, key: bytes | None)
     parsed = template(text)
     assert parsed.compile(INDEX)(ROW) == key
     assert parsed.render({name: ROW[position] for name, position in INDEX.items()}) == key
+
+
+def test_a_text_that_is_put_together_is_one_parameter_of_many_values() -> None:
+    parsed = template("t:{team ':' id|sha1}:{team}")
+    (_, hashed, _, _) = parsed.parts
+    assert isinstance(hashed, Param)
+    assert (hashed.name, hashed.names, hashed.hashed) == ('team ":" id', ("team", "id"), True)
+    assert parsed.params == ("team", "id")
+    assert parsed.glob() == b"t:*:*"
+    assert parsed.plain({"team": 0, "id": 1}) is None
+    assert template('t:{team  ":"  id|sha1}:{team}').parts == parsed.parts
+    assert template("t:{team '\"' id|sha1}").parts != template('t:{team "\'" id|sha1}').parts
+
+
+@pytest.mark.parametrize(("name", "digits"), [("md5", 32), ("sha1", 40), ("sha256", 64)])
+def test_a_key_with_a_hash_is_known_by_its_digits(name: str, digits: int) -> None:
+    parsed = template(f"t:{{team ':' id|{name}}}:{{team}}")
+    key = parsed.render({"team": "a:b", "id": "7"})
+    assert key is not None
+    assert parsed.match(key) == {'team ":" id': key[2 : 2 + digits], "team": b"a:b"}
+    assert parsed.match(key[:2] + key[3:]) is None
+    assert parsed.match(key[:2] + b"g" + key[3:]) is None
 
 
 def test_a_compiled_template_serves_many_rows_given_as_lists_or_tuples() -> None:
@@ -294,7 +336,8 @@ def test_render_takes_text_and_bytes_and_misses_no_parameter() -> None:
         ("{id}:{id}", b"7:8", None),
         ("{id}1", b"71", {"id": b"7"}),
         ("{id}:{id}1", b"7:71", {"id": b"7"}),
-        ("{email|sha256}", b"abc", {"email": b"abc"}),
+        ("{email|sha256}", b"ab" * 32, {"email": b"ab" * 32}),
+        ("{email|sha256}", b"abc", None),
         ("{email|lower}:{email}", b"ada:Ada", {"email": b"Ada"}),
         ("{email}:{email|lower}", b"Ada:ada", {"email": b"Ada"}),
         ("a.b**{größe}", b"a.b*\xff", {"größe": b"\xff"}),

@@ -100,7 +100,7 @@ class Daemon:
             errors.WrongSettings: this database can't keep the settings or the rules.
             errors.ServerRefuses: a server refuses for good.
         """
-        pages = http.Pages(self._metrics.shown(self._options.slot), self.status, self._ready)
+        pages = http.Pages(self._metrics.shown(self._options.slot), self.status, self._unready)
         with _signals(self._ask_to_stop, self._reload.ask):
             async with http.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
@@ -248,11 +248,32 @@ class Daemon:
         self._role = role
         self._metrics.leader.set(role == "leader")
 
-    def _ready(self) -> bool:
-        """Return whether busts can work, here or with the leader; a Redis that is away for a while does not count."""
-        refused = self._opened is not None and self._opened.apply.redis.refused
-        hangs = self._session is not None and self._session.last_error is not None
-        return self._role != "connecting" and not refused and not hangs
+    def _unready(self) -> str | None:
+        """Return why busts can't work, here or with the leader; a Redis that is away for a while does not count."""
+        if self._role == "connecting":
+            return self._trouble() or "it is connecting"
+        if self._opened is not None and self._opened.apply.redis.refused:
+            return self._opened.apply.redis.last_error
+        if self._session is not None and self._session.last_error is not None:
+            return self._session.last_error
+        return self._denied()
+
+    def _denied(self) -> str | None:
+        denied = self._opened.apply.denied if self._opened is not None else {}
+        if not denied:
+            return None
+        return f"Redis denies the busts of {', '.join(sorted(denied))}: {' '.join(sorted(set(denied.values())))}"
+
+    def _trouble(self) -> str | None:
+        """Return what an operator should know first."""
+        session, opened = self._session, self._opened
+        return (
+            (opened.apply.redis.last_error if opened else None)
+            or (session.last_error if session else None)
+            or self._denied()
+            or self._events.trouble
+            or self._last_error
+        )
 
     def status(self) -> dict[str, Any]:
         """Return what /status shows."""
@@ -270,6 +291,7 @@ class Daemon:
             "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
             "backlog_keys": session.backlog.weight if session else 0,
             "dropped_standbys": self._standbys.dropped,
+            "denied_caches": apply.denied if apply else {},
             "unpublished_tables": [str(table) for table in session.unpublished()] if session else [],
             "rules": {
                 "digest": self._rules.digest,
@@ -277,10 +299,7 @@ class Daemon:
                 "rules": len(self._rules.rules),
                 "last_reload": self._reload.last.shown() if self._reload.last else None,
             },
-            "last_error": (apply.redis.last_error if apply else None)
-            or (session.last_error if session else None)
-            or self._events.trouble
-            or self._last_error,
+            "last_error": self._trouble(),
         }
 
 

@@ -36,15 +36,15 @@ class Pages:
     Args:
         registry: the metrics.
         status: gives the content of /status.
-        ready: tells whether /readyz is 200.
+        unready: tells why /readyz is not 200; ``None`` if it is.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, status: Callable[[], dict[str, Any]], ready: Callable[[], bool]
+        self, registry: CollectorRegistry, status: Callable[[], dict[str, Any]], unready: Callable[[], str | None]
     ) -> None:
         self._registry = registry
         self._status = status
-        self._ready = ready
+        self._unready = unready
 
     def get(self, path: str, accept: str) -> Page:
         """Answer a request for a path (without its query); ``accept`` is the header of that name."""
@@ -55,8 +55,9 @@ class Pages:
             # outage would restart every Pod.
             return Page(200, "text/plain; charset=utf-8", b"ok\n")
         if path == "/readyz":
-            ready = self._ready()
-            return Page(200 if ready else 503, "text/plain; charset=utf-8", b"ok\n" if ready else b"not ready\n")
+            why = self._unready()
+            body = b"ok\n" if why is None else f"not ready: {why}\n".encode()
+            return Page(200 if why is None else 503, "text/plain; charset=utf-8", body)
         if path == "/status":
             body = orjson.dumps(self._status(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
             return Page(200, "application/json", body)

@@ -125,6 +125,9 @@ class Metrics:
         self._gaps = counter("gaps_total", "Gaps: times when changes may have been missed.", "reason")
         self._gap_at = gauge("gap_timestamp_seconds", "Unix time of the last gap.", "reason")
         self.gaps_open = gauge("gaps_open", "Caches that the watermark leaves out because their gap is not over.")
+        self.cache_denied = gauge(
+            "cache_denied", "1 while Redis denies the busts or the sweep of the cache: a right is missing.", "cache"
+        )
         self.rule_errors = counter(
             "rule_errors_total",
             "Relations for which a rule can't build its keys, and failures of its via queries.",
@@ -193,7 +196,7 @@ class Metrics:
         """Stop showing what a session knew: it is over, and another daemon may know better."""
         for figure in self._reported:
             figure.forget()
-        for labelled in (self.slot_wal_status, self.standby_awaited, self.standby_replayed):
+        for labelled in (self.slot_wal_status, self.standby_awaited, self.standby_replayed, self.cache_denied):
             labelled.clear()
         for gauge in (
             self.postgres_up,

@@ -1,12 +1,12 @@
 """The edge that `check` looks at Redis through: its kind, the rights of the ACL user, and the watermark.
 
-The rule that holds here: nothing is changed. What is tried is tried on keys of our own, and a cache's keys are only
-named.
+The rule that holds here: nothing is changed. What is tried is tried on keys of our own, or on keys that nobody has.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,9 @@ from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.sentinel import Sentinels
 from cdc_invalidator.redis.topology import TIMEOUT, cache_server
-from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.model import Cache, RuleSet
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.template import Template
 
 REDIS = "Redis"
 OLDEST = (6, 2)
@@ -113,7 +114,7 @@ async def _look_at_rights(
         findings += await _of_cosmetic(opened)
         findings += await _of_commands(opened, watermark)
         if rules is not None:
-            findings += await _of_keys(opened, rules)
+            findings += await _of_keys(opened, watermark, rules)
             findings += await _of_old_values(opened, watermark, rules)
         if event_stream:
             findings += await _of_event_stream(opened, event_stream)
@@ -263,37 +264,58 @@ async def _of_event_stream(opened: Node, key: str) -> list[Finding]:
     return []
 
 
-async def _of_keys(opened: Node, rules: RuleSet) -> list[Finding]:
-    """Name a key of each cache to a script that does nothing, to see whether the ACL lets us."""
-    (loaded,) = await opened.send([("SCRIPT LOAD", _NOTHING)])
-    if isinstance(loaded, Exception):
-        return []  # told already
-    named = [
-        (cache, template, key)
-        for cache in rules.caches.values()
-        if not cache.ttl_only
-        for template in (cache.key, cache.version)
-        if template is not None
-        for key in (template.render(dict.fromkeys(template.params, "0")),)
-        if key is not None
+async def _of_keys(opened: Node, watermark: str, rules: RuleSet) -> list[Finding]:
+    """See whether the ACL lets us bust each cache.
+
+    A script that does nothing is given a key of it, and a key that is not there is deleted. A server that tells what
+    the ACL allows (ACL DRYRUN; few users may ask) is asked as well. What is denied for any key is told already.
+    """
+    own = f"cdc:{watermark}:check"
+    loaded, user, unlinked = await opened.send([("SCRIPT LOAD", _NOTHING), ("ACL WHOAMI",), ("UNLINK", own)])
+    if isinstance(loaded, Exception) or _denied(unlinked):
+        return []
+    nobody = secrets.token_hex(16)
+    named: list[tuple[Cache, Template]] = []
+    tried: list[Command] = []
+    for cache in rules.kept.values():
+        for template in (cache.key, cache.version):
+            if template is None:
+                continue
+            key = template.render(dict.fromkeys(template.params, nobody))
+            for name in (key, key + LOCK_SUFFIX) if key is not None else ():
+                some: list[Command] = [("EVALSHA", loaded, 1, name), ("UNLINK", name)]
+                more: list[Command] = [("GET", name), ("SET", name, 1)] if template is cache.version else []
+                asked = [("ACL DRYRUN", user, *each) for each in (*some, *more)]
+                # Without a parameter, the key is a real one.
+                tried += [*(some if template.params else some[:1]), *(asked if isinstance(user, bytes) else ())]
+                named += [(cache, template)] * (len(tried) - len(named))
+    answers = await opened.send(tried) if tried else []
+    lacking: dict[tuple[str, bytes], tuple[Cache, dict[str, None]]] = {}
+    for (cache, template), command, answer in zip(named, tried, answers, strict=True):
+        dry = command[0] == "ACL DRYRUN"
+        # A dry run answers with what is denied; whoever may not ask gets an error.
+        if (isinstance(answer, bytes) and answer != b"OK") if dry else _denied(answer):
+            word = str(command[2 if dry else 0]).lower()
+            lacking.setdefault((cache.name, template.prefix), (cache, {}))[1][f"+{word}"] = None
+    return [
+        Finding(
+            Severity.ERROR,
+            "redis_rights",
+            cache.place,
+            f"the ACL user of CDC_REDIS_URL may not bust cache {cache.name}; grant it {' '.join(words)} and "
+            f"~{prefix.decode('utf-8', 'replace')}*",
+        )
+        for (_, prefix), (cache, words) in lacking.items()
     ]
-    keys = [key + suffix for _, _, key in named for suffix in (b"", LOCK_SUFFIX)]
-    answers = await opened.send([("EVALSHA", loaded, 1, key) for key in keys]) if keys else []
-    findings = []
-    for number, (cache, template, _) in enumerate(named):
-        failures = [answer for answer in answers[2 * number : 2 * number + 2] if isinstance(answer, Exception)]
-        if any(node.code(failure) == "NOPERM" for failure in failures):
-            sentence = (
-                f"the ACL user of CDC_REDIS_URL may not bust cache {cache.name}; grant it +evalsha and "
-                f"~{template.prefix.decode('utf-8', 'replace')}*"
-            )
-            findings.append(Finding(Severity.ERROR, "redis_rights", cache.place, sentence))
-    return list(dict.fromkeys(findings))
+
+
+def _denied(answer: Any) -> bool:
+    return isinstance(answer, Exception) and node.code(answer) == "NOPERM"
 
 
 async def _of_old_values(opened: Node, watermark: str, rules: RuleSet) -> list[Finding]:
     """See whether old values may be left for `stale_for`, by moving a key of our own that is not there."""
-    kept = [cache for cache in rules.caches.values() if cache.stale_for is not None and not cache.ttl_only]
+    kept = [cache for cache in rules.kept.values() if cache.stale_for is not None]
     # In a cluster the two may lie in different slots; rights are looked at first.
     key = f"cdc:{watermark}:check"
     tried: tuple[Command, ...] = (("PEXPIRE", key, 1), ("RENAME", key, f"{key}{STALE_SUFFIX.decode()}"))

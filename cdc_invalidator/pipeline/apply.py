@@ -75,7 +75,7 @@ class Apply:
         self._recent = recent
         self._metrics = metrics
         self._events = events
-        self._flush = Flush(events, self.record, kept.rules)
+        self._flush = Flush(events, self.record, kept.rules, denied=self._denied)
         # The end of what PostgreSQL had written at the start, or has sent since.
         received: Callable[[], int] = lambda: max(kept.position.flushed, checkpoint.received_lsn)  # noqa: E731
         self._gaps = Gaps(
@@ -105,6 +105,7 @@ class Apply:
             rules=kept.rules,
             resolve=resolve,
             grown=recent.grown,
+            denied=self._denied,
             events=events,
             metrics=metrics,
         )
@@ -156,6 +157,14 @@ class Apply:
         # In one go: a watermark that is written in between would name a cache by its new digest before it is swept.
         self._continuity.redigest(digests)
         self.gap(broken)
+
+    @property
+    def denied(self) -> dict[str, str]:
+        """The caches whose busts or sweep Redis denies, and why."""
+        return self._gaps.denied
+
+    def _denied(self, denied: Mapping[str, errors.RedisUnavailable]) -> None:
+        self._gaps.deny(denied, time.monotonic())
 
     def finish(self) -> None:
         """Let `run` end as soon as everything from the backlog is in Redis."""

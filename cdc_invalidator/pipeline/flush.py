@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 
-from cdc_invalidator import lsn
+from cdc_invalidator import errors, lsn
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.record import WatermarkRecord
@@ -27,11 +27,20 @@ class Flush:
         events: where busts are logged.
         record: lets a position be confirmed.
         rules: the rule set.
+        denied: is called with the caches whose busts lack a right, each with the error.
     """
 
-    def __init__(self, events: Events, record: WatermarkRecord, rules: RuleSet) -> None:
+    def __init__(
+        self,
+        events: Events,
+        record: WatermarkRecord,
+        rules: RuleSet,
+        *,
+        denied: Callable[[Mapping[str, errors.RedisUnavailable]], None],
+    ) -> None:
         self._events = events
         self._record = record
+        self._denied = denied
         self._keeps_stale = any(cache.stale_for for cache in rules.caches.values())
         # Acknowledged by Redis at that time (Unix, in µs), and not logged yet.
         self._unlogged: deque[tuple[list[BustEvent], BustReply, int, int]] = deque()
@@ -42,7 +51,7 @@ class Flush:
         """Bust all keys of some batches.
 
         Returns:
-            Their events, and what Redis answered; for `log_later`.
+            Their events, and what Redis answered; for `log_later`. What lacks a right is in neither.
 
         Raises:
             errors.RedisUnavailable: not all may be busted.
@@ -64,10 +73,32 @@ class Flush:
             # Once it is on its way, there is time to log the one before.
             await asyncio.sleep(0)
             self.log_due()
-            return events, await busting
+            reply = await busting
         finally:
             # Where this was cancelled; nobody would await it.
             busting.cancel()
+        return self._without_denied(events, reply) if reply.denied else (events, reply)
+
+    def _without_denied(self, events: Iterable[BustEvent], reply: BustReply) -> tuple[list[BustEvent], BustReply]:
+        """Report the caches whose busts lack a right, and leave out what was not busted."""
+        denied: dict[str, errors.RedisUnavailable] = {}
+        left, existed = [], []
+        groups = enumerate(reply.existed)
+        for event in events:
+            if event.action == "delete":
+                number, count = next(groups)
+                error = reply.denied.get(number)
+                if error is None:
+                    left.append(event)
+                    existed.append(count)
+            else:
+                error = next((reply.denied[key] for key in event.keys if key in reply.denied), None)
+                keys = [key for key in event.keys if key not in reply.denied] if error else event.keys
+                left += [event._replace(keys=keys)] if keys else []
+            if error is not None:
+                denied[event.target.cache.name] = error
+        self._denied(denied)
+        return left, BustReply(existed, reply.versions)
 
     def log_later(self, events: list[BustEvent], reply: BustReply, replay_until: int = lsn.NEVER) -> None:
         """Have events logged when there is time.
@@ -117,7 +148,8 @@ async def _name_versions(
 ) -> list[BustEvent]:
     """Name the keys under the versions that caches with `bump_over` have now; what has no version has no key.
 
-    A version that is bumped in between makes those keys unreachable, which serves as well.
+    A version that is bumped in between makes those keys unreachable, which serves as well. So one that may not be read
+    is bumped.
 
     Args:
         server: knows the versions.
@@ -132,6 +164,10 @@ async def _name_versions(
         found = split.get(id(event))
         if found is None:
             named.append(event)
-        elif keys := [pair.key(version) for pair in found if (version := versions[pair.version]) is not None]:
-            named.append(event._replace(keys=keys))
+            continue
+        known = [(pair, versions[pair.version]) for pair in found]
+        keys = [pair.key(version) for pair, version in known if isinstance(version, bytes)]
+        unread = [pair.version for pair, version in known if isinstance(version, errors.RedisUnavailable)]
+        named += [event._replace(keys=keys)] if keys else []
+        named += [event._replace(action="bump", keys=list(dict.fromkeys(unread)))] if unread else []
     return named

@@ -6,11 +6,12 @@ The rule that holds here: a batch's ticket stays unresolved until everything tha
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import structlog
 
+from cdc_invalidator import errors
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.again import Again, Waiting
@@ -53,6 +54,7 @@ class FollowUps:
         rules: the rule set.
         resolve: ends a part of a ticket.
         grown: is told of batches that may have got more keys.
+        denied: is called with the caches whose sweeps lack a right, each with the error.
         events: where sweeps are logged.
         metrics: what to count.
     """
@@ -66,6 +68,7 @@ class FollowUps:
         rules: RuleSet,
         resolve: Callable[[Ticket], None],
         grown: Callable[[Batch], None],
+        denied: Callable[[Mapping[str, errors.RedisUnavailable]], None],
         events: Events,
         metrics: Metrics,
     ) -> None:
@@ -74,6 +77,7 @@ class FollowUps:
         self.sweeps = sweeps
         self._resolve = resolve
         self._grown = grown
+        self._denied = denied
         self._events = events
         self._metrics = metrics
         self._again = Again(resolve)
@@ -155,11 +159,15 @@ class FollowUps:
         """
         if not self.sweeps:
             return
-        for over in await self.sweeps.step(server):
-            self._events.swept(over)
-            for asked in over.asked.values():
-                for ticket in asked.tickets:
-                    self._resolve(ticket)
+        over, denied = await self.sweeps.step(server)
+        for each in over:
+            self._events.swept(each)
+        if denied:
+            # Now they are gaps, which hold no position back.
+            self._denied({asked.cache.name: error for asked, error in denied})
+        for asked in (*(asked for each in over for asked in each.asked.values()), *(asked for asked, _ in denied)):
+            for ticket in asked.tickets:
+                self._resolve(ticket)
         self.sweeps.show()
 
     def hurry(self, *, much_wal: bool) -> None:

@@ -9,17 +9,20 @@ flight, and so are commits that wait for a synchronous standby.
 
 The rule that holds here: a gap is in the watermark, not only in memory. A cache that the watermark does not name is
 swept by the next daemon. So a gap holds neither the position nor any WAL back, however long it lasts.
+
+A cache whose busts or sweep Redis denies, because a right is missing, has a gap as well. Its sweep is tried again after
+a growing pause, and while it is denied the gap begins again each time; the other caches go on.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
-from cdc_invalidator import lsn
+from cdc_invalidator import errors, lsn
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.batch import Batch, Target
@@ -36,6 +39,10 @@ FIRST_SECONDS = 0.005
 MOST_SECONDS = 0.5
 # A gap that waits so long for them is logged.
 LONG_SECONDS = 10.0
+# The pauses between two sweeps that Redis denies. Within CALM_SECONDS after a sweep was granted they go on growing.
+FIRST_PAUSE_SECONDS = 0.5
+MOST_PAUSE_SECONDS = 30.0
+CALM_SECONDS = 60.0
 
 
 @dataclass(slots=True, eq=False)
@@ -70,6 +77,19 @@ class GapTicket(Ticket):
     gap: Gap | None = None
 
 
+@dataclass(slots=True)
+class Denial:
+    """Why Redis denies the busts or the sweep of a cache; times are of the monotonic clock.
+
+    ``retry_at``: when the gap's sweep is tried again; ``granted_at``: when one was over; ``None`` while it is denied.
+    """
+
+    error: str
+    retry_at: float
+    granted_at: float | None = None
+    backoff: Backoff = field(default_factory=lambda: Backoff(first=FIRST_PAUSE_SECONDS, most=MOST_PAUSE_SECONDS))
+
+
 class Gaps:
     """The gaps that are not over.
 
@@ -102,6 +122,7 @@ class Gaps:
         self._received = received
         self.enabled = enabled
         self._open: dict[str, Gap] = {}
+        self._denials: dict[str, Denial] = {}
         self._sweeps: set[GapTicket] = set()
         self._queued: list[tuple[Batch, Ticket]] = []
         # The caches that the watermark leaves out because of a gap; None if it must be written whatever it says.
@@ -121,6 +142,40 @@ class Gaps:
     def sweep(self, broken: Mapping[str, str]) -> None:
         """Begin gaps without logging them, and also where gaps are only logged."""
         self._begin(broken, silent=True)
+
+    def deny(self, denied: Mapping[str, errors.RedisUnavailable], now: float) -> None:
+        """Begin gaps of caches whose busts or sweep lack a right; gaps that are open begin again after a pause.
+
+        Args:
+            denied: from a cache's name to the error.
+            now: the time.
+        """
+        new: dict[str, list[str]] = {}
+        for name, error in denied.items():
+            self._metrics.redis_errors.labels(error.code).inc()
+            denial, gap = self._denials.get(name), self._open.get(name)
+            if denial is not None and denial.granted_at is None and gap is not None and gap.horizon is None:
+                continue  # in its pause already
+            if denial is None or denial.granted_at is not None:
+                new.setdefault(str(error), []).append(name)
+            if denial is None or (denial.granted_at is not None and now - denial.granted_at > CALM_SECONDS):
+                self._denials[name] = Denial(str(error), retry_at=now)
+            else:
+                denial.error, denial.granted_at = str(error), None
+                denial.retry_at = now + denial.backoff.next()
+            self._metrics.cache_denied.labels(name).set(1)
+            # What has been withdrawn and logged stays so.
+            told = gap is not None and (gap.silent or gap.horizon is not None)
+            reason = gap.reason if gap is not None else "denied"
+            self._open[name] = Gap(self._rules.caches[name], reason, silent=told or not self.enabled)
+        self._metrics.gaps_open.set(len(self._open))
+        for text, caches in new.items():
+            _log.error("caches_denied", caches=sorted(caches), error=text)
+
+    @property
+    def denied(self) -> dict[str, str]:
+        """The caches whose busts or sweep Redis denies, and why."""
+        return {name: denial.error for name, denial in self._denials.items() if denial.granted_at is None}
 
     def log(self, reason: str, caches: list[str], since: int, *, swept: bool) -> None:
         """Log that changes to these caches since an LSN may have been missed."""
@@ -155,9 +210,17 @@ class Gaps:
 
     @property
     def to_begin(self) -> list[Gap]:
-        """The gaps to log and to sweep for: the watermark leaves them out."""
-        left_out = self._left_out or ()
-        return [gap for name, gap in self._open.items() if gap.horizon is None and name in left_out]
+        """The gaps to log and to sweep for: the watermark leaves them out, and no pause holds them."""
+        left_out, now = self._left_out or (), time.monotonic()
+        return [
+            gap
+            for name, gap in self._open.items()
+            if gap.horizon is None and name in left_out and not self._pauses(name, now)
+        ]
+
+    def _pauses(self, name: str, now: float) -> bool:
+        denial = self._denials.get(name)
+        return denial is not None and denial.granted_at is None and denial.retry_at > now
 
     def begin(self, gaps: Iterable[Gap], horizon: Horizon) -> None:
         """Log gaps, and ask for their first sweeps.
@@ -201,9 +264,20 @@ class Gaps:
             return
         self._sweeps.discard(ticket)
         gap = ticket.gap
-        if gap is not None and gap.last_sweep is ticket and self._open.get(gap.cache.name) is gap:
+        if gap is None or self._open.get(gap.cache.name) is not gap:
+            return
+        # Whatever the gap still waits for: this sweep had its rights.
+        self._grant(gap.cache.name)
+        if gap.last_sweep is ticket:
             del self._open[gap.cache.name]
             self._metrics.gaps_open.set(len(self._open))
+
+    def _grant(self, name: str) -> None:
+        denial = self._denials.get(name)
+        if denial is not None and denial.granted_at is None:
+            denial.granted_at = time.monotonic()
+            self._metrics.cache_denied.labels(name).set(0)
+            _log.info("cache_granted", cache=name)
 
     # Settled.
 

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from cdc_invalidator import lsn
+from cdc_invalidator import errors, lsn
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
-from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer, Cursor
+from cdc_invalidator.redis import replies
+from cdc_invalidator.redis.server import SCAN_COUNT, BustReply, CacheServer, Cursor
 from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.rules.template import escape_glob
@@ -106,6 +107,13 @@ class Asked:
         return {prefix for request in self.requests.values() for prefix in request.prefixes}
 
 
+class Denied(NamedTuple):
+    """What was asked for of a cache and will not be done, because a right is missing."""
+
+    asked: Asked
+    error: errors.RedisUnavailable
+
+
 class Pass(ABC):
     """A sweep or a search: one pass over the locks, then one over the keys, for all who asked before it began."""
 
@@ -113,6 +121,8 @@ class Pass(ABC):
 
     def __init__(self) -> None:
         self.asked: dict[str, Asked] = {}
+        # Taken out of it.
+        self.denied: list[Denied] = []
         self.scanned = 0
         self.began_at = self.logged_at = 0.0
         self.restart()
@@ -131,23 +141,46 @@ class Pass(ABC):
         self._patterns: list[bytes] = []
 
     async def step(self, server: CacheServer, count: int) -> bool:
-        """Look at about ``count`` more keys and bust those that are meant; True when the pass is over."""
+        """Look at about ``count`` more keys and bust those that are meant; True when the pass is over.
+
+        What a right is missing for is taken out of it.
+
+        Raises:
+            errors.RedisUnavailable: it can't go on.
+        """
         if not self.begun:
             self.begun = True
+            for asked in list(self.asked.values()):
+                # So that it shows before all of Redis is searched, and also while there is no key.
+                self._unless_denied(asked, await _try(server, asked.cache))
+            if not self.asked:
+                return True
             self.began_at = self.logged_at = time.monotonic()
             pattern = self._begin()
             locked = any(asked.cache.version is None for asked in self.asked.values())
             self._patterns = [pattern + LOCK_SUFFIX, pattern] if locked else [pattern]
         of_locks = len(self._patterns) == 2
-        cursor, keys = await server.scan(self._cursor, self._patterns[0], count)
+        try:
+            cursor, keys = await server.scan(self._cursor, self._patterns[0], count)
+        except errors.RedisUnavailable as error:
+            if not replies.denies(error.code):
+                raise
+            for asked in list(self.asked.values()):
+                self._unless_denied(asked, error)
+            return True
         if keys:
             for asked, meant in self._meant(keys, LOCK_SUFFIX if of_locks else b""):
-                await _bust(server, asked, meant, of_locks=of_locks)
+                self._unless_denied(asked, await _bust(server, asked, meant, of_locks=of_locks))
         self.scanned += count
         self._cursor = cursor
         if cursor is None:
             self._patterns.pop(0)
-        return not self._patterns
+        return not self._patterns or not self.asked
+
+    def _unless_denied(self, asked: Asked, error: errors.RedisUnavailable | None) -> None:
+        if error is not None:
+            del self.asked[asked.cache.name]
+            self.denied.append(Denied(asked, error))
 
     async def log_progress(self, server: CacheServer) -> None:
         """Log how far it is."""
@@ -263,7 +296,7 @@ class Search(Pass):
 
     def _meant(self, keys: list[bytes], suffix: bytes) -> Iterator[tuple[Asked, list[bytes]]]:
         for asked, by_length, like in self._wanted:
-            if suffix and asked.cache.version is not None:
+            if asked.cache.name not in self.asked or (suffix and asked.cache.version is not None):
                 continue
             meant = [
                 key
@@ -275,7 +308,23 @@ class Search(Pass):
                 yield asked, meant
 
 
-async def _bust(server: CacheServer, asked: Asked, keys: list[bytes], *, of_locks: bool) -> None:
+async def _try(server: CacheServer, cache: Cache) -> errors.RedisUnavailable | None:
+    """Bust one key of a cache that is swept or searched anyway; return why that is denied."""
+    template = cache.sweep_template
+    key = template.render(dict.fromkeys(template.params, "0"))
+    assert key is not None
+    reply = await (server.bust([[key]], {}) if cache.version is None else server.bust([], {key: cache.version_ttl}))
+    return _denial(reply)
+
+
+def _denial(reply: BustReply) -> errors.RedisUnavailable | None:
+    return next(iter(reply.denied.values()), None)
+
+
+async def _bust(
+    server: CacheServer, asked: Asked, keys: list[bytes], *, of_locks: bool
+) -> errors.RedisUnavailable | None:
+    """Bust keys that were found, and count them; return why that is denied."""
     cache = asked.cache
     if cache.version is not None:
         # A pattern that ends in a parameter also finds old values, kept by bumps. Bumped, they would stay,
@@ -285,12 +334,19 @@ async def _bust(server: CacheServer, asked: Asked, keys: list[bytes], *, of_lock
         reply = await server.bust([stale], dict.fromkeys(counters, cache.version_ttl))
         asked.keys += len(reply.versions)
         asked.existed += sum(version != 0 for version in reply.versions.values())
-    elif of_locks:
-        await server.unlink(keys)
-    else:
-        reply = await server.bust([keys], {})
-        asked.keys += len(keys)
-        asked.existed += reply.existed[0]
+        return _denial(reply)
+    if of_locks:
+        try:
+            await server.unlink(keys)
+        except errors.RedisUnavailable as error:
+            if not replies.denies(error.code):
+                raise
+            return error
+        return None
+    reply = await server.bust([keys], {})
+    asked.keys += len(keys)
+    asked.existed += reply.existed[0]
+    return _denial(reply)
 
 
 class Sweeps:
@@ -394,8 +450,12 @@ class Sweeps:
         """Return the seconds until the next step may be taken."""
         return 0.0 if self.hurry else max(0.0, self._next_at - time.monotonic())
 
-    async def step(self, server: CacheServer) -> list[Pass]:
-        """Take one step of each that runs, if the pace allows; return those that are over."""
+    async def step(self, server: CacheServer) -> tuple[list[Pass], list[Denied]]:
+        """Take one step of each that runs, if the pace allows; return those that are over, and what is denied.
+
+        Raises:
+            errors.RedisUnavailable: nothing of this step counts; they begin again on the next connection.
+        """
         over = []
         for name, each in list(self._running.items()):
             now = time.monotonic()
@@ -416,6 +476,10 @@ class Sweeps:
                 self._metrics.swept.labels(name).inc(self._count)
             # Its turn comes again after the others'.
             self._running[name] = self._running.pop(name)
+        denied: list[Denied] = []
+        for each in self._running.values():
+            denied += each.denied
+            each.denied = []
         done = [self._running.pop(name) for name in over]
         for name in over:
             if name in self._waiting:
@@ -424,7 +488,7 @@ class Sweeps:
             if isinstance(each, Search):
                 each.log_over()
                 self._metrics.search_passes.inc()
-        return done
+        return done, denied
 
     def show(self) -> None:
         """Show in the metrics what runs and waits."""

@@ -37,6 +37,7 @@ from cdc_invalidator.redis.server import (
     read_info,
     read_size,
     read_watermark,
+    reply_or_denial,
     reply_or_refusal,
     scan_command,
 )
@@ -220,6 +221,11 @@ class Cluster(CacheServer):
             "The nodes of the cluster send a command from one to the other; it is tried again.", code="MOVED"
         )
 
+    async def _try(self, commands: Sequence[tuple[bytes, Command]]) -> list[Any]:
+        """As `_ask`, but where a right is missing, why is returned in the reply's place."""
+        answers = await self._ask(commands, refusals=True)
+        return [reply_or_denial(command, answer) for (_, command), answer in zip(commands, answers, strict=True)]
+
     async def _round(self, address: Address, items: list[_Item]) -> tuple[list[_Item], list[Any]]:
         opened = self._nodes.get(address)
         if opened is None:
@@ -269,21 +275,32 @@ class Cluster(CacheServer):
         self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
     ) -> BustReply:
         """See `CacheServer`."""
-        keys = [key for group in deletes for key in group]
-        await self._ask([(lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for key in keys])
-        unlinked = [(key, self._unlinking(key, graces)) for key in keys]
+        keys = [(number, key) for number, group in enumerate(deletes) for key in group]
+        reply = BustReply([0] * len(deletes), {})
+        locks = await self._try([(lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for _, key in keys])
+        unlinked = [(key, self._unlinking(key, graces)) for _, key in keys]
         bumped = [(key, self.scripts.to_bump([key], bumps, graces)) for key in bumps]
-        answers = iter(await self._ask([*unlinked, *bumped]))
-        existed = [sum(next(answers) for _ in group) for group in deletes]
-        return BustReply(existed, {key: next(answers)[0] for key in bumps})
+        answers = await self._try([*unlinked, *bumped])
+        for (number, _), lock, answer in zip(keys, locks, answers[: len(keys)], strict=True):
+            denial = next((each for each in (lock, answer) if isinstance(each, errors.RedisUnavailable)), None)
+            if denial is not None:
+                reply.denied[number] = denial
+            else:
+                reply.existed[number] += answer
+        for key, answer in zip(bumps, answers[len(keys) :], strict=True):
+            if isinstance(answer, errors.RedisUnavailable):
+                reply.denied[key] = answer
+            else:
+                reply.versions[key] = answer[0]
+        return reply
 
     def _unlinking(self, key: bytes, graces: Mapping[bytes, int]) -> Command:
         grace = graces.get(key)
         return ("UNLINK", key) if grace is None else self.scripts.to_keep([key], grace)
 
-    async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
+    async def versions(self, counters: Sequence[bytes]) -> list[bytes | errors.RedisUnavailable | None]:
         """See `CacheServer`."""
-        return await self._ask([(counter, ("GET", counter)) for counter in counters])
+        return await self._try([(counter, ("GET", counter)) for counter in counters])
 
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """See `CacheServer`."""

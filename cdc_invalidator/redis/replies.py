@@ -19,6 +19,9 @@ class Does(StrEnum):
     """In a cluster, send the command where the reply points; with a single server, as REPORT."""
     WIDEN = "widen"
     """Do something coarser instead: delete a version rather than bump it, leave the watermark to age."""
+    DENY = "deny"
+    """A right is missing. If it is for the busts or the sweep of some caches, only these wait: see `pipeline.gaps`. Of
+    anything else, as REPORT."""
     REPORT = "report"
     """As RETRY, and log an error that says what the operator must do, since only that helps."""
 
@@ -52,7 +55,7 @@ TABLE: dict[str, Reply] = {
     # Memory is full. UNLINK is allowed then; a bump deletes its version, and the watermark stays as it is.
     "OOM": Reply(Does.WIDEN, "raise maxmemory, or set a policy that evicts"),
     # Only an operator can help.
-    "NOPERM": Reply(Does.REPORT, "grant the ACL user of CDC_REDIS_URL what the README lists"),
+    "NOPERM": Reply(Does.DENY, "grant the ACL user of CDC_REDIS_URL what the README lists"),
     "NOAUTH": Reply(Does.REPORT, "put a user and a password into CDC_REDIS_URL"),
     "WRONGPASS": Reply(Does.REPORT, "put the right user and password into CDC_REDIS_URL"),
     "WRONGTYPE": Reply(Does.REPORT, "a key of cdc-invalidator holds something else; delete it, or set CDC_WATERMARK"),
@@ -72,6 +75,11 @@ TABLE: dict[str, Reply] = {
 """By the first word of an error reply; the last ones are for failures without a reply."""
 
 UNKNOWN = Reply(Does.REPORT, "look at the server's log; it is tried again")
+
+
+def denies(code: str) -> bool:
+    """Return whether a failure is a missing right, which other commands may not need."""
+    return of(code).does is Does.DENY
 
 
 def of(code: str) -> Reply:

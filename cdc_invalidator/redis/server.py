@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from cdc_invalidator import errors
 from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.node import Command, Node, failed
 from cdc_invalidator.redis.scripts import ScriptDigests
@@ -33,11 +34,13 @@ class BustReply:
     """What Redis answered to one flush.
 
     ``existed``: for each group of deletes, how many of its keys were there; ``versions``: for each bumped counter its
-    new version, `BUMP_MISSING` or `BUMP_DELETED`.
+    new version, `BUMP_MISSING` or `BUMP_DELETED`. ``denied``: why, for the number of each group and for each counter
+    for which a right is missing; of these, any part may be done.
     """
 
     existed: list[int]
     versions: dict[bytes, int]
+    denied: dict[int | bytes, errors.RedisUnavailable] = field(default_factory=dict)
 
 
 class CacheServer(ABC):
@@ -70,11 +73,14 @@ class CacheServer(ABC):
             bumps: from a version counter's key to the milliseconds that it is kept.
             graces: from a key or a counter to the milliseconds for which readers may still show the old value; either
                 all keys of a group have one, or none.
+
+        Returns:
+            The answer. A missing right is not raised: the others are busted all the same.
         """
 
     @abstractmethod
-    async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
-        """Read version counters; ``None`` for one that is missing."""
+    async def versions(self, counters: Sequence[bytes]) -> list[bytes | errors.RedisUnavailable | None]:
+        """Read version counters; ``None`` for one that is missing, an error for one that may not be read."""
 
     @abstractmethod
     async def unlink(self, keys: Sequence[bytes]) -> int:
@@ -141,6 +147,20 @@ def reply_or_refusal(command: Command, answer: Any) -> Any:
     error = failed(str(command[0]), answer)
     if replies.of(error.code).does in {replies.Does.RETRY, replies.Does.REDIRECT}:
         raise error from answer
+    return error
+
+
+def reply_or_denial(command: Command, answer: Any) -> Any:
+    """Return the reply to a command, or why it is denied where a right is missing.
+
+    Raises:
+        errors.RedisUnavailable: the reply is any other error.
+    """
+    if not isinstance(answer, Exception):
+        return answer
+    error = answer if isinstance(answer, errors.RedisUnavailable) else failed(str(command[0]), answer)
+    if not replies.denies(error.code):
+        raise error
     return error
 
 

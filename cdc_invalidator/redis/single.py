@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from cdc_invalidator import errors
 from cdc_invalidator.redis.available import require_commands
@@ -19,6 +19,7 @@ from cdc_invalidator.redis.server import (
     read_info,
     read_size,
     read_watermark,
+    reply_or_denial,
     reply_or_refusal,
     scan_command,
 )
@@ -68,43 +69,46 @@ class Single(CacheServer):
         self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
     ) -> BustReply:
         """See `CacheServer`."""
-        commands: list[Command] = []
-        counted: list[list[int]] = []  # for each command, the groups that its counts belong to
-        plain = deletes
+        reply = BustReply([0] * len(deletes), {})
+        parts = self._parts(list(enumerate(deletes)), graces)
+        counters = list(bumps)
+        chunks = [counters[start : start + KEYS_A_COMMAND] for start in range(0, len(counters), KEYS_A_COMMAND)]
+        while parts or chunks:
+            bumping = [self.scripts.to_bump(chunk, bumps, graces) for chunk in chunks]
+            answers = await self._try(*(part.command for part in parts), *bumping)
+            # Where a command for several groups or counters is denied, only one of them may be to blame.
+            apart = _read_deletes(parts, answers[: len(parts)], reply)
+            alone = _read_bumps(chunks, answers[len(parts) :], reply)
+            parts = [part for number in apart for part in self._parts([(number, deletes[number])], graces)]
+            chunks = [[counter] for counter in alone]
+        return reply
+
+    def _parts(self, groups: Sequence[tuple[int, Sequence[bytes]]], graces: Mapping[bytes, int]) -> list[_Part]:
+        """Return the commands that delete numbered groups of keys with their locks."""
+        parts: list[_Part] = []
+        plain = groups
         if graces:
-            kept = {number for number, group in enumerate(deletes) if group and group[0] in graces}
-            plain = [() if number in kept else group for number, group in enumerate(deletes)]
-            for number in sorted(kept):
-                for start in range(0, len(deletes[number]), KEYS_A_COMMAND):
-                    some = deletes[number][start : start + KEYS_A_COMMAND]
-                    commands.append(("UNLINK", *(key + LOCK_SUFFIX for key in some)))
-                    commands.append(self.scripts.to_keep(some, graces[some[0]]))
-                    counted += [[], [number]]
-        for keys, counts, numbers in _chunks(plain):
+            kept = [(number, group) for number, group in groups if group and group[0] in graces]
+            plain = [(number, group) for number, group in groups if not (group and group[0] in graces)]
+            for number, group in kept:
+                for start in range(0, len(group), KEYS_A_COMMAND):
+                    some = group[start : start + KEYS_A_COMMAND]
+                    parts.append(_Part(("UNLINK", *(key + LOCK_SUFFIX for key in some)), (number,), counts=False))
+                    parts.append(_Part(self.scripts.to_keep(some, graces[some[0]]), (number,)))
+        for keys, counts, places in _chunks([group for _, group in plain]):
+            numbers = [plain[place][0] for place in places]
             if len(numbers) == 1:
                 # Two commands cost half as much as the script. The first counts locks, which nobody asks for.
-                commands += [("UNLINK", *(key + LOCK_SUFFIX for key in keys)), ("UNLINK", *keys)]
-                counted += [[], numbers]
+                locks = ("UNLINK", *(key + LOCK_SUFFIX for key in keys))
+                parts += [_Part(locks, numbers, counts=False), _Part(("UNLINK", *keys), numbers)]
             else:
-                commands.append(self.scripts.to_delete(keys, counts if len(counts) < len(keys) else ()))
-                counted.append(numbers)
-        deleting = len(commands)
-        counters = list(bumps)
-        for start in range(0, len(counters), KEYS_A_COMMAND):
-            some = counters[start : start + KEYS_A_COMMAND]
-            commands.append(self.scripts.to_bump(some, bumps, graces))
-        answers = await self._ask(*commands) if commands else []
-        existed = [0] * len(deletes)
-        for numbers, answer in zip(counted, answers[:deleting], strict=True):
-            found = answer if isinstance(answer, list) else [answer] * len(numbers)
-            for group, count in zip(numbers, found, strict=True):
-                existed[group] += count
-        versions = [version for answer in answers[deleting:] for version in answer]
-        return BustReply(existed, dict(zip(counters, versions, strict=True)))
+                command = self.scripts.to_delete(keys, counts if len(counts) < len(keys) else ())
+                parts.append(_Part(command, numbers))
+        return parts
 
-    async def versions(self, counters: Sequence[bytes]) -> list[bytes | None]:
+    async def versions(self, counters: Sequence[bytes]) -> list[bytes | errors.RedisUnavailable | None]:
         """See `CacheServer`."""
-        return await self._ask(*(("GET", counter) for counter in counters)) if counters else []
+        return await self._try(*(("GET", counter) for counter in counters)) if counters else []
 
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """See `CacheServer`."""
@@ -160,6 +164,49 @@ class Single(CacheServer):
     async def _ask(self, *commands: Command) -> list[Any]:
         self._check()
         return await self._opened.ask(*commands)
+
+    async def _try(self, *commands: Command) -> list[Any]:
+        """As `_ask`, but where a right is missing, why is returned in the reply's place."""
+        self._check()
+        answers = await self._opened.send(commands)
+        return [reply_or_denial(command, answer) for command, answer in zip(commands, answers, strict=True)]
+
+
+class _Part(NamedTuple):
+    """A command that deletes keys of some groups, or their locks; ``counts``: its reply says how many were there."""
+
+    command: Command
+    groups: Sequence[int]
+    counts: bool = True
+
+
+def _read_deletes(parts: Iterable[_Part], answers: Iterable[Any], reply: BustReply) -> list[int]:
+    """Enter the answers into the reply; return the groups that have to be tried each by itself."""
+    apart: dict[int, None] = {}
+    for part, answer in zip(parts, answers, strict=True):
+        if isinstance(answer, errors.RedisUnavailable):
+            if len(part.groups) > 1:
+                apart.update(dict.fromkeys(part.groups))
+            else:
+                reply.denied[part.groups[0]] = answer
+        elif part.counts:
+            found = answer if isinstance(answer, list) else [answer] * len(part.groups)
+            for group, count in zip(part.groups, found, strict=True):
+                reply.existed[group] += count
+    return list(apart)
+
+
+def _read_bumps(chunks: Iterable[list[bytes]], answers: Iterable[Any], reply: BustReply) -> list[bytes]:
+    """Enter the answers into the reply; return the counters that have to be tried each by itself."""
+    alone: list[bytes] = []
+    for counters, answer in zip(chunks, answers, strict=True):
+        if not isinstance(answer, errors.RedisUnavailable):
+            reply.versions.update(zip(counters, answer, strict=True))
+        elif len(counters) > 1:
+            alone += counters
+        else:
+            reply.denied[counters[0]] = answer
+    return alone
 
 
 def _chunks(groups: Sequence[Sequence[bytes]]) -> list[tuple[list[bytes], list[int], list[int]]]:

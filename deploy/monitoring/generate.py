@@ -318,6 +318,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "Caches with an open gap",
             "short",
             Query(highest(gauge("gaps_open")), "{{slot}}"),
+            Query(highest(gauge("cache_denied", OF_CACHE), "cache"), "{{slot}} {{cache}} denied by Redis"),
             about="The watermark leaves them out until they are swept, and the transactions of that time are over.",
         ),
         lines("Rule errors", "short", Query(total(rise("rule_errors_total"), "rule"), "{{slot}} {{rule}}")),

@@ -245,8 +245,33 @@ async def test_a_missing_permission_says_what_to_grant_and_shows_no_key(own_valk
         assert caught.value.report
         assert "secret:42" not in str(caught.value)
         assert "pw" not in str(caught.value).split()
-        with pytest.raises(errors.RedisUnavailable):
-            await server.bust([[b"secret:42"]], {})
+        denied = (await server.bust([[b"secret:42"]], {})).denied
+        assert "grant the ACL user of CDC_REDIS_URL" in str(denied[0])
+        await server.close()
+
+
+async def test_what_a_right_is_missing_for_is_told_and_all_else_is_busted(own_valkey: Valkey) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        administrator: Any = client
+        administrator.execute_command("ACL", "SETUSER", "half", "on", ">pw", "~ours:*", "+@all")
+        url = own_valkey.url.replace("redis://", "redis://half:pw@")
+        server = cache_at(url)
+        await server.connect()
+        ours = [b"ours:%d" % number for number in range(3000)]
+        client.mset(dict.fromkeys([*ours, b"theirs:1", b"theirs:version", b"ours:version"], 1))
+        deletes = [ours[:1], [b"theirs:1"], [*ours[3:1500], b"theirs:2"], ours[1500:], [ours[1], ours[2]]]
+        graces = {ours[1]: 5000, ours[2]: 5000}
+        reply = await server.bust(deletes, {b"ours:version": 9000, b"theirs:version": 9000}, graces)
+        assert reply.denied.keys() == {1, 2, b"theirs:version"}
+        assert reply.existed[0] == 1
+        assert reply.existed[3] == 1500
+        assert reply.versions.keys() == {b"ours:version"}
+        assert all(error.code == "NOPERM" for error in reply.denied.values())
+        assert client.exists("theirs:1", "theirs:version") == 2
+        assert not client.exists(*ours[:3], *ours[1500:])
+        (found, denied) = await server.versions([b"ours:version", b"theirs:version"])
+        assert found == str(reply.versions[b"ours:version"]).encode()
+        assert isinstance(denied, errors.RedisUnavailable)
         await server.close()
 
 

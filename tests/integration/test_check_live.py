@@ -413,8 +413,18 @@ def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_read
         administrator.execute_command("ACL", "SETUSER", name, "+unlink", "+hdel", "resetkeys", "~cdc:*", "~app:other:*")
         checked = setting.check(THING, **given)
         assert checked.of("error") == ["redis_rights"]
-        assert "grant it +evalsha and ~app:env:thing:*" in checked.only("redis_rights")["sentence"]
+        assert "grant it +evalsha +unlink and ~app:env:thing:*" in checked.only("redis_rights")["sentence"]
         assert checked.only("redis_rights")["line"] == 3
+        # Who may ask what the ACL allows learns it of a key without parameters, and of a selector, too.
+        administrator.execute_command(
+            "ACL", "SETUSER", name, "-unlink", "(+unlink ~cdc:*)", "~app:env:*", "+acl|whoami"
+        )
+        one = "  thing: {key: 'app:env:thing', ttl: 1m}\n"
+        assert setting.check(THING, caches=one, **given).of("error") == []
+        administrator.execute_command("ACL", "SETUSER", name, "+acl|dryrun")
+        checked = setting.check(THING, caches=one, **given)
+        assert "grant it +unlink and ~app:env:thing*" in checked.only("redis_rights")["sentence"]
+        assert "grant it +unlink and ~app:env:thing:*" in setting.check(THING, **given).only("redis_rights")["sentence"]
         assert setting.check(THING, redis_url=given["redis_url"].replace("secret", "other")).of("error") == [
             "redis_unavailable"
         ]

@@ -147,12 +147,12 @@ def test_the_watermark_stops_when_busts_can_not_be_proven_applied(
         with RunningDaemon(dsn=database, redis_url=url, rules=rules, slot=slot_name) as daemon:
             daemon.ready()
             settled(database, client, slot_name)
-            client.acl_setuser("app", enabled=True, commands=["-unlink"])
+            client.acl_setuser("app", enabled=True, commands=["-evalsha"])
             execute(database, "UPDATE users SET name = 'Grace' WHERE id = 42")
             daemon.seen("redis_unavailable", code="NOPERM")
             before = watermark(client, slot_name)
             eventually(lambda: len(daemon.named("redis_unavailable")) > 3, "it is tried again and again")
             assert watermark(client, slot_name) == before
             assert daemon.status()["lag_bytes"] > 0
-            client.acl_setuser("app", enabled=True, commands=["+unlink"])
+            client.acl_setuser("app", enabled=True, commands=["+evalsha"])
             settled(database, client, slot_name)

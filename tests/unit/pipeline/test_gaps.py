@@ -52,6 +52,7 @@ RULES = parse_rules(
     {},
 )
 TARGET = Target("changed", RULES.caches["user"], "public.users")
+DENIED = errors.RedisUnavailable("it may not", code="NOPERM", report=True)
 EARLY = Watermark(START, 0, "7", 1, {"user": "0"})
 
 
@@ -115,6 +116,7 @@ class World:
         self.redis = Redis()
         self.fills: dict[int, tuple[int, int]] = {}
         self.failures = 0
+        self.denials = 0
         self.log: list[tuple[str, list[str]]] = []
         self.start()
 
@@ -231,6 +233,10 @@ class World:
         self.load(row)
         self.store(row)
 
+    def deny(self, count: int) -> None:
+        """For so many commands on keys, a right is missing."""
+        self.denials = count
+
     def fail(self, count: int) -> None:
         self.failures = count
 
@@ -265,6 +271,12 @@ class Server:
             self._world.failures -= 1
             raise errors.RedisUnavailable("it is gone", code="CLOSED")
 
+    def _denied(self) -> bool:
+        self._ask()
+        denied = bool(self._world.denials)
+        self._world.denials -= denied
+        return denied
+
     async def connect(self) -> None:
         self._ask()
 
@@ -278,7 +290,8 @@ class Server:
     async def bust(
         self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int], _graces: Any = ()
     ) -> BustReply:
-        self._ask()
+        if self._denied():
+            return BustReply([0] * len(deletes), {}, dict.fromkeys(range(len(deletes)), DENIED))
         for keys in deletes:
             for key in keys:
                 self._redis.entries.pop(key + b":lock", None)
@@ -286,13 +299,15 @@ class Server:
         return BustReply([len(keys) for keys in deletes], {})
 
     async def unlink(self, keys: Sequence[bytes]) -> int:
-        self._ask()
+        if self._denied():
+            raise DENIED
         for key in keys:
             self._redis.entries.pop(key, None)
         return len(keys)
 
     async def scan(self, cursor: int | None, pattern: bytes, _count: int) -> tuple[int | None, list[bytes]]:
-        self._ask()
+        if self._denied():
+            raise DENIED
         at = cursor or 0
         entry = ENTRIES[at]
         meant = entry in self._redis.entries and (not pattern.endswith(b":lock") or entry.endswith(b":lock"))
@@ -317,7 +332,9 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_connection, "_log", Mock())
     monkeypatch.setattr(info, "_log", Mock())
     monkeypatch.setattr(record, "HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(gaps, "_log", Mock())
     monkeypatch.setattr(gaps, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(gaps, "FIRST_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(Backlog, "wait", AsyncMock())
     monkeypatch.setattr(asyncio, "sleep", AsyncMock())
 
@@ -329,7 +346,7 @@ _steps = st.one_of(
     ),
     st.tuples(st.just("turns"), st.sampled_from([1, 2, 4, 8, 16, 32])),
     st.tuples(st.just("turns"), st.sampled_from([1, 2, 4, 8, 16, 32])),
-    st.tuples(st.sampled_from(["fail", "crash"]), st.integers(1, 2)),
+    st.tuples(st.sampled_from(["fail", "crash", "deny"]), st.integers(1, 2)),
 )
 
 
@@ -505,3 +522,46 @@ def test_where_gaps_are_only_logged_the_watermark_goes_on_naming_the_cache() -> 
     assert not one.gaps.must_write
     one.gaps.sweep({"user": "redis_behind"})
     assert one.gaps.reasons == {"user": "redis_behind"}
+
+
+def test_a_denied_cache_stays_unnamed_and_its_sweep_is_tried_at_once_and_then_after_growing_pauses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Mock(return_value=100.0)
+    monkeypatch.setattr("cdc_invalidator.pipeline.gaps.time.monotonic", clock)
+    one = One()
+    one.gaps.deny({"user": DENIED}, 100.0)
+    pauses: list[float] = []
+    for _ in range(12):
+        assert one.gaps.denied.keys() == one.gaps.reasons.keys() == {"user"}
+        one.gaps.written(one.gaps.reasons)
+        began = clock.return_value
+        while not one.gaps.to_begin:
+            clock.return_value += 0.25
+        pauses.append(clock.return_value - began)
+        one.gaps.begin(one.gaps.to_begin, Horizon(7, 7))
+        assert len(one.gaps.take()) == 1
+        one.gaps.deny({"user": DENIED}, clock.return_value)
+        # Busts that come meanwhile make no pause longer.
+        one.gaps.deny({"user": DENIED}, clock.return_value)
+    assert pauses[0] == 0
+    assert 0.25 <= pauses[1] <= 0.5
+    assert 15 <= pauses[-1] <= gaps.MOST_PAUSE_SECONDS
+    one.events.gap.assert_called_once_with("denied", ["user"], swept=True, lsn="0/3E8")
+    clock.return_value += gaps.MOST_PAUSE_SECONDS
+    one.gaps.begin(one.gaps.to_begin, Horizon(7, 7))
+    assert one.sweep() == ["user"]
+    assert one.gaps.denied == one.gaps.reasons == {}
+
+
+def test_a_cache_is_granted_with_the_sweep_that_redis_grants_and_named_when_its_gap_is_over() -> None:
+    one = One()
+    one.gaps.deny({"user": DENIED}, 0.0)
+    one.gaps.written(one.gaps.reasons)
+    one.gaps.begin(one.gaps.to_begin, Horizon(5, 9))
+    assert one.gaps.denied == {"user": "it may not"}
+    assert one.sweep() == ["user"]
+    assert one.gaps.denied == {}
+    assert one.gaps.reasons == {"user": "denied"}
+    assert one.settle(Horizon(10, 12), 0.0) == ["user"]
+    assert one.gaps.reasons == {}

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.pipeline.sweep import Cause, Pass, Request, Sweeps
-from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer, Cursor
+from cdc_invalidator.redis.server import SCAN_COUNT, BustReply, CacheServer, Cursor
 from cdc_invalidator.rules.load import parse_rules
 
 RULES = "version: 1\ncaches: {a: {key: 'a:{id}'}, b: {key: 'b:{id}'}, v: {key: 'v:{version}', version: 'v:{id}'}}"
@@ -46,6 +46,9 @@ class Scanned:
     async def size(self) -> int | None:
         return self.keys
 
+    async def bust(self, deletes: list[list[bytes]], _bumps: dict[bytes, int]) -> BustReply:
+        return BustReply([0] * len(deletes), {})
+
 
 def sweeping(*names: str, rate: int) -> Sweeps:
     sweeps = Sweeps(Metrics(CollectorRegistry()), lambda _ticket: None, rate=rate)
@@ -58,7 +61,9 @@ def sweeping(*names: str, rate: int) -> Sweeps:
 
 async def step(sweeps: Sweeps, server: Scanned) -> list[Pass]:
     # Of a server, a sweep that finds nothing needs no more.
-    return await sweeps.step(cast("CacheServer", server))
+    over, denied = await sweeps.step(cast("CacheServer", server))
+    assert not denied
+    return over
 
 
 async def run(sweeps: Sweeps, server: Scanned, clock: Clock) -> list[Pass]:

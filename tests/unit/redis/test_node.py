@@ -211,7 +211,7 @@ def test_an_operator_is_told_of_what_does_not_get_better_by_itself(code: str) ->
     does = replies.of(code).does
     assert failure.code == code
     # Nobody has followed it, or it would not have failed.
-    assert failure.report is (does in {replies.Does.REPORT, replies.Does.REDIRECT})
+    assert failure.report is (does in {replies.Does.REPORT, replies.Does.REDIRECT, replies.Does.DENY})
 
 
 WORDS = st.sampled_from([*replies.TABLE, "ERR", "EXECABORT", "@user_script:1:", "-OOM", "'", "no such key", ".", "«»"])

@@ -202,7 +202,8 @@ class EventLog:
             self.write_text(self.render(events, event, level), level)
             return
         for shared, own in events:
-            if self._drops(1):
+            if self._drops:
+                self._output.drop(1)
                 continue
             self._log.log(_number(level), event, **shared, **own)
 
@@ -222,16 +223,22 @@ class EventLog:
 
     def write_text(self, text: bytes, level: Level = "info") -> None:
         """Write events that are rendered as JSON lines already."""
-        if text and _number(level) >= self._least and not self._drops(text.count(b"\n")):
+        if not text or _number(level) < self._least:
+            return
+        if self._drops:
+            # Not before: to count lines takes 0.1 µs for each, an eighth of what it takes to render it.
+            self._output.drop(text.count(b"\n"))
+        else:
             self._output.write(text)
 
-    def _drops(self, lines: int) -> bool:
+    @property
+    def _drops(self) -> bool:
+        """Whether lines are dropped now: once it has begun, also those that could be written again.
+
+        What is received again is told in order.
+        """
         output = self._output
-        if not output.dropped and not (output.full and (self.hurry or output.stuck)):
-            return False
-        # Also what could be written again: what is received again is told in order.
-        output.drop(lines)
-        return True
+        return bool(output.dropped) or (output.full and (self.hurry or output.stuck))
 
     @property
     def mark(self) -> int:

@@ -306,6 +306,8 @@ class Session:
         """Wait until nobody streams from the slot, and create it if needed; return whether it is new."""
         server = await slot.server()
         self._know_readers(server)
+        # A slot of somebody else is refused before anything is made.
+        await slot.state()
         while True:
             had_publication = await tables.publish()
             state = await slot.state()

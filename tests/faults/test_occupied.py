@@ -10,6 +10,7 @@ import reading
 import redis
 from running import RunningDaemon, command, eventually, execute, settled
 
+from cdc_invalidator import errors
 from cdc_invalidator.embedded.servers import Postgres
 
 if TYPE_CHECKING:
@@ -166,3 +167,20 @@ def test_check_says_beforehand_that_the_watermark_is_taken(
     left = command("check", **given)
     assert left.returncode == 0
     assert "of another PostgreSQL, whose daemon does not run now" in " ".join(left.stdout.split())
+
+
+def test_the_slot_of_another_database_is_refused_before_anything_is_made(
+    database: str, postgres: Postgres, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, f"SELECT pg_create_logical_replication_slot('{slot_name}', 'pgoutput')")
+    second = f"{slot_name}_second"
+    dsn = postgres.create_database(second)
+    try:
+        reading.create(dsn)
+        with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=rules_for(tmp_path, "a"), slot=slot_name) as daemon:
+            assert daemon.wait() == errors.ServerRefuses.exit_code
+            assert "belongs to another database" in daemon.errors[-1]
+        with psycopg.connect(dsn) as connection:
+            assert connection.execute("SELECT count(*) FROM pg_publication").fetchone() == (0,)
+    finally:
+        postgres.drop_database(second)

@@ -2,8 +2,9 @@
 
 Two deployments with one name for their watermark would each take the other's for a gap, and sweep for ever.
 
-Mostly the other one has another PostgreSQL. It may also have a copy of ours, with the same system identifier; then its
-watermark looks like ours, and only whoever holds the slot, or is about to make it, can tell that somebody else writes.
+Mostly the other one has another PostgreSQL. It may also have a copy of ours, or another slot of ours, with the same
+system identifier; then its watermark looks like ours, and only whoever holds the slot, or is about to make it, can tell
+that somebody else writes.
 
 The rule that holds here: no clocks are compared. Who is alive writes its watermark at least once a second, so it is
 read twice.
@@ -46,7 +47,7 @@ async def refuse_occupied(
     moved = _of_others(found, ours) - before
     if moved:
         key, other = server.watermark_key.decode(), min(moved)[0]
-        whose = "another copy of this PostgreSQL" if other == system_id else "another PostgreSQL"
+        whose = "another slot or copy of this PostgreSQL" if other == system_id else "another PostgreSQL"
         raise errors.WatermarkTaken(
             f"A daemon of {whose} (system identifier {other}) is writing {key} in this Redis, and the two "
             "would sweep each other's caches for ever; stop the other one, or set CDC_WATERMARK to another name here, "

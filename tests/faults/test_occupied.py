@@ -121,7 +121,7 @@ def test_of_two_copies_that_both_have_a_slot_one_refuses(
             return told[0] if sorted(map(str, roles)) == ["connecting", "leader"] and told else None
 
         loser: RunningDaemon = eventually(refuses, "one leads, the other says why not")
-        assert "another copy of this PostgreSQL" in loser.named("watermark_taken")[0]["error"]
+        assert "another slot or copy of this PostgreSQL" in loser.named("watermark_taken")[0]["error"]
         winner = first if loser is second else second
         assert slots(loser.dsn) == 0
         winner.events.clear()
@@ -184,3 +184,25 @@ def test_the_slot_of_another_database_is_refused_before_anything_is_made(
             assert connection.execute("SELECT count(*) FROM pg_publication").fetchone() == (0,)
     finally:
         postgres.drop_database(second)
+
+
+def test_two_slots_of_one_server_do_not_share_a_watermark(
+    daemons: tuple[RunningDaemon, RunningDaemon],
+    postgres: Postgres,
+    redis_url: str,
+    redis_client: redis.Redis,
+    slot_name: str,
+) -> None:
+    first, second = daemons
+    settled(first.dsn, redis_client, slot_name)
+    name = f"{slot_name}_second"
+    dsn = postgres.create_database(name)
+    try:
+        reading.create(dsn)
+        with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=second.rules, slot=name, watermark=slot_name) as daemon:
+            assert "another slot or copy of this PostgreSQL" in daemon.seen("watermark_taken")["error"]
+            assert daemon.get("/readyz")[0] == 503
+            assert slots(dsn) == 0
+        assert [gap["reason"] for gap in first.named("gap")] == ["new_slot"]
+    finally:
+        postgres.drop_database(name)

@@ -50,7 +50,8 @@ class WrongSettings(InvalidatorError):
 class Problem:
     """One mistake in a rule file: where it stands (line and column count from 1) and a sentence with the remedy.
 
-    ``code`` is what pipelines know this kind of mistake by.
+    ``code`` is what pipelines know this kind of mistake by; ``sql``: the statements of the remedy, ``or_sql``: those of
+    another one that does as well; empty where SQL does not help.
     """
 
     file: str
@@ -58,6 +59,8 @@ class Problem:
     column: int
     sentence: str
     code: str = field(default="wrong_rule_file", compare=False)
+    sql: tuple[str, ...] = field(default=(), compare=False)
+    or_sql: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}: {self.sentence}"
@@ -85,6 +88,11 @@ class ServerRefuses(InvalidatorError):
     """The server refuses for good; give the privilege or the setting that the message names."""
 
     exit_code = 3
+
+    def __init__(self, message: str | None = None, *, sql: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        # The statements that the message tells an administrator to run, as far as they are all of its remedy.
+        self.sql = sql
 
 
 class MalformedMessage(InvalidatorError):

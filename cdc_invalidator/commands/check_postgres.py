@@ -7,7 +7,7 @@ A server that is away is a finding too.
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,9 @@ from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
-from cdc_invalidator.postgres.mistakes import mistakes, unknown_old
+from cdc_invalidator.postgres.mistakes import mistakes, read_of_old, unknown_old
 from cdc_invalidator.postgres.publication import Publication
-from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables
+from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables, read_rights
 from cdc_invalidator.postgres.quoting import qualified
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
@@ -112,16 +112,6 @@ def _texts(oid: int, category: str = "S") -> Texts:
     return _TEXTS.get(oid, overlap.TEXT if category == "S" else overlap.PART)
 
 
-@dataclass(slots=True)
-class _Rights:
-    """The role's privileges, and the server's room for slots."""
-
-    role: str
-    replicates: bool
-    free_slots: int
-    keep_size: int
-
-
 class _Database:
     """One check of the database in the settings."""
 
@@ -159,8 +149,16 @@ class _Database:
                 await self._look_at_queries(connection, self._rules)
         return self._findings
 
-    def _add(self, severity: Severity, code: str, sentence: str, place: Place | str = POSTGRES) -> None:
-        self._findings.append(Finding(severity, code, place, sentence))
+    def _add(
+        self,
+        severity: Severity,
+        code: str,
+        sentence: str,
+        place: Place | str = POSTGRES,
+        sql: Sequence[str] = (),
+        or_sql: Sequence[str] = (),
+    ) -> None:
+        self._findings.append(Finding(severity, code, place, sentence, tuple(sql), tuple(or_sql)))
 
     async def _look_at_readers(self, server: ServerInfo | None) -> None:
         readers = self._settings.postgres_readers
@@ -203,25 +201,27 @@ class _Database:
         self, connection: psycopg.AsyncConnection[Any], slot: Slot, server: ServerInfo | None
     ) -> None:
         name = self._settings.slot
-        (row,) = await rows(connection, _RIGHTS)
-        rights = _Rights(*row)
+        rights = await read_rights(connection)
         if not rights.replicates:
+            remedy = remedies.run(remedies.replication_right(rights.role))
             self._add(
                 Severity.ERROR,
                 "no_replication_right",
-                f"the role {rights.role} may not stream; run {remedies.replication_right(rights.role)}.",
+                f"the role {rights.role} may not stream; {remedy.text}.",
+                sql=remedy.sql,
             )
         if rights.keep_size == -1:
             self._add(
                 Severity.NOTE,
                 "wal_unbounded",
                 "max_slot_wal_keep_size is not set, so while no daemon runs the slot holds WAL without a bound; set "
-                f"it, for example {remedies.bounded_wal()}.",
+                f"it, for example {remedies.as_text(remedies.bounded_wal())}.",
+                sql=remedies.bounded_wal(),
             )
         try:
             state = await slot.state()
         except errors.ServerRefuses as error:
-            self._add(Severity.ERROR, "unusable_slot", str(error))
+            self._add(Severity.ERROR, "unusable_slot", str(error), sql=error.sql)
             return
         if state is None:
             self._add(
@@ -292,12 +292,15 @@ class _Database:
         lacking = sorted(used - set(row.ops))
         for leaf in await publication.bystanders() if {"update", "delete"} & set(row.ops) else ():
             if leaf.table not in survey.tables and leaf.table not in survey.without_identity:
+                text, *sql = remedies.usable_identity(leaf, name)
                 self._add(
                     Severity.ERROR,
                     "no_replica_identity",
                     f"the publication {name} is FOR ALL TABLES or a schema, and so carries {leaf.table}, which no rule "
                     "names and which has no usable replica identity, so that the application's UPDATE and DELETE fail; "
-                    f"{remedies.usable_identity(leaf, name)}.",
+                    f"{text}.",
+                    POSTGRES,
+                    *sql,
                 )
         fix = publication.options(survey)
         if survey.awaits_stored:
@@ -336,21 +339,24 @@ class _Database:
             )
         for table in survey.without_identity:
             if table not in survey.tables:
+                remedy = remedies.run(remedies.remove_table(name, table))
                 self._add(
                     Severity.ERROR,
                     "no_replica_identity",
                     f"the publication {name} lists {table}, which no rule names and which has no replica identity, so "
-                    f"that the application's UPDATE and DELETE fail; run {remedies.remove_table(name, table)}",
+                    f"that the application's UPDATE and DELETE fail; {remedy.text}.",
+                    sql=remedy.sql,
                 )
 
     def _not_set_up(self, place: Place | str, code: str, what: str, statements: list[str], *, may: bool) -> None:
         """Report what the daemon corrects when it starts, or an administrator must correct."""
         if may:
             severity = Severity.NOTE if code == "no_publication" else Severity.WARNING
-            self._add(severity, code, f"{what}; the daemon runs, when it starts: {' '.join(statements)}", place)
+            sentence = f"{what}; the daemon runs, when it starts: {' '.join(statements)}"
+            self._add(severity, code, sentence, place, statements)
         else:
             sentence = f"{what}, and its role may not change that; have an administrator run {' '.join(statements)}"
-            self._add(Severity.ERROR, code, sentence, place)
+            self._add(Severity.ERROR, code, sentence, place, statements)
 
     async def _look_at_tables(self, connection: psycopg.AsyncConnection[Any], survey: Survey, rules: RuleSet) -> None:
         if survey.unknown:
@@ -366,7 +372,9 @@ class _Database:
             for leaf in state.leaves if state is not None else ():
                 if leaf.usable:
                     for rule in _rules_on(rules, table):
-                        self._findings += _of_old_rows(rule, leaf, survey.publication)
+                        read = read_of_old(_rules_on(rules, table), leaf).union(unknown_old(rule, leaf))
+                        way = remedies.carrying(leaf, survey.publication, read)
+                        self._findings += _of_old_rows(rule, leaf, way)
         self._look_at_parameters(rules)
 
     def _look_at_parameters(self, rules: RuleSet) -> None:
@@ -431,13 +439,15 @@ class _Database:
                 found = await (await connection.execute(_WITH_POLICIES)).fetchall()
         (row,) = await rows(connection, "SELECT current_user::text AS role")
         tables = " and ".join(str(Table(each.schema, each.name)) for each in found)
+        remedy = remedies.run(remedies.bypass_policies(row.role))
         self._add(
             Severity.ERROR,
             "query_hides_rows",
             f"the `via` query of rule {rule.name} for cache {bust.cache.name} reads {tables}, where row-level security "
             f"hides rows from the role {row.role}, so that the cache would be swept at each change; "
-            f"run {remedies.bypass_policies(row.role)}, or read a view that the table's owner owns.",
+            f"{remedy.text}, or read a view that the table's owner owns.",
             rule.place,
+            remedy.sql,
         )
 
     async def _look_at_query(
@@ -480,13 +490,14 @@ class _Database:
         if row.size is None or row.size < LARGE_BYTES:
             return
         columns = _compared(scan["Alias"], nodes)
-        index = f"run {remedies.make_index(table, columns)}" if columns else "add an index"
+        index = remedies.run(remedies.make_index(table, columns)) if columns else remedies.Remedy("add an index")
         self._add(
             Severity.WARNING,
             "query_scans_table",
             f"the `via` query of rule {rule.name} for cache {bust.cache.name} reads all of {table} "
-            f"({row.size >> 20} MiB) for the changes of each flush, and busts wait for it; {index}.",
+            f"({row.size >> 20} MiB) for the changes of each flush, and busts wait for it; {index.text}.",
             rule.place,
+            index.sql,
         )
 
 
@@ -494,9 +505,9 @@ def _rules_on(rules: RuleSet, table: Table) -> list[Rule]:
     return [rule for rule in rules.rules if rule.table == table]
 
 
-def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
+def _of_old_rows(rule: Rule, leaf: Leaf, remedy: remedies.Remedy) -> Iterator[Finding]:
     """Yield findings on old rows that lack what a rule reads of them, as far as that is not refused."""
-    remedy = remedies.with_full_identity(leaf, publication)
+    advice, *sql = remedy
     ops = rule.on & {"update", "delete"}
     asked = asked_columns(rule) & leaf.columns - leaf.carried
     watched = {*rule.columns, *(asked - rule.immutable if rule.columns else ())} if "update" in ops else set()
@@ -513,7 +524,8 @@ def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
             rule.place,
             f"rule {rule.name} compares {', '.join(sorted(watched | compared))} of the old row, which the replica "
             f"identity of {leaf.table} does not carry, so that it fires on every {_and(fired)}; "
-            f"{remedy}.",
+            f"{advice}.",
+            *sql,
         )
     counted = {op: asked - rule.immutable if op == "update" else asked for op in ops}
     if any(counted.values()):
@@ -523,7 +535,8 @@ def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
             rule.place,
             f"rule {rule.name} asks its `where` for {', '.join(sorted(frozenset().union(*counted.values())))} of the "
             f"old row, which the replica identity of {leaf.table} does not carry, so that the old row counts at every "
-            f"{_and(op for op, lacking in counted.items() if lacking)} and more is busted than need be; {remedy}.",
+            f"{_and(op for op, lacking in counted.items() if lacking)} and more is busted than need be; {advice}.",
+            *sql,
         )
     unknown = unknown_old(rule, leaf)
     if unknown and rule.old_row == "sweep":
@@ -534,7 +547,8 @@ def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
             rule.place,
             f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of {leaf.table} "
             f"does not carry, so that its caches are swept at every {_and(swept)}; to bust single "
-            f"keys, {remedy}.",
+            f"keys, {advice}.",
+            *sql,
         )
     if unknown and rule.old_row == "ignore" and rule.on == {"delete"}:
         yield Finding(
@@ -542,7 +556,8 @@ def _of_old_rows(rule: Rule, leaf: Leaf, publication: str) -> Iterator[Finding]:
             "never_fires",
             rule.place,
             f"rule {rule.name} can never fire: a DELETE of {leaf.table} does not tell {', '.join(unknown)}, and "
-            f"`old_row: ignore` lets that pass; {remedy}.",
+            f"`old_row: ignore` lets that pass; {advice}.",
+            *sql,
         )
 
 
@@ -599,18 +614,6 @@ def _compared(alias: str, nodes: Iterable[Mapping[str, Any]]) -> str:
     ]
     return ", ".join(dict.fromkeys(found))
 
-
-# Managed services, where nobody is a superuser, have their own roles for replication.
-_RIGHTS = """
-SELECT current_user::text AS role,
-  r.rolsuper OR r.rolreplication OR EXISTS (
-    SELECT FROM pg_roles g WHERE g.rolname IN ('rds_replication', 'rds_superuser', 'cloudsqlsuperuser')
-    AND pg_has_role(current_user, g.oid, 'MEMBER')
-  ) AS replicates,
-  (current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots))::int AS free_slots,
-  (SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size') AS keep_size
-FROM pg_roles r WHERE r.rolname = current_user
-"""
 
 _MAY_CREATE = """
 SELECT has_database_privilege(current_database(), 'CREATE') AND NOT pg_is_in_recovery() AS may

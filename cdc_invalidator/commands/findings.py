@@ -31,19 +31,22 @@ class Finding:
     """One thing worth saying.
 
     ``code``: what pipelines know it by; ``place``: where in a rule file, or which server; ``sentence``: what is found,
-    with the remedy at its end.
+    with the remedy at its end; ``sql``: the statements of the remedy, ``or_sql``: those of another one that does as
+    well, as the sentence has them.
     """
 
     severity: Severity
     code: str
     place: Place | str
     sentence: str
+    sql: tuple[str, ...] = ()
+    or_sql: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, problem: Problem) -> Finding:
         """Make one of a mistake that `run` refuses as well."""
         place = Place(problem.file, problem.line, problem.column)
-        return cls(Severity.ERROR, problem.code, place, problem.sentence)
+        return cls(Severity.ERROR, problem.code, place, problem.sentence, problem.sql, problem.or_sql)
 
     def fields(self) -> dict[str, Any]:
         """Return plain values, for JSON; ``file``, ``line`` and ``column`` are ``None`` where the place is a server."""
@@ -56,6 +59,8 @@ class Finding:
             "line": line,
             "column": column,
             "sentence": self.sentence,
+            "sql": list(self.sql),
+            "or_sql": list(self.or_sql),
         }
 
 

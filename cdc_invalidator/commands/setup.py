@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cdc_invalidator import errors
+from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, run_statements
+from cdc_invalidator.postgres.queries import Rights, read_rights
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import Slot
 from cdc_invalidator.rules.model import RuleSet
@@ -23,11 +25,12 @@ async def set_up(
         slot_name: the replication slot.
         publication_name: the publication.
         rules: the rules.
-        show: only return the statements; change nothing.
+        show: only return the statements, with those that only an administrator may decide on, and comments between
+            them; change nothing.
         say: is given a line for each table that does not exist yet.
 
     Raises:
-        errors.WrongRules: there are rules that this database can't keep.
+        errors.WrongRules: there are rules that this database can't keep; with ``show``, only where no SQL helps.
         errors.InvalidatorError: the database can't be reached, or refuses.
     """
     connection = await connect(dsn, "cdc-invalidator setup")
@@ -36,18 +39,47 @@ async def set_up(
         server = await slot.server()
         survey = await publication.survey(rules)
         problems = mistakes(survey, rules)
-        if problems:
+        if problems and not show:
             raise errors.WrongRules(problems)
         for table in survey.unknown:
             say(f"-- {table} does not exist yet; run setup again, or let the daemon add it once it does.")
         statements = publication.statements(survey)
         of_slot = slot.statements(await slot.state(), server, new_publication=not survey.exists)
         statements += of_slot
-        if not show:
-            if of_slot:
-                await Replication.try_out(dsn)
-            await run_statements(connection, statements)
+        if show:
+            return _printed(await read_rights(connection), problems, statements, say)
+        if of_slot:
+            await Replication.try_out(dsn)
+        await run_statements(connection, statements)
         return statements
+
+
+def _printed(
+    rights: Rights, problems: Sequence[errors.Problem], statements: Sequence[str], say: Callable[[str], None]
+) -> list[str]:
+    """Return all that an administrator must run, in order: an identity comes before the table is published.
+
+    Raises:
+        errors.WrongRules: there are mistakes that no SQL mends; what can be run is said before.
+    """
+    lines = [] if rights.replicates else [remedies.replication_right(rights.role)]
+    for problem in problems:
+        lines += problem.sql
+        if problem.or_sql:
+            lines.append(f"-- or, for an index more and hardly more WAL: {' '.join(problem.or_sql)}")
+    lines += statements
+    lines += [
+        "-- Then run setup again: it publishes the tables that have a usable identity by then."
+        for problem in problems
+        if problem.code == "no_replica_identity" and problem.sql
+    ]
+    lines = list(dict.fromkeys(lines))
+    beyond = [problem for problem in problems if not problem.sql]
+    if beyond:
+        for line in lines:
+            say(line)
+        raise errors.WrongRules(beyond)
+    return lines
 
 
 async def tear_down(dsn: str, slot: str, publication: str) -> list[str]:

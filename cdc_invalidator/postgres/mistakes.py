@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from cdc_invalidator.errors import Problem
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.survey import NOT_TABLES, Leaf, Survey
-from cdc_invalidator.rules.condition import condition_of
+from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Rule, RuleSet
 from cdc_invalidator.rules.table import Table
 
@@ -44,8 +44,8 @@ def mistakes(survey: Survey, rules: RuleSet) -> list[Problem]:
 def _mistakes(publication: str, table: Table, leaves: Iterable[Leaf], rules: Sequence[Rule]) -> list[Problem]:
     problems: list[Problem] = []
 
-    def add(rule: Rule, code: str, sentence: str) -> None:
-        problems.append(Problem(rule.place.file, rule.place.line, rule.place.column, sentence, code))
+    def add(rule: Rule, code: str, sentence: str, sql: Sequence[str] = (), or_sql: Sequence[str] = ()) -> None:
+        problems.append(Problem(*rule.place, sentence, code, tuple(sql), tuple(or_sql)))
 
     for leaf in leaves:
         if leaf.kind in NOT_TABLES:
@@ -57,11 +57,13 @@ def _mistakes(publication: str, table: Table, leaves: Iterable[Leaf], rules: Seq
             continue
         if leaf.harmful:
             why = "its replica identity contains a virtual generated column; " if leaf.full == "virtual" else ""
+            text, *sql = remedies.usable_identity(leaf, publication)
             add(
                 rules[0],
                 "no_replica_identity",
                 f"{leaf.table} has no usable replica identity, and publishing it would make the application's "
-                f"UPDATE and DELETE fail; {why}{remedies.usable_identity(leaf, publication)}.",
+                f"UPDATE and DELETE fail; {why}{text}.",
+                *sql,
             )
             continue
         if leaf.limited:
@@ -77,12 +79,14 @@ def _mistakes(publication: str, table: Table, leaves: Iterable[Leaf], rules: Seq
             problems += _not_of_conditions(rule, leaf)
             unknown = unknown_old(rule, leaf)
             if unknown and rule.old_row == "require":
+                text, *sql = remedies.carrying(leaf, publication, read_of_old(rules, leaf))
                 add(
                     rule,
                     "old_row_unknown",
                     f"rule {rule.name} needs {', '.join(unknown)} of the old row, which the replica identity of "
                     f"{leaf.table} does not carry, so that the entry under a former value would stay; "
-                    f"{remedies.with_full_identity(leaf, publication)}, or set old_row to sweep or ignore.",
+                    f"{text}, or set old_row to sweep or ignore.",
+                    *sql,
                 )
     return problems
 
@@ -112,6 +116,28 @@ def _not_of_conditions(rule: Rule, leaf: Leaf) -> list[Problem]:
         ]
         problems += [Problem(place.file, place.line, place.column, sentence, code) for code, sentence in found]
     return problems
+
+
+def read_of_old(rules: Iterable[Rule], leaf: Leaf) -> frozenset[str]:
+    """Return the columns of old rows that rules on a table read, to make keys and to compare."""
+    read: set[str] = set()
+    for rule in rules:
+        if rule.old_row != "ignore":
+            read.update(unknown_old(rule, leaf))
+        read |= compared_old(rule, leaf)
+    return frozenset(read)
+
+
+def compared_old(rule: Rule, leaf: Leaf) -> frozenset[str]:
+    """Return the columns that a rule compares with the old row, and that an UPDATE or DELETE does not carry."""
+    ops = rule.on & {"update", "delete"}
+    compared = set(rule.columns) if "update" in ops else set()
+    if ops:
+        compared |= asked_columns(rule) - (rule.immutable if ops == {"update"} else frozenset())
+    if rule.when is not None and ops:
+        reads = condition_of(rule.when).reads["old"]
+        compared |= leaf.columns if reads.whole else reads.columns
+    return (leaf.columns & compared) - leaf.carried
 
 
 def unknown_old(rule: Rule, leaf: Leaf) -> list[str]:

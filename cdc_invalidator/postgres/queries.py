@@ -1,4 +1,4 @@
-"""Catalog queries that several modules need: columns and their types, replica identities, ancestors.
+"""Catalog queries that several modules need: columns and their types, replica identities, ancestors, rights.
 
 No query here opens the table itself, as `pg_relation_size` does: it would wait for whoever has locked the table.
 """
@@ -44,6 +44,24 @@ class ColumnInfo(NamedTuple):
     identity: bool
     unique: bool
     compared: ColumnType
+
+
+class Rights(NamedTuple):
+    """The role's privileges, and the server's room for slots.
+
+    ``keep_size``: max_slot_wal_keep_size, in MB; -1 for no bound.
+    """
+
+    role: str
+    replicates: bool
+    free_slots: int
+    keep_size: int
+
+
+async def read_rights(connection: psycopg.AsyncConnection[Any]) -> Rights:
+    """Return what the role of the connection may do."""
+    (row,) = await rows(connection, _RIGHTS)
+    return Rights(*row)
 
 
 def given_tables(tables: Sequence[Table]) -> Mapping[str, list[str]]:
@@ -129,4 +147,16 @@ SELECT n.nspname AS schema, c.relname AS name
 FROM pg_partition_ancestors(%(oid)s::oid) WITH ORDINALITY above (oid, nearness)
 JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.oid <> %(oid)s::oid ORDER BY above.nearness
+"""
+
+# Managed services, where nobody is a superuser, have their own roles for replication.
+_RIGHTS = """
+SELECT current_user::text AS role,
+  r.rolsuper OR r.rolreplication OR EXISTS (
+    SELECT FROM pg_roles g WHERE g.rolname IN ('rds_replication', 'rds_superuser', 'cloudsqlsuperuser')
+    AND pg_has_role(current_user, g.oid, 'MEMBER')
+  ) AS replicates,
+  (current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_replication_slots))::int AS free_slots,
+  (SELECT setting::int FROM pg_settings WHERE name = 'max_slot_wal_keep_size') AS keep_size
+FROM pg_roles r WHERE r.rolname = current_user
 """

@@ -6,7 +6,9 @@ the statements. A test runs each of them, with writers going, on each version of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from cdc_invalidator.postgres.quoting import identifier, literal, qualified
 from cdc_invalidator.postgres.survey import Leaf
@@ -18,43 +20,97 @@ _WHY_NOT_FULL = {
     "unstored": "another publication does not carry its generated columns",
 }
 
+# An entry of a B-tree may have some 2,700 bytes; each column may need 8 more for its length and alignment.
+_INDEX_BYTES = 2600
+
 
 # ── Replica identities ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def full_identity(leaf: Leaf, publication: str) -> str:
+class Remedy(NamedTuple):
+    """What an administrator is told to do.
+
+    ``text``: as the end of a sentence; ``sql``: its statements, ``or_sql``: those of another way to the same end.
+    """
+
+    text: str
+    sql: tuple[str, ...] = ()
+    or_sql: tuple[str, ...] = ()
+
+
+def run(*statements: str) -> Remedy:
+    """Return the remedy that consists of these statements."""
+    return Remedy(f"run {as_text(statements)}", statements)
+
+
+def as_text(statements: Sequence[str]) -> str:
+    """Return statements as a sentence has them."""
+    return "; ".join(statement.removesuffix(";") for statement in statements)
+
+
+def full_identity(leaf: Leaf, publication: str) -> tuple[str, ...]:
     """Return the SQL that makes old rows carry all columns; empty where that would make UPDATE and DELETE fail."""
-    full = f"ALTER TABLE {qualified(leaf.table)} REPLICA IDENTITY FULL"
+    full = f"ALTER TABLE {qualified(leaf.table)} REPLICA IDENTITY FULL;"
     if leaf.full == "stored":
-        return f"{stored_columns(publication)}; {full}"
-    return full if leaf.full == "ok" else ""
+        return (stored_columns(publication), full)
+    return (full,) if leaf.full == "ok" else ()
 
 
-def with_full_identity(leaf: Leaf, publication: str) -> str:
-    """Return the advice to make old rows carry all columns, or why that is none."""
+def index_identity(leaf: Leaf, columns: Iterable[str]) -> tuple[str, ...]:
+    """Return the SQL that makes old rows carry these columns by a unique index; empty where there can be none.
+
+    The index contains the identity as it is, so it is unique, and what others need of the identity stays. Its columns
+    must be NOT NULL, and so short that no value can ever be too long for the index.
+    """
+    indexed = sorted(leaf.carried) + sorted(set(columns) - leaf.carried)
+    sizes = [leaf.indexable.get(column) for column in indexed]
+    known = [size + 8 for size in sizes if size is not None]
+    if not leaf.carried or leaf.full == "listed" or len(known) < len(sizes) or sum(known) > _INDEX_BYTES:
+        return ()
+    named = hashlib.sha256(repr((str(leaf.table), indexed)).encode()).hexdigest()[:6]
+    index = identifier(f"{leaf.table.name[:40]}_{named}_identity" if leaf.table.name.isascii() else f"{named}_identity")
+    table = qualified(leaf.table)
     return (
-        f"run {sql}"
-        if (sql := full_identity(leaf, publication))
-        else (
-            "REPLICA IDENTITY FULL is no remedy, since UPDATE and DELETE would fail as long as "
-            f"{_WHY_NOT_FULL[leaf.full]}"
-        )
+        f"CREATE UNIQUE INDEX CONCURRENTLY {index} ON {table} ({', '.join(map(identifier, indexed))});",
+        f"ALTER TABLE {table} REPLICA IDENTITY USING INDEX {index};",
     )
 
 
-def usable_identity(leaf: Leaf, publication: str) -> str:
-    """Return the advice that gives a table an identity with which it can be published."""
+def carrying(leaf: Leaf, publication: str, columns: Iterable[str]) -> Remedy:
+    """Return how old rows can be made to carry these columns, or why they can't.
+
+    Args:
+        leaf: the table.
+        publication: ours.
+        columns: what all rules on the table read of old rows.
+    """
+    full, index = full_identity(leaf, publication), index_identity(leaf, columns)
+    if full and index:
+        return Remedy(
+            f"run {as_text(full)}, or, for an index more and hardly more WAL, run {as_text(index)}", full, index
+        )
+    if full or index:
+        return run(*(full or index))
+    return Remedy(
+        f"REPLICA IDENTITY FULL is no remedy, since UPDATE and DELETE would fail as long as {_WHY_NOT_FULL[leaf.full]}"
+    )
+
+
+def usable_identity(leaf: Leaf, publication: str) -> Remedy:
+    """Return what gives a table an identity with which it can be published."""
     if leaf.awaits_stored:
-        return f"run {stored_columns(publication)}"
+        return run(stored_columns(publication))
     if leaf.keyed and not leaf.filtered:
-        return f"run ALTER TABLE {qualified(leaf.table)} REPLICA IDENTITY DEFAULT"
+        return run(f"ALTER TABLE {qualified(leaf.table)} REPLICA IDENTITY DEFAULT;")
     full = full_identity(leaf, publication)
-    return f"add a primary key, or run {full}" if full else "add a primary key and set REPLICA IDENTITY DEFAULT"
+    if full:
+        return Remedy(f"add a primary key, or run {as_text(full)}", full)
+    return Remedy("add a primary key and set REPLICA IDENTITY DEFAULT")
 
 
 def stored_columns(publication: str) -> str:
     """Return the SQL that makes a publication carry stored generated columns; from PostgreSQL 18 on."""
-    return f"ALTER PUBLICATION {identifier(publication)} SET (publish_generated_columns = stored)"
+    return f"ALTER PUBLICATION {identifier(publication)} SET (publish_generated_columns = stored);"
 
 
 # ── The publication ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,19 +171,19 @@ def drop_slot(slot: str) -> str:
 
 def replication_right(role: str) -> str:
     """Return the SQL that allows a role to stream."""
-    return f"ALTER ROLE {identifier(role)} REPLICATION"
+    return f"ALTER ROLE {identifier(role)} REPLICATION;"
 
 
 def bypass_policies(role: str) -> str:
     """Return the SQL that lets a role read rows that row-level security hides."""
-    return f"ALTER ROLE {identifier(role)} BYPASSRLS"
+    return f"ALTER ROLE {identifier(role)} BYPASSRLS;"
 
 
-def bounded_wal() -> str:
+def bounded_wal() -> tuple[str, ...]:
     """Return the SQL that bounds the WAL that slots hold; for example."""
-    return "ALTER SYSTEM SET max_slot_wal_keep_size = '10GB'; SELECT pg_reload_conf()"
+    return ("ALTER SYSTEM SET max_slot_wal_keep_size = '10GB';", "SELECT pg_reload_conf();")
 
 
 def make_index(table: Table, columns: str) -> str:
     """Return the SQL that makes an index on these columns (as SQL writes them)."""
-    return f"CREATE INDEX CONCURRENTLY ON {qualified(table)} ({columns})"
+    return f"CREATE INDEX CONCURRENTLY ON {qualified(table)} ({columns});"

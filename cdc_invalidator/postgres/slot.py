@@ -102,7 +102,8 @@ class Slot:
             raise errors.ServerRefuses(
                 f"Slot {self.name} was made with two_phase, which sends transactions before they are committed; end "
                 f"who streams from it, and run {remedies.drop_slot(self.name)} The daemon makes it anew and sweeps the "
-                "caches."
+                "caches.",
+                sql=(remedies.drop_slot(self.name),),
             )
         return state
 

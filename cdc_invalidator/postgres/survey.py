@@ -35,7 +35,9 @@ class Leaf(NamedTuple):
     columns); ``filtered``: another publication has a row filter or a column list for it, and may need its identity;
     ``carriers``: the OIDs of the publication's entries that include it, directly, as a partition or by its schema, and
     of the publication itself if that is FOR ALL TABLES; ``limited``: a row filter or a column list hides changes;
-    ``types``: of the columns that conditions of rules read; ``definition``: changes with what its rows show.
+    ``types``: of the columns that conditions of rules read; ``definition``: changes with what its rows show;
+    ``indexable``: the columns that an index which is the identity may have, with the bytes that a value takes at most;
+    ``nullable``: the columns that may be NULL.
     """
 
     table: Table
@@ -53,6 +55,8 @@ class Leaf(NamedTuple):
     limited: bool
     types: Mapping[str, ColumnType]
     definition: Definition
+    indexable: Mapping[str, int]
+    nullable: frozenset[str]
 
     @property
     def published(self) -> bool:
@@ -381,6 +385,7 @@ def _of_leaves() -> str:
         unstored=_UNSTORED,
         carriers=_CARRIERS.format(table="tree"),
         others=_OTHERS,
+        unordered=_UNORDERED,
     )
 
 
@@ -405,6 +410,8 @@ def _leaf(row: Any, types: Mapping[str, ColumnType], definition: Definition) -> 
         limited=row.limited,
         types=types,
         definition=definition,
+        indexable=row.indexable,
+        nullable=frozenset(row.nullable),
     )
 
 
@@ -510,6 +517,9 @@ LEFT JOIN LATERAL (
 ) AS others ON true
 """
 
+# Types of a fixed length that no B-tree can order: point, lseg, box, line, circle, tid, xid, cid, aclitem.
+_UNORDERED = "(600, 601, 603, 628, 718, 27, 28, 29, 1033)"
+
 _LEAVES = """
 SELECT tree.schema AS root_schema, tree.name AS root_name, n.nspname AS schema, c.relname AS name, c.oid,
   CASE c.relpersistence WHEN 'p' THEN c.relkind ELSE c.relpersistence END::text AS kind,
@@ -535,12 +545,19 @@ SELECT tree.schema AS root_schema, tree.name AS root_name, n.nspname AS schema, 
     ELSE 'ok' END AS full,
   coalesce(others.filtered, false) AS filtered,
   coalesce(carriers.oids, '{{}}') AS carriers,
-  coalesce(carriers.limited, false) AS limited
+  coalesce(carriers.limited, false) AS limited,
+  names.indexable AS indexable, names.nullable AS nullable
 FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace
 CROSS JOIN LATERAL (
   SELECT coalesce(array_agg(attname::text), '{{}}') AS columns,
     coalesce(array_agg(attname::text) FILTER (WHERE attgenerated = 's'), '{{}}') AS stored,
-    coalesce(array_agg(attname::text) FILTER (WHERE attgenerated = 'v'), '{{}}') AS virtual
+    coalesce(array_agg(attname::text) FILTER (WHERE attgenerated = 'v'), '{{}}') AS virtual,
+    coalesce(array_agg(attname::text) FILTER (WHERE NOT attnotnull), '{{}}') AS nullable,
+    coalesce(jsonb_object_agg(attname, CASE WHEN attlen > 0 THEN attlen ELSE atttypmod * 4 END) FILTER (
+      WHERE attnotnull AND attgenerated = '' AND (
+        attlen > 0 AND atttypid NOT IN {unordered} OR atttypid IN (1042, 1043) AND atttypmod > 0
+      )
+    ), '{{}}') AS indexable
   FROM pg_attribute WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
 ) AS names
 {identity} {carriers} {others}

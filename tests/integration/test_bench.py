@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from bench import identity
+
+from cdc_invalidator.embedded.servers import Postgres
 
 TESTS = Path(__file__).parents[1]
 
@@ -77,3 +80,14 @@ def test_what_a_contender_left_fails_the_benchmark(monkeypatch: pytest.MonkeyPat
 
 def test_an_unknown_workload_is_refused_with_those_that_there_are() -> None:
     assert "there is no workload Z; there are A B C D E F G" in said(bench("--only", "Z"), 2)[1]
+
+
+def test_the_price_of_an_identity_is_measured_and_an_index_is_the_light_way() -> None:
+    with Postgres() as server:
+        costs = {(cost.table, cost.change, cost.identity): cost.size for cost in identity.measure(server, rows=50)}
+    for table in identity.TABLES:
+        for change in identity.CHANGES:
+            default, index, full = (costs[table, change, each] for each in identity.IDENTITIES)
+            assert default < full
+            assert index < 2.5 * default
+            assert table == "narrow" or full > 10 * index

@@ -361,7 +361,10 @@ def test_the_table_is_aligned_and_no_wider_than_it_may_be() -> None:
 
 
 def test_json_has_the_places_apart_and_counts() -> None:
-    findings = [Finding(Severity.ERROR, "a", Place("r.yaml", 3, 4), "x"), Finding(Severity.WARNING, "b", "Redis", "y")]
+    findings = [
+        Finding(Severity.ERROR, "a", Place("r.yaml", 3, 4), "x", ("SELECT 1;",), ("SELECT 2;", "SELECT 3;")),
+        Finding(Severity.WARNING, "b", "Redis", "y"),
+    ]
     told = report(findings)
     assert (told["errors"], told["warnings"]) == (1, 1)
     first, second = told["findings"]
@@ -373,8 +376,10 @@ def test_json_has_the_places_apart_and_counts() -> None:
         "line": 3,
         "column": 4,
         "sentence": "x",
+        "sql": ["SELECT 1;"],
+        "or_sql": ["SELECT 2;", "SELECT 3;"],
     }
-    assert (second["place"], second["file"]) == ("Redis", None)
+    assert (second["place"], second["file"], second["sql"], second["or_sql"]) == ("Redis", None, [], [])
 
 
 # The command

@@ -372,8 +372,9 @@ class _Database:
             for leaf in state.leaves if state is not None else ():
                 if leaf.usable:
                     for rule in _rules_on(rules, table):
-                        read = read_of_old(_rules_on(rules, table), leaf).union(unknown_old(rule, leaf))
-                        way = remedies.carrying(leaf, survey.publication, read)
+                        own = unknown_old(rule, leaf)
+                        wanted = [read.union(own) for read in read_of_old(_rules_on(rules, table), leaf)]
+                        way = remedies.carrying(leaf, survey.publication, *wanted)
                         self._findings += _of_old_rows(rule, leaf, way)
         self._look_at_parameters(rules)
 

@@ -79,7 +79,7 @@ def _mistakes(publication: str, table: Table, leaves: Iterable[Leaf], rules: Seq
             problems += _not_of_conditions(rule, leaf)
             unknown = unknown_old(rule, leaf)
             if unknown and rule.old_row == "require":
-                text, *sql = remedies.carrying(leaf, publication, read_of_old(rules, leaf))
+                text, *sql = remedies.carrying(leaf, publication, *read_of_old(rules, leaf))
                 add(
                     rule,
                     "old_row_unknown",
@@ -118,14 +118,10 @@ def _not_of_conditions(rule: Rule, leaf: Leaf) -> list[Problem]:
     return problems
 
 
-def read_of_old(rules: Iterable[Rule], leaf: Leaf) -> frozenset[str]:
-    """Return the columns of old rows that rules on a table read, to make keys and to compare."""
-    read: set[str] = set()
-    for rule in rules:
-        if rule.old_row != "ignore":
-            read.update(unknown_old(rule, leaf))
-        read |= compared_old(rule, leaf)
-    return frozenset(read)
+def read_of_old(rules: Sequence[Rule], leaf: Leaf) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the columns that rules on a table read of old rows and that these lack: all, and those for keys only."""
+    needed = frozenset(name for rule in rules if rule.old_row != "ignore" for name in unknown_old(rule, leaf))
+    return needed.union(*(compared_old(rule, leaf) for rule in rules)), needed
 
 
 def compared_old(rule: Rule, leaf: Leaf) -> frozenset[str]:

@@ -76,15 +76,16 @@ def index_identity(leaf: Leaf, columns: Iterable[str]) -> tuple[str, ...]:
     )
 
 
-def carrying(leaf: Leaf, publication: str, columns: Iterable[str]) -> Remedy:
+def carrying(leaf: Leaf, publication: str, columns: Iterable[str], needed: Iterable[str]) -> Remedy:
     """Return how old rows can be made to carry these columns, or why they can't.
 
     Args:
         leaf: the table.
         publication: ours.
         columns: what all rules on the table read of old rows.
+        needed: those of them without which keys are not known; the index has only these if it can't have all.
     """
-    full, index = full_identity(leaf, publication), index_identity(leaf, columns)
+    full, index = full_identity(leaf, publication), index_identity(leaf, columns) or index_identity(leaf, needed)
     if full and index:
         return Remedy(
             f"run {as_text(full)}, or, for an index more and hardly more WAL, run {as_text(index)}", full, index

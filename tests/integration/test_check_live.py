@@ -234,6 +234,44 @@ def test_with_the_types_of_columns_clashes_of_keys_are_decided(setting: Setting)
     assert checked.only("same_keys")["line"] == 5
 
 
+# Keys that are given
+
+THINGSBOARD = Path(__file__).parent / "rule_files" / "thingsboard.yaml"
+
+
+def test_for_the_keys_of_an_application_that_exists_nothing_is_advised_that_would_lose_a_bust(
+    setting: Setting, redis_client: redis.Redis
+) -> None:
+    with psycopg.connect(setting.dsn, autocommit=True) as connection:
+        connection.execute(THINGSBOARD.with_suffix(".sql").read_bytes())
+    given = setting.given | {"rules": THINGSBOARD}
+    before = Checked(**given)
+    # What is left to do is in the database, and SQL does it.
+    assert set(before.grave) == {"old_row_unknown", "old_row_not_carried"}
+    assert all(finding["sql"] for finding in before.findings if finding["severity"] != "note")
+    printed = command("setup", "--print", **{name: value for name, value in given.items() if name != "redis_url"})
+    assert printed.returncode == 0, printed.stderr
+    execute(setting.dsn, *(line for line in printed.stdout.splitlines() if not line.startswith("--")))
+    checked = Checked(**given)
+    assert checked.of("error") == []
+    assert set(checked.grave) == {"old_row_not_carried"}
+    for code in ("same_keys", "sweeps_others"):
+        assert checked.only(code)["severity"] == "note"
+    with RunningDaemon(
+        dsn=setting.dsn, redis_url=setting.given["redis_url"], rules=THINGSBOARD, slot=setting.given["slot"]
+    ) as daemon:
+        daemon.ready()
+        device, tenant = "0" * 8 + "-0000" * 3 + "-" + "0" * 12, "1" * 8 + "-1111" * 3 + "-" + "1" * 12
+        execute(setting.dsn, f"INSERT INTO device VALUES ('{device}', '{tenant}', 'a', 'x')")
+        settled(setting.dsn, redis_client, daemon.slot)
+        for key in (f"devices{device}", f"devices{tenant}_n_a", f"devices{tenant}_n_c"):
+            redis_client.set(key, "cached")
+        execute(setting.dsn, "UPDATE device SET name = 'b'")
+        settled(setting.dsn, redis_client, daemon.slot)
+        assert redis_client.keys("devices*") == [f"devices{tenant}_n_c".encode()]
+        assert daemon.terminate() == 0
+
+
 # The publication and the slot
 
 

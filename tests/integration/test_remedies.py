@@ -388,12 +388,14 @@ def test_what_setup_prints_contains_the_identities_and_ends_with_nothing_missing
         "  - {name: r, table: public.things, bust: [thing]}\n"
         "  - {name: s, table: public.things, on: [delete], bust: [thing: {id: n}]}\n"
         "  - {name: o, table: public.others, bust: [thing]}\n"
+        # An index can't have this column; it is only compared.
+        "  - {name: c, table: public.things, columns: [maybe], immutable: [id], on: [update], bust: [thing]}\n"
     )
     rules.write_text(text)
     given = {"postgres_dsn": dsn, "rules": rules, "slot": name, "publication": name}
     try:
-        execute(dsn, NOT_NULL.replace("n int", "n int NOT NULL"), KEYLESS)
-        execute(dsn, "INSERT INTO things VALUES (1, 1, 0)", "INSERT INTO others VALUES (1, 1, 0)")
+        execute(dsn, NOT_NULL.replace("n int", "n int NOT NULL, maybe text"), KEYLESS)
+        execute(dsn, "INSERT INTO things (key, id, n) VALUES (1, 1, 0)", "INSERT INTO others VALUES (1, 1, 0)")
         with Writers(dsn, "things", "others") as application:
             for rounds in range(3):
                 done = command("setup", "--print", **given)

@@ -177,6 +177,7 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
             given.slot,
             given.watermark_name,
             given.publication,
+            raw_keys=given.log_keys == "raw",
         )
         found = _completed(check.check_servers(given.rules, os.environ, servers))
     if output == "json":

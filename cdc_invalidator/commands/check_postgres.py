@@ -55,6 +55,7 @@ class ServerSettings:
     slot: str
     watermark: str
     publication: str
+    raw_keys: bool
 
 
 async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Finding]:
@@ -70,7 +71,13 @@ async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Findin
         findings += offline(rules, database.columns, cluster=servers.redis.kind == "cluster")
     findings += await _or_finding(
         lambda: check_redis.look_at(
-            servers.redis, servers.watermark, servers.event_stream, rules, system_id=database.system_id
+            servers.redis,
+            servers.watermark,
+            servers.event_stream,
+            rules,
+            system_id=database.system_id,
+            columns=database.columns,
+            raw_keys=servers.raw_keys,
         ),
         check_redis.REDIS,
         "redis_unavailable",

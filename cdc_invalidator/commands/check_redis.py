@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cdc_invalidator import errors, lsn
+from cdc_invalidator.commands import check_keyspace
+from cdc_invalidator.commands.check_rules import Columns
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.eventstream import FIELD
 from cdc_invalidator.redis import available, node, replies
@@ -30,7 +32,14 @@ OLDEST = (6, 2)
 
 
 async def look_at(
-    endpoint: Endpoint, watermark: str, event_stream: str, rules: RuleSet | None, *, system_id: str | None
+    endpoint: Endpoint,
+    watermark: str,
+    event_stream: str,
+    rules: RuleSet | None,
+    *,
+    system_id: str | None,
+    columns: Columns,
+    raw_keys: bool,
 ) -> list[Finding]:
     """Look at the Redis that is busted.
 
@@ -40,11 +49,13 @@ async def look_at(
         event_stream: the key of the stream of bust events; empty for none.
         rules: the rule set; ``None`` where the files are wrong.
         system_id: identifies our PostgreSQL; ``None`` where it could not be asked.
+        columns: what is known of the columns that keys are made of.
+        raw_keys: whether keys may be shown.
 
     Raises:
         errors.RedisUnavailable: it is away, or refuses to be looked at.
     """
-    findings = await _look_at_rights(endpoint, watermark, event_stream, rules)
+    findings = await _look_at_server(endpoint, watermark, event_stream, rules, columns, raw_keys=raw_keys)
     if any(found.severity is Severity.ERROR for found in findings):
         return findings  # the daemon's own way in fails for what is told already
     server = cache_server(endpoint, watermark, timeout=TIMEOUT)
@@ -100,8 +111,8 @@ class _Server:
         return tuple(int(number) for number in re.findall(r"\d+", self.fields.get("redis_version", ""))[:2])
 
 
-async def _look_at_rights(
-    endpoint: Endpoint, watermark: str, event_stream: str, rules: RuleSet | None
+async def _look_at_server(
+    endpoint: Endpoint, watermark: str, event_stream: str, rules: RuleSet | None, columns: Columns, *, raw_keys: bool
 ) -> list[Finding]:
     opened, close = await _open(endpoint)
     try:
@@ -116,6 +127,7 @@ async def _look_at_rights(
         if rules is not None:
             findings += await _of_keys(opened, watermark, rules)
             findings += await _of_old_values(opened, watermark, rules)
+            findings += check_keyspace.of_sweeps(rules, columns, await check_keyspace.sample(opened), raw=raw_keys)
         if event_stream:
             findings += await _of_event_stream(opened, event_stream)
     finally:

@@ -336,5 +336,5 @@ def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
             "sweeps_others",
             first.place,
             f"sweeps of caches with given keys also delete keys of other caches, which does no harm but costs misses: "
-            f"they look for {told}; run `check` with Redis to see what it holds there.",
+            f"they look for {told}; `check` on a live Redis tells what it holds there.",
         )

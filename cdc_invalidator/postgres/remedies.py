@@ -62,10 +62,11 @@ def index_identity(leaf: Leaf, columns: Iterable[str]) -> tuple[str, ...]:
     The index contains the identity as it is, so it is unique, and what others need of the identity stays. Its columns
     must be NOT NULL, and so short that no value can ever be too long for the index.
     """
-    indexed = sorted(leaf.carried) + sorted(set(columns) - leaf.carried)
+    missing = sorted(set(columns) - leaf.carried)
+    indexed = sorted(leaf.carried) + missing
     sizes = [leaf.indexable.get(column) for column in indexed]
     known = [size + 8 for size in sizes if size is not None]
-    if not leaf.carried or leaf.full == "listed" or len(known) < len(sizes) or sum(known) > _INDEX_BYTES:
+    if not missing or not leaf.carried or leaf.full == "listed" or len(known) < len(sizes) or sum(known) > _INDEX_BYTES:
         return ()
     named = hashlib.sha256(repr((str(leaf.table), indexed)).encode()).hexdigest()[:6]
     index = identifier(f"{leaf.table.name[:40]}_{named}_identity" if leaf.table.name.isascii() else f"{named}_identity")

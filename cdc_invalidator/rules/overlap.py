@@ -133,6 +133,21 @@ class Language:
         """Return the language of the template's keys with a suffix, such as their locks."""
         return cls(Template.of((*template.parts, suffix)), values)
 
+    def has(self, key: bytes) -> bool:
+        """Return whether the key can be one of the template."""
+        places = {0}
+        for byte in key:
+            bit = 1 << byte
+            places = {
+                after
+                for at in places
+                for after, mask in ((at + 1, self._places[at].step), (at, self._places[at].loop))
+                if mask & bit
+            }
+            if not places:
+                return False
+        return len(self._places) - 1 in places
+
     def search(self, other: Language, *, differing: bool) -> list[tuple[int, int, int]] | None:
         """Search for the shortest key of both.
 

@@ -272,6 +272,28 @@ def test_for_the_keys_of_an_application_that_exists_nothing_is_advised_that_woul
         assert daemon.terminate() == 0
 
 
+def test_what_redis_holds_under_the_pattern_of_a_sweep_is_told_and_shown_only_where_keys_may_be(
+    setting: Setting, redis_client: redis.Redis
+) -> None:
+    execute(setting.dsn, THINGS)
+    caches = "  thing: {key: 'things{id}', ttl: 1m, given: true}\n"
+    redis_client.mset({f"things{number}": "x" for number in range(700)})
+    assert setting.check(THING, caches=caches).grave == []
+    redis_client.mset({f"things-of-ada:{number}": "x" for number in range(700)})
+    before = redis_client.info("commandstats")
+    told = setting.check(THING, caches=caches)
+    assert told.grave == ["sweeps_others"]
+    sentence = told.only("sweeps_others")["sentence"]
+    assert "of all 1,400 keys there are 700 `things-<text>-<text>:<number>` of no cache under `things*`" in sentence
+    assert "ada" not in told.text
+    shown = setting.check(THING, caches=caches, log_keys="raw")
+    assert "700 `things-of-ada:<number>` of no cache" in shown.only("sweeps_others")["sentence"]
+    assert redis_client.dbsize() == 1400
+    # In steps, so that nobody waits long for the answer to one of them.
+    after = redis_client.info("commandstats")
+    assert after["cmdstat_scan"]["calls"] - before.get("cmdstat_scan", {"calls": 0})["calls"] >= 2 * 3
+
+
 # The publication and the slot
 
 

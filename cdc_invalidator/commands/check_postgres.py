@@ -15,12 +15,12 @@ import psycopg
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import check_redis
-from cdc_invalidator.commands.check_rules import Columns, never, offline
+from cdc_invalidator.commands.check_rules import Columns, never, offline, query_lacks
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import statement
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
-from cdc_invalidator.postgres.mistakes import mistakes, read_of_old, unknown_old
+from cdc_invalidator.postgres.mistakes import NAMED, mistakes, read_of_old, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables, read_rights
 from cdc_invalidator.postgres.quoting import qualified
@@ -371,8 +371,19 @@ class _Database:
             for table in survey.unknown:
                 remedy = nearest(str(table), names, "create it, or correct the name")
                 for rule in _rules_on(rules, table):
-                    sentence = f"rule {rule.name} names the table {table}, which does not exist; {remedy}"
+                    sentence = (
+                        f"rule {rule.name} names the table {table}, which does not exist, so that the daemon would "
+                        f"wait for it, and then publish it and sweep its caches; {remedy}"
+                    )
                     self._add(Severity.ERROR, "unknown_table", sentence, rule.place)
+        if survey.alike:
+            names = [str(table) for table in survey.alike]
+            listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+            sentence = (
+                f"{listed} {'is' if len(names) == 1 else 'are'} called like a table of rules, in another schema, and "
+                "no rule names that; if caches show its rows, as with a schema for each tenant, write a rule for it."
+            )
+            self._add(Severity.NOTE, "tables_alike", sentence)
         found = await columns(connection, rules.tables)
         self._columns = {table: {column.name: column for column in of_table} for table, of_table in found.items()}
         for table, state in survey.tables.items():
@@ -382,6 +393,7 @@ class _Database:
                         own = unknown_old(rule, leaf)
                         wanted = [read.union(own) for read in read_of_old(_rules_on(rules, table), leaf)]
                         way = remedies.carrying(leaf, survey.publication, *wanted)
+                        self._findings += _of_nulls(rule, leaf)
                         self._findings += _of_old_rows(rule, leaf, way)
         self._look_at_parameters(rules)
 
@@ -466,15 +478,7 @@ class _Database:
             nothing = f"SELECT * FROM (\n{query}\n) AS found LIMIT 0"  # noqa: S608  the rule file's own SQL
             cursor = await connection.execute(nothing.encode(), arguments)
         given = {column.name: column.type_code for column in (cursor.description or [])[1:]}
-        for parameter in sorted(set(bust.cache.bust_template.params) - given.keys() - bust.given.keys()):
-            remedy = nearest(parameter, given, f"select it AS {parameter}")
-            self._add(
-                Severity.ERROR,
-                "query_lacks_parameter",
-                f"the `via` query of rule {rule.name} gives no {parameter}, which cache {bust.cache.name} needs; "
-                f"{remedy}",
-                rule.place,
-            )
+        self._findings += query_lacks(rule, bust, given)
         for parameter, oid in given.items():
             self._learn(bust.cache, parameter, _texts(oid))
         with answered(connection):
@@ -566,6 +570,25 @@ def _of_old_rows(rule: Rule, leaf: Leaf, remedy: remedies.Remedy) -> Iterator[Fi
             f"rule {rule.name} can never fire: a DELETE of {leaf.table} does not tell {', '.join(unknown)}, and "
             f"`old_row: ignore` lets that pass; {advice}.",
             *sql,
+        )
+
+
+def _of_nulls(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
+    """Yield a note on columns whose NULL leaves a row without a key."""
+    named: dict[str, list[str]] = {}
+    for bust in rule.busts:
+        mapped = bust.columns if bust.query is None else bust.given
+        for column in sorted(set(mapped.values()) & leaf.nullable):
+            named.setdefault(column, []).append(bust.cache.name)
+    if named:
+        told = "; ".join(f"{column} (in keys of {', '.join(dict.fromkeys(of))})" for column, of in named.items())
+        yield Finding(
+            Severity.NOTE,
+            "key_may_be_null",
+            rule.place,
+            f"rule {rule.name} makes keys of columns of {leaf.table} that may be NULL: {told}; a row with a NULL there "
+            "has no such key, and busts none, so if the application caches something for such rows, write a rule for "
+            "that key too.",
         )
 
 

@@ -9,16 +9,23 @@ asks for another key where a cache is `given`: to follow that would lose busts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import asked_columns, condition_of
-from cdc_invalidator.rules.model import Cache, Rule, RuleSet
+from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.overlap import Language, Texts
+from cdc_invalidator.rules.selected import selected
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Param, Template
+from cdc_invalidator.rules.wording import nearest
+
+# How much alike two names of columns are if one may be meant by the other: `tenantId` and `tenant_id`.
+_ALIKE = 0.8
 
 
 @dataclass(slots=True)
@@ -46,7 +53,8 @@ def offline(rules: RuleSet, columns: Columns, *, cluster: bool) -> list[Finding]
         columns: what is known of the columns that keys are made of.
         cluster: whether the caches live in a Redis Cluster.
     """
-    findings = [found for rule in rules.rules for found in _of_rule(rule)]
+    findings = [found for rule in rules.rules for found in (*_of_rule(rule), *lacking_parameters(rule))]
+    findings += _not_shown(rules)
     busted = {bust.cache.name for rule in rules.rules for bust in rule.busts}
     for cache in rules.caches.values():
         findings += _of_cache(cache, busted=cache.name in busted, cluster=cluster)
@@ -89,6 +97,44 @@ def _of_rule(rule: Rule) -> Iterator[Finding]:
             f"rule {rule.name} has `columns`, which only an UPDATE looks at, and `on` has no update; remove one of "
             "them.",
         )
+
+
+def lacking_parameters(rule: Rule) -> Iterator[Finding]:
+    """Yield findings on parameters that the text of a query shows it not to give."""
+    for bust in rule.busts:
+        names = selected(bust.query) if bust.query is not None else None
+        if names is not None:
+            yield from query_lacks(rule, bust, names)
+
+
+def query_lacks(rule: Rule, bust: Bust, names: Iterable[str]) -> Iterator[Finding]:
+    """Yield a finding on each parameter that a query whose rows have these names does not give."""
+    for parameter in sorted(set(bust.cache.bust_template.params) - set(names) - bust.given.keys()):
+        yield Finding(
+            Severity.ERROR,
+            "query_lacks_parameter",
+            rule.place,
+            f"the `via` query of rule {rule.name} gives no {parameter}, which cache {bust.cache.name} needs; "
+            f"{nearest(parameter, names, f'select it AS {parameter}')}",
+        )
+
+
+def _not_shown(rules: RuleSet) -> Iterator[Finding]:
+    """Yield findings on columns of keys that no test of the table has, while some have one that is spelled alike."""
+    shown: dict[Table, set[str]] = {}
+    for test in rules.tests:
+        shown.setdefault(test.table, set()).update(test.old or (), test.new or ())
+    for rule in rules.rules:
+        for column in sorted(rule.key_columns - shown.get(rule.table, set())):
+            near = get_close_matches(column, shown.get(rule.table, ()), 1, _ALIKE)
+            if near and near[0] not in rule.key_columns:
+                yield Finding(
+                    Severity.WARNING,
+                    "column_not_shown",
+                    rule.place,
+                    f"rule {rule.name} makes keys of column {column} of {rule.table}, which no test shows; did you "
+                    f"mean {near[0]}?",
+                )
 
 
 def never(rule: Rule) -> frozenset[str]:

@@ -138,7 +138,8 @@ class Survey:
     ``without_identity``: tables that the publication lists and whose rows the application can't update because of
     that, whether rules name them or not; ``lists_unstored``: it lists tables for which it must carry stored
     generated columns; ``bystanders``: tables without identity that it carries by FOR ALL TABLES or a schema, known
-    only unless ``all_ops``.
+    only unless ``all_ops``; ``alike``: tables that no rule names and that are called like one of a rule, in
+    another schema: a tenant's, maybe.
     """
 
     publication: str
@@ -151,6 +152,7 @@ class Survey:
     without_identity: list[Table]
     lists_unstored: bool
     bystanders: list[Leaf]
+    alike: list[Table]
 
     @property
     def unknown(self) -> list[Table]:
@@ -319,7 +321,9 @@ class Surveyor:
         defined = await definitions(self._connection, self._publication, [row.oid for row in leaves])
         # If it publishes all operations already, only `check` asks.
         bystanders = await self.bystanders() if publications and not publications[0].all_ops else []
-        seen = (tables, publications, roots, leaves, harmed, types, defined, bystanders)
+        known = {"names": given["names"], "oids": [row.oid for row in roots]}
+        alike = [Table(row.schema, row.name) for row in await rows(self._connection, _ALIKE, known)]
+        seen = (tables, publications, roots, leaves, harmed, types, defined, bystanders, alike)
         if self._last is not None and self._last[0] == seen:
             return self._last[1]
         states: dict[Table, TableState | None] = dict.fromkeys(tables)
@@ -342,6 +346,7 @@ class Surveyor:
             without_identity=[Table(row.schema, row.name) for row in harmed if not row.awaits_stored],
             lists_unstored=any(row.awaits_stored for row in harmed),
             bystanders=bystanders,
+            alike=alike,
         )
         self._last = seen, survey
         return survey
@@ -578,6 +583,14 @@ JOIN pg_class c ON c.oid = tree.oid AND c.relkind = 'r' {IDENTITY}
 WHERE NOT {_IDENTIFIED} OR {_IN_IDENTITY.format(kind="v")} OR {_AWAITS_STORED}
 GROUP BY 1, 2
 """  # noqa: S608  what is pasted is ours
+
+_ALIKE = """
+SELECT n.nspname AS schema, c.relname AS name FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relname = ANY (%(names)s::text[]) AND c.oid <> ALL (%(oids)s::oid[])
+  AND c.relkind IN ('r', 'p') AND c.relpersistence = 'p'
+  AND NOT c.relispartition AND n.nspname NOT IN ('pg_catalog', 'information_schema')
+ORDER BY 1, 2
+"""
 
 # In place of `_KIN`: all tables that the publication carries without listing them.
 _CARRIED = f"""

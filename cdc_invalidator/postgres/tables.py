@@ -22,6 +22,11 @@ from cdc_invalidator.rules.table import Table
 
 _log = structlog.get_logger()
 
+_ALIKE = (
+    "A table has come that is called like one of a rule, in another schema, and no rule names it; if caches show its "
+    "rows too, as with a schema for each tenant, write a rule for it."
+)
+
 # Daemons with other rules may be setting up at the same time.
 ATTEMPTS = 3
 
@@ -116,6 +121,10 @@ class Tables:
         if await self._set_up_each(self._publication.statements(now)):
             now = await self._publication.survey(self._rules)
         broken = {}
+        if alike := [str(table) for table in now.alike if table not in before.alike]:
+            _log.warning("tables_alike", tables=alike, error=_ALIKE)
+        if appeared := [str(table) for table in before.unknown if table not in now.unknown]:
+            _log.info("tables_appeared", tables=appeared)
         if now is not before:
             filled = await self._publication.filled(now.leaves_since(before))
             broken = self.caches(now.changed_since(before, filled), "table_changed")

@@ -234,6 +234,24 @@ def test_with_the_types_of_columns_clashes_of_keys_are_decided(setting: Setting)
     assert checked.only("same_keys")["line"] == 5
 
 
+def test_a_column_of_a_key_that_may_be_null_is_a_note(setting: Setting) -> None:
+    execute(setting.dsn, THINGS, "ALTER TABLE things REPLICA IDENTITY FULL")
+    caches = CACHES + "  by-name: {key: 'app:env:by-name:{name}:{id}', ttl: 1m}\n"
+    checked = setting.check("{name: r, table: public.things, bust: [thing, by-name]}", caches=caches)
+    sentence = checked.only("key_may_be_null")["sentence"]
+    assert "name (in keys of by-name); a row with a NULL there has no such key" in sentence
+    execute(setting.dsn, "ALTER TABLE things ALTER name SET NOT NULL")
+    assert "key_may_be_null" not in setting.check(THING).of("note")
+
+
+def test_a_table_of_another_schema_that_is_called_the_same_and_has_no_rule_is_a_note(setting: Setting) -> None:
+    execute(setting.dsn, THINGS, "CREATE SCHEMA tenant_b", "CREATE TABLE tenant_b.things (id int PRIMARY KEY)")
+    sentence = setting.check(THING).only("tables_alike")["sentence"]
+    assert "tenant_b.things is called like a table of rules" in sentence
+    both = (THING, "{name: b, table: tenant_b.things, bust: [thing]}")
+    assert "tables_alike" not in setting.check(*both).of("note")
+
+
 # Keys that are given
 
 THINGSBOARD = Path(__file__).parent / "rule_files" / "thingsboard.yaml"

@@ -180,13 +180,27 @@ def test_a_table_that_does_not_exist_yet_is_published_once_it_does(
         assert daemon.status()["unpublished_tables"] == ["public.things"]
         redis_client.set("t:thing:1", "cached before the table was published")
         execute(database, "CREATE TABLE things (id int PRIMARY KEY, n int)", "INSERT INTO things VALUES (1)")
+        assert daemon.seen("tables_appeared")["tables"] == ["public.things"]
         daemon.seen("gap", reason="table_added")
         eventually(lambda: not redis_client.exists("t:thing:1"), "the sweep of the new table's cache")
+        eventually(lambda: daemon.status()["unpublished_tables"] == [], "its status no longer lists it")
         settled(database, redis_client, slot_name)
         redis_client.set("t:thing:1", "cached again")
         execute(database, "UPDATE things SET n = 1")
         settled(database, redis_client, slot_name)
         assert not redis_client.exists("t:thing:1")
+
+
+def test_a_table_of_a_tenant_that_comes_later_is_told(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    execute(database, "CREATE TABLE things (id int PRIMARY KEY)", "CREATE SCHEMA tenant_a")
+    execute(database, "CREATE TABLE tenant_a.things (id int PRIMARY KEY)")
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rule_file(tmp_path, THING), slot=slot_name) as daemon:
+        daemon.ready()
+        execute(database, "CREATE SCHEMA tenant_b", "CREATE TABLE tenant_b.things (id int PRIMARY KEY)")
+        # What was there at the start is told by `check`.
+        assert daemon.seen("tables_alike")["tables"] == ["tenant_b.things"]
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,39 @@ def test_a_rule_that_can_never_fire_is_told(fields: str, code: str | None) -> No
     assert codes(found(GOOD, f"{{name: two, table: public.t, bust: [user], {fields}}}")) == ([code] if code else [])
 
 
+@pytest.mark.parametrize(
+    ("via", "lacks"),
+    [
+        ("{via: 'SELECT uid FROM public.members WHERE t = {id}'}", "gives no id, which cache user needs; did you mean"),
+        ("{via: 'SELECT 1 AS n'}", "gives no id"),
+        ("{via: 'SELECT t.id FROM public.t'}", None),
+        ("{via: 'SELECT * FROM public.t'}", None),
+    ],
+)
+def test_a_parameter_that_the_text_of_a_query_shows_not_to_come_is_an_error(via: str, lacks: str | None) -> None:
+    findings = found(GOOD, f"{{name: two, table: public.t, bust: [user: {via}]}}")
+    assert codes(findings) == (["query_lacks_parameter"] if lacks else [])
+    if lacks:
+        assert (findings[0].severity, findings[0].place) == (Severity.ERROR, Place("rules.yaml", 6, 5))
+        assert lacks in findings[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("column", "shown", "told"),
+    [
+        ("tenantId", "tenant_id", True),
+        ("tenant_id", "tenant_id", False),
+        ("owner", "tenant_id", False),
+    ],
+)
+def test_a_column_that_tests_show_under_another_spelling_is_told(column: str, shown: str, told: bool) -> None:
+    tests = f"tests:\n  - {{name: t, change: {{table: public.t, op: insert, new: {{{shown}: 1}}}}, busts: []}}\n"
+    rule = f"{RULE}  - {{name: two, table: public.t, bust: [user: {{id: {column}}}]}}\n{tests}"
+    findings = found(GOOD, rule=rule)
+    assert codes(findings) == (["column_not_shown"] if told else [])
+    assert not told or "did you mean tenant_id?" in findings[0].sentence
+
+
 # Caches
 
 

@@ -125,6 +125,7 @@ class Metrics:
         self._gaps = counter("gaps_total", "Gaps: times when changes may have been missed.", "reason")
         self._gap_at = gauge("gap_timestamp_seconds", "Unix time of the last gap.", "reason")
         self.gaps_open = gauge("gaps_open", "Caches that the watermark leaves out because their gap is not over.")
+        self.messages = counter("messages_total", "Messages published on the channels of a cache's `publish`.", "cache")
         self.cache_denied = gauge(
             "cache_denied", "1 while Redis denies the busts or the sweep of the cache: a right is missing.", "cache"
         )

@@ -1,6 +1,7 @@
 """The edge that `check` looks at Redis through: its kind, the rights of the ACL user, and the watermark.
 
-The rule that holds here: nothing is changed. What is tried is tried on keys of our own, or on keys that nobody has.
+The rule that holds here: nothing is changed. What is tried is tried on keys of our own, or on keys that nobody has,
+and what is published tells of no key.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from cdc_invalidator.commands import check_keyspace
 from cdc_invalidator.commands.check_rules import Columns
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.eventstream import FIELD
+from cdc_invalidator.pipeline.messages import Channel, nothing
 from cdc_invalidator.redis import available, node, replies
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Command, Node
@@ -128,6 +130,7 @@ async def _look_at_server(
             findings += await _of_keys(opened, watermark, rules)
             findings += await _of_old_values(opened, watermark, rules)
             findings += check_keyspace.of_sweeps(rules, columns, await check_keyspace.sample(opened), raw=raw_keys)
+            findings += await _of_channels(opened, rules)
         if event_stream:
             findings += await _of_event_stream(opened, event_stream)
     finally:
@@ -323,6 +326,34 @@ async def _of_keys(opened: Node, watermark: str, rules: RuleSet) -> list[Finding
 
 def _denied(answer: Any) -> bool:
     return isinstance(answer, Exception) and node.code(answer) == "NOPERM"
+
+
+async def _of_channels(opened: Node, rules: RuleSet) -> list[Finding]:
+    """Publish a message that tells of no key on the channels of each cache, to see whether the ACL lets us."""
+    tried: list[tuple[Cache, Template, Command]] = []
+    for cache in rules.kept.values():
+        template = cache.publish
+        if template is None:
+            continue
+        named = template.render(dict.fromkeys(template.params, secrets.token_hex(16)))
+        channels = dict.fromkeys((named, Channel(cache, template).everybody))
+        tried += [(cache, template, ("PUBLISH", channel, nothing(cache.name))) for channel in channels]
+    answers = await opened.send([command for _, _, command in tried]) if tried else []
+    findings = []
+    for (cache, template, _), answer in zip(tried, answers, strict=True):
+        if available.unknown(answer):
+            sentence = (
+                f"Redis does not have PUBLISH, which cache {cache.name} needs; have it enabled, or remove `publish`."
+            )
+            findings.append(Finding(Severity.ERROR, "redis_lacks_commands", cache.place, sentence))
+        elif _denied(answer):
+            granted = template.prefix.decode("utf-8", "replace") + ("*" if template.params else "")
+            sentence = (
+                f"the ACL user of CDC_REDIS_URL may not publish the busts of cache {cache.name}; grant it +publish and "
+                f"&{granted}"
+            )
+            findings.append(Finding(Severity.ERROR, "redis_rights", cache.place, sentence))
+    return list(dict.fromkeys(findings))
 
 
 async def _of_old_values(opened: Node, watermark: str, rules: RuleSet) -> list[Finding]:

@@ -206,6 +206,7 @@ def _told(rules: RuleSet, reading: Reading) -> dict[str, Any]:
         "filtered": sorted({part.name for part in reading.template.parts if isinstance(part, Param) and part.filters}),
         "version_key": reading.version_key,
         "ttl_only": cache.ttl_only,
+        "publish": cache.publish.text if cache.publish is not None else None,
         "busted_by": [
             _cause(rule, bust) for rule in rules.rules for bust in rule.busts if bust.cache.name == cache.name
         ],
@@ -275,6 +276,8 @@ def key_lines(told: Mapping[str, Any]) -> Iterator[str]:
             yield "  no rule busts it"
         for cause in cache["busted_by"]:
             yield from _cause_lines(cause)
+        if cache["publish"] is not None:
+            yield f"  each bust is told on the channel {cache['publish']}"
         yield from _last_lines(cache, told)
 
 

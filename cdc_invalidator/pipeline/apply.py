@@ -23,6 +23,7 @@ from cdc_invalidator.pipeline.flush import Flush
 from cdc_invalidator.pipeline.followup import FollowUps, PostgresView
 from cdc_invalidator.pipeline.gaps import Gaps, GapTicket
 from cdc_invalidator.pipeline.lineage import Lineage
+from cdc_invalidator.pipeline.messages import Messages
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
@@ -101,7 +102,7 @@ class Apply:
         self._follow_ups = FollowUps(
             postgres,
             self._flush,
-            Sweeps(metrics, resolve, rate=sweep_rate),
+            Sweeps(metrics, resolve, Messages(kept.rules.kept.values()), rate=sweep_rate),
             rules=kept.rules,
             resolve=resolve,
             grown=recent.grown,

@@ -196,6 +196,10 @@ class Events:
             self._write([(shown, own)])
         self._count(cause.rule, cache.name, over.action, total)
 
+    def published(self, cache: str) -> None:
+        """Count a message that Redis has taken."""
+        self._metrics.messages.labels(cache).inc()
+
     def gap(self, reason: str, caches: list[str], *, swept: bool, level: Level = "warning", **more: str) -> None:
         """Log that changes to these caches may have been missed, and whether they are swept for it."""
         self._metrics.gap(reason)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch
 from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.messages import Messages
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.redis.server import BustReply, CacheServer
 from cdc_invalidator.rules.model import RuleSet
@@ -41,6 +42,7 @@ class Flush:
         self._events = events
         self._record = record
         self._denied = denied
+        self._messages = Messages(rules.kept.values())
         self._keeps_stale = any(cache.stale_for for cache in rules.caches.values())
         # Acknowledged by Redis at that time (Unix, in µs), and not logged yet.
         self._unlogged: deque[tuple[list[BustEvent], BustReply, int, int]] = deque()
@@ -77,7 +79,21 @@ class Flush:
         finally:
             # Where this was cancelled; nobody would await it.
             busting.cancel()
-        return self._without_denied(events, reply) if reply.denied else (events, reply)
+        if reply.denied:
+            events, reply = self._without_denied(events, reply)
+        if self._messages:
+            await self._publish(server, events)
+        return events, reply
+
+    async def _publish(self, server: CacheServer, events: Iterable[BustEvent]) -> None:
+        """Tell others what was busted; a cache of which they may not be told waits, as one whose busts are denied."""
+        messages = self._messages.of_events(events)
+        denied = await server.publish([(message.channel, message.payload) for message in messages])
+        for message in messages:
+            if message.channel not in denied:
+                self._events.published(message.cache)
+        if denied:
+            self._denied({message.cache: denied[message.channel] for message in messages if message.channel in denied})
 
     def _without_denied(self, events: Iterable[BustEvent], reply: BustReply) -> tuple[list[BustEvent], BustReply]:
         """Report the caches whose busts lack a right, and leave out what was not busted."""

@@ -24,6 +24,7 @@ import structlog
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
+from cdc_invalidator.pipeline.messages import Messages
 from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.server import SCAN_COUNT, BustReply, CacheServer, Cursor
 from cdc_invalidator.rules.model import Cache
@@ -152,7 +153,7 @@ class Pass(ABC):
             self.begun = True
             for asked in list(self.asked.values()):
                 # So that it shows before all of Redis is searched, and also while there is no key.
-                self._unless_denied(asked, await _try(server, asked.cache))
+                self.unless_denied(asked, await _try(server, asked.cache))
             if not self.asked:
                 return True
             self.began_at = self.logged_at = time.monotonic()
@@ -166,18 +167,19 @@ class Pass(ABC):
             if not replies.denies(error.code):
                 raise
             for asked in list(self.asked.values()):
-                self._unless_denied(asked, error)
+                self.unless_denied(asked, error)
             return True
         if keys:
             for asked, meant in self._meant(keys, LOCK_SUFFIX if of_locks else b""):
-                self._unless_denied(asked, await _bust(server, asked, meant, of_locks=of_locks))
+                self.unless_denied(asked, await _bust(server, asked, meant, of_locks=of_locks))
         self.scanned += count
         self._cursor = cursor
         if cursor is None:
             self._patterns.pop(0)
         return not self._patterns or not self.asked
 
-    def _unless_denied(self, asked: Asked, error: errors.RedisUnavailable | None) -> None:
+    def unless_denied(self, asked: Asked, error: errors.RedisUnavailable | None) -> None:
+        """Take out of it what a right is missing for."""
         if error is not None:
             del self.asked[asked.cache.name]
             self.denied.append(Denied(asked, error))
@@ -357,15 +359,23 @@ class Sweeps:
     Args:
         metrics: what to count.
         resolve: ends a part of a ticket whose work another ticket stands for.
+        messages: makes what others are told.
         rate: how many keys a second may be looked at, all together; 0 for as many as there are.
         most: what the prefixes of one search may take, in bytes.
     """
 
     def __init__(
-        self, metrics: Metrics, resolve: Callable[[Ticket], None], *, rate: int = 0, most: int = SEARCH_BYTES
+        self,
+        metrics: Metrics,
+        resolve: Callable[[Ticket], None],
+        messages: Messages,
+        *,
+        rate: int = 0,
+        most: int = SEARCH_BYTES,
     ) -> None:
         self._metrics = metrics
         self._resolve = resolve
+        self._messages = messages
         self._rate = rate
         self._most = most
         # Small steps make a slow pace even.
@@ -463,7 +473,11 @@ class Sweeps:
                 break
             if self._rate and not self.hurry:
                 self._next_at = max(now - 1, self._next_at) + self._count / self._rate
+            if not each.begun:
+                # Also so early, since it may take long; and a missing right shows before all of Redis is searched.
+                await self._tell(server, each)
             if await each.step(server, self._count):
+                await self._tell(server, each)
                 over.append(name)
             else:
                 if isinstance(each, Search):
@@ -489,6 +503,15 @@ class Sweeps:
                 each.log_over()
                 self._metrics.search_passes.inc()
         return done, denied
+
+    async def _tell(self, server: CacheServer, each: Pass) -> None:
+        """Tell others of the caches of a pass that have `publish`."""
+        for asked in list(each.asked.values()) if self._messages else ():
+            last = max(asked.requests.values(), key=lambda request: request.commit_lsn)
+            messages = self._messages.of_pass(asked.cache, asked.prefixes, last.commit_lsn, last.committed_at)
+            denied = await server.publish([(message.channel, message.payload) for message in messages])
+            self._metrics.messages.labels(asked.cache.name).inc(0 if denied else len(messages))
+            each.unless_denied(asked, next(iter(denied.values()), None))
 
     def show(self) -> None:
         """Show in the metrics what runs and waits."""

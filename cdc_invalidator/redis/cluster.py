@@ -34,6 +34,7 @@ from cdc_invalidator.redis.server import (
     BustReply,
     CacheServer,
     Cursor,
+    denied_channels,
     read_info,
     read_size,
     read_watermark,
@@ -305,6 +306,16 @@ class Cluster(CacheServer):
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """See `CacheServer`."""
         return sum(await self._ask([(key, ("UNLINK", key)) for key in keys]))
+
+    async def publish(self, messages: Sequence[tuple[bytes, bytes]]) -> dict[bytes, errors.RedisUnavailable]:
+        """See `CacheServer`.
+
+        With PUBLISH, which a node passes on to all others, and not SPUBLISH: every client can subscribe to it at any
+        node, and Redis before 7 has nothing else. Any node takes it; the one with the hash slot of the channel's name
+        gets it, so that the work is spread, and messages on one channel stay in order.
+        """
+        answers = await self._try([(channel, ("PUBLISH", channel, payload)) for channel, payload in messages])
+        return denied_channels(messages, answers)
 
     async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
         """See `CacheServer`.

@@ -87,6 +87,10 @@ class CacheServer(ABC):
         """Delete keys without their locks, and return how many were there."""
 
     @abstractmethod
+    async def publish(self, messages: Sequence[tuple[bytes, bytes]]) -> dict[bytes, errors.RedisUnavailable]:
+        """Publish messages, each on its channel; return why, for the channels where a right is missing."""
+
+    @abstractmethod
     async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
         """Look at about ``count`` keys more for those of a pattern.
 
@@ -162,6 +166,17 @@ def reply_or_denial(command: Command, answer: Any) -> Any:
     if not replies.denies(error.code):
         raise error
     return error
+
+
+def denied_channels(
+    messages: Sequence[tuple[bytes, bytes]], answers: Sequence[Any]
+) -> dict[bytes, errors.RedisUnavailable]:
+    """Return the channels on which may not be published, and why."""
+    return {
+        channel: answer
+        for (channel, _), answer in zip(messages, answers, strict=True)
+        if isinstance(answer, errors.RedisUnavailable)
+    }
 
 
 async def read_size(node: Node) -> int | None:

@@ -16,6 +16,7 @@ from cdc_invalidator.redis.server import (
     BustReply,
     CacheServer,
     Cursor,
+    denied_channels,
     read_info,
     read_size,
     read_watermark,
@@ -114,6 +115,11 @@ class Single(CacheServer):
         """See `CacheServer`."""
         commands = [("UNLINK", *keys[start : start + KEYS_A_COMMAND]) for start in range(0, len(keys), KEYS_A_COMMAND)]
         return sum(await self._ask(*commands)) if commands else 0
+
+    async def publish(self, messages: Sequence[tuple[bytes, bytes]]) -> dict[bytes, errors.RedisUnavailable]:
+        """See `CacheServer`."""
+        answers = await self._try(*(("PUBLISH", channel, payload) for channel, payload in messages)) if messages else []
+        return denied_channels(messages, answers)
 
     async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
         """See `CacheServer`."""

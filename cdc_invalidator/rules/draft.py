@@ -35,6 +35,7 @@ class _CacheDraft(NamedTuple):
     entry: CacheEntry
     key: Template | None
     version: Template | None
+    publish: Template | None
     whole: bool
 
     @property
@@ -96,7 +97,8 @@ class Draft:
                 cache = of_file.cache(own)
                 key = _template(document, (*loc, "key"), cache.key, env)
                 version = _template(document, (*loc, "version"), cache.version, env)
-                draft = _CacheDraft(document, loc, cache, key, version, whole)
+                publish = _template(document, (*loc, "publish"), cache.publish, env, of_key=False)
+                draft = _CacheDraft(document, loc, cache, key, version, publish, whole)
                 _check_cache(draft)
                 self._caches.setdefault(str(loc[1]), draft)
         _check_same_keys(self._caches)
@@ -322,6 +324,7 @@ def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
         stale_for=entry.stale_for,
         max_keys_hint=entry.max_keys_hint,
         given=entry.given,
+        publish=draft.publish,
         place=draft.document.place(draft.loc, of_key=True),
     )
 
@@ -372,7 +375,7 @@ def _names(document: Document) -> Iterator[tuple[str, str, Loc]]:
 
 
 def _check_cache(draft: _CacheDraft) -> None:
-    document, loc, entry, key, version, whole = draft
+    document, loc, entry, key, version, publish, whole = draft
     if version is not None and "version" in version.params:
         document.complain((*loc, "version"), "a `version` may not hold `{version}` itself; remove the parameter")
     for name, template in (("key", key), ("version", version)):
@@ -387,6 +390,8 @@ def _check_cache(draft: _CacheDraft) -> None:
         document.complain_inside((*loc, "key"), sentence, len(entry.key) - 1)
     if not whole:
         return  # a field that seems to be missing may be a wrong one
+    if publish is not None and key is not None:
+        _check_publish(draft, publish, key)
     if entry.version is None and key is not None and "version" in key.params:
         sentence = "the key has `{version}` but the cache has no `version`; add its template, or rename the parameter"
         document.complain((*loc, "key"), sentence)
@@ -409,6 +414,25 @@ def _check_cache(draft: _CacheDraft) -> None:
         document.complain((*loc, "again_after"), TOO_LONG.format(field="again_after"))
     if entry.ttl is None and entry.jitter is not None:
         document.complain((*loc, "jitter"), "`jitter` needs a `ttl`; remove it, or add one", of_key=True)
+
+
+def _check_publish(draft: _CacheDraft, publish: Template, key: Template) -> None:
+    document, loc, entry = draft.document, draft.loc, draft.entry
+    if entry.ttl_only:
+        sentence = "nothing busts a cache that is `ttl_only`, so there is nothing to publish; remove one of the two"
+        document.complain((*loc, "publish"), sentence, of_key=True)
+    busted = {"version": draft.version} if draft.version is not None else {"key": key}
+    if entry.bump_over is not None:
+        busted["key"] = key
+    for of, template in busted.items():
+        for part in publish.parts:
+            if isinstance(part, Param) and part not in template.parts:
+                written = "|".join((part.name, *part.filters))
+                sentence = (
+                    f"a channel is read from the `{of}`, which does not hold `{{{written}}}`; write a parameter as it "
+                    "stands there, or none"
+                )
+                document.complain((*loc, "publish"), sentence)
 
 
 def _filters_version(key: Template) -> bool:

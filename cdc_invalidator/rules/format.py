@@ -126,6 +126,9 @@ class CacheEntry(_Entry):
         default=False,
         description="The keys are the application's, and nobody may change them: `check` asks for no other.",
     )
+    publish: str | None = Field(
+        None, description="Template of the Redis channel on which each bust is told, once Redis has acknowledged it."
+    )
 
 
 class RuleEntry(_Entry):

@@ -20,7 +20,7 @@ class Cache:
 
     ``digest`` changes with the keys and how they are busted: with the templates (after the environment) and the rules.
     It does not change with times, names of rules, order or comments. ``given``: the keys are the application's, and
-    nobody may change them.
+    nobody may change them. ``publish``: the channel on which busts are told.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Cache:
     stale_for: int | None = None
     max_keys_hint: int | None = None
     given: bool = False
+    publish: Template | None = None
     place: Place = field(default=Place(""), compare=False)
 
     @property

@@ -260,6 +260,27 @@ class Template:
         plain_last = sorted(groups, key=lambda param: not param.filters)
         return {param.name: found[groups[param]] for param in plain_last}
 
+    def reader(self) -> Callable[[bytes], dict[Param, bytes] | None]:
+        """Return a function from a key to its parameters, after their filters.
+
+        It gives None where the key is not of this template, or can be read in several ways. Two of these are compared:
+        the one with the shortest first parameter, then second, and so on, and the one with the longest.
+        """
+        patterns = []
+        groups: dict[Param, str] = {}
+        for greedy in (False, True):
+            groups = {}
+            parts = [_regex(part, groups, greedy=greedy) for part in self.parts]
+            patterns.append(re.compile(b"".join(parts), re.DOTALL))
+
+        def read(key: bytes) -> dict[Param, bytes] | None:
+            shortest, longest = (pattern.fullmatch(key) for pattern in patterns)
+            if shortest is None or longest is None or shortest.groups() != longest.groups():
+                return None
+            return {param: shortest[name] for param, name in groups.items()}
+
+        return read
+
     @property
     def _occurrences(self) -> list[Param]:
         return [part for part in self.parts if isinstance(part, Param)]

@@ -269,6 +269,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "cps",
             Query(total(rate("busted_again_total"), "reason"), "{{slot}} transactions again: {{reason}}"),
             Query(total(rate("via_queries_total"), "rule"), "{{slot}} queries of {{rule}}"),
+            Query(total(rate("messages_total", OF_CACHE), "cache"), "{{slot}} messages about {{cache}}"),
         ),
     ],
     "Redis and PostgreSQL": [

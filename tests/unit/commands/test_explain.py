@@ -37,7 +37,7 @@ caches:
   mail: {key: "shop:mail:{email|lower}:v{version}", version: "shop:mail:{email|lower}:ver"}
   page: {key: "shop:page:{team}:{user}"}
   counts: {key: "shop:counts", ttl_only: true}
-  alone: {key: "shop:alone"}
+  alone: {key: "shop:alone", publish: "busts"}
 rules:
   - name: user-changed
     table: public.users
@@ -167,6 +167,7 @@ def test_a_key_in_text_says_the_same() -> None:
     ]
     assert "  nothing busts or sweeps it: it is `ttl_only`" in key_lines(explain_key(RULES, "shop:counts"))
     assert "  no rule busts it" in key_lines(explain_key(RULES, "shop:alone"))
+    assert "  each bust is told on the channel busts" in key_lines(explain_key(RULES, "shop:alone"))
 
 
 def test_a_filter_is_not_undone_and_not_applied_twice() -> None:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
+from cdc_invalidator.pipeline.messages import Messages
 from cdc_invalidator.pipeline.sweep import Cause, Pass, Request, Sweeps
 from cdc_invalidator.redis.server import SCAN_COUNT, BustReply, CacheServer, Cursor
 from cdc_invalidator.rules.load import parse_rules
@@ -51,7 +52,7 @@ class Scanned:
 
 
 def sweeping(*names: str, rate: int) -> Sweeps:
-    sweeps = Sweeps(Metrics(CollectorRegistry()), lambda _ticket: None, rate=rate)
+    sweeps = Sweeps(Metrics(CollectorRegistry()), lambda _ticket: None, Messages([]), rate=rate)
     for name in names:
         sweeps.request(
             CACHES[name], Cause("r", "public.t", "truncate", "truncate"), Request(1, None, None), [Ticket(0)]

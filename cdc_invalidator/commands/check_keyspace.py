@@ -131,12 +131,14 @@ def _languages(cache: Cache, columns: Columns) -> list[Language]:
     templates = [cache.key] if cache.version is None else [cache.key, cache.version]
     known = columns.of(cache)
     return [
-        Language(template, {name: known.get(name, _unknown(name)) for name in template.params})
+        Language(template, {name: known.get(name, _unknown(name)) for name in (*template.params, overlap.REST)})
         for template in templates
     ]
 
 
 def _unknown(parameter: str) -> Texts:
+    if parameter == overlap.REST:
+        return overlap.ANYTHING
     return overlap.COUNTER if parameter == "version" else overlap.TEXT
 
 

@@ -189,7 +189,7 @@ def _ambiguous(cache: Cache, columns: Columns) -> Iterator[Finding]:
         return
     known = columns.of(cache)
     for of, template in (("key", cache.key), ("version", cache.version)):
-        if template is None or len(template.params) < 2:
+        if template is None or len(template.params) + template.rest < 2:
             continue
         # Of values that nobody knows, only what holds for numbers as well is told.
         unknown = {name: Texts.of_numbers(values) for name, values in _assumed(template, known).items()}
@@ -216,7 +216,7 @@ def _assumed(template: Template, known: Mapping[str, Texts]) -> dict[str, Texts]
         part.name: known.get(part.name, overlap.COUNTER if part.name == "version" else overlap.PART)
         for part in template.parts
         if isinstance(part, Param)
-    }
+    } | ({overlap.REST: overlap.PART} if template.rest else {})
 
 
 def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:

@@ -81,7 +81,10 @@ COUNTER = Texts((_DIGITS,), _DIGITS)
 FLAG = Texts((_mask(b"tf"),))
 UUID = Texts(tuple(_mask(b"-") if place in {8, 13, 18, 23} else _HEX for place in range(36)))
 # What a sweep finds in a parameter's place: any text, also an empty one.
-_STAR = Texts((), _ANY)
+ANYTHING = Texts((), _ANY)
+# The rest of a key that a bust can't name, which a language has as one more parameter.
+REST = "*"
+_REST = Texts((), _ANY & ~_SEPARATORS, free=True)
 
 
 class _Place(NamedTuple):
@@ -98,11 +101,12 @@ class Language:
 
     Args:
         template: what they are made by.
-        values: the texts of its parameters; a parameter that is not named has texts without a separator.
+        values: the texts of its parameters, and of the rest of a key as `REST`; one that is not named has texts without
+            a separator.
     """
 
     def __init__(self, template: Template, values: Mapping[str, Texts]) -> None:
-        self.template = template
+        self.template = template = _whole(template)
         self.prefix = template.prefix
         self.free = False
         self._places: list[_Place] = []
@@ -125,13 +129,13 @@ class Language:
     def of_sweep(cls, template: Template) -> Self:
         """Return the language of what a sweep of the template's keys finds; see `Template.glob`."""
         # The pattern finds the same with and without filters.
-        plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in template.parts)
-        return cls(plain, {part.name: _STAR for part in plain.parts if isinstance(part, Param)})
+        plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in _whole(template).parts)
+        return cls(plain, {part.name: ANYTHING for part in plain.parts if isinstance(part, Param)})
 
     @classmethod
     def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Texts]) -> Self:
         """Return the language of the template's keys with a suffix, such as their locks."""
-        return cls(Template.of((*template.parts, suffix)), values)
+        return cls(Template.of((*_whole(template).parts, suffix)), values)
 
     def has(self, key: bytes) -> bool:
         """Return whether the key can be one of the template."""
@@ -179,7 +183,14 @@ class Language:
         return None
 
 
+def _whole(template: Template) -> Template:
+    """Return the template with the rest of its keys as one more parameter."""
+    return Template.of((*template.parts, Param(REST))) if template.rest else template
+
+
 def _usual(param: Param) -> Texts:
+    if param.name == REST:
+        return _REST
     return COUNTER if param.name == "version" else PART
 
 

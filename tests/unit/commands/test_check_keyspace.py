@@ -51,6 +51,15 @@ def test_keys_of_no_cache_are_a_warning_that_shows_their_shape_and_no_word_of_th
     assert "1 `devicesOnline:Ada` of no cache" in finding.sentence
 
 
+def test_the_rest_of_a_key_may_be_anything() -> None:
+    rules = parse_rules([("r.yaml", "version: 1\ncaches:\n  meta: {key: 'meta:{id}:*', ttl: 1d, given: true}\n")], {})
+    columns = Columns({"meta": {"id": overlap.NUMBER}})
+    own = Sample([b"meta:1:a:b", b"meta:2:"], complete=True)
+    assert list(of_sweeps(rules, columns, own, raw=False)) == []
+    (finding,) = of_sweeps(rules, columns, Sample([b"meta:x:a"], complete=True), raw=False)
+    assert "`meta:<text>:<text>` of no cache" in finding.sentence
+
+
 def test_many_kinds_of_keys_are_cut_short() -> None:
     kinds = [":".join(["devices", *("x" * number)]) for number in range(1, 9)]
     (finding,) = found(*kinds, columns=TYPES)

@@ -264,6 +264,25 @@ def test_a_sweep_that_takes_more_than_its_cache_is_worth_a_note() -> None:
     assert only(found(apart), "sweeps_others").place == Place("rules.yaml", 4, 3)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "codes_"),
+    [
+        ("app:env:meta:{id}:*", "app:env:meta:{team}:title", ["same_keys"]),
+        ("app:env:meta:{id}:*", "app:env:metas:{team}:title", []),
+        ("app:env:meta:{id}:*", "app:env:meta:{team}:title:long", []),
+    ],
+)
+def test_the_rest_of_a_key_that_no_bust_names_counts_as_text_without_a_separator(
+    one: str, other: str, codes_: list[str]
+) -> None:
+    assert codes(pair(one, other)) == codes_
+
+
+def test_a_rest_behind_a_parameter_makes_a_key_ambiguous() -> None:
+    assert codes(found("  user: {key: 'app:env:{id}*', ttl: 1m}\n")) == ["ambiguous_key"]
+    assert codes(found("  user: {key: 'app:env:{id}:*', ttl: 1m}\n")) == []
+
+
 # Keys that are given
 
 

@@ -178,7 +178,11 @@ def test_a_right_that_is_missing_is_told_to_the_operator(
                 eventually(lambda: daemon.status().get("role") == "leader", "it leads")
                 execute(database, "UPDATE counters SET n = 1 WHERE id = 1")
             told = eventually(
-                lambda: daemon.named("redis_unavailable", level="error") or daemon.named("slot_waits_for_redis"),
+                lambda: (
+                    daemon.named("redis_unavailable", level="error")
+                    or daemon.named("slot_waits_for_redis")
+                    or daemon.named("caches_denied", level="error")
+                ),
                 "the operator is told",
             )
             assert "grant the ACL user" in told[0]["error"]

@@ -90,6 +90,7 @@ def create() -> None:
         for table, column, other in (
             ("blog_article", "author_id", "blog_author"),
             ("blog_article_tags", "article_id", "blog_article"),
+            ("blog_article_tags", "tag_id", "blog_tag"),
         ):
             cursor.execute(
                 "SELECT conname FROM pg_constraint WHERE conrelid = %s::regclass AND confrelid = %s::regclass",
@@ -99,6 +100,7 @@ def create() -> None:
             cursor.execute(f'ALTER TABLE {table} DROP CONSTRAINT "{constraint}"')
             cursor.execute(f"ALTER TABLE {table} ADD FOREIGN KEY ({column}) REFERENCES {other} ON DELETE CASCADE")
             cursor.execute(f"ALTER TABLE {table} REPLICA IDENTITY FULL")
+        cursor.execute("ALTER TABLE blog_tag REPLICA IDENTITY FULL")
     ada, barbara = Author.objects.create(name="Ada"), Author.objects.create(name="Barbara")
     python, redis = Tag.objects.create(slug="python"), Tag.objects.create(slug="redis")
     for number in range(6):
@@ -126,7 +128,7 @@ def views() -> dict[str, Any]:
     """What is shown under each key, if it must be loaded."""
     loads: dict[str, Any] = {f"article:{number}": (shown_article, number) for number in range(1, 7)}
     loads |= {f"author:{number}:articles": (shown_author, number) for number in (1, 2)}
-    return loads | {f"tag:{slug}:articles": (shown_tag, slug) for slug in ("python", "redis")}
+    return loads | {f"tag:{slug}:articles": (shown_tag, slug) for slug in ("python", "py", "redis")}
 
 
 def read() -> dict[str, Any]:
@@ -163,6 +165,20 @@ def rename_author() -> None:
         Author.objects.filter(pk=1).update(name="Grace")
 
 
+def rename_tag() -> None:
+    Tag.objects.filter(slug="python").update(slug="py")
+
+
+def drop_article() -> None:
+    """Django deletes the links itself, before the article."""
+    Article.objects.get(pk=4).delete()
+
+
+def drop_tag() -> None:
+    """Django deletes the links itself, before the tag."""
+    Tag.objects.get(slug="redis").delete()
+
+
 def undo() -> None:
     with transaction.atomic():
         Article.objects.all().update(title="Never")
@@ -179,8 +195,14 @@ def cascade() -> None:
         cursor.execute("DELETE FROM blog_author WHERE id = 1")
 
 
+def cascade_of_tag() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("DELETE FROM blog_tag WHERE slug = 'py'")
+
+
 if __name__ == "__main__":
-    known = (create, read, truth, save, update, give_away, tag, rename_author, undo, sql, cascade)
-    commands = {each.__name__: each for each in known}
+    asked = (create, read, truth)
+    orm = (save, update, give_away, tag, rename_author, rename_tag, undo, drop_article, drop_tag)
+    commands = {each.__name__: each for each in (*asked, *orm, sql, cascade, cascade_of_tag)}
     for line in sys.stdin:
         print(json.dumps(commands[line.strip()]()), flush=True)

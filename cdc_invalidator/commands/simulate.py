@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from cdc_invalidator.pipeline.assembly import Assembly
-from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
+from cdc_invalidator.pipeline.batch import Batch, Target
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.plan import Complaint
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
-from cdc_invalidator.rules.packed import Pair, split_arguments
+from cdc_invalidator.rules.packed import Pair, Question, split_arguments
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Template
 from cdc_invalidator.rules.values import ROWS_OF
@@ -27,7 +27,7 @@ from cdc_invalidator.rules.values import Row as StreamRow
 
 Row = Mapping[str, str | None]
 Answers = Mapping[str, Sequence[Row]]
-Kind = Literal["delete", "bump", "sweep"]
+Kind = Literal["delete", "bump", "sweep", "search"]
 
 _OID = 1
 _TEXT_OID = 25
@@ -63,7 +63,7 @@ class Shape:
 
 
 class Busted(NamedTuple):
-    """One bust; ``key`` is empty for a sweep.
+    """One bust; ``key`` is empty for a sweep, and the prefix for a search.
 
     The key of a cache with ``bump_over`` lies under the version of the moment: ``{version}`` stands for that.
     """
@@ -73,7 +73,12 @@ class Busted(NamedTuple):
     key: str
 
     def __str__(self) -> str:
-        return {"delete": self.key, "bump": f"bump {self.key}", "sweep": f"sweep {self.cache}"}[self.kind]
+        return {
+            "delete": self.key,
+            "bump": f"bump {self.key}",
+            "sweep": f"sweep {self.cache}",
+            "search": f"{self.key}*",
+        }[self.kind]
 
 
 class Unanswered(NamedTuple):
@@ -111,35 +116,38 @@ class Played:
 
     def answer(self, answers: Answers) -> None:
         """Return the rows of the rule's queries, by cache."""
-        for target, busts in self._asked():
+        for batch, target in self._asked():
             rows = answers.get(target.cache.name)
             if rows is None:
                 self.unanswered.append(Unanswered(target.cache.name))
             else:
-                self._derive(target, busts, rows)
+                self._derive(batch, target, rows)
 
     def verdict(self) -> Verdict:
         """Return what it has come to."""
         found = {bust: None for batch in self.batches for bust in _busts(batch)}
+        notes = dict.fromkeys([*self.notes, *(note for batch in self.batches for note in _of_unanswered(batch))])
         return Verdict(
-            self.rule, self.fired, self.why_not, tuple(found), self.notes, tuple(dict.fromkeys(self.unanswered))
+            self.rule, self.fired, self.why_not, tuple(found), tuple(notes), tuple(dict.fromkeys(self.unanswered))
         )
 
-    def _asked(self) -> Iterator[tuple[Target, TargetBusts]]:
+    def _asked(self) -> Iterator[tuple[Batch, Target]]:
         for batch in self.batches:
             for target, busts in batch.busts.items():
                 if target.query is not None and busts.keys and not busts.sweep:
-                    yield target, busts
+                    yield batch, target
 
-    def _derive(self, target: Target, busts: TargetBusts, rows: Sequence[Row]) -> None:
+    def _derive(self, batch: Batch, target: Target, rows: Sequence[Row]) -> None:
         """Do with the rows what `derive` does with the database's."""
+        busts = batch.busts[target]
         assert target.query is not None
         assert target.bust is not None
         given, wanted = target.bust.given, target.cache.bust_template.params
         keys: list[bytes] = []
-        for argument in busts.keys:
-            values = split_arguments(argument)[len(target.query.columns) :]
+        for question in map(Question.split, busts.keys):
+            values = split_arguments(question.arguments)[len(target.query.columns) :]
             mapped = dict(zip(given, values, strict=False))
+            before = len(keys), len(self.unanswered)
             for row in rows:
                 known = {**row, **mapped}
                 lacking = tuple(parameter for parameter in wanted if parameter not in known)
@@ -149,6 +157,8 @@ class Played:
                 key = target.cache.bust_template.render({parameter: known[parameter] for parameter in wanted})
                 if key is not None:
                     keys.append(key)
+            if question.expects and before == (len(keys), len(self.unanswered)):
+                batch.leave_unanswered(target, question)
         busts.derive(target, keys)
 
 
@@ -258,7 +268,9 @@ def _busts(batch: Batch) -> Iterator[Busted]:
             continue
         for version in busts.bumps:
             yield Busted("bump", cache.name, _shown(version))
-        for key in busts.keys if target.query is None else busts.derived:
+        for prefix in busts.prefixes(target):
+            yield Busted("search", cache.name, _shown(prefix))
+        for key in () if target.rest else busts.named(target):
             yield key_bust(cache, key)
 
 
@@ -274,6 +286,16 @@ def _shown(key: bytes) -> str:
 
 
 # ── Reasons ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _of_unanswered(batch: Batch) -> Iterator[str]:
+    for target, busts in batch.busts.items():
+        if busts.unanswered:
+            done = "swept" if busts.sweep else "searched for what is known of the key"
+            yield (
+                f"the query gives no key for the old row, so cache {target.cache.name} is {done}; `on_empty: ignore` "
+                "beside `via` says that nothing is stale then"
+            )
 
 
 def _why_not(rule: Rule, change: Change, table: Shape) -> Iterator[str]:

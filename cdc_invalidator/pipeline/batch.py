@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import ClassVar, NamedTuple
 
 from cdc_invalidator.rules.model import Bust, Cache, Query
-from cdc_invalidator.rules.packed import Pair
-from cdc_invalidator.rules.template import Template
+from cdc_invalidator.rules.packed import Pair, Question, split_arguments
+from cdc_invalidator.rules.template import Param, Template
 
 # Keys of a bust event.
 KEYS_AN_EVENT = 1000
+# Why a cache is swept whose query knew no key for an old row.
+UNANSWERED = "unanswered"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +69,7 @@ class TargetBusts:
 
     ``keys``: what the target's template gives. ``bumps``: versions' keys, of a cache with ``bump_over``. ``derived``:
     what the rows of the target's query gave when it was asked last. ``searches``: prefixes, under which all keys (or
-    versions) of the cache are busted.
+    versions) of the cache are busted. ``unanswered``: the query knew no key for an old row, so it is swept or searched.
     """
 
     keys: dict[bytes, None] = field(default_factory=dict)
@@ -76,6 +79,12 @@ class TargetBusts:
     ops: dict[str, None] = field(default_factory=dict)
     sweep: bool = False
     reason: str = "change"
+    unanswered: bool = False
+
+    @property
+    def reason_beyond_keys(self) -> str:
+        """Why the cache is swept or searched, if it is."""
+        return UNANSWERED if self.unanswered else self.reason
 
     def named(self, target: Target) -> dict[bytes, None]:
         """Return what the target's rule names: the keys, or what its query gave."""
@@ -185,6 +194,20 @@ class Batch:
             busts.searches[prefix] = None
             self.grow(1)
 
+    def leave_unanswered(self, target: Target, question: Question) -> None:
+        """Bust all that an old row of which the target's query knows no key may have been in.
+
+        That is what begins with the parameters that the rule gives beside the query, or else the whole cache.
+        """
+        busts = self.of(target)
+        busts.unanswered = True
+        prefix = _known_prefix(target, question)
+        if prefix is None:
+            busts.sweep = True
+        elif not busts.sweep and prefix not in busts.searches:
+            busts.searches[prefix] = None
+            self.grow(1)
+
     def bump(self, target: Target, versions: Iterable[bytes]) -> None:
         """Trade the single keys of a target with ``bump_over`` for bumps of versions."""
         busts = self.of(target)
@@ -244,6 +267,19 @@ class Batch:
                     yield BustEvent(
                         target, action, op, some, busts.reason, self.commit_lsn, self.committed_at, self.xid
                     )
+
+
+def _known_prefix(target: Target, question: Question) -> bytes | None:
+    """Return what a query's keys for this question begin with, if that is more than for any other question."""
+    assert target.query is not None
+    assert target.bust is not None
+    values = split_arguments(question.arguments)[len(target.query.columns) :]
+    given = dict(zip(target.bust.given, values, strict=False))
+    template = target.cache.sweep_template
+    known = list(takewhile(lambda part: isinstance(part, bytes) or part.name in given, template.parts))
+    if not any(isinstance(part, Param) for part in known):
+        return None
+    return Template.of(known).render(given)
 
 
 class PlainBatch:

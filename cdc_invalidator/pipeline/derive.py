@@ -4,6 +4,9 @@ All changes of one flush are one query for each rule: the arguments go in as arr
 a LATERAL join. It runs on an ordinary connection that can only read, with a limit of time.
 
 A query that fails is tried once more, on a new connection, unless it has used up its time; then its cache is swept.
+
+A query sees the present, in which a row that the answer needs may be gone: deleted with the changed row, or later, in a
+backlog. So where the question of an old row has no answer, its parent's prefix is searched, or the cache is swept.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.postgres.connection import answered, connect, rows
 from cdc_invalidator.postgres.queries import columns
 from cdc_invalidator.rules.model import Query
-from cdc_invalidator.rules.packed import split_arguments
+from cdc_invalidator.rules.packed import Question, split_arguments
 from cdc_invalidator.rules.table import read_table
 
 _log = structlog.get_logger()
@@ -84,7 +87,9 @@ class Queries:
                 if target.query is not None and busts.keys and not busts.sweep:
                     asked.setdefault(target, []).append((batch, busts))
         for target, all_busts in asked.items():
-            arguments = list(dict.fromkeys(key for _, busts in all_busts for key in busts.keys))
+            arguments = list(
+                dict.fromkeys(Question.split(key).arguments for _, busts in all_busts for key in busts.keys)
+            )
             try:
                 found = await self._ask_twice(target, arguments)
             except errors.InvalidatorError as error:
@@ -95,7 +100,7 @@ class Queries:
                 continue
             for batch, busts in all_busts:
                 before = len(busts.derived) + len(busts.bumps)
-                _take(target, busts, found)
+                _take(target, batch, found)
                 batch.grow(len(busts.derived) + len(busts.bumps) - before)
 
     async def _ask_twice(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
@@ -214,5 +219,12 @@ def _text(value: bytes | None) -> str | None:
         raise errors.WrongMessage("A row holds text that is not UTF-8, which no query can be asked for.") from error
 
 
-def _take(target: Target, busts: TargetBusts, found: Mapping[bytes, Sequence[bytes]]) -> None:
-    busts.derive(target, [key for argument in busts.keys for key in found.get(argument, ())])
+def _take(target: Target, batch: Batch, found: Mapping[bytes, Sequence[bytes]]) -> None:
+    busts = batch.busts[target]
+    keys: list[bytes] = []
+    for question in map(Question.split, busts.keys):
+        named = found.get(question.arguments, ())
+        keys += named
+        if question.expects and not named:
+            batch.leave_unanswered(target, question)
+    busts.derive(target, keys)

@@ -95,7 +95,7 @@ class FollowUps:
             bust: which one it was: first, or why it was done again; gap: nothing but its sweeps follows.
             now: the time.
         """
-        self._request_sweeps(batch, ticket)
+        self._request_sweeps(batch, ticket, bust)
         if bust in {"first", "visible"} and self._postgres.standbys.awaited:
             self._again.until_replayed(batch, ticket, now)
         if bust not in {"again_after", "gap"} and self._asks_again:
@@ -190,12 +190,12 @@ class FollowUps:
         due = self._again.next_due()
         return patience if due is None else min(patience, due - now)
 
-    def _request_sweeps(self, batch: Batch, ticket: Ticket) -> None:
+    def _request_sweeps(self, batch: Batch, ticket: Ticket, bust: str) -> None:
         for target, busts in batch.busts.items():
             prefixes = busts.prefixes(target)
             if busts.sweep or prefixes:
                 ticket.parts += 1
-                cause = Cause(target.rule, target.table, ",".join(busts.ops), busts.reason)
-                request = Request(batch.commit_lsn, batch.xid or None, batch.committed_at, prefixes=prefixes)
+                cause = Cause(target.rule, target.table, ",".join(busts.ops), busts.reason_beyond_keys)
+                request = Request(batch.commit_lsn, batch.xid or None, batch.committed_at, prefixes=prefixes, bust=bust)
                 self.sweeps.request(target.cache, cause, request, [ticket])
         self.sweeps.show()

@@ -18,7 +18,7 @@ from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.condition import Condition, Holds, HoldsOf, asked_columns
 from cdc_invalidator.rules.model import Bust, Rule
-from cdc_invalidator.rules.packed import join_arguments
+from cdc_invalidator.rules.packed import Question, join_arguments
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.values import OPS, UNCHANGED, Row
 
@@ -54,6 +54,8 @@ class _Firing:
 
     target: Target
     key_of: KeyOf
+    # Of a query: what it is asked for a row that is gone, or has moved away.
+    old_key_of: KeyOf
     columns: tuple[int, ...]
     # The key in literals and columns, where it is no more than that.
     plain: tuple[Sequence[bytes], Sequence[int]] | None
@@ -149,10 +151,10 @@ class Plan:
                 _bust(batch, firing, "update", new)
                 if firing.old_of_update == "given":
                     if old is not None:
-                        _bust(batch, firing, "update", old)
+                        _bust_old(batch, firing, "update", old, new)
                 elif firing.old_of_update == "kept":
                     if old is not None:
-                        _bust(batch, firing, "update", self._kept(old, new))
+                        _bust_old(batch, firing, "update", self._kept(old, new), new)
                 elif firing.old_of_update == "sweep":
                     batch.sweep(firing.target, ("update",), "change")
 
@@ -165,13 +167,14 @@ class Plan:
         before = [after if kept else value for value, after, kept in zip(known, new, rule.kept, strict=False)]
         as_it_was = self._kept(known, new)
         for firing, where in rule.asked:
-            if where(new):
+            counts = where(new)
+            if counts:
                 _bust(batch, firing, "update", new)
             if where(before):
                 if firing.old_of_update == "sweep":
                     batch.sweep(firing.target, ("update",), "change")
                 else:
-                    _bust(batch, firing, "update", as_it_was)
+                    _bust_old(batch, firing, "update", as_it_was, new if counts else None)
 
     def delete(self, batch: Batch, message: pgoutput.Delete) -> None:
         """Put what a deleted row makes stale into the batch."""
@@ -182,7 +185,7 @@ class Plan:
                 continue
             for firing in rule.counting(self._carried(message.old)) if rule.asked else rule.firings:
                 if firing.old_of_delete == "given":
-                    _bust(batch, firing, "delete", message.old)
+                    _bust_old(batch, firing, "delete", message.old, None)
                 elif firing.old_of_delete == "sweep":
                     batch.sweep(firing.target, ("delete",), "change")
 
@@ -247,7 +250,23 @@ def _no_key(_row: Sequence[bytes | None]) -> bytes | None:
     raise AssertionError("a firing without its columns gives no key")
 
 
-def _bust(batch: Batch, firing: _Firing, op: str, row: Row) -> None:
+def _bust_old(batch: Batch, firing: _Firing, op: str, old: Row, new: Row | None) -> None:
+    """Bust what a row as it was gives.
+
+    Args:
+        batch: takes the bust.
+        firing: what is busted.
+        op: update or delete.
+        old: the row as it was.
+        new: the row as it is; ``None`` if it is gone, or does not count any more.
+    """
+    if firing.target.query is not None and (new is None or any(old[at] != new[at] for at in firing.columns)):
+        _bust(batch, firing, op, old, firing.old_key_of)
+    else:
+        _bust(batch, firing, op, old)
+
+
+def _bust(batch: Batch, firing: _Firing, op: str, row: Row, key_of: KeyOf | None = None) -> None:
     if firing.key_of is _no_key:
         batch.sweep(firing.target, (op,), "change")
         return
@@ -255,7 +274,7 @@ def _bust(batch: Batch, firing: _Firing, op: str, row: Row) -> None:
         if row[column] is UNCHANGED:
             batch.sweep(firing.target, (op,), "change")
             return
-    key = firing.key_of(row)  # type: ignore[arg-type]  # no UNCHANGED among the columns that it reads
+    key = (key_of or firing.key_of)(row)  # type: ignore[arg-type]  # no UNCHANGED among the columns that it reads
     if key is not None:
         # As Batch.add does, without its call: this runs for each key.
         busts = batch.busts.get(firing.target) or batch.of(firing.target)
@@ -316,7 +335,9 @@ def compile_plan(
 
 def compile_sweeps(relation: pgoutput.Relation, rules: Iterable[PreparedRule], counts: Counts) -> Plan:
     """Compile a plan in which any change sweeps the caches of all these rules."""
-    firings = [_Firing(target, _no_key, (), None, "sweep", "sweep") for each in rules for target in each.targets]
+    firings = [
+        _Firing(target, _no_key, _no_key, (), None, "sweep", "sweep") for each in rules for target in each.targets
+    ]
     every = [_RulePlan(firings, (), frozenset())]
     by_op: dict[str, list[_RulePlan]] = {op: every for op in OPS}  # noqa: C420  shared, and never changed
     return _plan(relation, by_op, "", counts)
@@ -408,19 +429,36 @@ def _firing(rule: Rule, target: Target, bust: Bust, index: Mapping[str, int], ca
         old_of_update = "kept" if needed <= carried | rule.immutable else unknown
         old_of_delete = unknown
     if not needed <= index.keys():
-        return _Firing(target, _no_key, (), None, "sweep", "sweep")
+        return _Firing(target, _no_key, _no_key, (), None, "sweep", "sweep")
     at = {parameter: index[column] for parameter, column in bust.columns.items()}
     columns = tuple(sorted(set(at.values())))
     if bust.query is None:
         key_of, plain = target.template.compile(at), target.template.plain(at)
-        return _Firing(target, key_of, columns, plain, old_of_update, old_of_delete)
+        return _Firing(target, key_of, key_of, columns, plain, old_of_update, old_of_delete)
     # A query can be asked for NULL as well.
-    places = [at[column] for column in (*bust.query.columns, *bust.given.values())]
-    return _Firing(target, _arguments_of(places), columns, None, old_of_update, old_of_delete)
+    asked = [at[column] for column in bust.query.columns]
+    given = [at[column] for column in bust.given.values()]
+    arguments_of = _arguments_of([*asked, *given])
+    old_key_of = arguments_of if bust.query.ignores_empty else _old_question_of(asked, given)
+    return _Firing(target, arguments_of, old_key_of, columns, None, old_of_update, old_of_delete)
 
 
 def _arguments_of(places: Sequence[int]) -> KeyOf:
     return lambda row: join_arguments([row[place] for place in places])
+
+
+def _old_question_of(asked: Sequence[int], given: Sequence[int]) -> KeyOf:
+    """Return what gives the question of an old row: it expects an answer, unless none can be by nature.
+
+    Nothing joins a row whose asked columns are all NULL, and a key with NULL for a given parameter is no key.
+    """
+
+    def question(row: Sequence[bytes | None]) -> bytes:
+        joins_nothing = bool(asked) and all(row[place] is None for place in asked)
+        expects = not joins_nothing and all(row[place] is not None for place in given)
+        return Question(join_arguments([row[place] for place in (*asked, *given)]), expects).pack()
+
+    return question
 
 
 def _old_modes(rule: Rule, firing: _Firing) -> Iterable[str]:

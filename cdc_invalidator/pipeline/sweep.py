@@ -56,7 +56,8 @@ class Cause(NamedTuple):
 class Request:
     """What the event says of the transactions with one cause: the newest of them, and how many they were.
 
-    ``prefixes``: what is searched for; empty for a sweep.
+    ``prefixes``: what is searched for; empty for a sweep. ``bust``: which bust of the transaction asks, see
+    `FollowUps.begin`.
     """
 
     commit_lsn: int
@@ -64,6 +65,12 @@ class Request:
     committed_at: int | None
     transactions: int = 1
     prefixes: dict[bytes, None] = field(default_factory=dict)
+    bust: str = "first"
+
+    @property
+    def round(self) -> str:
+        """Which bust asks; the first one may come late."""
+        return "first" if self.bust == "visible" else self.bust
 
 
 class Asked:
@@ -72,6 +79,8 @@ class Asked:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.requests: dict[Cause, Request] = {}
+        # By bust: the newest transaction that has asked for a sweep.
+        self.newest: dict[str, int] = {}
         self.tickets: list[Ticket] = []
         self.keys = 0
         self.existed = 0
@@ -83,7 +92,9 @@ class Asked:
         more = [prefix for prefix in request.prefixes if prefix not in prefixes]
         prefixes.update(dict.fromkeys(more))
         if known is not None:
-            request.transactions += known.transactions
+            request.transactions += known.transactions - (known.commit_lsn == request.commit_lsn)
+        if request.xid and not request.prefixes:
+            self.newest[request.round] = request.commit_lsn
         request.prefixes = prefixes
         self.requests[cause] = request
         return sum(map(len, more)) + _A_PREFIX * len(more)
@@ -386,6 +397,8 @@ class Sweeps:
         # By cache; the search, which is of all caches, by the empty name.
         self._running: dict[str, Pass] = {}
         self._waiting: dict[str, Pass] = {}
+        # Of the last sweep of each cache on this connection: `Asked.newest`.
+        self._over: dict[str, dict[str, int]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._running)
@@ -403,10 +416,22 @@ class Sweeps:
         return [each for each in self._all if isinstance(each, Search)]
 
     def request(self, cache: Cache, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> None:
-        """Ask for a pass that begins after now: a search for the request's prefixes, or else a sweep of the cache."""
+        """Ask for a pass that begins after now: a search for the request's prefixes, or else a sweep of the cache.
+
+        A large transaction comes in batches, each of which may ask: one sweep that has begun since it was committed
+        does for all of them.
+        """
         name = "" if request.prefixes else cache.name
+        sweeps = bool(request.xid) and not request.prefixes
+        if sweeps and self._over.get(name, {}).get(request.round) == request.commit_lsn:
+            for ticket in tickets:
+                self._resolve(ticket)
+            return
         running = self._running.get(name)
-        queue = self._waiting if running is not None and running.begun else self._running
+        joins = running is None or not running.begun
+        if running is not None and sweeps:
+            joins |= running.of(cache).newest.get(request.round) == request.commit_lsn
+        queue = self._running if joins else self._waiting
         wanted = queue.get(name)
         if wanted is None:
             wanted = queue[name] = Search() if request.prefixes else Sweep(cache)
@@ -435,6 +460,7 @@ class Sweeps:
     def restart(self) -> None:
         """Begin all again, on another connection; those that waited behind a pass join it."""
         waiting, self._waiting = self._waiting, {}
+        self._over.clear()
         for each in self._running.values():
             each.restart()
         for each in waiting.values():
@@ -502,6 +528,8 @@ class Sweeps:
             if isinstance(each, Search):
                 each.log_over()
                 self._metrics.search_passes.inc()
+            elif isinstance(each, Sweep):
+                self._over[each.cache.name] = each.of(each.cache).newest
         return done, denied
 
     async def _tell(self, server: CacheServer, each: Pass) -> None:

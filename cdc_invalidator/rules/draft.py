@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
 
 # What stands beside the parameters in a bust's mapping.
-RESERVED = frozenset({"via", "where"})
+RESERVED = frozenset({"via", "where", "on_empty"})
 
 
 class _CacheDraft(NamedTuple):
@@ -159,6 +160,8 @@ class Draft:
         if draft is None or draft.bust_template is None:
             return None
         params = draft.bust_template.params
+        if "on_empty" in mapping:
+            _check_on_empty(document, loc, mapping)
         for parameter in sorted(mapping.keys() - set(params) - RESERVED):
             of = "key" if draft.entry.version is None or draft.entry.bump_over else "version"
             remedy = nearest(parameter, params, "remove it") if params else "it has none, so remove it"
@@ -179,6 +182,7 @@ class Draft:
             document.complain((*loc, "via"), sentence, of_key=True)
         if query is None:
             return None
+        query = replace(query, ignores_empty=mapping.get("on_empty") == "ignore")
         read = (*query.columns, *given.values())
         parts = [part for column in read for part in (Param(column), b"\0")][:-1]
         return _BustDraft(name, Template.of(parts), {column: column for column in read}, query, given)
@@ -481,6 +485,18 @@ def _check_repeats(document: Document, loc: Loc, rule: RuleEntry) -> None:
             seen.add(item)
 
 
+def _check_on_empty(document: Document, loc: Loc, mapping: Mapping[str, str]) -> None:
+    if mapping["on_empty"] != "ignore":
+        sentence = (
+            f"{shown(mapping['on_empty'])} is not allowed here; write `ignore` where a query that gives nothing for an "
+            "old row means that nothing is stale, or remove `on_empty`"
+        )
+        document.complain((*loc, "on_empty"), sentence)
+    if "via" not in mapping:
+        sentence = "`on_empty` is about the answer of a query; remove it, or add `via`"
+        document.complain((*loc, "on_empty"), sentence, of_key=True)
+
+
 def _check_debounce(document: Document, loc: Loc, rule: RuleEntry) -> None:
     if rule.debounce is not None and rule.debounce > LONGEST_AGAIN:
         document.complain((*loc, "debounce"), TOO_LONG.format(field="debounce"))
@@ -504,6 +520,7 @@ def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
         and ["".join(part if isinstance(part, str) else f"{{{part.name}}}" for part in bust.query.parts)],
         "given": sorted(bust.given.items()),
         "where": [text for text in (rule.where, bust.where) if text],
+        "on_empty": "ignore" if bust.query and bust.query.ignores_empty else None,
     }
     used = {name: value for name, value in more.items() if value}
     return [*canonical, used] if used else canonical

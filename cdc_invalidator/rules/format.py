@@ -65,7 +65,8 @@ BustMapping = Annotated[
     dict[str, Column],
     Field(
         description="`parameter: column` where the names differ; `via: SELECT …` for a query whose rows give "
-        "parameters, with `{column}` for the changed row's; `where`, as that of the rule, for this cache alone."
+        "parameters, with `{column}` for the changed row's; `on_empty: ignore` beside it if nothing is stale where it "
+        "gives nothing for an old row; `where`, as that of the rule, for this cache alone."
     ),
 ]
 MappedBust = Annotated[dict[str, BustMapping], Field(min_length=1, max_length=1)]

@@ -70,10 +70,12 @@ class Query:
     """A query whose rows are parameters: SQL with columns of the changed row in between.
 
     ``parts``: SQL (text) and columns (`Param`) in order; ``columns``: the names of the columns, each once.
+    ``ignores_empty``: where it gives no key for an old row, nothing is stale.
     """
 
     parts: tuple[str | Param, ...]
     columns: tuple[str, ...]
+    ignores_empty: bool = False
 
 
 class Expression(NamedTuple):
@@ -90,7 +92,7 @@ class Bust:
 
     ``template``: rendered for a changed row; ``columns`` names the column of each of its parameters. Without a
     ``query`` the result is the key to bust. With one, it is the query's arguments: the values of `Query.columns`, then
-    of ``given`` (parameter: column), as `packed.join_arguments` puts them. The query's rows are the other parameters.
+    of ``given`` (parameter: column), as `packed.Question` packs them. The query's rows are the other parameters.
     ``where``: which images of a row it is for, beside the rule's own.
     """
 

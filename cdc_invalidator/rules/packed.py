@@ -21,6 +21,30 @@ def split_arguments(arguments: bytes) -> list[bytes | None]:
     return [value[1:] if value.startswith(b"+") else None for value in arguments.split(b"\0")]
 
 
+class Question(NamedTuple):
+    """What a query is asked for one row: packed arguments.
+
+    ``expects``: the row is gone or has moved away, and an entry of it may be cached, so that an answer without any key
+    means that a joined row is gone too.
+    """
+
+    arguments: bytes
+    expects: bool
+
+    @classmethod
+    def split(cls, packed: bytes) -> Question:
+        """Unpack what `pack` gives."""
+        return cls(packed[1:], expects=True) if packed.startswith(_EXPECTS) else cls(packed, expects=False)
+
+    def pack(self) -> bytes:
+        """Return it as one text, that travels the data path as a key does."""
+        return _EXPECTS + self.arguments if self.expects else self.arguments
+
+
+# No packed argument begins with it.
+_EXPECTS = b"!"
+
+
 class Pair(NamedTuple):
     """Of a cache with ``bump_over``: a version's key, and a key under that version with NUL in the version's place."""
 

@@ -54,8 +54,12 @@ def project(dsn: str, redis_url: str, backend: str, prefix: str = "", version: i
             process.kill()
 
 
-def test_three_rules_are_all_that_the_project_needs() -> None:
-    assert len(load_rules(RULES, {}).rules) == 3
+WRITES = ["save", "update", "give_away", "tag", "rename_author", "sql", "rename_tag", "cascade", "drop_article"]
+WRITES += ["cascade_of_tag", "drop_tag"]
+
+
+def test_four_rules_are_all_that_the_project_needs() -> None:
+    assert len(load_rules(RULES, {}).rules) == 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
@@ -70,7 +74,7 @@ def test_writes_by_the_orm_by_sql_and_by_a_cascade_show_at_once(
             shown = blog.does("read")
             assert shown == blog.does("truth")
             assert redis_client.exists(":1:article:1", ":1:author:1:articles", ":1:tag:python:articles") == 3
-            for write in ("save", "update", "give_away", "tag", "rename_author", "sql", "cascade"):
+            for write in WRITES:
                 before = shown
                 blog.does(write)
                 truth = blog.does("truth")
@@ -81,6 +85,28 @@ def test_writes_by_the_orm_by_sql_and_by_a_cascade_show_at_once(
             assert not daemon.errors
             assert not daemon.named("query_failed")
             assert not daemon.named("bust", action="sweep", reason="change"), "single keys, and no whole caches"
+            assert not daemon.named("bust", action="sweep", reason="unanswered")
+
+
+def test_writes_while_the_daemon_is_away_show_when_it_is_back(
+    database: str, redis_url: str, redis_client: redis.Redis, slot_name: str
+) -> None:
+    with project(database, redis_url, BACKENDS["django-redis"]) as blog:
+        blog.does("create")
+        with RunningDaemon(dsn=database, redis_url=redis_url, rules=RULES, slot=slot_name) as daemon:
+            daemon.ready()
+            settled(database, redis_client, slot_name)
+            before = blog.does("read")
+            daemon.kill()
+            for write in WRITES:
+                blog.does(write)
+            daemon.start().ready()
+            settled(database, redis_client, slot_name)
+            truth = blog.does("truth")
+            assert sum(truth[key] != before[key] for key in truth) > 8
+            assert blog.does("read") == truth
+            assert not daemon.named("bust", action="sweep", reason="change"), "single keys, and no whole caches"
+            assert not daemon.named("bust", action="sweep", reason="unanswered")
 
 
 def test_a_transaction_that_is_rolled_back_busts_nothing(

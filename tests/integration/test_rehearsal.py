@@ -59,7 +59,7 @@ tests:
   - name: a user that the schema does not have
     change: {table: public.users, op: delete, old: {id: 5, name: Eve, plan: null}}
     via: {team: []}
-    busts: [p:user:5, bump p:dash:5:ver]
+    busts: [p:user:5, bump p:dash:5:ver, sweep team]
   - name: a new product
     change: {table: public.products, op: insert, new: {id: 4, name: d}}
     busts: ["p:product:4:v{version}"]
@@ -139,7 +139,7 @@ tests:
     busts: [p:user:42, bump p:dash:43:ver, p:team:8]
   - name: a cascade
     change: {table: public.users, op: delete, old: {id: 43, name: Bob}}
-    busts: [p:user:43, bump p:dash:43:ver, p:member:9:43]
+    busts: [p:user:43, bump p:dash:43:ver, p:member:9:43, sweep team]
   - name: no name
     change: {table: public.users, op: insert, new: {id: 44}}
     busts: []

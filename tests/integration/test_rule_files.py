@@ -68,6 +68,19 @@ STEPS: dict[str, list[Step]] = {
             ("shop:prod:product:3:reviews", "shop:prod:stats:3:ver"),
             ("shop:prod:product:4:reviews", "shop:prod:product:3"),
         ),
+        Step(
+            "WITH p AS (DELETE FROM products WHERE id = 4) DELETE FROM orders WHERE product_id = 4",
+            (
+                "shop:prod:product:4",
+                "shop:prod:page:4:v1",
+                "shop:prod:catalog:ver",
+                "shop:prod:stats:4:ver",
+                "shop:prod:user:10:orders",
+                "shop:prod:user:10:dash:ver",
+                "shop:prod:history:10:ver",
+            ),
+            ("shop:prod:history:7:ver", "shop:prod:page:5:v1"),
+        ),
         Step("UPDATE products SET price_cents = price_cents + 1", ("shop:prod:pages:ver",)),
     ],
     "saas": [
@@ -107,6 +120,11 @@ STEPS: dict[str, list[Step]] = {
         ),
         Step("DELETE FROM memberships WHERE user_id = 44", ("saas:prod:user:44:teams",), ("saas:prod:user:42:teams",)),
         Step(
+            "WITH t AS (DELETE FROM teams WHERE id = 7) DELETE FROM memberships WHERE team_id = 7",
+            ("saas:prod:user:42:teams", "saas:prod:user:43:teams"),
+            ("saas:prod:user:44:teams",),
+        ),
+        Step(
             "INSERT INTO usage SELECT 1, n, 1 FROM generate_series(1, 100) n",
             ("saas:prod:tenant:1:bill:ver",),
             ("saas:prod:tenant:2:bill:ver",),
@@ -130,8 +148,18 @@ STEPS: dict[str, list[Step]] = {
         ),
         Step(
             "DELETE FROM blog_author WHERE id = 7",
-            (":1:author:7:articles", ":1:article:42", ":1:article:43"),
-            (":1:article:44", ":1:author:8:articles"),
+            (":1:author:7:articles", ":1:article:42", ":1:article:43", ":1:tag:redis:articles"),
+            (":1:article:44", ":1:author:8:articles", ":1:tag:python:articles"),
+        ),
+        Step(
+            "UPDATE blog_tag SET slug = 'postgres' WHERE id = 5",
+            (":1:tag:sql:articles", ":1:tag:postgres:articles", ":1:article:44"),
+            (":1:tag:redis:articles", ":1:author:8:articles"),
+        ),
+        Step(
+            "DELETE FROM blog_tag WHERE id = 5",
+            (":1:tag:postgres:articles", ":1:article:44"),
+            (":1:tag:redis:articles",),
         ),
     ],
     "rails": [
@@ -152,6 +180,11 @@ STEPS: dict[str, list[Step]] = {
             "DELETE FROM comments WHERE id = 1",
             ("shop:posts/hello/comments/version",),
             ("shop:posts/hello", "shop:posts/other/comments/version"),
+        ),
+        Step(
+            "WITH p AS (DELETE FROM posts WHERE id = 2) DELETE FROM comments WHERE post_id = 2",
+            ("shop:posts/other", "shop:posts/other/comments/version"),
+            ("shop:posts/hello/comments/version",),
         ),
     ],
     "spring": [

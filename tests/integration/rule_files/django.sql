@@ -8,7 +8,8 @@ CREATE TABLE blog_article_tags (
     tag_id bigint NOT NULL REFERENCES blog_tag ON DELETE CASCADE);
 ALTER TABLE blog_article REPLICA IDENTITY FULL;
 ALTER TABLE blog_article_tags REPLICA IDENTITY FULL;
+ALTER TABLE blog_tag REPLICA IDENTITY FULL;
 INSERT INTO blog_author VALUES (7, 'Ada'), (8, 'Barbara');
 INSERT INTO blog_article VALUES (42, 7, 'Old'), (43, 7, 'Older'), (44, 8, 'Another');
-INSERT INTO blog_tag VALUES (3, 'python'), (4, 'redis');
-INSERT INTO blog_article_tags (article_id, tag_id) VALUES (42, 3), (42, 4);
+INSERT INTO blog_tag VALUES (3, 'python'), (4, 'redis'), (5, 'sql');
+INSERT INTO blog_article_tags (article_id, tag_id) VALUES (42, 3), (42, 4), (44, 5);

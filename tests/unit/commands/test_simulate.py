@@ -205,6 +205,42 @@ def test_a_query_without_its_answer_is_told() -> None:
     assert verdict(VIA, change("truncate")).unanswered == ()
 
 
+def test_an_old_row_of_which_the_query_knows_no_key_sweeps() -> None:
+    deleted = change("delete", old=ROW)
+    answers: list[list[dict[str, str | None]]] = [[], [{"team_id": None}]]
+    for answer in answers:
+        told = verdict(VIA, deleted, {"team": answer})
+        assert [str(bust) for bust in told.busts] == ["sweep team"]
+        (note,) = told.notes
+        assert note == (
+            "the query gives no key for the old row, so cache team is swept; `on_empty: ignore` beside `via` says that "
+            "nothing is stale then"
+        )
+    # A new row without an answer is nothing: what was joined and is gone busts by its own old row.
+    assert verdict(VIA, change("insert", new=ROW), {"team": []}).busts == ()
+    # Nor is an old row that asks what the new one asks, and one that joins nothing.
+    same = change("update", old=ROW, new={**ROW, "name": "x"})
+    assert verdict(VIA, same, {"team": []}).busts == ()
+    assert verdict(VIA, change("delete", old={**ROW, "id": None}), {"team": []}).busts == ()
+    moved = change("update", old=ROW, new={**ROW, "id": 2})
+    assert [str(bust) for bust in verdict(VIA, moved, {"team": []}).busts] == ["sweep team"]
+    # A row that does not count any more is gone for its key.
+    counting = f"where: \"row.name != 'x'\", {VIA}"
+    assert [str(bust) for bust in verdict(counting, same, {"team": []}).busts] == ["sweep team"]
+    # Where the rule gives what the key begins with, that is searched.
+    pages = """
+version: 1
+caches: {page: {key: "page:{user}:{team}"}}
+rules:
+  - {name: r, table: public.t, bust: [page: {user: id, via: "SELECT team FROM m WHERE x = {team_id}"}]}
+"""
+    (told,) = simulate(parse_rules([("a.yaml", pages)], {}), deleted, {"page": []})
+    assert [str(bust) for bust in told.busts] == ["page:1:*"]
+    assert "searched" in told.notes[0]
+    ignoring = VIA.replace("{via", "{on_empty: ignore, via")
+    assert verdict(ignoring, deleted, {"team": []}).busts == ()
+
+
 def shape(identity: str, *keys: str, columns: tuple[str, ...] = ("id", "team_id", "name")) -> Shape:
     made = tuple(pgoutput.Column(name, name in keys, 25, -1) for name in columns)
     return Shape(pgoutput.Relation(None, 5, "public", "t", identity, made), (Table("public", "t"),))

@@ -60,6 +60,14 @@ def sweeping(*names: str, rate: int) -> Sweeps:
     return sweeps
 
 
+def ask(sweeps: Sweeps, lsn: int, bust: str = "first", xid: int | None = 7) -> Ticket:
+    """Ask for a sweep as a batch of a transaction does; return its ticket."""
+    ticket = Ticket(lsn)
+    request = Request(lsn, xid, None, bust=bust)
+    sweeps.request(CACHES["a"], Cause("r", "t", "delete", "unanswered"), request, [ticket])
+    return ticket
+
+
 async def step(sweeps: Sweeps, server: Scanned) -> list[Pass]:
     # Of a server, a sweep that finds nothing needs no more.
     over, denied = await sweeps.step(cast("CacheServer", server))
@@ -74,6 +82,39 @@ async def run(sweeps: Sweeps, server: Scanned, clock: Clock) -> list[Pass]:
         clock.now += sweeps.patience()
         over += await step(sweeps, server)
     return over
+
+
+async def test_the_batches_of_one_transaction_share_one_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    server = Scanned(clock, 10 * SCAN_COUNT)
+    resolved: list[Ticket] = []
+    sweeps = Sweeps(Metrics(CollectorRegistry()), resolved.append)
+    ask(sweeps, 1)
+    await step(sweeps, server)
+    second = ask(sweeps, 1)
+    assert len(sweeps) == 1, "one that has begun since the commit does"
+    assert resolved == [second], "the first ticket stands for both"
+    (over,) = await run(sweeps, server, clock)
+    assert [request.transactions for request in over.asked["a"].requests.values()] == [1]
+    third = ask(sweeps, 1)
+    assert (len(sweeps), resolved) == (0, [second, third]), "and so does one that is over"
+    # Not for another transaction, nor for the same one when standbys show it; what no transaction asks for, never.
+    ask(sweeps, 2)
+    await step(sweeps, server)
+    ask(sweeps, 2, "standby")
+    assert len(sweeps) == 2
+    ask(sweeps, 3)
+    await run(sweeps, server, clock)
+    assert len(sweeps) == 0
+    ask(sweeps, 3, xid=None)
+    assert len(sweeps) == 1
+    await run(sweeps, server, clock)
+    # Another Redis has had none of it.
+    ask(sweeps, 4)
+    await run(sweeps, server, clock)
+    sweeps.restart()
+    ask(sweeps, 4)
+    assert len(sweeps) == 1
 
 
 async def test_without_a_rate_no_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:

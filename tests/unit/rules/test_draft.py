@@ -350,6 +350,41 @@ def test_a_query_must_have_a_parameter_to_give() -> None:
     ]
 
 
+def test_a_query_may_say_that_no_answer_means_nothing() -> None:
+    query = 'via: "SELECT x, y FROM t WHERE id = {id}"'
+    asked = parse(vias(query, "on_empty: ignore")).rules[0].busts[0].query
+    assert asked is not None
+    assert asked.ignores_empty
+    assert changed(digests(vias(query)), digests(vias(query, "on_empty: ignore"))) == {"", "c"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "mistake"),
+    [
+        (
+            ["on_empty: sweep", "via: SELECT x"],
+            (
+                "7:23: `sweep` is not allowed here; write `ignore` where a query that gives nothing for an old row "
+                "means that nothing is stale, or remove `on_empty`"
+            ),
+        ),
+        (
+            ["on_empty: ignore", "x: a"],
+            "7:13: `on_empty` is about the answer of a query; remove it, or add `via`",
+        ),
+    ],
+)
+def test_a_mistake_in_on_empty_is_told(fields: list[str], mistake: str) -> None:
+    assert mistakes(vias(*fields)) == [f"a.yaml:{mistake}"]
+
+
+def test_a_parameter_may_not_be_a_word_of_the_format() -> None:
+    text = "version: 1\ncaches: {c: {key: 'c:{via}', ttl: 5m}}\n"
+    assert mistakes(text) == [
+        "a.yaml:2:19: a parameter may not be called `via`, a word of a rule's `bust`; give it another name"
+    ]
+
+
 def test_a_query_changes_the_digest_of_its_cache_and_what_is_not_used_changes_none() -> None:
     before = digests(vias('via: "SELECT x, y FROM t WHERE id = {id}"'))
     assert changed(before, digests(vias('via: "SELECT x, y FROM t WHERE id = {no}"'))) == {"", "c"}

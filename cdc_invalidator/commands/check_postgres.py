@@ -15,14 +15,15 @@ import psycopg
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import check_redis
+from cdc_invalidator.commands.check_joins import Reads, of_joins
 from cdc_invalidator.commands.check_rules import Columns, never, offline, query_lacks
 from cdc_invalidator.commands.findings import Finding, Severity
-from cdc_invalidator.pipeline.derive import statement
+from cdc_invalidator.pipeline.derive import objection, statement
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
 from cdc_invalidator.postgres.mistakes import NAMED, mistakes, read_of_old, unknown_old
 from cdc_invalidator.postgres.publication import Publication
-from cdc_invalidator.postgres.queries import ColumnInfo, columns, given_tables, read_rights
+from cdc_invalidator.postgres.queries import ColumnInfo, above, columns, given_tables, read_rights
 from cdc_invalidator.postgres.quoting import qualified
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
@@ -127,6 +128,7 @@ class _Database:
         self._rules = rules
         self._findings: list[Finding] = []
         self._columns: dict[Table, dict[str, ColumnInfo]] = {}
+        self._reads: list[Reads] = []
         self.columns = Columns()
         # Of the server, where it could be asked; nobody streams from the slot then.
         self.system_id: str | None = None
@@ -432,21 +434,26 @@ class _Database:
                 except errors.PostgresUnavailable as error:
                     if connection.broken:
                         raise
-                    self._query_fails(rule, bust, error)
+                    self._query_fails(rule, bust, types, error)
                 except (errors.ServerRefuses, errors.Locked) as error:
                     if "row-level security" in str(error):
                         await self._hides_rows(connection, rule, bust, query)
                     else:
-                        self._query_fails(rule, bust, error)
+                        self._query_fails(rule, bust, types, error)
+        self._findings += of_joins(rules, self._reads)
 
-    def _query_fails(self, rule: Rule, bust: Bust, error: errors.InvalidatorError) -> None:
-        cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
+    def _query_fails(self, rule: Rule, bust: Bust, types: Mapping[str, str], error: errors.InvalidatorError) -> None:
+        assert bust.query is not None
+        found = objection(bust.query, types, error, ahead=_NO_ROWS)
+        if found is None:
+            cause = first_line(error.__cause__) if isinstance(error.__cause__, Exception) else str(error)
+            found = f"{cause}; try it with psql as the role of CDC_POSTGRES_DSN"
         self._add(
             Severity.ERROR,
             "query_fails",
-            f"the `via` query of rule {rule.name} for cache {bust.cache.name} fails ({cause}), so that the cache would "
-            "be swept at each change; correct it, and try it with psql as the role of CDC_POSTGRES_DSN.",
-            rule.place,
+            f"the `via` query of rule {rule.name} for cache {bust.cache.name} fails, so that the cache would be swept "
+            f"at each change: {found}.",
+            bust.query.place,
         )
 
     async def _hides_rows(self, connection: psycopg.AsyncConnection[Any], rule: Rule, bust: Bust, query: str) -> None:
@@ -475,7 +482,7 @@ class _Database:
     ) -> None:
         arguments = _nothing(bust)
         with answered(connection):
-            nothing = f"SELECT * FROM (\n{query}\n) AS found LIMIT 0"  # noqa: S608  the rule file's own SQL
+            nothing = f"{_NO_ROWS}{query}\n) AS found LIMIT 0"
             cursor = await connection.execute(nothing.encode(), arguments)
         given = {column.name: column.type_code for column in (cursor.description or [])[1:]}
         self._findings += query_lacks(rule, bust, given)
@@ -485,6 +492,9 @@ class _Database:
             explained = await connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON) {query}".encode(), arguments)
             ((plans,),) = await explained.fetchall()
         nodes = list(_nodes(plans[0]["Plan"]))
+        read = {Table(scan["Schema"], scan["Relation Name"]) for scan in nodes if "Relation Name" in scan}
+        own = [table for table in sorted(read) if table.schema not in {"pg_catalog", "information_schema"}]
+        self._reads.append(Reads(rule, bust, [[table, *await above(connection, table)] for table in own]))
         for scan in nodes:
             if scan["Node Type"] == "Seq Scan":
                 await self._of_scan(connection, rule, bust, scan, nodes)
@@ -627,6 +637,7 @@ def _nodes(plan: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         yield from _nodes(below)
 
 
+_NO_ROWS = "SELECT * FROM (\n"
 _CONDITIONS = ("Filter", "Join Filter", "Hash Cond", "Merge Cond", "Recheck Cond")
 
 

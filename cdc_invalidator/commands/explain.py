@@ -225,7 +225,9 @@ def _cause(rule: Rule, bust: Bust) -> dict[str, Any]:
         "when": rule.when,
         "where": rule.where_of(bust),
         "params": dict(bust.given if query else bust.columns),
-        "via": None if query is None else "".join(p if isinstance(p, str) else f"{{{p.name}}}" for p in query.parts),
+        "via": None if query is None else query.text,
+        # A query may give no row of which this key is made.
+        "certain": query is None,
         "action": action,
     }
 
@@ -317,7 +319,9 @@ def _bust_line(bust: Mapping[str, Any]) -> str:
 
 def _cause_lines(cause: Mapping[str, Any]) -> Iterator[str]:
     verb = {"delete": "deleted", "bump": "bumped", "delete or bump": "deleted, or bumped past `bump_over`,"}
-    yield f"  {verb[cause['action']]} by rule {cause['rule']} ({cause['defined_at']})"
+    told = verb[cause["action"]]
+    told = told if cause["certain"] else f"may be {told}"
+    yield f"  {told} by rule {cause['rule']} ({cause['defined_at']})"
     yield f"    on {', '.join(cause['on'])} of {cause['table']}"
     if cause["columns"]:
         yield f"    an update counts if it changes {', '.join(cause['columns'])}, or a column of the key"
@@ -328,7 +332,7 @@ def _cause_lines(cause: Mapping[str, Any]) -> Iterator[str]:
     for parameter, column in cause["params"].items():
         yield f"    {parameter} is column {column}"
     if cause["via"]:
-        yield f"    the other parameters are the rows of {cause['via']}"
+        yield f"    if its query gives this key: the other parameters are the rows of {cause['via']}"
 
 
 # ── A change ─────────────────────────────────────────────────────────────────────────────────────────────────────────

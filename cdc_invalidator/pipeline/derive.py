@@ -11,6 +11,7 @@ backlog. So where the question of an old row has no answer, its parent's prefix 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,11 +23,12 @@ from psycopg.rows import tuple_row
 
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
-from cdc_invalidator.postgres.connection import answered, connect, rows
+from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
 from cdc_invalidator.postgres.queries import columns
 from cdc_invalidator.rules.model import Query
 from cdc_invalidator.rules.packed import Question, split_arguments
 from cdc_invalidator.rules.table import read_table
+from cdc_invalidator.rules.template import Param
 
 _log = structlog.get_logger()
 
@@ -94,7 +96,7 @@ class Queries:
                 found = await self._ask_twice(target, arguments)
             except errors.InvalidatorError as error:
                 self._failed(target.rule)
-                _log.error("query_failed", rule=target.rule, cache=target.cache.name, error=str(error))
+                _log.error("query_failed", rule=target.rule, cache=target.cache.name, error=self._told(target, error))
                 for _, busts in all_busts:
                     busts.sweep = True
                 continue
@@ -102,6 +104,15 @@ class Queries:
                 before = len(busts.derived) + len(busts.bumps)
                 _take(target, batch, found)
                 batch.grow(len(busts.derived) + len(busts.bumps) - before)
+
+    def _told(self, target: Target, error: errors.InvalidatorError) -> str:
+        """Return an error in words that name the rule where its query is to blame."""
+        query = target.query
+        assert query is not None
+        found = objection(query, self._types.get(target.table, {}), error)
+        if found is None:
+            return str(error)
+        return f"{query.place}: the `via` query of rule {target.rule} for cache {target.cache.name} fails: {found}."
 
     async def _ask_twice(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
         began = time.monotonic()
@@ -115,7 +126,7 @@ class Queries:
                 # Nor is this, and all busts wait for it.
                 await self._abandon()
                 raise
-            _log.warning("query_retried", rule=target.rule, cache=target.cache.name, error=str(error))
+            _log.warning("query_retried", rule=target.rule, cache=target.cache.name, error=self._told(target, error))
             self.close()
             self._types.pop(target.table, None)
             return await self._ask(target, arguments)
@@ -186,14 +197,7 @@ def statement(query: Query, types: Mapping[str, str]) -> str:
     Its parameters are arrays of text, one for each of the query's columns; without columns, how many changes there are.
     The first column of its rows is the number of the change, from 1.
     """
-    at = {name: number for number, name in enumerate(query.columns)}
-    parts = [
-        part.replace("%", "%%")
-        if isinstance(part, str)
-        else f"(cdc_row.c{at[part.name]}::{types.get(part.name, 'text')})"
-        for part in query.parts
-    ]
-    inner = "".join(parts).rstrip()
+    inner = "".join(_bound(query, types, part).replace("%", "%%") for part in query.parts).rstrip()
     source, columns = "generate_series(1, %s)", "n"
     if query.columns:
         source = f"unnest({', '.join('%s::text[]' for _ in query.columns)}) WITH ORDINALITY"
@@ -202,10 +206,71 @@ def statement(query: Query, types: Mapping[str, str]) -> str:
     return _AROUND.format(source=source, columns=columns, inner=inner, limit=MOST_ROWS + 1)
 
 
-_AROUND = (
-    "SELECT cdc_row.n, cdc_found.* FROM {source} AS cdc_row({columns}), LATERAL (\n{inner}\n) AS cdc_found"
-    " LIMIT {limit}"
-)
+def _bound(query: Query, types: Mapping[str, str], part: str | Param) -> str:
+    """Return a part of a query as PostgreSQL gets it."""
+    if isinstance(part, str):
+        return part
+    return f"(cdc_row.c{query.columns.index(part.name)}::{types.get(part.name, 'text')})"
+
+
+def objection(query: Query, types: Mapping[str, str], error: errors.InvalidatorError, *, ahead: str = "") -> str | None:
+    """Return what PostgreSQL objects to in a query, where in its text, and a remedy.
+
+    Args:
+        query: the query.
+        types: what `statement` was made with.
+        error: what `answered` has raised.
+        ahead: what was sent before `statement`.
+
+    Returns:
+        ``None`` if the query is not to blame, but the server, the connection or a policy.
+    """
+    cause = error.__cause__
+    state = (getattr(cause, "sqlstate", None) or "") if isinstance(cause, psycopg.Error) else ""
+    if not isinstance(cause, psycopg.Error) or "row-level security" in str(cause):
+        return None
+    if state == "57014":
+        return f"{first_line(cause)}; it may take {QUERY_SECONDS} s: give it an index, or narrow it down"
+    if not state.startswith(_OF_QUERY):
+        return None
+    remedy = "grant it to the role of CDC_POSTGRES_DSN" if state == "42501" else "correct it"
+    return f"{first_line(cause)}{_near(query, types, cause.diag.statement_position, ahead)}; {remedy}"
+
+
+# Classes of SQLSTATE for which a statement is to blame.
+_OF_QUERY = ("0A", "20", "21", "22", "23", "25006", "2F", "34", "38", "39", "42", "54", "P0")
+# How much of a query is shown from where the error is.
+_SHOWN = 40
+
+
+def _near(query: Query, types: Mapping[str, str], position: str | None, ahead: str) -> str:
+    """Return where in a query an error is, of which PostgreSQL gives the place in the whole statement, from 1."""
+    if position is None:
+        return ""
+    number = 0
+
+    def sent(place: re.Match[str]) -> str:
+        nonlocal number
+        number += place[0] == "%s"
+        return "%" if place[0] == "%%" else f"${number}"
+
+    before = ahead + re.sub("%[%s]", sent, statement(query, types).partition(_BEFORE)[0]) + _BEFORE
+    at, left = 0, int(position) - 1 - len(before)
+    for part in query.parts:
+        written = part if isinstance(part, str) else f"{{{part.name}}}"
+        length = len(_bound(query, types, part))
+        if left < length:
+            at += left if isinstance(part, str) else 0
+            break
+        at, left = at + len(written), left - length
+    found = query.text[max(0, at) : max(0, at) + _SHOWN].split("\n", 1)[0].rstrip()
+    return f", at `{found}`" if left >= 0 and found else ""
+
+
+# What stands before the rule's own query.
+_BEFORE = ", LATERAL (\n"
+_AROUND = "SELECT cdc_row.n, cdc_found.* FROM {source} AS cdc_row({columns})%s{inner}\n) AS cdc_found LIMIT {limit}"
+_AROUND %= _BEFORE
 
 
 def _wrong(target: Target, what: str) -> errors.WrongRules:

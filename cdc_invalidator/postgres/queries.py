@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import psycopg
 
 from cdc_invalidator.postgres.connection import rows
+from cdc_invalidator.postgres.quoting import qualified
 from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.table import Table
 
@@ -86,6 +87,12 @@ async def compared_types(
     for oid, name, compared in await rows(connection, _COMPARED, {"oids": list(oids), "names": names}):
         found.setdefault(oid, {})[name] = ColumnType(*compared)
     return found
+
+
+async def above(connection: psycopg.AsyncConnection[Any], table: Table) -> list[Table]:
+    """Return the partitioned tables above a partition, by its name; see `ancestors`."""
+    found = await rows(connection, "SELECT to_regclass(%(table)s)::oid::bigint AS oid", {"table": qualified(table)})
+    return await ancestors(connection, found[0].oid) if found[0].oid is not None else []
 
 
 async def ancestors(connection: psycopg.AsyncConnection[Any], oid: int) -> list[Table]:

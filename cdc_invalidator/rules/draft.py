@@ -260,21 +260,28 @@ def _query(document: Document, loc: Loc, text: str) -> Query | None:
             continue
         if token["column"] is not None:
             if quoted:
-                sentence = "a column in quotes would be text of the query; take the quotes off, values are bound"
+                sentence = (
+                    f"`{token[0]}` in quotes would be text of the query, no column; take the quotes off, since values "
+                    f"are bound, or write `{{{token[0]}}}` for the braces themselves"
+                )
                 document.complain_inside(loc, sentence, token.start())
             parts.append(Param(token["column"]))
             continue
         piece = token[0][0] if token["brace"] else token[0]
         if token["wrong"] or (piece == ";" and not quoted and text[token.end() :].strip()):
-            what = "a query is one statement; remove the `;`" if piece == ";" else f"`{piece}` names no column"
-            remedy = "" if piece == ";" else "; write `{column}`, or `{{` for the brace itself"
-            document.complain_inside(loc, what + remedy, token.start())
+            sentence = (
+                f"`{piece}` names no column; write `{{column}}`, or double each brace for itself: `{_doubled(piece)}`"
+            )
+            if piece == ";":
+                sentence = "a query is one statement; remove the `;`"
+            document.complain_inside(loc, sentence, token.start())
         if piece in _QUOTES:
             quoted = "" if quoted == piece else quoted or piece
         parts.append("" if piece == ";" and not quoted else piece)
     if len(document.problems) > before:
         return None
-    return Query(tuple(parts), tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Param))))
+    columns = tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Param)))
+    return Query(tuple(parts), columns, place=document.place(loc))
 
 
 # What a filter is in SQL.
@@ -286,8 +293,14 @@ _IN_SQL = {
     "sha256": "write `encode(sha256(convert_to({0}, 'UTF8')), 'hex')`",
 }
 _SELECT = re.compile(r"\s*(SELECT|WITH)\b", re.IGNORECASE)
-_VIA_TOKEN = re.compile(r"(?P<brace>\{\{|\}\})|\{(?P<column>[^{}\s]+)\}|(?P<wrong>[{}])|(?P<text>['\";]|[^{}'\";]+)")
+_VIA_TOKEN = re.compile(
+    r"(?P<brace>\{\{|\}\})|\{(?P<column>[^{}\s,]+)\}|(?P<wrong>\{[^{}'\"]*\}|[{}])|(?P<text>['\";]|[^{}'\";]+)"
+)
 _QUOTES = frozenset("'\"")
+
+
+def _doubled(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _test(entry: TestEntry, place: Place) -> Test:
@@ -516,8 +529,7 @@ def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
     # Later additions to the format are left out if unused, so that an upgrade sweeps no cache.
     more = {
         "when": rule.when,
-        "via": bust.query
-        and ["".join(part if isinstance(part, str) else f"{{{part.name}}}" for part in bust.query.parts)],
+        "via": bust.query and [bust.query.text],
         "given": sorted(bust.given.items()),
         "where": [text for text in (rule.where, bust.where) if text],
         "on_empty": "ignore" if bust.query and bust.query.ignores_empty else None,

@@ -70,12 +70,18 @@ class Query:
     """A query whose rows are parameters: SQL with columns of the changed row in between.
 
     ``parts``: SQL (text) and columns (`Param`) in order; ``columns``: the names of the columns, each once.
-    ``ignores_empty``: where it gives no key for an old row, nothing is stale.
+    ``ignores_empty``: where it gives no key for an old row, nothing is stale. ``place``: of its text in the rule file.
     """
 
     parts: tuple[str | Param, ...]
     columns: tuple[str, ...]
     ignores_empty: bool = False
+    place: Place = field(default=Place(""), compare=False)
+
+    @property
+    def text(self) -> str:
+        """The query as it is written, but for doubled braces."""
+        return "".join(part if isinstance(part, str) else f"{{{part.name}}}" for part in self.parts)
 
 
 class Expression(NamedTuple):

@@ -448,16 +448,104 @@ def test_a_query_that_fails_or_has_no_index_is_told(
         "ALTER TABLE users REPLICA IDENTITY FULL",
         "CREATE TABLE members (team_id int, user_id int, note text, kind int, PRIMARY KEY (user_id, team_id))",
         "INSERT INTO members SELECT n % 100, n, 'note ' || n, n FROM generate_series(1, 50000) n",
-        "CREATE TABLE small (team_id int, user_id int)",
+        "CREATE TABLE small (team_id int, user_id int, PRIMARY KEY (team_id, user_id))",
         "INSERT INTO small SELECT n, n FROM generate_series(1, 100) n",
         "ANALYZE",
     )
-    checked = setting.check(via(query), caches=TEAMS)
+    watched = [
+        "{name: members, table: public.members, bust: [team]}",
+        "{name: small, table: public.small, bust: [team]}",
+    ]
+    checked = setting.check(via(query), *watched, caches=TEAMS)
     assert checked.grave == ([code] if code else [])
     if code is not None:
         finding = checked.only(code)
         assert finding["line"] == 5
         assert sentence in finding["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("query", "sentence"),
+    [
+        ("SELECT t FROM public.membrs", 'relation "public.membrs" does not exist, at `public.membrs`; correct it.'),
+        ("SELECT team_id FROM public.members WHERE user_id = {mail}", "{mail}"),
+        (
+            "SELECT nme AS team_id FROM public.members WHERE user_id = {id}",
+            "at `nme AS team_id FROM public.members WHERE`",
+        ),
+        ("SELECT '%' || {mail} AS team_id, {id} AS n FROM public.members m WHERE m.usr = {id}", "at `m.usr = {id}`"),
+        ("SELECT 1 / 0 AS team_id", "division by zero"),
+    ],
+)
+def test_what_postgresql_objects_to_in_a_query_is_told_with_the_place(
+    setting: Setting, query: str, sentence: str
+) -> None:
+    execute(
+        setting.dsn,
+        "CREATE TABLE users (id int PRIMARY KEY, mail text)",
+        "ALTER TABLE users REPLICA IDENTITY FULL",
+        "CREATE TABLE members (team_id int, user_id int, PRIMARY KEY (user_id, team_id))",
+    )
+    finding = setting.check(via(query), caches=TEAMS).only("query_fails")
+    assert finding["line"] == 5
+    assert finding["column"] > 60, "where the query stands"
+    assert sentence in finding["sentence"]
+    assert "CDC_POSTGRES_DSN" not in finding["sentence"]
+
+
+JOINS = [
+    "CREATE TABLE tags (id int PRIMARY KEY, slug text NOT NULL) PARTITION BY RANGE (id)",
+    "CREATE TABLE tags_1 PARTITION OF tags FOR VALUES FROM (0) TO (10)",
+    "CREATE TABLE tags_2 PARTITION OF tags FOR VALUES FROM (10) TO (20)",
+    "CREATE TABLE links (tag_id int, article_id int, PRIMARY KEY (tag_id, article_id))",
+    "CREATE VIEW shown_tags AS SELECT id, slug FROM tags",
+    "ALTER TABLE tags_1 REPLICA IDENTITY FULL",
+    "ALTER TABLE tags_2 REPLICA IDENTITY FULL",
+]
+TAGGED = '  tagged: {key: "app:env:tag:{slug}", ttl: 1m}\n  both: {key: "app:env:both:{slug}:{article}", ttl: 1m}\n'
+LINK = (
+    "{{name: link, table: public.links, bust: [tagged: {{{}via: 'SELECT slug FROM public.{} WHERE id = {{tag_id}}'}}]}}"
+)
+LINKED = "{article: article_id, via: 'SELECT slug FROM public.tags WHERE id = {tag_id}'}"
+NAMED = "{slug: slug, via: 'SELECT article_id AS article FROM public.links WHERE tag_id = {id}'}"
+BOTH = [
+    f"{{name: link, table: public.links, bust: [both: {LINKED}]}}",
+    f"{{name: tag, table: public.tags, bust: [both: {NAMED}]}}",
+]
+
+
+@pytest.mark.parametrize("read", ["tags", "shown_tags"])
+def test_a_query_that_reads_a_table_without_a_rule_for_the_cache_is_told(setting: Setting, read: str) -> None:
+    execute(setting.dsn, *JOINS)
+    other = "{name: other, table: public.tags, bust: [both: {article: id}]}"
+    for rules in ([LINK.format("", read)], [LINK.format("on_empty: ignore, ", read), other]):
+        checked = setting.check(*rules, caches=TAGGED)
+        told = [finding for finding in checked.findings if finding["code"] == "query_reads_unwatched"]
+        # A view is told by its table, and of a partitioned table, the whole.
+        assert {finding["sentence"].partition(", and no rule")[0] for finding in told} == {
+            "the `via` query of rule link reads public.tags"
+        }
+        assert ("nothing is busted" in told[0]["sentence"]) == (len(rules) == 2)
+    watched = setting.check(LINK.format("", read), "{name: tag, table: public.tags, bust: [tagged]}", caches=TAGGED)
+    assert "query_reads_unwatched" not in watched.grave
+    late = "{name: tag, table: public.tags, on: [insert, update], bust: [tagged]}"
+    assert "query_reads_unwatched" in setting.check(LINK.format("", read), late, caches=TAGGED).grave
+
+
+def test_rules_that_find_keys_only_through_each_other_are_told(setting: Setting) -> None:
+    execute(setting.dsn, *JOINS)
+    checked = setting.check(*BOTH, caches=TAGGED)
+    assert "queries_ask_each_other" in checked.grave
+    assert "query_reads_unwatched" not in checked.grave
+    sentence = checked.only("queries_ask_each_other")["sentence"]
+    assert sentence.startswith(
+        "link and tag find the keys of cache both only through rows of public.links and public.tags"
+    )
+    fixed = [
+        BOTH[0].replace("bust:", "immutable: [tag_id, article_id], bust:"),
+        BOTH[1].replace("bust:", "immutable: [id, slug], bust:"),
+    ]
+    assert "queries_ask_each_other" not in setting.check(*fixed, caches=TAGGED).grave
 
 
 # Redis

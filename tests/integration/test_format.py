@@ -116,7 +116,11 @@ def test_a_query_that_fails_sweeps_its_cache_and_is_told(
         stage.cache("t:team:1:ver", "t:team:99:ver")
         stage.run("UPDATE users SET name = 'x' WHERE id = 5")
         assert int(redis_client.get("t:team:99:ver") or 0) > 1
-        assert "user_id" in stage.daemon.seen("query_failed", rule="user-changed")["error"]
+        error = stage.daemon.seen("query_failed", rule="user-changed")["error"]
+        assert error.startswith(f"{tmp_path / 'rules.yaml'}:")
+        assert "the `via` query of rule user-changed for cache members fails: " in error
+        assert error.endswith('column "user_id" does not exist, at `user_id = {id}`; correct it.')
+        assert "CDC_POSTGRES_DSN" not in error, "that is the rule's fault"
         assert stage.daemon.metric("cdc_invalidator_rule_errors_total", rule="user-changed") == 1
         execute(database, "ALTER TABLE team_members RENAME COLUMN member_id TO user_id")
         stage.cache("t:team:99:ver")

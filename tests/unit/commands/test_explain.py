@@ -149,6 +149,7 @@ def test_it_is_told_which_rules_bust_a_key() -> None:
         "where": None,
         "params": {"id": "id"},
         "via": None,
+        "certain": True,
         "action": "bump",
     }
     assert cache["busted_by"][1]["on"] == ["insert", "update"]
@@ -160,10 +161,10 @@ def test_a_key_in_text_says_the_same() -> None:
         "shop:page:7:42 is a key of cache page (rules.yaml:8)",
         "  team = 7",
         "  user = 42",
-        "  deleted by rule order-changed (rules.yaml:17)",
+        "  may be deleted by rule order-changed (rules.yaml:17)",
         "    on insert, update of public.orders",
         "    user is column user_id",
-        "    the other parameters are the rows of SELECT team FROM m WHERE id = {id}",
+        "    if its query gives this key: the other parameters are the rows of SELECT team FROM m WHERE id = {id}",
     ]
     assert "  nothing busts or sweeps it: it is `ttl_only`" in key_lines(explain_key(RULES, "shop:counts"))
     assert "  no rule busts it" in key_lines(explain_key(RULES, "shop:alone"))

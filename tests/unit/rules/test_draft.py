@@ -329,18 +329,24 @@ def test_literal_braces_and_quoted_semicolons_stay_in_a_query(written: str, sql:
 @pytest.mark.parametrize(
     ("fields", "mistake"),
     [
-        ("SELECT x, y FROM t WHERE id = '{id}'", "7:50: a column in quotes would be text of the query; {}"),
-        ('SELECT x, y FROM t WHERE id = \\"{id}\\"', "7:18: a column in quotes would be text of the query; {}"),
+        ("SELECT x, y FROM t WHERE id = '{id}'", "7:50: `{{id}}` {}"),
+        ('SELECT x, y FROM t WHERE id = \\"{id}\\"', "7:18: `{{id}}` {}"),
+        ("SELECT x, j #> '{a,b}' FROM t", "7:35: `{{a,b}}` names no column; {}: `{{{{a,b}}}}`"),
+        ("SELECT x, unnest('{}'::int[]) AS y", "7:37: `{{}}` names no column; {}: `{{{{}}}}`"),
         ("SELECT x, y FROM t; DROP TABLE t", "7:37: a query is one statement; remove the `;`"),
         ("UPDATE t SET x = 1", "7:18: a `via` query must be one SELECT; write `SELECT column AS parameter FROM …`"),
         ("SELECTED x", "7:18: a `via` query must be one SELECT; write `SELECT column AS parameter FROM …`"),
-        ("SELECT x, y FROM {id", "7:36: `{{` names no column; write `{{column}}`, or `{{{{` for the brace itself"),
-        ("SELECT x, y FROM id}", "7:38: `}}` names no column; write `{{column}}`, or `{{{{` for the brace itself"),
+        ("SELECT x, y FROM {id", "7:36: `{{` names no column; {}: `{{{{`"),
+        ("SELECT x, y FROM id}", "7:38: `}}` names no column; {}: `}}}}`"),
         ("", "7:18: `via` must not be empty; give it a name"),
     ],
 )
 def test_a_mistake_in_a_query_is_told_where_it_is(fields: str, mistake: str) -> None:
-    remedy = "take the quotes off, values are bound"
+    quoted = (
+        "in quotes would be text of the query, no column; take the quotes off, since values are bound, or write "
+        "`{{id}}` for the braces themselves"
+    )
+    remedy = "write `{column}`, or double each brace for itself" if "names no column" in mistake else quoted
     assert mistakes(vias(f'via: "{fields}"')) == [f"a.yaml:{mistake.format(remedy)}"]
 
 

@@ -20,6 +20,7 @@ from cdc_invalidator.rules.duration import LONGEST_AGAIN, TOO_LONG
 from cdc_invalidator.rules.format import LONGEST_CONDITION, CacheEntry, RuleEntry, TestEntry, entries, sound
 from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test
 from cdc_invalidator.rules.packed import pair
+from cdc_invalidator.rules.sql import reads_no_table
 from cdc_invalidator.rules.template import Param, Template, TemplateError
 from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
@@ -182,7 +183,8 @@ class Draft:
             document.complain((*loc, "via"), sentence, of_key=True)
         if query is None:
             return None
-        query = replace(query, ignores_empty=mapping.get("on_empty") == "ignore")
+        ignores = mapping.get("on_empty") == "ignore"
+        query = replace(query, on_empty=mapping.get("on_empty"), ignores_empty=ignores or reads_no_table(query.parts))
         read = (*query.columns, *given.values())
         parts = [part for column in read for part in (Param(column), b"\0")][:-1]
         return _BustDraft(name, Template.of(parts), {column: column for column in read}, query, given)
@@ -532,7 +534,7 @@ def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
         "via": bust.query and [bust.query.text],
         "given": sorted(bust.given.items()),
         "where": [text for text in (rule.where, bust.where) if text],
-        "on_empty": "ignore" if bust.query and bust.query.ignores_empty else None,
+        "on_empty": bust.query and bust.query.on_empty,
     }
     used = {name: value for name, value in more.items() if value}
     return [*canonical, used] if used else canonical

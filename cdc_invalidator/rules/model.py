@@ -70,12 +70,14 @@ class Query:
     """A query whose rows are parameters: SQL with columns of the changed row in between.
 
     ``parts``: SQL (text) and columns (`Param`) in order; ``columns``: the names of the columns, each once.
-    ``ignores_empty``: where it gives no key for an old row, nothing is stale. ``place``: of its text in the rule file.
+    ``ignores_empty``: where it gives no key for an old row, nothing is stale; ``on_empty``: as the file says it.
+    ``place``: of its text in the rule file.
     """
 
     parts: tuple[str | Param, ...]
     columns: tuple[str, ...]
     ignores_empty: bool = False
+    on_empty: str | None = None
     place: Place = field(default=Place(""), compare=False)
 
     @property

@@ -23,6 +23,7 @@ rules:
   - name: user-in-teams
     table: public.users
     bust: [members: {{via: "SELECT team_id FROM public.{source} WHERE user_id = {{id}}"}}]
+  - {{name: membership, table: public.members, bust: [members]}}
 """
 
 
@@ -41,7 +42,7 @@ def role(database: str, postgres: Postgres, slot_name: str) -> Iterator[str]:
         f"CREATE ROLE {slot_name} LOGIN REPLICATION PASSWORD 'pw'",
         "GRANT SELECT ON members, seen, asked TO PUBLIC",
         "CREATE POLICY own ON members USING (user_id = 5)",
-        f"CREATE PUBLICATION {slot_name} FOR TABLE users",
+        f"CREATE PUBLICATION {slot_name} FOR TABLE users, members",
     )
     yield postgres.dsn_for(database.rpartition("/")[2], user=slot_name, password="pw")
     execute(database, f"DROP OWNED BY {slot_name}", f"DROP ROLE {slot_name}")

@@ -88,7 +88,7 @@ async def test_the_batches_of_one_transaction_share_one_sweep(monkeypatch: pytes
     clock = Clock(monkeypatch)
     server = Scanned(clock, 10 * SCAN_COUNT)
     resolved: list[Ticket] = []
-    sweeps = Sweeps(Metrics(CollectorRegistry()), resolved.append)
+    sweeps = Sweeps(Metrics(CollectorRegistry()), resolved.append, Messages([]))
     ask(sweeps, 1)
     await step(sweeps, server)
     second = ask(sweeps, 1)

@@ -123,6 +123,8 @@ class Gaps:
         self.enabled = enabled
         self._open: dict[str, Gap] = {}
         self._denials: dict[str, Denial] = {}
+        for name in rules.kept:
+            metrics.cache_denied.labels(name).set(0)
         self._sweeps: set[GapTicket] = set()
         self._queued: list[tuple[Batch, Ticket]] = []
         # The caches that the watermark leaves out because of a gap; None if it must be written whatever it says.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 RULES = """
 version: 1
 caches:
-  user: {key: "w:user:{id}", ttl: 5m, again_after: 1s}
+  user: {key: "w:user:{id}", ttl: 5m, again_after: 1s, publish: "w:busts"}
   page: {key: "w:page:{id}:v{version}", version: "w:page:{id}:ver", ttl: 5m}
   team: {key: "w:team:{team_id}", ttl: 5m}
 rules:

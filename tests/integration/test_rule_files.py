@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -246,6 +247,19 @@ def test_on_real_servers_each_write_busts_what_the_file_says_and_nothing_else(
         assert not daemon.errors
         assert not daemon.named("rule_broken")
         assert not daemon.named("query_failed")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_queries_read_nothing_that_no_rule_watches(
+    name: str, database: str, redis_url: str, slot_name: str
+) -> None:
+    with psycopg.connect(database) as connection:
+        connection.execute((SCHEMAS / f"{name}.sql").read_bytes())
+    settings = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "publication": slot_name}
+    told = json.loads(command("check", "--format", "json", rules=RULES / f"{name}.yaml", **settings).stdout)
+    assert told["errors"] == 0
+    codes = {finding["code"] for finding in told["findings"]}
+    assert not codes & {"query_fails", "query_reads_unwatched", "queries_ask_each_other"}
 
 
 def test_the_environment_names_the_application_and_its_stage() -> None:

@@ -178,6 +178,7 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
             given.watermark_name,
             given.publication,
             raw_keys=given.log_keys == "raw",
+            sweep_rate=given.sweep_rate,
         )
         found = _completed(check.check_servers(given.rules, os.environ, servers))
     if output == "json":

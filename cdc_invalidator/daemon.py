@@ -290,6 +290,7 @@ class Daemon:
             "watermark_age_s": round(time.time() - recorded_at, 3) if recorded_at else None,
             "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
             "backlog_keys": session.backlog.weight if session else 0,
+            "searches": apply.searches if apply else None,
             "dropped_standbys": self._standbys.dropped,
             "denied_caches": apply.denied if apply else {},
             "unpublished_tables": [str(table) for table in session.unpublished()] if session else [],

@@ -127,7 +127,9 @@ class Settings(Stream):
     event_stream_length: int = _setting(
         "Approximate number of events that the event stream keeps, at about 400 bytes each.", 10_000, ge=1
     )
-    sweep_rate: int = _setting("Most keys per second that sweeps scan; 0: as many as the server can deliver.", 0, ge=0)
+    sweep_rate: int = _setting(
+        "Most keys per second that sweeps and searches scan; 0: as many as the server can deliver.", 0, ge=0
+    )
     http_host: str = _setting("Address to serve /metrics, /livez, /readyz and /status on.", "0.0.0.0")  # noqa: S104  a Pod's probes come from outside
     http_port: int = _setting("Port to serve these pages on; 0 takes a free one.", 9479, ge=0, le=65535)
     log_format: Literal["json", "console"] = _setting("Log format: one JSON object per line, or text.", "json")

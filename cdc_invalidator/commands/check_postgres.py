@@ -57,6 +57,7 @@ class ServerSettings:
     watermark: str
     publication: str
     raw_keys: bool
+    sweep_rate: int
 
 
 async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Finding]:
@@ -79,6 +80,7 @@ async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Findin
             system_id=database.system_id,
             columns=database.columns,
             raw_keys=servers.raw_keys,
+            sweep_rate=servers.sweep_rate,
         ),
         check_redis.REDIS,
         "redis_unavailable",

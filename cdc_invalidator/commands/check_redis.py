@@ -24,6 +24,7 @@ from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.sentinel import Sentinels
+from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer
 from cdc_invalidator.redis.topology import TIMEOUT, cache_server
 from cdc_invalidator.rules.model import Cache, RuleSet
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
@@ -31,6 +32,9 @@ from cdc_invalidator.rules.template import Template
 
 REDIS = "Redis"
 OLDEST = (6, 2)
+# How long the pace of searches is measured, and how late a key may be gone before that is a warning.
+SAMPLE_SECONDS = 0.25
+LATE_SECONDS = 60
 
 
 async def look_at(
@@ -42,6 +46,7 @@ async def look_at(
     system_id: str | None,
     columns: Columns,
     raw_keys: bool,
+    sweep_rate: int,
 ) -> list[Finding]:
     """Look at the Redis that is busted.
 
@@ -53,6 +58,7 @@ async def look_at(
         system_id: identifies our PostgreSQL; ``None`` where it could not be asked.
         columns: what is known of the columns that keys are made of.
         raw_keys: whether keys may be shown.
+        sweep_rate: how many keys a second searches may look at; 0 for as many as there are.
 
     Raises:
         errors.RedisUnavailable: it is away, or refuses to be looked at.
@@ -66,6 +72,7 @@ async def look_at(
         marks = await server.read_watermarks()
         if system_id is not None:
             marks = list(await refuse_occupied(server, marks, system_id, suspicious=True))
+        findings += await _of_searches(server, rules, sweep_rate)
     except errors.WatermarkTaken as error:
         return [*findings, Finding(Severity.ERROR, "watermark_taken", REDIS, str(error))]
     finally:
@@ -87,6 +94,45 @@ async def look_at(
             "seconds mean that it is behind: look at its /status."
         )
     return [*findings, Finding(Severity.NOTE, "watermark", REDIS, sentence)]
+
+
+async def _of_searches(server: CacheServer, rules: RuleSet | None, rate: int) -> list[Finding]:
+    """Tell what a search costs, of each cache that is searched for; the pace is measured if none is set."""
+    searched = [cache for cache in rules.caches.values() if cache.key.rest and not cache.ttl_only] if rules else []
+    size = await server.size() if searched else None
+    if size is None:
+        return []
+    began, looked, cursor = time.monotonic(), 0, None
+    while time.monotonic() - began < SAMPLE_SECONDS:
+        cursor, _ = await server.scan(cursor, searched[0].key.glob(), SCAN_COUNT)
+        looked += SCAN_COUNT
+        if cursor is None:
+            break
+    measured = min(looked, max(size, 1)) / (time.monotonic() - began)
+    pace = min(measured, rate) if rate else measured
+    why = "as CDC_SWEEP_RATE allows" if rate and rate <= measured else "as measured"
+    # The keys are gone at the end of the search that follows the one that runs; each goes over all keys twice.
+    one = 2 * size / pace
+    late = 2 * one > LATE_SECONDS
+    remedy = "nothing needs to be done"
+    if late:
+        paced = ", raise CDC_SWEEP_RATE" if rate else ""
+        remedy = f"to be faster, keep such caches in a smaller Redis{paced}, or use a `version` where keys may change"
+    return [
+        Finding(
+            Severity.WARNING if late else Severity.NOTE,
+            "search_cost",
+            cache.place,
+            f"a bust of cache {cache.name} is a search, which looks twice at all {size:,} keys of this Redis: about "
+            f"{_seconds(one)} at {pace:,.0f} keys a second ({why}), so a key is gone, and the watermark goes on, at "
+            f"most about {_seconds(2 * one)} after the commit; {remedy}.",
+        )
+        for cache in searched
+    ]
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 1 else "a second"
 
 
 @dataclass(slots=True)

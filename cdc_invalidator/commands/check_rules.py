@@ -179,6 +179,13 @@ def _of_cache(cache: Cache, *, busted: bool, cluster: bool) -> Iterator[Finding]
             f"in a cluster, a key of cache {cache.name} and its lock lie in different slots, so that a reader's fill "
             "fails; give the key a hash tag, such as `user:{{{id}}}:profile`.",
         )
+    if cache.key.rest and cache.stale_for is not None:
+        yield Finding(
+            Severity.NOTE,
+            "stale_for_unused",
+            cache.place,
+            f"a search leaves no old values, so `stale_for` does nothing for cache {cache.name}; remove it.",
+        )
 
 
 # ── Keys that are two things at once ─────────────────────────────────────────────────────────────────────────────────
@@ -231,12 +238,16 @@ def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
     for at, cache in enumerate(caches):
         for beside, other in enumerate(caches[at + 1 :], at + 1):
             sure = not usual[at].free and not usual[beside].free
+            open_end = cache.key.rest or other.key.rest
             severity, remedy = Severity.ERROR if sure else Severity.WARNING, ""
             key = overlap.common(usual[at], usual[beside])
             if key is None:
                 # Only a value with a separator in it would do.
                 key = overlap.common(widest[at], widest[beside])
                 severity, remedy = Severity.NOTE, ", or add the filter `|urlencode` to the parameter"
+            if open_end:
+                # Of what no bust can name, nobody knows whether it is ever the same.
+                severity = Severity.NOTE
             free = [each for each in (other, cache) if not each.given]
             if key is not None and not free:
                 shared.append((cache, other, key))
@@ -361,7 +372,7 @@ def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
             and other.version != cache.sweep_template
             and any(overlap.common(swept, theirs) is not None for theirs in languages[other.name])
         ]
-        if not others or not cache.sweep_template.params:
+        if not others or not (cache.sweep_template.params or cache.sweep_template.rest):
             continue
         pattern = cache.sweep_template.glob().decode("utf-8", "replace")
         if cache.given:

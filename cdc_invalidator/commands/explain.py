@@ -172,6 +172,8 @@ class LastBusts:
         action = event.get("action")
         if action == "sweep":
             return True
+        if action == "search":
+            return self._searched(reading, event)
         if action == "bump":
             version = reading.version_key
             wanted = self._base(reading) if reading.of_version else None if version is None else version.encode()
@@ -185,6 +187,17 @@ class LastBusts:
             return wanted.decode(errors="backslashreplace") in event["raw_keys"]
         if "key_hashes" in event and self._hashed is not None:
             return self._hashed(wanted) in event["key_hashes"]
+        return None
+
+    def _searched(self, reading: Reading, event: Mapping[str, Any]) -> bool | None:
+        """Whether a search was for a prefix that the key, or the version that it is under, has."""
+        version = reading.version_key
+        name = self._base(reading) if reading.of_version or reading.cache.version is None else (version or "").encode()
+        prefixes = [name[:length] for length in range(1, len(name) + 1)]
+        if "raw_keys" in event:
+            return any(prefix.decode(errors="backslashreplace") in event["raw_keys"] for prefix in prefixes)
+        if "key_hashes" in event and self._hashed is not None:
+            return any(self._hashed(prefix) in event["key_hashes"] for prefix in prefixes)
         return None
 
     def _base(self, reading: Reading) -> bytes:
@@ -216,6 +229,8 @@ def _told(rules: RuleSet, reading: Reading) -> dict[str, Any]:
 def _cause(rule: Rule, bust: Bust) -> dict[str, Any]:
     cache, query = bust.cache, bust.query
     action = "delete" if cache.version is None else "bump" if cache.bump_over is None else "delete or bump"
+    if bust.sweep or cache.key.rest:
+        action = "sweep" if bust.sweep else "search"
     return {
         "rule": rule.name,
         "defined_at": _place(rule.place),
@@ -249,9 +264,10 @@ def _in_common(one: str, other: str) -> int:
 
 
 def _pattern(template: Template) -> str:
-    return "".join(
+    parts = (
         part.decode("utf-8", "replace") if isinstance(part, bytes) else f"{{{part.name}}}" for part in template.parts
     )
+    return "".join(parts) + ("*" if template.rest else "")
 
 
 _WHAT: dict[What, str] = {
@@ -318,7 +334,13 @@ def _bust_line(bust: Mapping[str, Any]) -> str:
 
 
 def _cause_lines(cause: Mapping[str, Any]) -> Iterator[str]:
-    verb = {"delete": "deleted", "bump": "bumped", "delete or bump": "deleted, or bumped past `bump_over`,"}
+    verb = {
+        "delete": "deleted",
+        "bump": "bumped",
+        "delete or bump": "deleted, or bumped past `bump_over`,",
+        "search": "searched for by its prefix, and deleted,",
+        "sweep": "swept with its whole cache",
+    }
     told = verb[cause["action"]]
     told = told if cause["certain"] else f"may be {told}"
     yield f"  {told} by rule {cause['rule']} ({cause['defined_at']})"

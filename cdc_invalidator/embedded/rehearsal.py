@@ -216,7 +216,8 @@ class _TestRunner:
             if event["action"] == "sweep":
                 yield f"sweep {event['cache']}"
             for key in event.get("raw_keys", ()):
-                yield f"bump {key}" if event["action"] == "bump" else key.replace(VERSION, "{version}")
+                key_of = {"bump": f"bump {key}", "search": f"{key}*"}
+                yield key_of.get(event["action"], key.replace(VERSION, "{version}"))
         self._daemon.events.clear()
 
     def _seen(self, keys: dict[str, str], versions: dict[str, str]) -> Iterable[str]:

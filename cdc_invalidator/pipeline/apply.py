@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from cdc_invalidator import errors
 from cdc_invalidator.metrics import Metrics
@@ -131,6 +132,11 @@ class Apply:
     def sweeping(self) -> set[str]:
         """The caches with a sweep of a gap that is not over."""
         return self._gaps.sweeping
+
+    @property
+    def searches(self) -> dict[str, Any]:
+        """What /status shows of searches."""
+        return self._follow_ups.sweeps.status
 
     def hurry(self, *, much_wal: bool) -> None:
         """Note whether PostgreSQL keeps more WAL than it may; if so, hold the position back only where it must be."""

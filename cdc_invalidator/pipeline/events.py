@@ -176,20 +176,21 @@ class Events:
             "table": cause.table or None,
             "key_prefix": cache.sweep_template.prefix.decode(errors="replace"),
         }
-        common = {
-            "op": cause.op,
-            "transactions": request.transactions,
-            "keys": asked.keys,
-            "lsn": lsn.text(request.commit_lsn),
-            "xid": request.xid,
-            "existed": asked.existed,
-            "reason": cause.reason,
-        }
         prefixes = list(request.prefixes)
+        # With too many prefixes for one line, further lines show the rest of them, and count nothing.
         for start in range(0, max(1, len(prefixes)), KEYS_AN_EVENT):
             some = prefixes[start : start + KEYS_AN_EVENT]
             found = {**self._display.fields(some), "prefixes": len(some), "scanned": over.scanned} if searches else {}
-            own = {**found, **common}
+            own = {
+                **found,
+                "op": cause.op,
+                "transactions": 0 if start else request.transactions,
+                "keys": 0 if start else asked.keys,
+                "lsn": lsn.text(request.commit_lsn),
+                "xid": request.xid,
+                "existed": 0 if start else asked.existed,
+                "reason": cause.reason,
+            }
             total.lines += 1
             if request.committed_at is not None:
                 self._time(own, request.committed_at, now_us, total)

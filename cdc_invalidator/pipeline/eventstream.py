@@ -18,7 +18,7 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.rules.model import RuleSet
-from cdc_invalidator.rules.overlap import Language, common
+from cdc_invalidator.rules.overlap import Language, common, whole
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.rules.template import Template
 from cdc_invalidator.rules.wording import shown
@@ -129,7 +129,7 @@ def clashes(key: str, rules: RuleSet) -> Iterator[Problem]:
     for cache in rules.caches.values():
         templates = [template for template in (cache.key, cache.version) if template is not None]
         if any(
-            common(stream, Language.of_sweep(Template.of([*template.parts, suffix]))) is not None
+            common(stream, Language.of_sweep(Template.of([*whole(template).parts, suffix]))) is not None
             for template in templates
             for suffix in (b"", LOCK_SUFFIX, STALE_SUFFIX)
         ):

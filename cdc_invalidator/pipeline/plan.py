@@ -428,6 +428,8 @@ def _firing(rule: Rule, target: Target, bust: Bust, index: Mapping[str, int], ca
     else:
         old_of_update = "kept" if needed <= carried | rule.immutable else unknown
         old_of_delete = unknown
+    if bust.sweep:
+        return _Firing(target, _no_key, _no_key, (), None, old_of_update, old_of_delete)
     if not needed <= index.keys():
         return _Firing(target, _no_key, _no_key, (), None, "sweep", "sweep")
     at = {parameter: index[column] for parameter, column in bust.columns.items()}

@@ -541,6 +541,15 @@ class Sweeps:
             self._metrics.messages.labels(asked.cache.name).inc(0 if denied else len(messages))
             each.unless_denied(asked, next(iter(denied.values()), None))
 
+    @property
+    def status(self) -> dict[str, Any]:
+        """What /status shows of searches: those that run and wait, and how many keys the running one has looked at."""
+        return {
+            "prefixes": sum(search.prefixes for search in self.searches),
+            "caches": sorted({name for search in self.searches for name in search.asked}),
+            "scanned": sum(search.scanned for search in self.searches),
+        }
+
     def show(self) -> None:
         """Show in the metrics what runs and waits."""
         self._metrics.sweeps_running.set(len(self))

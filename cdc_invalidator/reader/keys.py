@@ -36,10 +36,15 @@ class Keys:
     ``names``: its parameters. Of a cache with a version, `key` has NUL in the version's place.
 
     Raises:
-        ValueError: the key's template has a filter on its version.
+        ValueError: the key's template has a filter on its version, or ends in ``*``.
     """
 
     def __init__(self, cache: Cache) -> None:
+        if cache.key.rest:
+            raise ValueError(
+                f"the key of cache {cache.name} ends in `*`, so its rule file does not say how the whole key is made; "
+                "read and fill this cache with your own client, by the fill contract (CONTRACT.md)"
+            )
         parts = cache.key.parts
         if cache.version is not None:
             parts = tuple(NUL if _is_version(part) else part for part in parts)

@@ -26,7 +26,7 @@ from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
 
 # What stands beside the parameters in a bust's mapping.
-RESERVED = frozenset({"via", "where", "on_empty"})
+RESERVED = frozenset({"via", "where", "on_empty", "sweep"})
 
 
 class _CacheDraft(NamedTuple):
@@ -58,6 +58,7 @@ class _BustDraft(NamedTuple):
     given: Mapping[str, str]
     where: str | None = None
     where_place: Place = Place("")
+    sweep: bool = False
 
     def like(self, other: _BustDraft) -> bool:
         """Whether both bust the same keys for the same rows."""
@@ -161,6 +162,11 @@ class Draft:
         if draft is None or draft.bust_template is None:
             return None
         params = draft.bust_template.params
+        if "sweep" in mapping:
+            for other in sorted(mapping.keys() - {"sweep", "where"}):
+                sentence = f"`sweep: true` busts the whole cache {shown(name)}, whatever the row; remove {shown(other)}"
+                document.complain((*loc, other), sentence, of_key=True)
+            return _BustDraft(name, draft.bust_template, {}, None, {}, sweep=True)
         if "on_empty" in mapping:
             _check_on_empty(document, loc, mapping)
         for parameter in sorted(mapping.keys() - set(params) - RESERVED):
@@ -358,7 +364,16 @@ def _rule(draft: _RuleDraft, caches: Mapping[str, Cache]) -> Rule:
         old_row=entry.old_row,
         immutable=frozenset(entry.immutable),
         busts=tuple(
-            Bust(caches[bust.cache], bust.template, bust.columns, bust.query, bust.given, bust.where, bust.where_place)
+            Bust(
+                caches[bust.cache],
+                bust.template,
+                bust.columns,
+                bust.query,
+                bust.given,
+                bust.where,
+                bust.where_place,
+                sweep=bust.sweep,
+            )
             for bust in draft.busts
         ),
         place=draft.place(),
@@ -535,6 +550,7 @@ def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
         "given": sorted(bust.given.items()),
         "where": [text for text in (rule.where, bust.where) if text],
         "on_empty": bust.query and bust.query.on_empty,
+        "sweep": bust.sweep,
     }
     used = {name: value for name, value in more.items() if value}
     return [*canonical, used] if used else canonical

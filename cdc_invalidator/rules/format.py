@@ -53,6 +53,15 @@ def _bust_kind(value: object) -> str | None:
     return "<name>" if isinstance(value, str) else "<mapping>" if isinstance(value, dict) else None
 
 
+def _bust_mapping(value: object) -> object:
+    if not isinstance(value, dict) or "sweep" not in value:
+        return value
+    if value["sweep"] is not True:
+        raise ValueError("`sweep` stands for the whole cache; write `sweep: true`, or remove it")
+    # Of a mapping, all values are texts.
+    return {**value, "sweep": "true"}
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 Column = Annotated[str, Field(min_length=1)]
 Duration = Annotated[
@@ -63,10 +72,13 @@ TableName = Annotated[
 ]
 BustMapping = Annotated[
     dict[str, Column],
+    BeforeValidator(_bust_mapping),
     Field(
         description="`parameter: column` where the names differ; `via: SELECT …` for a query whose rows give "
         "parameters, with `{column}` for the changed row's; `on_empty: ignore` beside it if nothing is stale where it "
-        "gives nothing for an old row; `where`, as that of the rule, for this cache alone."
+        "gives nothing for an old row; `where`, as that of the rule, for this cache alone; `sweep: true` for the whole "
+        "cache.",
+        json_schema_extra={"properties": {"sweep": {"const": True}}},
     ),
 ]
 MappedBust = Annotated[dict[str, BustMapping], Field(min_length=1, max_length=1)]
@@ -102,7 +114,10 @@ class _Entry(BaseModel):
 class CacheEntry(_Entry):
     """One family of keys."""
 
-    key: str = Field(description="Template of the keys: `shop:${APP_ENV:-prod}:user:{id}`.")
+    key: str = Field(
+        description="Template of the keys: `shop:${APP_ENV:-prod}:user:{id}`. A `*` at its end stands for the rest of "
+        "the keys; a bust then searches for them."
+    )
     version: str | None = Field(None, description="Template of the version counters' keys; a bust bumps the counter.")
     version_ttl: Duration | None = Field(None, description="How long a version counter lives; 30d by default.")
     ttl: Duration | None = Field(None, description="How long readers store a value.")
@@ -188,7 +203,8 @@ class TestEntry(_Entry):
         {}, description="By cache, the rows that its query gives; `test --live` asks the database instead."
     )
     busts: list[str] = Field(
-        description="`KEY` for a deleted one, `bump KEY` for a version, `sweep CACHE` for a whole cache."
+        description="`KEY` for a deleted one, `PREFIX*` for a search, `bump KEY` for a version, `sweep CACHE` for a "
+        "whole cache."
     )
 
 

@@ -102,6 +102,7 @@ class Bust:
     ``query`` the result is the key to bust. With one, it is the query's arguments: the values of `Query.columns`, then
     of ``given`` (parameter: column), as `packed.Question` packs them. The query's rows are the other parameters.
     ``where``: which images of a row it is for, beside the rule's own.
+    ``sweep``: any row busts the whole cache, and no column is needed.
     """
 
     cache: Cache
@@ -111,6 +112,7 @@ class Bust:
     given: Mapping[str, str] = field(default_factory=dict, hash=False)
     where: str | None = None
     where_place: Place = field(default=Place(""), compare=False)
+    sweep: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ class Language:
     """
 
     def __init__(self, template: Template, values: Mapping[str, Texts]) -> None:
-        self.template = template = _whole(template)
+        self.template = template = whole(template)
         self.prefix = template.prefix
         self.free = False
         self._places: list[_Place] = []
@@ -129,13 +129,13 @@ class Language:
     def of_sweep(cls, template: Template) -> Self:
         """Return the language of what a sweep of the template's keys finds; see `Template.glob`."""
         # The pattern finds the same with and without filters.
-        plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in _whole(template).parts)
+        plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in whole(template).parts)
         return cls(plain, {part.name: ANYTHING for part in plain.parts if isinstance(part, Param)})
 
     @classmethod
     def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Texts]) -> Self:
         """Return the language of the template's keys with a suffix, such as their locks."""
-        return cls(Template.of((*_whole(template).parts, suffix)), values)
+        return cls(Template.of((*whole(template).parts, suffix)), values)
 
     def has(self, key: bytes) -> bool:
         """Return whether the key can be one of the template."""
@@ -183,7 +183,7 @@ class Language:
         return None
 
 
-def _whole(template: Template) -> Template:
+def whole(template: Template) -> Template:
     """Return the template with the rest of its keys as one more parameter."""
     return Template.of((*template.parts, Param(REST))) if template.rest else template
 

@@ -262,7 +262,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
                 "{{slot}} {{cache}} because of {{reason}}",
             ),
             Query(total(gauge("sweeps_running")), "{{slot}} running"),
+            Query(total(gauge("search_prefixes")), "{{slot}} prefixes searched for"),
             Query(total(rate("sweep_scanned_keys_total", OF_CACHE)), "{{slot}} keys looked at", right="cps"),
+            Query(total(rate("search_scanned_keys_total")), "{{slot}} keys looked at by searches", right="cps"),
         ),
         lines(
             "Busted again, and asked for",

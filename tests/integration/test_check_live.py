@@ -620,3 +620,24 @@ def test_the_kind_of_redis_is_told_and_a_wrong_one_is_an_error(setting: Setting)
         assert setting.check(THING, redis_url=cluster.url).grave == ["no_hash_tag"]
         single = cluster.url.replace("redis+cluster://", "redis://").split(",")[0]
         assert "other_kind_of_redis" in setting.check(THING, redis_url=single).of("error")
+
+
+def test_what_a_search_costs_is_told_of_each_cache_that_is_searched_for(
+    setting: Setting, redis_client: redis.Redis
+) -> None:
+    execute(setting.dsn, THINGS)
+    redis_client.mset({f"stranger:{number}": 1 for number in range(5000)})
+    caches = '  open: {key: "app:env:open:{id}:*", ttl: 1m}\n' + CACHES
+    rule = "{name: thing-changed, table: public.things, bust: [thing, open]}"
+    checked = setting.check(rule, caches=caches)
+    assert checked.grave == []
+    told = checked.only("search_cost")
+    assert re.search(
+        r"a bust of cache open is a search, which looks twice at all 5,000 keys of this Redis: about \S+ s(econd)? at "
+        r"[0-9,]+ keys a second \(as measured\), so a key is gone, and the watermark goes on, at most about",
+        told["sentence"],
+    )
+    slow = setting.check(rule, caches=caches, sweep_rate="100").only("search_cost")
+    assert slow["severity"] == "warning"
+    assert "about 100 s at 100 keys a second (as CDC_SWEEP_RATE allows)" in slow["sentence"]
+    assert "at most about 200 s after the commit; to be faster" in slow["sentence"]

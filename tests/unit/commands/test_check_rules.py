@@ -46,6 +46,28 @@ def test_a_file_with_everything_in_order_has_no_findings() -> None:
     assert found(GOOD) == []
 
 
+# Keys with a rest
+
+
+def test_keys_with_a_rest_that_nothing_else_has_are_in_order() -> None:
+    assert (
+        found(GOOD + "  open: {key: 'app:env:open:{id}:*', ttl: 5m}\n", "{name: o, table: public.t, bust: [open]}")
+        == []
+    )
+
+
+def test_a_time_for_old_values_that_no_search_leaves_is_told() -> None:
+    caches = GOOD + "  open: {key: 'app:env:open:{id}:*', ttl: 5m, stale_for: 5s}\n"
+    assert codes(found(caches, "{name: o, table: public.t, bust: [open]}")) == ["stale_for_unused"]
+
+
+def test_keys_among_those_with_a_rest_are_noted_and_no_error() -> None:
+    caches = GOOD + "  all: {key: 'app:env:{kind}:*', ttl: 5m}\n"
+    findings = found(caches, "{name: o, table: public.t, bust: [all]}")
+    assert codes(findings) == ["same_keys", "sweeps_others"]
+    assert {finding.severity for finding in findings} == {Severity.NOTE}
+
+
 # Rules
 
 

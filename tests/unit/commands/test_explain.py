@@ -156,6 +156,48 @@ def test_it_is_told_which_rules_bust_a_key() -> None:
     assert json.loads(json.dumps(told)) == told
 
 
+REST = """
+version: 1
+caches:
+  meta: {key: "shop:meta:{project}:*"}
+  other: {key: "shop:meta:{project}:{name}:x"}
+rules:
+  - {name: project-changed, table: public.projects, bust: [meta: {project: id}]}
+  - {name: settings-changed, table: public.settings, bust: [meta: {sweep: true}]}
+"""
+
+
+def test_a_key_with_a_rest_is_told_what_searches_and_sweeps_it() -> None:
+    told = explain_key(parse(REST), "shop:meta:7:name:de:lock")
+    (cache,) = told["caches"]
+    assert cache["params"] == {"project": "7", "*": "name:de"}
+    assert [cause["action"] for cause in cache["busted_by"]] == ["search", "sweep"]
+    assert list(key_lines(told)) == [
+        "shop:meta:7:name:de:lock is the lock of a key of cache meta (rules.yaml:4)",
+        "  project = 7",
+        "  * = name:de",
+        "  searched for by its prefix, and deleted, by rule project-changed (rules.yaml:7)",
+        "    on insert, update, delete, truncate of public.projects",
+        "    project is column id",
+        "  swept with its whole cache by rule settings-changed (rules.yaml:8)",
+        "    on insert, update, delete, truncate of public.settings",
+    ]
+    with pytest.raises(errors.InvalidatorError, match=re.escape("whose keys look like `shop:meta:{project}:*`")):
+        explain_key(parse(REST), "shop:met")
+
+
+@pytest.mark.parametrize(("prefixes", "named"), [(["shop:meta:7:"], True), (["shop:meta:77:", "shop:meta:"], True)])
+@pytest.mark.parametrize("shown", ["raw_keys", "key_hashes"])
+def test_a_search_names_the_keys_under_its_prefixes(prefixes: list[str], shown: str, *, named: bool) -> None:
+    last = LastBusts(parse(REST), "shop:meta:7:x", lambda key: f"hash of {key!r}")
+    keys = prefixes if shown == "raw_keys" else [f"hash of {prefix.encode()!r}" for prefix in prefixes]
+    last.take({"event": "bust", "cache": "meta", "action": "search", shown: keys})
+    last.take({"event": "bust", "cache": "meta", "action": "search", shown: ["shop:meta:77:"]})
+    told: dict[str, Any] = {"caches": [{"cache": "meta"}]}
+    last.tell(told)
+    assert [bust["names_key"] for bust in told["caches"][0]["last_busts"]] == [named, False]
+
+
 def test_a_key_in_text_says_the_same() -> None:
     assert list(key_lines(explain_key(RULES, "shop:page:7:42"))) == [
         "shop:page:7:42 is a key of cache page (rules.yaml:8)",

@@ -24,6 +24,7 @@ caches:
   dash: {key: "dash:{id}:v{version}", version: "dash:{id}:ver"}
   front: {key: "front:v{version}", version: "front:ver"}
   product: {key: "product:{id}:v{version}", version: "catalog:ver", bump_over: 2}
+  meta: {key: "meta:{team_id}:*"}
 rules:
 """
 
@@ -74,6 +75,26 @@ ROW = {"id": 1, "team_id": 7, "name": "a"}
         ("where: row.team_id == 7, bust: [team]", change("update", ROW, {**ROW, "team_id": 9}), ["team:7"]),
         ("bust: [user, team: {where: row.team_id == 9}]", change("insert", new=ROW), ["user:1"]),
         ("where: row.team_id == 9, bust: [team]", change("truncate"), ["sweep team"]),
+        ("bust: [meta]", change("insert", new=ROW), ["meta:7:*"]),
+        ("bust: [meta]", change("update", ROW, {**ROW, "team_id": 9}), ["meta:9:*", "meta:7:*"]),
+        ("bust: [meta]", change("insert", new={**ROW, "team_id": None}), []),
+        ("bust: [meta]", change("delete", {"id": 1}), ["sweep meta"]),
+        ("bust: [meta]", change("truncate"), ["sweep meta"]),
+        ("bust: [team: {sweep: true}]", change("insert", new={"id": 1}), ["sweep team"]),
+        ("bust: [team: {sweep: true}]", change("update", {"id": 1}, {"id": 1, "name": "b"}), ["sweep team"]),
+        ("bust: [team: {sweep: true}]", change("delete", {"id": 1}), ["sweep team"]),
+        ("bust: [front: {sweep: true}]", change("delete", {"id": 1}), ["bump front:ver"]),
+        ("bust: [user, team: {sweep: true, where: row.team_id == 9}]", change("insert", new=ROW), ["user:1"]),
+        (
+            "bust: [team: {sweep: true, where: row.team_id == 9}]",
+            change("delete", {**ROW, "team_id": 9}),
+            ["sweep team"],
+        ),
+        (
+            "bust: [team: {sweep: true, where: row.team_id == 9}]",
+            change("update", {**ROW, "team_id": 9}, ROW),
+            ["sweep team"],
+        ),
     ],
 )
 def test_a_change_busts_what_the_daemon_would_bust(entry: str, made: Change, expected: list[str]) -> None:

@@ -409,6 +409,7 @@ version: 1
 caches:
   endless: {key: "t:endless:{id}"}
   filtered: {key: "t:filtered:{version|lower}", version: "t:ver", ttl: 5m}
+  open: {key: "t:open:{id}:*", ttl: 5m}
 rules: []
 """
     found = parse_rules([("rules.yaml", text)], {}).caches
@@ -417,3 +418,5 @@ rules: []
         Contract(found["endless"], Options[Any](), world, no_metrics())
     with pytest.raises(ValueError, match="cache filtered has a filter on `version`; take it off"):
         Contract(found["filtered"], Options[Any](), world, no_metrics())
+    with pytest.raises(ValueError, match=r"the key of cache open ends in `\*`, so its rule file does not say how"):
+        Contract(found["open"], Options[Any](), world, no_metrics())

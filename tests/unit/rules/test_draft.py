@@ -430,6 +430,14 @@ def test_a_mistake_in_bump_over_is_told(fields: str, mistake: str) -> None:
     assert mistakes(f"version: 1\ncaches: {{c: {{{fields}}}}}") == [f"a.yaml:{mistake}"]
 
 
+def test_a_rest_of_the_key_and_a_sweep_by_a_rule_change_the_digest() -> None:
+    text = busting("a")
+    assert changed(digests(text), digests(text.replace("a:{id}", "a:{id}*"))) == {"", "a"}
+    assert changed(digests(text), digests(text.replace("a:{id}", "a:{id}**"))) == {"", "a"}
+    assert changed(digests(text.replace("a:{id}", "a:{id}*")), digests(text.replace("a:{id}", "a:{id}**"))) == {"", "a"}
+    assert changed(digests(text), digests(busting("a: {sweep: true}"))) == {"", "a"}
+
+
 def test_bump_over_changes_the_digest() -> None:
     text = "version: 1\ncaches: {c: {key: 'c:v{version}', version: 'c:ver'}}"
     assert changed(digests(text), digests(text.replace("'c:ver'", "'c:ver', bump_over: 5"))) == {"", "c"}

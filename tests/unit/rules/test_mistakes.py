@@ -21,6 +21,7 @@ A_TABLE = "write `schema.table`, names with capitals or signs in double quotes"
 CHECK_YAML = "check quotes, brackets and indentation"
 UNCLOSED = "did not find expected ',' or ']'"
 TOO_LONG_AFTER = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
+A_STAR = "a `*` stands for the rest of a key, at its end only; write `**` for the sign itself, or a parameter"
 CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
 
 
@@ -91,6 +92,31 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
         ),
         ("jitter: 30s", "again_after: 5", f"7:18: `5` is not a duration; {A_DURATION}"),
         ("ttl_only: true", "ttl_only: yes", "15:15: `ttl_only` must be `true` or `false`"),
+        (
+            "key: shop:counts",
+            "key: shop:*:counts",
+            f"13:15: {A_STAR}",
+        ),
+        (
+            "key: shop:counts",
+            "key: shop:counts?",
+            "13:21: a key is no pattern, so `?` matches nothing; write `??` for the sign itself, or a parameter",
+        ),
+        (
+            "key: shop:counts",
+            "key: '*'",
+            "13:10: without literal text, a sweep of this would empty all of Redis; begin it with a prefix",
+        ),
+        (
+            '"shop:user:{id}:dash:ver"',
+            '"shop:user:{id}:dash:ver*"',
+            "10:38: a `*` stands for the rest of a `key` only; write `**` for the sign itself, or remove it",
+        ),
+        (
+            "dash:v{version}",
+            "dash:v{version}*",
+            "9:41: a bust of a cache with a `version` names the version alone; take the `*` off, or remove `version`",
+        ),
         ("key: shop:counts", "key: 5", "13:10: `key` must be text; put it in quotes if it is one word, number or sign"),
         ("    key: shop:counts\n", "", "12:3: `counts` lacks `key`; add it"),
         ("key: shop:counts", "key: ''", "13:11: the template is empty; write a key, such as `shop:user:{id}`"),
@@ -346,6 +372,22 @@ def test_a_cache_that_is_itself_wrong_is_not_told_to_be_missing() -> None:
 def test_no_cache_is_told_to_be_missing_while_a_file_cannot_be_read() -> None:
     assert mistakes("version: 1\nrules: [{name: r, table: s.t, bust: [a]}]", "caches: [a") == [
         f"b.yaml:2:1: this is not YAML (while parsing a flow sequence at line 1, {UNCLOSED}); {CHECK_YAML}"
+    ]
+
+
+def test_a_variable_holds_no_rest_of_a_key() -> None:
+    assert mistakes("version: 1\nvars: {app: 'a:*'}\ncaches: {a: {key: '${app}{id}'}}") == [
+        "a.yaml:2:16: a `*` stands for the rest of a `key` only; write `**` for the sign itself, or remove it",
+        "a.yaml:3:20: the environment variable `app` is not set; set it, or give a default: `${app:-default}`",
+    ]
+
+
+def test_the_whole_cache_is_asked_for_with_true_and_nothing_else() -> None:
+    assert mistakes(busting("a: {sweep: yes}")) == [
+        "a.yaml:5:8: `sweep` stands for the whole cache; write `sweep: true`, or remove it"
+    ]
+    assert mistakes(busting("a: {sweep: true, id: x}")) == [
+        "a.yaml:5:22: `sweep: true` busts the whole cache `a`, whatever the row; remove `id`"
     ]
 
 

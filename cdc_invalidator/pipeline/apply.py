@@ -187,6 +187,7 @@ class Apply:
             while not (self._finishing and self.drained):
                 await self._turn()
         finally:
+            self._follow_ups.sweeps.end()
             self._flush.log_due()
             await self.redis.close()
 

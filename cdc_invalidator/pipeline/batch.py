@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 from cdc_invalidator.rules.model import Bust, Cache, Query
 from cdc_invalidator.rules.packed import Pair, Question, split_arguments
@@ -63,6 +63,14 @@ class Target:
         set_once(self, "shown", shown)
 
 
+class Lasting(Protocol):
+    """A sweep or a search of a cache, as far as a batch knows it."""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing goes on any more."""
+
+
 @dataclass(slots=True)
 class TargetBusts:
     """What one transaction does to one target: keys in order, or the whole cache (``sweep``).
@@ -70,6 +78,7 @@ class TargetBusts:
     ``keys``: what the target's template gives. ``bumps``: versions' keys, of a cache with ``bump_over``. ``derived``:
     what the rows of the target's query gave when it was asked last. ``searches``: prefixes, under which all keys (or
     versions) of the cache are busted. ``unanswered``: the query knew no key for an old row, so it is swept or searched.
+    ``asked``: of the sweep or search that was begun last for it, whether it goes on.
     """
 
     keys: dict[bytes, None] = field(default_factory=dict)
@@ -80,6 +89,7 @@ class TargetBusts:
     sweep: bool = False
     reason: str = "change"
     unanswered: bool = False
+    asked: Lasting | None = None
 
     @property
     def reason_beyond_keys(self) -> str:

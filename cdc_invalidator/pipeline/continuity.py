@@ -113,6 +113,14 @@ class Continuity:
         # Where all is swept anyway, nothing need be re-applied.
         if not (self._gaps.enabled and broken.keys() >= self._digests.keys()):
             self._lost.extend(self._recent.since(lowest))
+            # What still runs begins again, and holds the position back.
+            swept = {
+                target.cache.name
+                for batch in self._lost
+                for target, busts in batch.busts.items()
+                if (busts.sweep or busts.prefixes(target)) and (busts.asked is None or busts.asked.over)
+            }
+            self._gaps.sweep(dict.fromkeys(swept, "redis_behind"))
         if self._lost and lowest < position.start:
             caches = sorted({target.cache.name for batch in self._lost for target in batch.targets})
             self._gaps.log("redis_behind", caches, lowest, swept=False)
@@ -145,13 +153,9 @@ class Continuity:
         return some
 
     def reapplied(self, some: Iterable[Batch | PlainBatch]) -> None:
-        """Note that the next of what Redis has lost is applied; sweep what was swept or searched then."""
-        for batch in some:
+        """Note that the next of what Redis has lost is applied."""
+        for _ in some:
             self._lost.popleft()
-            swept = {
-                target.cache.name for target, busts in batch.busts.items() if busts.sweep or busts.prefixes(target)
-            }
-            self._gaps.sweep(dict.fromkeys(swept, "redis_behind"))
 
     def redigest(self, digests: Mapping[str, str]) -> None:
         """Take other digests of the rules and their tables."""

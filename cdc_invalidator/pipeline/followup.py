@@ -197,5 +197,5 @@ class FollowUps:
                 ticket.parts += 1
                 cause = Cause(target.rule, target.table, ",".join(busts.ops), busts.reason_beyond_keys)
                 request = Request(batch.commit_lsn, batch.xid or None, batch.committed_at, prefixes=prefixes, bust=bust)
-                self.sweeps.request(target.cache, cause, request, [ticket])
+                busts.asked = self.sweeps.request(target.cache, cause, request, [ticket])
         self.sweeps.show()

@@ -84,6 +84,8 @@ class Asked:
         self.tickets: list[Ticket] = []
         self.keys = 0
         self.existed = 0
+        self._over = False
+        self._into: Asked | None = None
 
     def add(self, cause: Cause, request: Request) -> int:
         """Add a request; return the bytes that its prefixes take."""
@@ -107,6 +109,15 @@ class Asked:
             most, done = sorted(holding, key=lambda each: each.below)
             self.tickets = [each for each in self.tickets if each.below == lsn.NEVER] + [most]
             resolve(done)
+
+    def finish(self, into: Asked | None = None) -> None:
+        """Note that no pass goes on for it; or that it is asked for in another place."""
+        self._over, self._into = into is None, into
+
+    @property
+    def over(self) -> bool:
+        """Whether no pass goes on for it."""
+        return self._over if self._into is None else self._into.over
 
     @property
     def size(self) -> int:
@@ -415,18 +426,23 @@ class Sweeps:
         """The search that runs, and the one behind it."""
         return [each for each in self._all if isinstance(each, Search)]
 
-    def request(self, cache: Cache, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> None:
+    def request(self, cache: Cache, cause: Cause, request: Request, tickets: Iterable[Ticket]) -> Asked:
         """Ask for a pass that begins after now: a search for the request's prefixes, or else a sweep of the cache.
 
         A large transaction comes in batches, each of which may ask: one sweep that has begun since it was committed
         does for all of them.
+
+        Returns:
+            What tells when it is over.
         """
         name = "" if request.prefixes else cache.name
         sweeps = bool(request.xid) and not request.prefixes
         if sweeps and self._over.get(name, {}).get(request.round) == request.commit_lsn:
             for ticket in tickets:
                 self._resolve(ticket)
-            return
+            done = Asked(cache)
+            done.finish()
+            return done
         running = self._running.get(name)
         joins = running is None or not running.begun
         if running is not None and sweeps:
@@ -445,17 +461,16 @@ class Sweeps:
                 self._widen(wanted)
             if not wanted.asked:
                 del queue[name]
+        return asked
 
     def _widen(self, search: Search) -> None:
         """Trade the prefixes of the cache with the most of them for a sweep."""
         sizes = {name: asked.size for name, asked in search.asked.items()}
         asked = search.asked.pop(max(sizes, key=sizes.__getitem__))
         search.size -= sizes[asked.cache.name]
-        tickets: Iterable[Ticket] = asked.tickets
-        for cause, request in asked.requests.items():
+        for request in asked.requests.values():
             request.prefixes = {}
-            self.request(asked.cache, cause, request, tickets)
-            tickets = ()
+        self._request_again(asked)
 
     def restart(self) -> None:
         """Begin all again, on another connection; those that waited behind a pass join it."""
@@ -465,10 +480,19 @@ class Sweeps:
             each.restart()
         for each in waiting.values():
             for asked in each.asked.values():
-                tickets: Iterable[Ticket] = asked.tickets
-                for cause, request in asked.requests.items():
-                    self.request(asked.cache, cause, request, tickets)
-                    tickets = ()
+                self._request_again(asked)
+
+    def _request_again(self, asked: Asked) -> None:
+        tickets: Iterable[Ticket] = asked.tickets
+        for cause, request in asked.requests.items():
+            asked.finish(self.request(asked.cache, cause, request, tickets))
+            tickets = ()
+
+    def end(self) -> None:
+        """Note that no pass goes on, since nobody takes its steps any more."""
+        for each in self._all:
+            for asked in each.asked.values():
+                asked.finish()
 
     def let_go(self, resolve: Callable[[Ticket], None]) -> set[str]:
         """Hold no position back any longer; return the caches whose passes did. They go on."""
@@ -520,11 +544,15 @@ class Sweeps:
         for each in self._running.values():
             denied += each.denied
             each.denied = []
+        for asked, _ in denied:
+            asked.finish()
         done = [self._running.pop(name) for name in over]
         for name in over:
             if name in self._waiting:
                 self._running[name] = self._waiting.pop(name)
         for each in done:
+            for asked in each.asked.values():
+                asked.finish()
             if isinstance(each, Search):
                 each.log_over()
                 self._metrics.search_passes.inc()

@@ -93,6 +93,7 @@ def test_a_search_begins_again_on_a_new_connection_with_what_waited_for_it(
     assert int(watermark(client, slot_name)[b"lsn"]) < position
     settled(database, client, slot_name)
     assert client.exists("t:thing:1:a", "t:thing:3:a") == 0
+    assert client.exists("t:thing:2:a"), "nothing is swept for what still ran"
     assert len(searching.named("bust", action="search")) == 1, "what waited has joined it"
     assert searching.named("bust", action="search")[0]["transactions"] == 2
     assert_nothing_confirmed_too_early(database, client, slot_name)

@@ -300,7 +300,8 @@ async def _run(url: str, most: int, *wanted: tuple[str, bytes]) -> tuple[list[Ti
     ran = []
     try:
         while sweeps:
-            for over in await sweeps.step(server):
+            done, _ = await sweeps.step(server)
+            for over in done:
                 ran.append(over.action)
                 resolved += [ticket for asked in over.asked.values() for ticket in asked.tickets]
     finally:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.pipeline.messages import Messages
-from cdc_invalidator.pipeline.sweep import Cause, Pass, Request, Sweeps
+from cdc_invalidator.pipeline.sweep import Asked, Cause, Pass, Request, Sweeps
 from cdc_invalidator.redis.server import SCAN_COUNT, BustReply, CacheServer, Cursor
 from cdc_invalidator.rules.load import parse_rules
 
@@ -196,3 +196,28 @@ async def test_whenever_the_steps_come_no_stretch_of_time_sees_more_than_the_rat
             looked_at += count
             # What was missed in the second before may be caught up with, and a step is not cut.
             assert looked_at <= rate * (end - begin + 1) + most + 0.01
+
+
+async def test_what_was_asked_for_goes_on_until_its_pass_is_over_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    server = Scanned(clock, 2 * SCAN_COUNT)
+    sweeps = sweeping(rate=0)
+
+    def ask(prefix: bytes) -> Asked:
+        request = Request(1, None, None, prefixes={prefix: None})
+        return sweeps.request(CACHES["a"], Cause("r", "public.t", "insert", "change"), request, [Ticket(0)])
+
+    first = ask(b"a:1")
+    await step(sweeps, server)
+    behind = ask(b"a:2")
+    assert first is not behind, "the search has begun"
+    sweeps.restart()
+    assert (first.over, behind.over) == (False, False), "both go on in one, on the next connection"
+    await run(sweeps, server, clock)
+    assert (first.over, behind.over) == (True, True)
+
+    last = ask(b"a:3")
+    await step(sweeps, server)
+    assert not last.over
+    sweeps.end()
+    assert last.over

@@ -191,6 +191,7 @@ class FollowUps:
         return patience if due is None else min(patience, due - now)
 
     def _request_sweeps(self, batch: Batch, ticket: Ticket, bust: str) -> None:
+        asked = False
         for target, busts in batch.busts.items():
             prefixes = busts.prefixes(target)
             if busts.sweep or prefixes:
@@ -198,4 +199,6 @@ class FollowUps:
                 cause = Cause(target.rule, target.table, ",".join(busts.ops), busts.reason_beyond_keys)
                 request = Request(batch.commit_lsn, batch.xid or None, batch.committed_at, prefixes=prefixes, bust=bust)
                 busts.asked = self.sweeps.request(target.cache, cause, request, [ticket])
-        self.sweeps.show()
+                asked = True
+        if asked:
+            self.sweeps.show()

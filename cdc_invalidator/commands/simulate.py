@@ -342,7 +342,10 @@ def _notes(rule: Rule, change: Change, table: Shape, batches: Iterable[Batch]) -
             if counted is False:
                 yield f"the {image} row gives no key, because {what} is false for it: {rule.where_of(bust)}"
             elif counted is None:
-                yield f"{what} fails for the {image} row, or reads what is not known, and so counts as true"
+                yield (
+                    f"{what} fails for the {image} row, or reads what is not known, and so counts as true: "
+                    f"{rule.where_of(bust)}"
+                )
         name, columns = bust.cache.name, set(bust.columns.values())
         unknown = columns & there - carried if change.op in {"update", "delete"} else set()
         if change.op == "update":

@@ -34,7 +34,8 @@ class _Field(NamedTuple):
     """What a condition may say, by the field of the rule file that it stands in.
 
     ``rows``: its variables that are rows; ``others``: those that are none; ``prefer``: the row that an error writes;
-    ``example``: a condition; ``instead``: what to do without one.
+    ``example``: a condition; ``instead``: what to do without one; ``elsewhere``: for variables of the other field, what
+    to write.
     """
 
     rows: tuple[str, ...]
@@ -42,6 +43,7 @@ class _Field(NamedTuple):
     prefer: str
     example: str
     instead: str
+    elsewhere: Mapping[str, str]
 
     @property
     def variables(self) -> str:
@@ -50,11 +52,29 @@ class _Field(NamedTuple):
         return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
+_EACH = "it is asked for the old row and for the new one, each as `row`"
 _FIELDS: Mapping[str, _Field] = {
-    "when": _Field(("old", "new"), ("op",), "new", "new.plan != old.plan", "list it in `columns` instead"),
-    "where": _Field(("row",), (), "row", "row.kind == 'admin'", "take it out of the condition"),
+    "when": _Field(
+        ("old", "new"),
+        ("op",),
+        "new",
+        "new.plan != old.plan",
+        "list it in `columns` instead",
+        {"row": "write `old` or `new`, or a `where`, which is asked for each row"},
+    ),
+    "where": _Field(
+        ("row",),
+        (),
+        "row",
+        "row.kind == 'admin'",
+        "take it out of the condition",
+        {"old": _EACH, "new": _EACH, "op": "list the kinds of change under `on`, or write a `when`"},
+    ),
 }
 
+# Signs that nobody types: YAML makes them of a backslash in double quotes (`"App\Post"` holds U+2029).
+_STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\xa0\u2028\u2029]")
+_CORRECT = "correct it: CEL writes `==`, `== null`, `&&`, `||`, `!`, and a backslash twice"
 _ERROR_AT = re.compile(r"<input>:(\d+):(\d+): (?:Syntax error: )?([^\n]*)")
 
 
@@ -91,6 +111,12 @@ class Condition:
         self.source = source
         self.field = field
         known = _FIELDS[field]
+        if strange := _STRANGE.search(source):
+            raise ConditionError(
+                f"`{field}` holds a sign that can't be seen (U+{ord(strange[0]):04X}), which YAML may have made of a "
+                "backslash in double quotes; leave the quotes out, and double the backslash",
+                strange.start(),
+            )
         try:
             variables = set(cel.compile(source).variables())
             self._expression = read(source, known.rows)
@@ -100,10 +126,9 @@ class Condition:
         strangers = sorted(variables - {*known.rows, *known.others} - self._expression.bound)
         if strangers:
             at = re.search(rf"\b{re.escape(strangers[0])}\b", source)
+            remedy = known.elsewhere.get(strangers[0], f"write `{known.prefer}.{strangers[0]}` for a column")
             raise ConditionError(
-                f"`{field}` knows {known.variables}, and no `{strangers[0]}`; "
-                f"write `{known.prefer}.{strangers[0]}` for a column",
-                at.start() if at else 0,
+                f"`{field}` knows {known.variables}, and no `{strangers[0]}`; {remedy}", at.start() if at else 0
             )
         if self._expression.constants:
             raise ConditionError(
@@ -264,4 +289,4 @@ def _wrong(source: str, message: str, field: str) -> ConditionError:
         return ConditionError(f"`{field}` is no CEL expression; write one such as `{_FIELDS[field].example}`", 0)
     lines = source.splitlines(keepends=True)
     offset = sum(map(len, lines[: int(found[1]) - 1])) + max(0, int(found[2]) - 1)
-    return ConditionError(f"`{field}` is no CEL expression ({found[3].strip()}); correct it", offset)
+    return ConditionError(f"`{field}` is no CEL expression ({found[3].strip()}); {_CORRECT}", offset)

@@ -64,9 +64,9 @@ def test_what_the_condition_on_an_image_can_t_compare_is_told_with_its_name() ->
 
 def test_each_kind_of_condition_knows_its_own_variables() -> None:
     assert Condition("row.a == row.b", "where").columns == {"a", "b"}
-    with pytest.raises(ConditionError, match=r"`when` knows `op`, `old` and `new`, and no `row`; write `new\.row` for"):
+    with pytest.raises(ConditionError, match=r"`when` knows `op`, `old` and `new`, and no `row`; write `old` or `new`"):
         Condition("row.a == 1")
-    with pytest.raises(ConditionError, match=r"`where` knows `row`, and no `old`; write `row\.old` for a column"):
+    with pytest.raises(ConditionError, match=r"`where` knows `row`, and no `old`; it is asked for the old row and"):
         Condition("old.a == 1", "where")
 
 

@@ -266,6 +266,7 @@ def with_test(entry: str) -> str:
 
 
 CEL = "`when` is no CEL expression"
+CORRECT = "correct it: CEL writes `==`, `== null`, `&&`, `||`, `!`, and a backslash twice"
 KNOWN = "`when` knows `op`, `old` and `new`"
 
 
@@ -285,7 +286,9 @@ def test_a_condition_may_use_macros_with_a_name_of_their_own() -> None:
     ("condition", "mistake"),
     [
         ("new.a == = old.a", f"6:20: {CEL} ("),
-        ('"new.plan ===  old.plan"', f"6:23: {CEL} (token recognition error at: '= '); correct it"),
+        ('"new.plan ===  old.plan"', f"6:23: {CEL} (token recognition error at: '= '); {CORRECT}"),
+        ("new.a is null", f"6:17: {CEL} ("),
+        ("\"new.a == 'App\\Post'\"", "6:11: `when` holds a sign that can't be seen (U+2029), which YAML may have made"),
         ("plan == 'x'", f"6:11: {KNOWN}, and no `plan`; write `new.plan` for a column"),
         ("new.id > limit", f"6:20: {KNOWN}, and no `limit`; write `new.limit` for a column"),
         ("\"nw.plan == 'x'\"", f"6:12: {KNOWN}, and no `nw`; write `new.nw` for a column"),

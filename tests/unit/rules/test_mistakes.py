@@ -13,6 +13,7 @@ A_NAME = "use 1 to 63 of A-Z a-z 0-9 _ . -, and begin with a letter or a digit"
 A_WORD = "a parameter may not be called `{}`, a word of a rule's `bust`; give it another name"
 OUT_OF_HASH = "`{version}` may not stand in a hash; write it outside"
 AS_TEXT = "write text, as PostgreSQL prints the value"
+CORRECT = "correct it: CEL writes `==`, `== null`, `&&`, `||`, `!`, and a backslash twice"
 CEL_ENDS = (
     "extraneous input '*' expecting {'[', '{', '(', '.', '-', '!', 'true', 'false', 'null', NUM_FLOAT, NUM_INT, "
     "NUM_UINT, STRING, BYTES, IDENTIFIER}"
@@ -202,14 +203,18 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
         ("    columns:", "    colums:", "21:5: `colums` is not a field of a rule; did you mean `columns`?"),
         ("old_row: sweep", "old_row: requires", "27:14: `requires` is not allowed here; did you mean `require`?"),
         ("[user_id]", "[user_id, user_id]", "28:26: `user_id` stands twice in `immutable`; remove one"),
-        ("old_row: sweep", "where: row.a +* 1", f"27:19: `where` is no CEL expression ({CEL_ENDS}); correct it"),
+        ("old_row: sweep", "where: row.a +* 1", f"27:19: `where` is no CEL expression ({CEL_ENDS}); {CORRECT}"),
         ("old_row: sweep", "where: a == 1", "27:12: `where` knows `row`, and no `a`; write `row.a` for a column"),
         (
             "old_row: sweep",
             "where: new.a == 1",
-            "27:12: `where` knows `row`, and no `new`; write `row.new` for a column",
+            "27:12: `where` knows `row`, and no `new`; it is asked for the old row and for the new one, each as `row`",
         ),
-        ("old_row: sweep", "where: op == 'x'", "27:12: `where` knows `row`, and no `op`; write `row.op` for a column"),
+        (
+            "old_row: sweep",
+            "where: op == 'x'",
+            "27:12: `where` knows `row`, and no `op`; list the kinds of change under `on`, or write a `when`",
+        ),
         ("old_row: sweep", "where: row.a == b'x'", f"27:21: `where` sees no column as bytes; {AS_TEXT}"),
         ("old_row: sweep", "where:", "27:5: `where` is empty; give it a value or remove it"),
         (

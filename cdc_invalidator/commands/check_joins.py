@@ -73,7 +73,7 @@ def _circles(rules: RuleSet, cache: Cache, reads: Iterable[Reads]) -> Iterator[F
             continue
         told.update(circle)
         of_circle = [(rule, bust) for rule, bust in _busts(rules, cache) if rule.table in circle]
-        if all(_never_moves(rule, bust) for rule, bust in of_circle):
+        if _finds_all(of_circle):
             continue
         first = next(bust.query for _, bust in of_circle if bust.query is not None)
         tables = " and ".join(map(str, circle))
@@ -98,6 +98,16 @@ def _reached(asks: dict[Table, set[Table]], start: Table) -> set[Table]:
         reached |= found
         left += found
     return reached
+
+
+def _finds_all(of_circle: Sequence[tuple[Rule, Bust]]) -> bool:
+    """Whether the rows of at most one table of a circle move, so that nothing is missed.
+
+    Its old row asks for rows that are as they were, or gone; if gone, there is no answer, and the cache is swept.
+    """
+    moving = [(rule, bust) for rule, bust in of_circle if not _never_moves(rule, bust)]
+    answered = all(bust.query is not None and not bust.query.ignores_empty for _, bust in moving)
+    return answered and len({rule.table for rule, _ in moving}) <= 1
 
 
 def _never_moves(rule: Rule, bust: Bust) -> bool:

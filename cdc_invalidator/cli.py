@@ -43,7 +43,8 @@ class _Commands(click.Group):
 
 
 def _takes(
-    kind: type[settings.Database | settings.Rules | settings.Tail], offline: type[settings.CheckOffline] | None = None
+    kind: type[settings.Database | settings.Rules | settings.Tail | settings.Init],
+    offline: type[settings.CheckOffline] | None = None,
 ) -> Callable[[Command], Command]:
     """Give a command a flag for each setting of that kind, and call it with the settings.
 
@@ -60,7 +61,7 @@ def _takes(
                 command(settings.load(offline, flagged), **arguments)
                 return
             given = settings.load(kind, flagged)
-            if isinstance(given, settings.Database):
+            if isinstance(given, settings.Database | settings.Init):
                 from cdc_invalidator.postgres.dsn import check_dsn
 
                 check_dsn(given.postgres_dsn)
@@ -187,6 +188,56 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
         click.echo(findings.table(found))
     if findings.count(found, findings.Severity.ERROR):
         sys.exit(1)
+
+
+@app.command()
+@click.option(
+    "--keys",
+    metavar="FILE",
+    help="Read the names of keys from FILE, one a line as `redis-cli --scan` prints them, instead of Redis; - for "
+    "standard input. A line may go on with the type and the remaining seconds, after tabs.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(min=0),
+    default=100_000,
+    metavar="INTEGER",
+    show_default=True,
+    help="Look at most at so many keys; 0 for all.",
+)
+@click.option(
+    "--rate",
+    type=click.IntRange(min=1),
+    default=10_000,
+    metavar="INTEGER",
+    show_default=True,
+    help="Look at most at so many keys a second.",
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the rule file to FILE instead of standard output.",
+)
+@click.option("--force", is_flag=True, help="Overwrite the FILE of --output.")
+@_takes(settings.Init)
+def init(given: settings.Init, keys: str | None, sample: int, rate: int, output: Path | None, force: bool) -> None:
+    """Write a rule file to begin with, from the tables of the database and the names of the keys in Redis."""
+    from cdc_invalidator.commands import init as command
+    from cdc_invalidator.redis.endpoint import Endpoint
+
+    if keys is None and given.redis_url is None:
+        raise errors.WrongSettings("CDC_REDIS_URL is not set; set it, or give --keys with a file of key names.")
+    if output is not None and output.exists() and not force:
+        raise errors.WrongSettings(f"{output} is there already; give another --output, or --force.")
+    redis = Endpoint.parse(given.redis_url) if keys is None and given.redis_url is not None else None
+    source = command.Source(redis, keys, sample, rate, given.event_stream)
+    text = _completed(command.draft(given.postgres_dsn, given.publication, source))
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        command.save(text, output, force=force)
 
 
 @app.command()

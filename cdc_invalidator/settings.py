@@ -75,6 +75,18 @@ class Explain(Rules):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Init:
+    """Settings of `init`; without ``redis_url`` it needs a file of keys."""
+
+    postgres_dsn: Secret = _setting("Connection string of the database. The role needs to read the tables.")
+    redis_url: Secret | None = _setting("URL of the cache's Redis. The user needs SCAN, TYPE and PTTL.", None)
+    publication: str = _setting(
+        "Name of the publication that the daemon will have.", "cdc_invalidator", min_length=1, max_length=63
+    )
+    event_stream: str = _setting(_EVENT_STREAM, "", pattern=r"^\S*$")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tail:
     """Settings of `tail`."""
 

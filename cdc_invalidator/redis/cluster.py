@@ -427,6 +427,15 @@ async def _all(calls: Iterable[Any]) -> list[Any]:
     return outcomes
 
 
+async def read_masters(asked: Node) -> list[Address]:
+    """Return the masters that have hash slots, as one node sees them.
+
+    Raises:
+        errors.RedisUnavailable: it does not answer, or is in no cluster.
+    """
+    return sorted({owner for owner in (await _view(asked)).owners if owner is not None})
+
+
 async def _view(asked: Node) -> View:
     """Ask a node for the cluster as it sees it.
 

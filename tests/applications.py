@@ -1,0 +1,294 @@
+"""Key spaces of real applications, as far as public sources show them: tables, rows, and the keys made of these rows.
+
+A family says what its keys are made of: a template, the tables that make it stale, and of each parameter the column.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import string
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import psycopg
+from psycopg import sql
+
+ROWS: Final = 60
+_WORDS: Final = [
+    "amber",
+    "birch",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "heron",
+    "islet",
+    "jetty",
+    "knoll",
+    "lotus",
+]
+
+
+@dataclass(frozen=True)
+class KeyFamily:
+    """``key``: the template, with the columns of ``table``; ``others``: tables that make it stale too."""
+
+    key: str
+    table: str = ""
+    others: tuple[str, ...] = ()
+
+    @property
+    def tables(self) -> set[str]:
+        return {self.table, *self.others} - {""}
+
+
+@dataclass(frozen=True)
+class Application:
+    """``tables``: by name, the columns with their types; ``id`` types: ``key``; a reference: ``-> table``."""
+
+    name: str
+    id_type: str
+    tables: Mapping[str, str]
+    families: Sequence[KeyFamily]
+    constants: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+def _value(kind: str, column: str, rng: random.Random, number: int) -> Any:
+    if kind == "uuid":
+        return str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    if kind == "bigint":
+        return 10**17 + rng.randrange(10**15)
+    if kind == "int":
+        return number + 1
+    if column == "email":
+        return f"{rng.choice(_WORDS)}.{rng.choice(_WORDS)}{number}@mail{number % 7}.example"
+    if column in {"url", "uri"}:
+        return (
+            f"https://{rng.choice(_WORDS)}{number}.example/users/{rng.choice(_WORDS)}/statuses/{rng.randrange(10**9)}"
+        )
+    if column == "domain":
+        return f"{rng.choice(_WORDS)}{number}.example"
+    if column in {"value", "credentials_id", "provision_device_key", "token"}:
+        return "".join(rng.choice(string.ascii_letters + string.digits) for _ in range(20))
+    if column in {"name", "title"}:
+        return f"{rng.choice(_WORDS).title()} {rng.choice(_WORDS)} {number}"
+    return f"{rng.choice(_WORDS)}_{rng.choice(_WORDS)}{number}" if number % 2 else f"{rng.choice(_WORDS)}{number}"
+
+
+@dataclass
+class Space:
+    """What was made: the rows by table, and the keys by the number of their family."""
+
+    rows: dict[str, list[dict[str, Any]]]
+    keys: list[list[str]]
+
+
+def make(application: Application, dsn: str, seed: int = 7) -> Space:
+    """Create and fill the tables, and make the keys."""
+    rng = random.Random(seed)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    with psycopg.connect(dsn) as connection:
+        for table, definition in application.tables.items():
+            text, _, key = definition.partition(", PRIMARY KEY ")
+            columns = [each.split(None, 1) for each in text.split(", ")]
+            parts: list[sql.Composable] = []
+            for name, kind in columns:
+                target = kind.partition("-> ")[2]
+                typed = application.id_type if target or kind in {"key", "ref"} else kind
+                reference = sql.SQL(" REFERENCES {} (id)").format(sql.Identifier(target)) if target else sql.SQL("")
+                own = " PRIMARY KEY" if kind == "key" else ""
+                parts.append(sql.SQL("{} {}{}").format(sql.Identifier(name), sql.SQL(typed + own), reference))
+            if key:
+                names = [sql.Identifier(name) for name in key.strip("()").split(", ")]
+                parts.append(sql.SQL("PRIMARY KEY ({})").format(sql.SQL(", ").join(names)))
+            connection.execute(sql.SQL("CREATE TABLE {} ({})").format(sql.Identifier(table), sql.SQL(", ").join(parts)))
+            rows[table] = []
+            for number in range(ROWS):
+                row = {}
+                for name, kind in columns:
+                    target = kind.partition("-> ")[2]
+                    if target:
+                        row[name] = rng.choice(rows[target][:7] if target == "tenant" else rows[target])["id"]
+                    else:
+                        typed = application.id_type if kind in {"key", "ref"} else kind
+                        row[name] = _value(typed, name, rng, number)
+                rows[table].append(row)
+            with connection.cursor() as cursor:
+                cursor.executemany(
+                    sql.SQL("INSERT INTO {} VALUES ({})").format(
+                        sql.Identifier(table), sql.SQL(", ").join([sql.Placeholder()] * len(columns))
+                    ),
+                    [list(row.values()) for row in rows[table]],
+                )
+        connection.execute("ANALYZE")
+    return Space(rows, [_keys(application, family, rows, rng) for family in application.families])
+
+
+def _keys(
+    application: Application, family: KeyFamily, rows: dict[str, list[dict[str, Any]]], rng: random.Random
+) -> list[str]:
+    made = []
+    for row in rows.get(family.table, [{}] * (ROWS if "<" in family.key else 1)):
+        key = re.sub(r"<(\w+)\.(\w+)>", lambda found: str(rng.choice(rows[found[1]])[found[2]]), family.key)
+        for name in re.findall(r"<(\w+)>", key):
+            value = rng.choice(application.constants[name]) if name in application.constants else row[name]
+            key = key.replace(f"<{name}>", str(value))
+        made.append(key)
+    return list(dict.fromkeys(made))
+
+
+DIGEST: Final = hashlib.md5(b"settings").hexdigest()
+
+THINGSBOARD: Final = Application(
+    "thingsboard",
+    "uuid",
+    {
+        "tenant_profile": "id key, name text",
+        "tenant": "id key, tenant_profile_id -> tenant_profile, title text",
+        "customer": "id key, tenant_id -> tenant, title text",
+        "tb_user": "id key, tenant_id -> tenant, customer_id -> customer, email text",
+        "user_settings": "user_id -> tb_user, type text, settings text, PRIMARY KEY (user_id, type)",
+        "device_profile": "id key, tenant_id -> tenant, name text, provision_device_key text",
+        "device": "id key, tenant_id -> tenant, customer_id -> customer, device_profile_id -> device_profile, "
+        "name text",
+        "device_credentials": "id key, device_id -> device, credentials_id text",
+        "asset_profile": "id key, tenant_id -> tenant, name text",
+        "asset": "id key, tenant_id -> tenant, asset_profile_id -> asset_profile, name text",
+        "edge": "id key, tenant_id -> tenant, name text",
+        "entity_view": "id key, tenant_id -> tenant, entity_id -> device, name text",
+        "relation": "from_id -> device, to_id -> asset, relation_type text, relation_type_group text, "
+        "PRIMARY KEY (from_id, to_id, relation_type)",
+        "attribute_kv": "entity_id -> device, attribute_type int, attribute_key int",
+        "ota_package": "id key, tenant_id -> tenant, title text, data text",
+        "dashboard": "id key, tenant_id -> tenant, title text",
+        "resource": "id key, tenant_id -> tenant, title text",
+        "alarm_types": "tenant_id -> tenant, type text, PRIMARY KEY (tenant_id, type)",
+        "qr_code_settings": "id key, tenant_id -> tenant, settings text",
+        "api_key": "id key, tenant_id -> tenant, user_id -> tb_user, value text",
+        "ai_model": "id key, tenant_id -> tenant, name text",
+        "admin_settings": "id key, tenant_id -> tenant, key text, json_value text",
+    },
+    [
+        KeyFamily("devices<id>", "device"),
+        KeyFamily("devices<tenant_id>_<id>", "device"),
+        KeyFamily("devices<tenant_id>_n_<name>", "device"),
+        KeyFamily("deviceCredentials<credentials_id>", "device_credentials"),
+        KeyFamily("deviceProfiles<id>", "device_profile"),
+        KeyFamily("deviceProfiles<tenant_id>_<name>", "device_profile"),
+        KeyFamily("deviceProfiles<tenant_id>", "device_profile"),
+        KeyFamily("deviceProfiles<provision_device_key>", "device_profile"),
+        KeyFamily("assets<tenant_id>_<name>", "asset"),
+        KeyFamily("assetProfiles<id>", "asset_profile"),
+        KeyFamily("assetProfiles<tenant_id>_<name>", "asset_profile"),
+        KeyFamily("customers<tenant_id>_<title>", "customer"),
+        KeyFamily("users<tenant_id>_<email>", "tb_user"),
+        KeyFamily("userSettings<user_id>_<SETTING>", "user_settings"),
+        KeyFamily("edges<tenant_id>_<name>", "edge"),
+        KeyFamily("relatedEdges{<tenant_id>}<device.id>", "edge", ("relation",)),
+        KeyFamily("relations<from_id>_<to_id>_Contains_COMMON", "relation"),
+        KeyFamily("relations<from_id>_Contains_COMMON_FROM", "relation"),
+        KeyFamily("relations<to_id>_COMMON_TO", "relation"),
+        KeyFamily("entityViews<id>", "entity_view"),
+        KeyFamily("entityViews<tenant_id>_n_<name>", "entity_view"),
+        KeyFamily("entityViews<tenant_id>_<entity_id>", "entity_view"),
+        KeyFamily("tenants<id>", "tenant"),
+        KeyFamily("tenantsExist<id>", "tenant"),
+        KeyFamily("tenantProfiles<id>", "tenant_profile"),
+        KeyFamily("tenantProfilesdefault", "", ("tenant_profile",)),
+        KeyFamily("attributes{<entity_id>}SERVER_SCOPE_<ATTRIBUTE>", "attribute_kv"),
+        KeyFamily("otaPackages<id>", "ota_package"),
+        KeyFamily("otaPackagesData::<id>", "ota_package"),
+        KeyFamily("dashboardTitles<id>", "dashboard"),
+        KeyFamily("resourceInfo<id>", "resource"),
+        KeyFamily("alarmTypes<tenant_id>", "alarm_types"),
+        KeyFamily("qrCodeSettings<tenant_id>", "qr_code_settings"),
+        KeyFamily("apiKeys_<value>", "api_key"),
+        KeyFamily("aiModel_<tenant_id>_<id>", "ai_model"),
+        KeyFamily("entityCount<tenant.id>_<ENTITY>", "", ("device", "asset")),
+        KeyFamily("notificationSettings::<tenant_id>", "admin_settings"),
+        KeyFamily("repositorySettings<tenant_id>", "admin_settings"),
+        KeyFamily("securitySettings::securitySettings", "", ("admin_settings",)),
+    ],
+    {
+        "SETTING": ["GENERAL", "QUICK_LINKS"],
+        "ATTRIBUTE": ["active", "lastActivityTime", "inactivityTimeout"],
+        "ENTITY": ["DEVICE", "ASSET"],
+    },
+)
+
+MASTODON: Final = Application(
+    "mastodon",
+    "bigint",
+    {
+        "accounts": "id key, username text, domain text, url text",
+        "custom_filters": "id key, account_id -> accounts, phrase text",
+        "custom_filter_keywords": "id key, custom_filter_id -> custom_filters, keyword text",
+        "blocks": "id key, account_id -> accounts, target_account_id -> accounts",
+        "mutes": "id key, account_id -> accounts, target_account_id -> accounts",
+        "follows": "id key, account_id -> accounts, target_account_id -> accounts",
+        "follow_requests": "id key, account_id -> accounts, target_account_id -> accounts",
+        "account_domain_blocks": "id key, account_id -> accounts, domain text",
+        "custom_emojis": "id key, shortcode text, domain text",
+        "statuses": "id key, account_id -> accounts, url text, uri text",
+        "media_attachments": "id key, status_id -> statuses, account_id -> accounts",
+        "mentions": "id key, status_id -> statuses, account_id -> accounts",
+        "polls": "id key, status_id -> statuses, account_id -> accounts",
+        "settings": "id key, var text",
+        "site_uploads": "id key, var text",
+        "ip_blocks": "id key, comment text",
+        "unavailable_domains": "id key, domain text",
+    },
+    [
+        KeyFamily("cache:filters:v3:<account_id>", "custom_filters", ("custom_filter_keywords",)),
+        KeyFamily("cache:exclude_account_ids_for:<account_id>", "blocks", ("mutes",)),
+        KeyFamily("cache:exclude_domains_for:<account_id>", "account_domain_blocks"),
+        KeyFamily(
+            "cache:relationship/<account_id>/<target_account_id>", "blocks", ("mutes", "follows", "follow_requests")
+        ),
+        KeyFamily("cache:followers_hash:<target_account_id>:local", "follows"),
+        KeyFamily("cache:emoji:<shortcode>", "custom_emojis"),
+        KeyFamily("cache:emoji:<shortcode>:<domain>", "custom_emojis"),
+        KeyFamily("cache:mention:<username>", "accounts"),
+        KeyFamily("cache:mention:<username>:<domain>", "accounts"),
+        KeyFamily("cache:status:<url>", "statuses"),
+        KeyFamily(f"cache:rails_settings_cached/{DIGEST}/<var>", "settings"),
+        KeyFamily("cache:site_uploads/<var>", "site_uploads"),
+        KeyFamily("cache:blocked_ips", "", ("ip_blocks",)),
+        KeyFamily("cache:unavailable_domains", "", ("unavailable_domains",)),
+        KeyFamily("cache:follow_recommendations/<account_id>", "follows", ("mutes",)),
+        KeyFamily("cache:statuses/<id>", "statuses", ("media_attachments", "mentions", "polls", "accounts")),
+    ],
+)
+
+OUTLINE: Final = Application(
+    "outline",
+    "uuid",
+    {
+        "teams": "id key, name text",
+        "users": "id key, teamId -> teams, email text",
+        "collections": "id key, teamId -> teams, name text",
+        "documents": "id key, collectionId -> collections, title text",
+        "groups": "id key, teamId -> teams, name text",
+        "group_users": "userId -> users, groupId -> groups, kind text, PRIMARY KEY (userId, groupId, kind)",
+        "group_permissions": "id key, groupId -> groups, collectionId -> collections",
+        "user_permissions": "id key, userId -> users, documentId -> documents, collectionId -> collections",
+        "comments": "id key, documentId -> documents, resolvedAt text",
+        "revisions": "id key, documentId -> documents, title text",
+        "webhook_subscriptions": "id key, teamId -> teams, url text",
+    },
+    [
+        KeyFamily("cd:<id>", "collections"),
+        KeyFamily("uc:<userId>", "user_permissions", ("users", "group_users", "group_permissions", "collections")),
+        KeyFamily("ud:<userId>", "user_permissions", ("group_users", "group_permissions")),
+        KeyFamily("whs:<teamId>", "webhook_subscriptions"),
+        KeyFamily("count:Group:members:<groupId>", "group_users", ("users",)),
+        KeyFamily("count:Document:unresolvedComments:<documentId>", "comments"),
+        KeyFamily("diff:<id>", "revisions"),
+        KeyFamily("unfurl:<teams.id>:https://<teams.name>", "", ()),
+    ],
+)

@@ -133,7 +133,7 @@ def _keys(
     application: Application, family: KeyFamily, rows: dict[str, list[dict[str, Any]]], rng: random.Random
 ) -> list[str]:
     made = []
-    for row in rows.get(family.table, [{}] * (ROWS if "<" in family.key else 1)):
+    for row in rows.get(family.table, [{"id": number} for number in range(ROWS if "<" in family.key else 1)]):
         key = re.sub(r"<(\w+)\.(\w+)>", lambda found: str(rng.choice(rows[found[1]])[found[2]]), family.key)
         for name in re.findall(r"<(\w+)>", key):
             value = rng.choice(application.constants[name]) if name in application.constants else row[name]
@@ -290,5 +290,48 @@ OUTLINE: Final = Application(
         KeyFamily("count:Document:unresolvedComments:<documentId>", "comments"),
         KeyFamily("diff:<id>", "revisions"),
         KeyFamily("unfurl:<teams.id>:https://<teams.name>", "", ()),
+    ],
+)
+
+# Not of one application, but of many: small numbers as ids, of which each is in each table.
+CLASSIC: Final = Application(
+    "classic",
+    "int",
+    {
+        "users": "id key, email text, username text",
+        "categories": "id key, slug text",
+        "posts": "id key, user_id -> users, category_id -> categories, slug text",
+        "comments": "id key, post_id -> posts, user_id -> users",
+        "likes": "id key, post_id -> posts, user_id -> users",
+        "follows": "id key, follower_id -> users, followed_id -> users",
+        "products": "id key, category_id -> categories, name text",
+        "orders": "id key, user_id -> users",
+        "order_items": "id key, order_id -> orders, product_id -> products",
+        "django_session": "id key, session_key text",
+        "blog_article": "id key, author_id -> users, slug text",
+    },
+    [
+        KeyFamily("app:user:<id>", "users"),
+        KeyFamily("app:users:by_email:<email>", "users"),
+        KeyFamily("app:posts/<id>", "posts"),
+        KeyFamily("app:post:<id>:comments", "posts", ("comments",)),
+        KeyFamily("app:post:<id>:comments:count", "posts", ("comments",)),
+        KeyFamily("app:post:<id>:likes_count", "posts", ("likes",)),
+        KeyFamily("app:post:slug:<slug>", "posts"),
+        KeyFamily("app:comments:post:<post_id>", "comments"),
+        KeyFamily("app:posts:user:<user_id>", "posts"),
+        KeyFamily("app:user:<user_id>:orders", "orders"),
+        KeyFamily("app:user:<id>:followers", "users", ("follows",)),
+        KeyFamily("app:user:<id>:timeline", "users", ("follows", "posts")),
+        KeyFamily("app:category:<slug>:products", "categories", ("products",)),
+        KeyFamily("app:order:<id>", "orders"),
+        KeyFamily("app:order:<order_id>:items", "order_items"),
+        KeyFamily("app:cart:<id>", "users", ("",)),
+        KeyFamily("app:blog.article.<id>", "blog_article"),
+        KeyFamily("app:product_<id>", "products"),
+        KeyFamily("app:recommendations:<user_id>", "orders", ("products",)),
+        KeyFamily("app:session:<session_key>", "django_session"),
+        KeyFamily("app:rate_limit:<users.id>:posts", "", ()),
+        KeyFamily("app:lock:order:<id>"),
     ],
 )

@@ -21,13 +21,14 @@ from cdc_invalidator.discovery import catalog, families, keyfile, matching, rule
 from cdc_invalidator.discovery.words import Vocabulary
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import connect
-from cdc_invalidator.postgres.mistakes import NAMED, mistakes, unknown_old
+from cdc_invalidator.postgres.mistakes import NAMED, mistakes, read_of_old, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.survey import Survey
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.masters import open_masters
 from cdc_invalidator.rules.load import parse_rules
-from cdc_invalidator.rules.model import Rule, RuleSet
+from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 
 # The daemon's own: the watermark, in a cluster one for each master, and the event stream under its usual name.
 _OURS = re.compile(rb"cdc:[A-Za-z0-9_.-]+:(watermark.*|events)", re.DOTALL)
@@ -140,7 +141,7 @@ async def _judged(
             rule = at[problem.line]
             number = int(rule.name.removeprefix("r"))
             if problem.code == "old_row_unknown":
-                sweeps[number] = _remedy(survey, rule)
+                sweeps[number] = _remedy(survey, rules, rule.table)
             elif problem.code in _OF_A_RULE:
                 refused[number] = problem.sentence.replace(f"rule {rule.name}", "the rule")
             else:
@@ -151,16 +152,19 @@ async def _judged(
                 }
 
 
-def _remedy(survey: Survey, rule: Rule) -> str:
-    state = survey.tables[rule.table]
+def _remedy(survey: Survey, rules: RuleSet, table: Table) -> str:
+    state = survey.tables[table]
     assert state is not None
-    lacking = [(leaf, unknown) for leaf in state.leaves if (unknown := unknown_old(rule, leaf))]
-    columns = sorted({column for _, unknown in lacking for column in unknown})
-    advice = "; ".join(remedies.with_full_identity(leaf, survey.publication) for leaf, _ in lacking[:NAMED])
+    of_table = [rule for rule in rules.rules if rule.table == table]
+    lacking = [leaf for leaf in state.leaves if any(unknown_old(rule, leaf) for rule in of_table)]
+    columns = sorted({column for leaf in lacking for rule in of_table for column in unknown_old(rule, leaf)})
+    advice = "; ".join(
+        remedies.carrying(leaf, survey.publication, *read_of_old(of_table, leaf)).text for leaf in lacking[:NAMED]
+    )
     more = f" (and so for {len(lacking) - NAMED} more partitions)" if len(lacking) > NAMED else ""
     return (
-        f"UPDATE and DELETE of {rule.table} don't carry the old {', '.join(columns)}, so each of them sweeps what this "
-        f"rule busts. Better: {advice}{more}, and then remove `old_row`."
+        f"UPDATE and DELETE of {table} don't carry the old {', '.join(columns)}, so each of them sweeps what this rule "
+        f"busts. Better: {advice}{more}. Then remove `old_row`."
     )
 
 

@@ -366,15 +366,18 @@ class _Tree:
 
     def _glued(self, keys: list[_Key], trail: Trail, here: int) -> list[_Key]:
         """Find literals that no separator ends, as of `apiKeysXq81…`; return the other keys."""
-        if any(isinstance(part, _Kind) for part in trail) or here < _NAME_PLACE * self._all:
+        before = "".join(part for part in trail if isinstance(part, str))
+        named = any(self._vocabulary.names(chunk) for chunk in re.split(r"[^A-Za-z0-9_]+", before))
+        if named or any(isinstance(part, _Kind) for part in trail) or here < _NAME_PLACE * self._all:
+            # Behind the name of a table stand values, which may begin alike.
             return keys
         by_prefix: dict[str, list[_Key]] = defaultdict(list)
         for key in keys:
             for length in _stems(key.atoms[key.at].text):
                 by_prefix[key.atoms[key.at].text[:length]].append(key)
         left = {id(key): key for key in keys}
-        # The longest that many share, and behind which many signs come.
-        for prefix in sorted(by_prefix, key=len, reverse=True):
+        # What most share, and behind which many signs come.
+        for prefix in sorted(by_prefix, key=lambda prefix: (-len(by_prefix[prefix]), -len(prefix))):
             if len(by_prefix[prefix]) < LEAST_KEYS:
                 continue
             some = [key for key in left.values() if key.atoms[key.at].text.startswith(prefix)]

@@ -44,6 +44,13 @@ _FORMS = frozenset(
     model obj object page record row set show single summary v view
     """.split()  # noqa: SIM905  a list
 )
+# Words of keys that are no copies of rows: to delete these would break what they are for.
+_NO_COPIES = frozenset(
+    """
+    bull celery csrf heartbeat job leader limit limiter lock mutex nonce otp presence queue ratelimit resque semaphore
+    sidekiq throttle
+    """.split()  # noqa: SIM905  a list
+)
 _CHUNKS = re.compile(r"[:/|.{}()\[\]<>#,;=&?@\s]+")
 _COUNTERS = ("ver", "version", "rev", "revision", "gen", "generation")
 
@@ -217,6 +224,8 @@ def _of_family(number: int, family: Family, needed: int, schema: Sequence[TableI
     if not ideas:
         return _by_values(number, family, schema, shares)
     best = ideas[0]
+    if best.sure > Sure.GUESS and (doubt := _doubt(family, chunks, best.info)):
+        best = replace(best, sure=Sure.GUESS, reasons=(*best.reasons, doubt))
     sure = best.sure
     if sure == Sure.GUESS and not best.maps[0]:
         by_values = _by_values(number, family, schema, shares)
@@ -232,6 +241,19 @@ def _of_family(number: int, family: Family, needed: int, schema: Sequence[TableI
             rest=best.rest,
         )
     return Match(family, best.info.table, best.maps, sure, best.reasons, rest=best.rest)
+
+
+def _doubt(family: Family, chunks: Sequence[_Chunk], info: TableInfo) -> str:
+    """Return why a family may be no cache, although a table fits; empty for no doubt."""
+    said = [word for chunk in chunks for word in chunk.words if word in _NO_COPIES and word not in info.words]
+    if said:
+        return f"but the word {said[0]} says that it is no copy of rows"
+    types = {kind for kind, _ in family.types}
+    if "stream" in types:
+        return "but a stream is no copy of rows"
+    if types & {"list", "set", "zset"} and family.ttls is None:
+        return "but without end, it may be the only copy"
+    return ""
 
 
 def _chunks(family: Family) -> list[_Chunk]:

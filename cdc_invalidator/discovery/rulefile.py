@@ -192,6 +192,8 @@ def _said(entry: Entry, schema: Sequence[TableInfo]) -> Iterator[str]:
     match = entry.match
     why = f" ({'; '.join(match.reasons)})" if match.reasons else ""
     yield f"{_described(match)}. From {match.table}, {_SURE[match.sure]}{why}."
+    if match.family.types and match.family.ttls is None:
+        yield "It lives without end: make sure that it is a copy of rows, and not the only one."
     if match.sure == Sure.LIKELY:
         children = [str(info.table) for info in schema if match.table in info.references.values()]
         if children:

@@ -54,13 +54,17 @@ class Vocabulary:
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        self._words = {singular(word) for word in TECHNICAL}
-        for name in names:
-            self._words |= set(words(name))
+        self._of_schema = {word for name in names for word in words(name)}
+        self._words = self._of_schema | {singular(word) for word in TECHNICAL}
 
     def __contains__(self, text: object) -> bool:
         found = words(text) if isinstance(text, str) else ()
         return bool(found) and not found[0].isdigit() and all(word.isdigit() or self._knows(word) for word in found)
+
+    def names(self, text: str) -> bool:
+        """Whether a text is made of words of the schema."""
+        found = words(text)
+        return bool(found) and self._of_schema.issuperset(found)
 
     def _knows(self, word: str) -> bool:
         """Whether a word is known, or is two known ones in a row: of `tenantProfilesdefault`."""

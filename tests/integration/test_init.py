@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from hashlib import md5
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 import redis
-from applications import MASTODON, OUTLINE, THINGSBOARD, Application, Space, make
-from running import command
+from applications import CLASSIC, MASTODON, OUTLINE, THINGSBOARD, Application, Space, make
+from clusters import Cluster
+from paths import ROOT
+from running import command, execute
+from sentinels import Sentinels
 
 from cdc_invalidator.embedded import shop
+from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader.keys import NUL, Keys
 from cdc_invalidator.rules.load import load_rules, parse_rules
 from cdc_invalidator.rules.model import Bust, RuleSet
@@ -112,6 +117,154 @@ def test_check_finds_no_error_in_what_was_written_nor_does_anything_change(
         assert connection.execute("SELECT 1 FROM pg_publication").fetchall() == []
 
 
+# Where the keys come from
+
+
+@pytest.fixture
+def given(shop_database: str, slot_name: str) -> dict[str, str]:
+    return {"postgres_dsn": shop_database, "publication": slot_name}
+
+
+def test_a_user_who_may_see_names_types_and_times_only_is_enough(given: dict[str, str]) -> None:
+    acl = (ROOT / "deploy" / "init.acl").read_text().split()[1:]
+    with Valkey() as server, redis.Redis.from_url(server.url) as client:
+        filled(client, shop_keys())
+        client.execute_command("ACL", "SETUSER", *acl)
+        url = server.url.replace("://", "://cdc-init:secret@")
+        with redis.Redis.from_url(url) as limited:
+            for ask in (limited.get, limited.delete, limited.dump):
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    ask("shop:prod:user:1")
+        assert "user-orders" in Made(command("init", redis_url=url, **given)).rules.caches
+        for right in ("scan", "type", "pttl"):
+            client.execute_command("ACL", "SETUSER", "cdc-init", f"-{right}")
+            refused = command("init", redis_url=url, **given)
+            assert (refused.returncode, refused.stdout) == (1, "")
+            assert f"Redis failed at {right.upper()} (NOPERM" in refused.stderr
+            client.execute_command("ACL", "SETUSER", "cdc-init", f"+{right}")
+        # Without DBSIZE, nobody knows how many there are.
+        client.execute_command("ACL", "SETUSER", "cdc-init", "-dbsize")
+        assert "user-orders" in Made(command("init", redis_url=url, **given)).rules.caches
+
+
+def test_the_keys_of_all_nodes_of_a_cluster_are_seen(given: dict[str, str]) -> None:
+    with Cluster() as cluster:
+        client = cluster.client()
+        for key in shop_keys():
+            client.set(key, b"a value that nobody reads", ex=300)
+        made = Made(command("init", redis_url=cluster.url, **given))
+    assert f"{len(shop_keys()):,} keys of Redis" in made.text.replace("\n# ", " ")
+    assert "user-orders" in made.rules.caches
+
+
+def test_sentinel_names_the_master_whose_keys_are_seen(given: dict[str, str]) -> None:
+    with Sentinels() as sentinels:
+        with redis.Redis.from_url(sentinels.current_url()) as client:
+            filled(client, shop_keys())
+        made = Made(command("init", redis_url=sentinels.url, **given))
+    assert "user-orders" in made.rules.caches
+
+
+def test_a_file_of_keys_does_instead_of_redis(given: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "keys.txt"
+    path.write_bytes(b"".join(key + b"\n" for key in shop_keys()))
+    made = Made(command("init", "--keys", str(path), **given))
+    assert made.busts() >= {("public.orders", "shop:prod:user:{user_id}:orders", (("user_id", "user_id"),))}
+    path.write_bytes(b"".join(key + b"\tstring\t60\n" for key in shop_keys()))
+    assert made.rules.caches["user"].ttl is None
+    assert Made(command("init", "--keys", str(path), **given)).rules.caches["user"].ttl == 60_000
+
+
+def test_of_many_keys_only_a_sample_is_seen_and_the_file_says_so(
+    given: dict[str, str], redis_url: str, redis_client: redis.Redis
+) -> None:
+    filled(redis_client, shop_keys())
+    made = Made(command("init", "--sample", "600", redis_url=redis_url, **given))
+    (seen, of) = re.findall(r"names of ([0-9]+) keys of about ([0-9,]+)\s", made.text)[0]
+    assert 600 <= int(seen) <= 900
+    assert of == f"{len(shop_keys()):,}"
+    assert "a larger --sample finds them" in made.text
+
+
+# What it refuses, and what it leaves out
+
+
+def test_a_file_that_is_there_is_overwritten_only_by_force(given: dict[str, str], tmp_path: Path) -> None:
+    keys, path = tmp_path / "keys.txt", tmp_path / "rules.yaml"
+    keys.write_bytes(b"".join(key + b"\n" for key in shop_keys()))
+    path.write_text("mine")
+    refused = command("init", "--keys", str(keys), "-o", str(path), **given)
+    assert (refused.returncode, path.read_text()) == (2, "mine")
+    assert refused.stderr == f"{path} is there already; give another --output, or --force.\n"
+    assert command("init", "--keys", str(keys), "-o", str(path), "--force", **given).returncode == 0
+    assert load_rules(path, {}).caches
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "can't be read (No such file or directory); give another --keys."),
+        (b"user:1\nuser:2\tstring\tsoon\n", ":2: this is not a key, or a key, its type and its remaining seconds"),
+    ],
+)
+def test_a_wrong_file_of_keys_is_refused_without_a_word_of_it(
+    text: bytes | None, sentence: str, given: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.txt"
+    if text is not None:
+        path.write_bytes(text)
+    refused = command("init", "--keys", str(path), **given)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"{path}")
+    assert sentence in refused.stderr
+    assert "user" not in refused.stderr
+    assert "soon" not in refused.stderr
+
+
+def test_without_redis_and_without_a_file_it_says_what_to_give(given: dict[str, str]) -> None:
+    refused = command("init", **given)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "CDC_REDIS_URL is not set; set it, or give --keys with a file of key names.\n"
+
+
+def test_a_table_that_can_not_be_published_gets_no_rule_but_the_sql_that_helps(
+    database: str, slot_name: str, tmp_path: Path
+) -> None:
+    execute(database, "CREATE TABLE visits (id int, page text); CREATE UNIQUE INDEX ON visits (id)")
+    keys = tmp_path / "keys.txt"
+    keys.write_text("".join(f"visit:{n}\n" for n in range(50)))
+    made = Made(command("init", "--keys", str(keys), postgres_dsn=database, publication=slot_name))
+    assert not made.rules.caches
+    assert "visits" in made.text
+
+
+def test_data_does_not_show_in_the_file(database: str, slot_name: str, tmp_path: Path) -> None:
+    execute(
+        database,
+        "CREATE TABLE members (id int PRIMARY KEY, nick text UNIQUE);"
+        "INSERT INTO members SELECT n, 'nick' || md5(n::text) FROM generate_series(1, 200) AS n; ANALYZE members",
+    )
+    nicks = [f"nick{md5(b'%d' % n).hexdigest()}" for n in range(1, 201)]
+    keys = [f"app:member:{nick}" for nick in nicks] + [f"app:member:{nick}:friends" for nick in nicks]
+    keys += [
+        "app:hildegard",
+        "app:hildegard@abbey.example",
+        "hildegard:1",
+        "app:member:hildegard",
+        "hildegard von bingen",
+    ]
+    path = tmp_path / "keys.txt"
+    path.write_text("".join(f"{key}\n" for key in keys))
+    made = Made(command("init", "--keys", str(path), postgres_dsn=database, publication=slot_name))
+    assert ("public.members", "app:member:{nick}", (("nick", "nick"),)) in made.busts()
+    assert "hildegard" not in made.text
+    assert not any(nick[4:12] in made.text for nick in nicks)
+    assert "4 keys in no family" in made.text
+
+
+# Real applications
+
+
 class Judged:
     """What was made of an application's keys: which of its families were found, and what the rules would bust."""
 
@@ -168,7 +321,7 @@ class Judged:
 
 @pytest.mark.parametrize(
     ("application", "found", "matched"),
-    [(THINGSBOARD, 37, 32), (MASTODON, 16, 7), (OUTLINE, 8, 0)],
+    [(THINGSBOARD, 37, 32), (MASTODON, 16, 7), (OUTLINE, 8, 0), (CLASSIC, 22, 15)],
     ids=lambda each: getattr(each, "name", ""),
 )
 def test_of_a_real_application_most_families_are_found_and_no_rule_is_wrong(

@@ -1,0 +1,171 @@
+"""Families and tables: which table and columns a family comes from, how sure that is, and what is asked."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+import pytest
+
+from cdc_invalidator.discovery.families import Kind, Sample, group
+from cdc_invalidator.discovery.matching import (
+    COLUMNS_A_PARAMETER,
+    QUESTIONS,
+    Match,
+    Sure,
+    match,
+    questions,
+    usable_values,
+    versions,
+)
+from cdc_invalidator.discovery.schema import Category, Column, Question, TableInfo
+from cdc_invalidator.discovery.words import Vocabulary
+from cdc_invalidator.rules.table import Table
+
+NUMBER, UUID, TEXT = Category.NUMBER, Category.UUID, Category.TEXT
+UUIDS = [str(uuid.UUID(int=number + (1 << 100), version=4)) for number in range(40)]
+Answer = Callable[[Question], float | None]
+
+
+def table(name: str, refers: dict[str, str] | None = None, /, **columns: Category) -> TableInfo:
+    of_table = tuple(Column(column, category, askable=True) for column, category in columns.items())
+    references = {column: Table("public", to) for column, to in (refers or {}).items()}
+    return TableInfo(Table("public", name), of_table, ("id",) if "id" in columns else (), references)
+
+
+USERS = table("users", id=NUMBER, email=TEXT)
+ORDERS = table("orders", {"user_id": "users"}, id=NUMBER, user_id=NUMBER)
+POSTS = table("blog_post", {"author_id": "users"}, id=NUMBER, author_id=NUMBER, slug=TEXT)
+DEVICES = table("device", {"tenant_id": "tenant"}, id=UUID, tenant_id=UUID, name=TEXT)
+TENANTS = table("tenant", id=UUID)
+SCHEMA = [USERS, ORDERS, POSTS, DEVICES, TENANTS]
+
+
+def matches(
+    keys: list[str],
+    schema: list[TableInfo] = SCHEMA,
+    answer: Answer = lambda _: None,
+    kind: str = "string",
+    ttl: float | None = 60.0,
+) -> list[Match]:
+    names = [name for info in schema for name in (info.table.name, *(column.name for column in info.columns))]
+    families = group([Sample(key.encode(), kind, ttl) for key in keys], Vocabulary(names)).families
+    asked = questions(families, schema)
+    shares = {question: share for question in asked if (share := answer(question)) is not None}
+    return match(families, schema, shares)
+
+
+def only(
+    keys: list[str], answer: Answer = lambda _: None, **more: str | float | None
+) -> tuple[str, list[dict[int, str]], Sure]:
+    (found,) = matches(keys, answer=answer, **more)  # type: ignore[arg-type]
+    return found.table.name if found.table else "", [dict(each) for each in found.maps], found.sure
+
+
+def holds(**columns: float) -> Answer:
+    """Answer for columns, written `table__column`; all others hold nothing."""
+    return lambda question: columns.get(f"{question.table.name}__{question.column}", 0.0)
+
+
+NUMBERS = range(1, 41)
+
+
+@pytest.mark.parametrize(
+    ("keys", "table", "maps", "sure"),
+    [
+        ([f"app:user:{n}" for n in NUMBERS], "users", [{0: "id"}], Sure.CERTAIN),
+        ([f"app:users/{n}" for n in NUMBERS], "users", [{0: "id"}], Sure.CERTAIN),
+        ([f"app:user:{n}:orders" for n in NUMBERS], "orders", [{0: "user_id"}], Sure.CERTAIN),
+        ([f"app:orders:user:{n}" for n in NUMBERS], "orders", [{0: "user_id"}], Sure.CERTAIN),
+        ([f"app:user:{n}:badge" for n in NUMBERS], "users", [{0: "id"}], Sure.LIKELY),
+        ([f":1:blog.post.{n}" for n in NUMBERS], "blog_post", [{0: "id"}], Sure.CERTAIN),
+        ([f"app:userByEmail:a{n}b@mail.example" for n in NUMBERS], "users", [{0: "email"}], Sure.CERTAIN),
+        # Of the orders of a user, or an order?
+        ([f"app:orders:{n}" for n in NUMBERS], "orders", [{0: "id"}], Sure.GUESS),
+        # What is shown of the user's group is not said.
+        ([f"app:user:{n}:tenant" for n in NUMBERS], "users", [{0: "id"}], Sure.GUESS),
+        ([f"app:lock:order:{n}" for n in NUMBERS], "orders", [{0: "id"}], Sure.GUESS),
+        ([f"app:stats:{n}" for n in NUMBERS], "", [], Sure.NOT),
+        (["app:users"], "users", [{}], Sure.LIKELY),
+    ],
+)
+def test_names_alone_tell_a_table(keys: list[str], table: str, maps: list[dict[int, str]], sure: Sure) -> None:
+    assert only(keys) == (table, maps, sure)
+
+
+def test_values_say_which_column_it_is() -> None:
+    keys = [f"devices{each}_n_Hall {n}" for n, each in enumerate(UUIDS)]
+    first, second = holds(device__tenant_id=1.0, tenant__id=1.0), holds(device__name=0.9)
+    assert only(keys, lambda question: (first, second)[question.parameter](question)) == (
+        "device",
+        [{0: "tenant_id", 1: "name"}],
+        Sure.CERTAIN,
+    )
+
+
+def test_what_a_bust_can_not_name_at_the_end_of_a_key_is_searched_for() -> None:
+    (found,) = matches(
+        [f"devices{each}_n_Hall {n}" for n, each in enumerate(UUIDS)], answer=holds(device__tenant_id=1.0)
+    )
+    assert (found.rest, found.sure, [dict(each) for each in found.maps]) == (1, Sure.LIKELY, [{0: "tenant_id"}])
+
+
+def test_values_of_several_columns_at_one_place_are_several_busts() -> None:
+    keys = [f"devices{each}" for each in UUIDS]
+    assert only(keys, holds(device__id=0.8, device__tenant_id=0.2)) == (
+        "device",
+        [{0: "id"}, {0: "tenant_id"}],
+        Sure.CERTAIN,
+    )
+
+
+def test_values_that_the_table_does_not_have_make_no_rule() -> None:
+    assert only([f"app:user:{n}" for n in NUMBERS], holds())[2] <= Sure.GUESS
+    assert only([f"devices{each}" for each in UUIDS], holds(tenant__id=1.0))[2] <= Sure.GUESS
+
+
+def test_values_without_a_name_are_a_guess() -> None:
+    (found,) = matches([f"d:{each}" for each in UUIDS], answer=holds(device__id=1.0))
+    assert (found.table, found.sure) == (DEVICES.table, Sure.GUESS)
+    assert "nothing says which tables are shown" in found.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ttl", "sure"), [("stream", 60.0, Sure.GUESS), ("zset", None, Sure.GUESS), ("zset", 60.0, Sure.CERTAIN)]
+)
+def test_what_may_be_no_copy_of_rows_is_a_guess(kind: str, ttl: float | None, sure: Sure) -> None:
+    assert only([f"app:user:{n}" for n in NUMBERS], kind=kind, ttl=ttl)[2] == sure
+
+
+def test_a_version_belongs_to_its_counter_and_needs_only_its_parameters() -> None:
+    keys = [f"app:user:{n}:dash:{page}:v{1764000000 + n}" for n in NUMBERS for page in (1, 2)]
+    keys += [f"app:page:{n}:v{1764000000 + n}" for n in NUMBERS] + ["app:pages:ver"]
+    keys += [f"app:user:{n}:feed:v{1764000000 + n}" for n in NUMBERS] + [f"app:user:{n}:feed:ver" for n in NUMBERS]
+    families = group([Sample(key.encode()) for key in keys], Vocabulary()).families
+    shapes = {number: family.shape for number, family in enumerate(families)}
+    assert {shapes[key]: shapes[counter] for key, counter in versions(families).items()} == {
+        "app:user:\0:feed:v\0": "app:user:\0:feed:ver",
+        "app:page:\0:v\0": "app:pages:ver",
+    }
+    found = {each.family.shape: each for each in matches(keys)}
+    assert found["app:user:\0:feed:v\0"].table == USERS.table
+    assert "app:pages:ver" not in found
+
+
+def test_questions_are_bounded_and_the_likeliest_come_first() -> None:
+    schema = [table(f"t{n}", id=NUMBER, other=NUMBER) for n in range(300)] + [USERS]
+    keys = [f"kind{letter}:{other}:user:{n}" for letter in "abcdefghij" for other in "abcdefghij" for n in NUMBERS]
+    families = group([Sample(key.encode()) for key in keys], Vocabulary()).families
+    asked = questions(families, schema)
+    assert len(asked) <= QUESTIONS
+    of_parameter: dict[tuple[int, int], list[Question]] = {}
+    for each in asked:
+        of_parameter.setdefault((each.family, each.parameter), []).append(each)
+    assert max(map(len, of_parameter.values())) == COLUMNS_A_PARAMETER
+    for (family, parameter), some in of_parameter.items():
+        if families[family].parameters[parameter].kind == Kind.NUMBER:
+            assert (some[0].table, some[0].column) == (USERS.table, "id")
+
+
+def test_values_that_a_column_can_not_hold_are_not_looked_up() -> None:
+    assert usable_values(["", "a\0b", "x" * 600, "\udcff", "good"]) == ["good"]

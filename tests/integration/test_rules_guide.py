@@ -81,7 +81,7 @@ def test_every_field_of_the_format_is_explained() -> None:
 def test_the_contents_lead_to_the_headings() -> None:
     headings = {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^## (.+)$", GUIDE, re.MULTILINE)
+        for heading in re.findall(r"^##+ (.+)$", GUIDE, re.MULTILINE)
     }
     linked = re.findall(r"\]\(#([^)]+)\)", GUIDE)
     assert set(linked) <= headings

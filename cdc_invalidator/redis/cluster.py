@@ -21,9 +21,10 @@ from typing import Any
 from redis.crc import key_slot
 
 from cdc_invalidator import errors
-from cdc_invalidator.redis import node, replies
+from cdc_invalidator.redis import fingerprint, node, replies
 from cdc_invalidator.redis.available import require_commands
 from cdc_invalidator.redis.endpoint import Address, Endpoint
+from cdc_invalidator.redis.fingerprint import Look
 from cdc_invalidator.redis.hashslots import View, read_view
 from cdc_invalidator.redis.node import Command, Node, end
 from cdc_invalidator.redis.scripts import watermark_id, watermark_written
@@ -273,12 +274,19 @@ class Cluster(CacheServer):
             raise self._why_lost
 
     async def bust(
-        self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
+        self,
+        deletes: Sequence[Sequence[bytes]],
+        bumps: Mapping[bytes, int],
+        graces: Mapping[bytes, int] = NO_GRACES,
+        looks: Sequence[bytes] = (),
     ) -> BustReply:
         """See `CacheServer`."""
         keys = [(number, key) for number, group in enumerate(deletes) for key in group]
         reply = BustReply([0] * len(deletes), {})
-        locks = await self._try([(lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for _, key in keys])
+        looking = [(key, self.scripts.to_fingerprint(key)) for key in looks]
+        answers = await self._try([*looking, *((lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for _, key in keys)])
+        reply.looks.extend(map(fingerprint.read, answers[: len(looking)]))
+        locks = answers[len(looking) :]
         unlinked = [(key, self._unlinking(key, graces)) for _, key in keys]
         bumped = [(key, self.scripts.to_bump([key], bumps, graces)) for key in bumps]
         answers = await self._try([*unlinked, *bumped])
@@ -302,6 +310,11 @@ class Cluster(CacheServer):
     async def versions(self, counters: Sequence[bytes]) -> list[bytes | errors.RedisUnavailable | None]:
         """See `CacheServer`."""
         return await self._try([(counter, ("GET", counter)) for counter in counters])
+
+    async def fingerprints(self, keys: Sequence[bytes]) -> list[Look]:
+        """See `CacheServer`."""
+        answers = await self._try([(key, self.scripts.to_fingerprint(key)) for key in keys])
+        return [fingerprint.read(answer) for answer in answers]
 
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """See `CacheServer`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cdc_invalidator import errors
+from cdc_invalidator.redis import fingerprint
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
@@ -123,13 +124,13 @@ return last - 1
 class ScriptDigests:
     """The digests that servers know our scripts by, the same on each server; and the commands that run the scripts."""
 
-    delete = keep = bump = write_watermark = append = ""
+    delete = keep = bump = write_watermark = append = fingerprint = ""
 
     async def load(self, node: Node) -> None:
         """Load the scripts into a server, which forgets them when it ends."""
-        scripts = (DELETE, KEEP, BUMP, WRITE_WATERMARK, APPEND)
-        loaded = await node.ask(*(("SCRIPT LOAD", script) for script in scripts))
-        self.delete, self.keep, self.bump, self.write_watermark, self.append = (str(reply, "ascii") for reply in loaded)
+        scripts = (DELETE, KEEP, BUMP, WRITE_WATERMARK, APPEND, fingerprint.FINGERPRINT)
+        loaded = [str(reply, "ascii") for reply in await node.ask(*(("SCRIPT LOAD", script) for script in scripts))]
+        self.delete, self.keep, self.bump, self.write_watermark, self.append, self.fingerprint = loaded
 
     def to_delete(self, keys: Sequence[bytes], group_sizes: Sequence[int]) -> Command:
         """Return the command that deletes keys with their locks, and counts how many of each group were there.
@@ -150,6 +151,10 @@ class ScriptDigests:
         graces_of = [graces.get(key, 0) for key in counters]
         times = [bumps[key] for key in counters]
         return ("EVALSHA", self.bump, len(counters), *counters, *times, *graces_of, STALE_SUFFIX)
+
+    def to_fingerprint(self, key: bytes) -> Command:
+        """Return the command that makes the fingerprint of an entry; `fingerprint.read` reads its reply."""
+        return ("EVALSHA", self.fingerprint, 1, key, fingerprint.MOST_BYTES)
 
     def to_write_watermark(self, key: bytes, last_id: str, watermark: Watermark) -> Command:
         """Return the command that writes a watermark over the one with that `watermark_id`; if empty, over any.

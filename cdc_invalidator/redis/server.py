@@ -14,6 +14,7 @@ from typing import Any
 
 from cdc_invalidator import errors
 from cdc_invalidator.redis import replies
+from cdc_invalidator.redis.fingerprint import Look
 from cdc_invalidator.redis.node import Command, Node, failed
 from cdc_invalidator.redis.scripts import ScriptDigests
 from cdc_invalidator.redis.watermark import Watermark
@@ -35,12 +36,13 @@ class BustReply:
 
     ``existed``: for each group of deletes, how many of its keys were there; ``versions``: for each bumped counter its
     new version, `BUMP_MISSING` or `BUMP_DELETED`. ``denied``: why, for the number of each group and for each counter
-    for which a right is missing; of these, any part may be done.
+    for which a right is missing; of these, any part may be done. ``looks``: the fingerprints that were asked for.
     """
 
     existed: list[int]
     versions: dict[bytes, int]
     denied: dict[int | bytes, errors.RedisUnavailable] = field(default_factory=dict)
+    looks: list[Look] = field(default_factory=list)
 
 
 class CacheServer(ABC):
@@ -64,7 +66,11 @@ class CacheServer(ABC):
 
     @abstractmethod
     async def bust(
-        self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
+        self,
+        deletes: Sequence[Sequence[bytes]],
+        bumps: Mapping[bytes, int],
+        graces: Mapping[bytes, int] = NO_GRACES,
+        looks: Sequence[bytes] = (),
     ) -> BustReply:
         """Delete keys with their locks and bump versions.
 
@@ -73,6 +79,7 @@ class CacheServer(ABC):
             bumps: from a version counter's key to the milliseconds that it is kept.
             graces: from a key or a counter to the milliseconds for which readers may still show the old value; either
                 all keys of a group have one, or none.
+            looks: keys whose fingerprints are wanted, as they are just before.
 
         Returns:
             The answer. A missing right is not raised: the others are busted all the same.
@@ -81,6 +88,10 @@ class CacheServer(ABC):
     @abstractmethod
     async def versions(self, counters: Sequence[bytes]) -> list[bytes | errors.RedisUnavailable | None]:
         """Read version counters; ``None`` for one that is missing, an error for one that may not be read."""
+
+    @abstractmethod
+    async def fingerprints(self, keys: Sequence[bytes]) -> list[Look]:
+        """Return what entries hold, see `redis.fingerprint`; what is refused is returned in its place."""
 
     @abstractmethod
     async def unlink(self, keys: Sequence[bytes]) -> int:

@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from cdc_invalidator import errors
+from cdc_invalidator.redis import fingerprint
 from cdc_invalidator.redis.available import require_commands
+from cdc_invalidator.redis.fingerprint import Look
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.scripts import watermark_id, watermark_written
 from cdc_invalidator.redis.server import (
@@ -67,16 +69,24 @@ class Single(CacheServer):
             await self._node.close()
 
     async def bust(
-        self, deletes: Sequence[Sequence[bytes]], bumps: Mapping[bytes, int], graces: Mapping[bytes, int] = NO_GRACES
+        self,
+        deletes: Sequence[Sequence[bytes]],
+        bumps: Mapping[bytes, int],
+        graces: Mapping[bytes, int] = NO_GRACES,
+        looks: Sequence[bytes] = (),
     ) -> BustReply:
         """See `CacheServer`."""
         reply = BustReply([0] * len(deletes), {})
         parts = self._parts(list(enumerate(deletes)), graces)
         counters = list(bumps)
         chunks = [counters[start : start + KEYS_A_COMMAND] for start in range(0, len(counters), KEYS_A_COMMAND)]
+        looking = [self.scripts.to_fingerprint(key) for key in looks]
         while parts or chunks:
             bumping = [self.scripts.to_bump(chunk, bumps, graces) for chunk in chunks]
-            answers = await self._try(*(part.command for part in parts), *bumping)
+            answers = await self._try(*looking, *(part.command for part in parts), *bumping)
+            reply.looks.extend(map(fingerprint.read, answers[: len(looking)]))
+            del answers[: len(looking)]
+            looking.clear()
             # Where a command for several groups or counters is denied, only one of them may be to blame.
             apart = _read_deletes(parts, answers[: len(parts)], reply)
             alone = _read_bumps(chunks, answers[len(parts) :], reply)
@@ -110,6 +120,11 @@ class Single(CacheServer):
     async def versions(self, counters: Sequence[bytes]) -> list[bytes | errors.RedisUnavailable | None]:
         """See `CacheServer`."""
         return await self._try(*(("GET", counter) for counter in counters)) if counters else []
+
+    async def fingerprints(self, keys: Sequence[bytes]) -> list[Look]:
+        """See `CacheServer`."""
+        answers = await self._try(*map(self.scripts.to_fingerprint, keys)) if keys else []
+        return [fingerprint.read(answer) for answer in answers]
 
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """See `CacheServer`."""

@@ -23,6 +23,7 @@ from cdc_invalidator.impasse import Impasse
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
@@ -49,6 +50,7 @@ class Daemon:
         events: where busts are recorded.
         standbys: the standbys that busts wait for.
         source: the rule file, or the directory of rule files, that ``rules`` were read from.
+        verify: looks at samples of what was busted; ``None`` for at nothing.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Daemon:
         events: Events,
         standbys: Standbys,
         source: Path,
+        verify: Verify | None = None,
     ) -> None:
         self._options = options
         self._rules = rules
@@ -82,6 +85,7 @@ class Daemon:
         self._suspicious_until = float("-inf")
         self._recent = Recent()
         self._standbys = standbys
+        self._verify = verify
         self._reload = Reload(
             source,
             os.environ,
@@ -164,6 +168,7 @@ class Daemon:
             self._lead,
             recent=self._recent,
             standbys=self._standbys,
+            verify=self._verify,
             suspicious=time.monotonic() < self._suspicious_until,
             strict=not self._proven,
             former_walsender=self._walsender,
@@ -293,6 +298,7 @@ class Daemon:
             "searches": apply.searches if apply else None,
             "dropped_standbys": self._standbys.dropped,
             "denied_caches": apply.denied if apply else {},
+            "verify": self._verify.status() if self._verify else None,
             "unpublished_tables": [str(table) for table in session.unpublished()] if session else [],
             "rules": {
                 "digest": self._rules.digest,

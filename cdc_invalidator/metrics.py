@@ -102,6 +102,13 @@ class Metrics:
         self.reapplied = counter(
             "redis_behind_transactions_total", "Transactions applied again to a Redis that had lost them."
         )
+        self.verified = counter(
+            "verified_total",
+            "Sampled busts by what came back: overtaken (the old content, stale), unaffected (it does not depend on "
+            "the change), refilled, empty, undecided, superseded (busted again meanwhile), too_large.",
+            "cache",
+            "result",
+        )
         self.lag = Lags()
         registry.register(self.lag)
         self.sweeps = counter("sweeps_total", "Sweeps: whole caches busted by their key pattern.", "cache", "reason")

@@ -29,6 +29,7 @@ from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import ManualBusts
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
@@ -107,6 +108,7 @@ class Session:
         lead: is called with all that is open, once the slot is ours.
         recent: the busts applied lately; kept across sessions.
         standbys: the standbys that busts wait for.
+        verify: looks at samples of what was busted; kept across sessions.
         suspicious: another deployment may write the watermark.
         strict: refuse rules that this database can't keep; otherwise keep those that it can.
         former_walsender: the process id of the last session's walsender.
@@ -123,6 +125,7 @@ class Session:
         *,
         recent: Recent,
         standbys: Standbys,
+        verify: Verify | None,
         suspicious: bool,
         strict: bool,
         former_walsender: int | None,
@@ -135,6 +138,7 @@ class Session:
         self._lead = lead
         self._recent = recent
         self._standbys = standbys
+        self._verify = verify
         self._suspicious = suspicious
         self._strict = strict
         self._former_walsender = former_walsender
@@ -286,6 +290,7 @@ class Session:
             sweep_rate=options.sweep_rate,
             metrics=self._metrics,
             events=self._events,
+            verify=self._verify,
         )
         opened = Opened(
             slot=slot,

@@ -163,6 +163,11 @@ class Settings(Stream):
         "What to do when changes may have been missed: sweep the caches, or only warn.", "sweep"
     )
 
+    verify_sample: float = _setting(
+        "Share of the deleted keys, from 0 to 1, of which it is looked at what comes back; 0: of none.", 0.0, ge=0, le=1
+    )
+    observe_grace: float = _setting("After how many seconds a sampled key is looked at again.", 5.0, gt=0, le=3600)
+
     @property
     def watermark_name(self) -> str:
         """The watermark's name, given or not."""

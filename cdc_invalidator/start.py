@@ -15,6 +15,7 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.eventstream import EventStream
+from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.topology import cache_server
@@ -68,4 +69,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     display = log.KeyDisplay(given.log_keys, given.log_hash_key.encode() if given.log_hash_key else None)
     events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level), stream=stream)
     standbys = Standbys(given.postgres_standbys.split(), limit=given.standby_limit, metrics=metrics)
-    return Daemon(options, rules, metrics, events, standbys, given.rules)
+    verify = None
+    if given.verify_sample:
+        verify = Verify(given.verify_sample, given.observe_grace, metrics=metrics, events=events)
+    return Daemon(options, rules, metrics, events, standbys, given.rules, verify)

@@ -58,6 +58,7 @@ class ServerSettings:
     publication: str
     raw_keys: bool
     sweep_rate: int
+    fingerprints: bool
 
 
 async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Finding]:
@@ -81,6 +82,7 @@ async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Findin
             columns=database.columns,
             raw_keys=servers.raw_keys,
             sweep_rate=servers.sweep_rate,
+            fingerprints=servers.fingerprints,
         ),
         check_redis.REDIS,
         "redis_unavailable",

@@ -47,6 +47,7 @@ async def look_at(
     columns: Columns,
     raw_keys: bool,
     sweep_rate: int,
+    fingerprints: bool,
 ) -> list[Finding]:
     """Look at the Redis that is busted.
 
@@ -59,11 +60,14 @@ async def look_at(
         columns: what is known of the columns that keys are made of.
         raw_keys: whether keys may be shown.
         sweep_rate: how many keys a second searches may look at; 0 for as many as there are.
+        fingerprints: whether the daemon makes any.
 
     Raises:
         errors.RedisUnavailable: it is away, or refuses to be looked at.
     """
-    findings = await _look_at_server(endpoint, watermark, event_stream, rules, columns, raw_keys=raw_keys)
+    findings = await _look_at_server(
+        endpoint, watermark, event_stream, rules, columns, raw_keys=raw_keys, fingerprints=fingerprints
+    )
     if any(found.severity is Severity.ERROR for found in findings):
         return findings  # the daemon's own way in fails for what is told already
     server = cache_server(endpoint, watermark, timeout=TIMEOUT)
@@ -160,7 +164,14 @@ class _Server:
 
 
 async def _look_at_server(
-    endpoint: Endpoint, watermark: str, event_stream: str, rules: RuleSet | None, columns: Columns, *, raw_keys: bool
+    endpoint: Endpoint,
+    watermark: str,
+    event_stream: str,
+    rules: RuleSet | None,
+    columns: Columns,
+    *,
+    raw_keys: bool,
+    fingerprints: bool,
 ) -> list[Finding]:
     opened, close = await _open(endpoint)
     try:
@@ -179,6 +190,8 @@ async def _look_at_server(
             findings += await _of_channels(opened, rules)
         if event_stream:
             findings += await _of_event_stream(opened, event_stream)
+        if fingerprints:
+            findings += await _of_fingerprints(opened, watermark)
     finally:
         await close()
     return findings
@@ -323,6 +336,25 @@ async def _of_event_stream(opened: Node, key: str) -> list[Finding]:
         )
         return [Finding(Severity.NOTE, "event_stream_unreadable", REDIS, sentence)]
     return []
+
+
+async def _of_fingerprints(opened: Node, watermark: str) -> list[Finding]:
+    """Try what a fingerprint needs, on a key of our own that is not there."""
+    key = f"cdc:{watermark}:check"
+    tried: tuple[Command, ...] = (("TYPE", key), ("MEMORY USAGE", key), ("SMEMBERS", key), ("DUMP", key))
+    answers = await opened.send(tried)
+    refused = [
+        "+" + str(command[0]).lower().replace(" ", "|")
+        for command, answer in zip(tried, answers, strict=True)
+        if _denied(answer) or available.unknown(answer)
+    ]
+    if not refused:
+        return []
+    sentence = (
+        f"of no bust can be verified what comes back; grant the ACL user of CDC_REDIS_URL {' '.join(refused)}, or set "
+        "CDC_VERIFY_SAMPLE=0."
+    )
+    return [Finding(Severity.WARNING, "verify_refused", REDIS, sentence)]
 
 
 async def _of_keys(opened: Node, watermark: str, rules: RuleSet) -> list[Finding]:

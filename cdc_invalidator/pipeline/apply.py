@@ -29,6 +29,7 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
 from cdc_invalidator.pipeline.sweep import Sweeps
+from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.redis.info import InfoMetrics
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
@@ -52,6 +53,7 @@ class Apply:
         sweep_rate: how many keys a second sweeps may look at; 0 for as many as there are.
         metrics: what to count.
         events: where busts are logged.
+        verify: looks at samples of what was busted; ``None`` for at nothing.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Apply:
         sweep_rate: int,
         metrics: Metrics,
         events: Events,
+        verify: Verify | None = None,
     ) -> None:
         self.redis = RedisConnection(open_server, metrics)
         self.record = WatermarkRecord(checkpoint, metrics)
@@ -77,6 +80,7 @@ class Apply:
         self._recent = recent
         self._metrics = metrics
         self._events = events
+        self._verify = verify
         self._flush = Flush(events, self.record, kept.rules, denied=self._denied)
         # The end of what PostgreSQL had written at the start, or has sent since.
         received: Callable[[], int] = lambda: max(kept.position.flushed, checkpoint.received_lsn)  # noqa: E731
@@ -206,6 +210,8 @@ class Apply:
             if self._postgres.standbys.returned():
                 self._continuity.all_broken("standby_returned")
             await self._follow_ups.sweep(server)
+            if self._verify is not None:
+                await self._verify.step(server, self._bust_once_more)
             if not self._backlog or self._events.stream is not None:
                 self._flush.log_due()
             if self._events.stream is not None:
@@ -222,6 +228,8 @@ class Apply:
 
     async def _connect(self) -> CacheServer:
         server, found = await self.redis.open()
+        if self._verify is not None:
+            self._verify.forget()
         self._continuity.prove(
             await refuse_occupied(server, found, self._system_id, suspicious=self._suspicious),
         )
@@ -260,7 +268,9 @@ class Apply:
         await self._postgres.queries.derive(
             batch for batch in batches if not isinstance(batch, PlainBatch) and batch.xid not in hidden
         )
-        self._flush.log_later(*await self._flush.bust(server, batches), self._continuity.replay_until)
+        choose = self._verify.choose if self._verify is not None else None
+        events, reply = await self._flush.bust(server, batches, choose)
+        self._flush.log_later(events, reply, self._continuity.replay_until)
         now = time.monotonic()
         for batch, ticket in taken:
             self._recent.note(batch)
@@ -272,7 +282,18 @@ class Apply:
             else:
                 self._follow_ups.begin(batch, ticket, "gap" if isinstance(ticket, GapTicket) else "first", now)
             self._resolve(ticket)
+        if self._verify is not None:
+            self._verify.swept(
+                target.cache.name
+                for batch in batches
+                for target, busts in batch.busts.items()
+                if busts.sweep or busts.prefixes(target)
+            )
+            self._verify.begin(reply.looks, taken, now)
         self._metrics.backlog.set(self._backlog.weight)
+
+    async def _bust_once_more(self, server: CacheServer, batches: list[PlainBatch]) -> None:
+        self._flush.log_later(*await self._flush.bust(server, batches))
 
     async def _record(self, server: CacheServer) -> None:
         if not self._continuity.proven:
@@ -313,6 +334,8 @@ class Apply:
         patience = self._follow_ups.patience(patience, now)
         due = self._debounce.next_due() if self._debounce is not None else None
         patience = patience if due is None else min(patience, due - now)
+        looks = self._verify.due_in(now) if self._verify is not None else None
+        patience = patience if looks is None else min(patience, looks)
         asks = self._gaps.asks_in(now)
         patience = max(0.001, patience if asks is None else min(patience, asks))
         sweeps = self._follow_ups.sweeps

@@ -206,6 +206,21 @@ class Events:
         self._metrics.gap(reason)
         self._write([({"reason": reason, "caches": caches}, {"swept": swept, **more})], "gap", level)
 
+    def overtaken(self, bust: BustEvent) -> None:
+        """Log that the one key of a bust was filled with old content after it, and was busted once more."""
+        cache = bust.target.cache
+        remedy = "a longer `again_after`" if cache.again_after else "`again_after`"
+        own = {
+            **self._display.fields(bust.keys),
+            "op": bust.op,
+            "lsn": lsn.text(bust.commit_lsn),
+            "xid": bust.xid,
+            "error": "A reader stored after this bust what it had loaded before; the key was busted once more. Give "
+            f"cache {cache.name} {remedy}, or read it by the fill contract.",
+        }
+        shared = {name: value for name, value in bust.target.shown["delete"].items() if name != "action"}
+        self._write([(shared, own)], "overtaken", "warning")
+
     def _write(self, shown: list[Event], event: str = "bust", level: Level = "info") -> None:
         if self.stream is None:
             self._log.write(shown, event, level)

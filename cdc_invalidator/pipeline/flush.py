@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch
@@ -48,9 +48,18 @@ class Flush:
         self._unlogged: deque[tuple[list[BustEvent], BustReply, int, int]] = deque()
 
     async def bust(
-        self, server: CacheServer, batches: Iterable[Batch | PlainBatch]
+        self,
+        server: CacheServer,
+        batches: Iterable[Batch | PlainBatch],
+        choose: Callable[[Sequence[BustEvent], Sequence[Sequence[bytes]]], Sequence[bytes]] | None = None,
     ) -> tuple[list[BustEvent], BustReply]:
         """Bust all keys of some batches.
+
+        Args:
+            server: where to.
+            batches: what to bust.
+            choose: given the events, and the keys of each that deletes, returns those of the keys whose fingerprints
+                are wanted, as they are just before.
 
         Returns:
             Their events, and what Redis answered; for `log_later`. What lacks a right is in neither.
@@ -70,7 +79,8 @@ class Flush:
         for event in events if self._keeps_stale else ():
             if event.target.cache.stale_for is not None:
                 graces |= dict.fromkeys(event.keys, event.target.cache.stale_for)
-        busting = asyncio.create_task(server.bust(deletes, bumps, graces), name="bust")
+        looks = choose(events, deletes) if choose is not None else ()
+        busting = asyncio.create_task(server.bust(deletes, bumps, graces, looks), name="bust")
         try:
             # Once it is on its way, there is time to log the one before.
             await asyncio.sleep(0)

@@ -324,6 +324,19 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             Query(highest(gauge("cache_denied", OF_CACHE), "cache"), "{{slot}} {{cache}} denied by Redis"),
             about="The watermark leaves them out until they are swept, and the transactions of that time are over.",
         ),
+        lines(
+            "Fills that a bust overtook",
+            "short",
+            Query(
+                total(rise("verified_total", f'{OF_CACHE}, result="overtaken"'), "cache"),
+                "{{slot}} {{cache}} overtaken",
+            ),
+            Query(
+                total(rise("verified_total", f'{OF_CACHE}, result=~"refilled|empty|unaffected"'), "cache"),
+                "{{slot}} {{cache}} fresh",
+            ),
+            about="Among the busts that CDC_VERIFY_SAMPLE samples: old content came back after them, or not.",
+        ),
         lines("Rule errors", "short", Query(total(rise("rule_errors_total"), "rule"), "{{slot}} {{rule}}")),
         lines("Reloads", "short", Query(total(rise("reloads_total"), "result"), "{{slot}} {{result}}")),
         states(

@@ -193,7 +193,7 @@ class Server:
         return [self._world.redis.mark]
 
     async def bust(
-        self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int], _graces: Mapping[bytes, int]
+        self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int], _graces: Mapping[bytes, int], _looks: Any
     ) -> BustReply:
         half = len(deletes) // 2
         if self._world.failures == 1:

@@ -287,9 +287,7 @@ class Server:
         self._ask()
         return [self._redis.mark]
 
-    async def bust(
-        self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int], _graces: Any = ()
-    ) -> BustReply:
+    async def bust(self, deletes: Sequence[Sequence[bytes]], _bumps: Mapping[bytes, int], *_more: Any) -> BustReply:
         if self._denied():
             return BustReply([0] * len(deletes), {}, dict.fromkeys(range(len(deletes)), DENIED))
         for keys in deletes:

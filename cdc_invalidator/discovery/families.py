@@ -24,6 +24,8 @@ from cdc_invalidator.rules.suffixes import split_suffix
 LEAST_KEYS = 10
 # Of the values of a parameter, so many are kept for look-ups.
 SAMPLES = 100
+# Separators, literals and parameters of a template; what comes behind these is one parameter.
+_LONGEST = 80
 # Literals at one place: more words than this are values, however many keys each has.
 _LITERALS = 400
 # Behind a constant prefix; behind a parameter, where words come again for each of its values.
@@ -226,7 +228,7 @@ def group(samples: Iterable[Sample], vocabulary: Vocabulary, ours: Callable[[byt
             continue
         keys.append(_Key(sample, _atoms(sample.key.decode("utf-8", "surrogateescape"))))
     tree = _Tree(vocabulary, len(keys))
-    tree.walk(keys, [])
+    tree.grow(keys)
     families = _merged(tree.leaves)
     kept = [family for family in families if family.keys >= LEAST_KEYS or _clear(family)]
     single = len(keys) - sum(family.keys for family in kept)
@@ -246,10 +248,26 @@ class _Tree:
     def __init__(self, vocabulary: Vocabulary, all_keys: int) -> None:
         self._vocabulary = vocabulary
         self._all = all_keys
+        self._waiting: list[tuple[list[_Key], Trail]] = []
         self.leaves: list[_Leaf] = []
 
-    def walk(self, keys: list[_Key], trail: Trail) -> None:
-        """Let keys with the same beginning go on."""
+    def grow(self, keys: list[_Key]) -> None:
+        """Let all keys walk to their ends."""
+        self._waiting.append((keys, []))
+        while self._waiting:
+            self._step(*self._waiting.pop())
+
+    def _walk(self, keys: list[_Key], trail: Trail) -> None:
+        """Let keys with the same beginning go on; later, since keys are longer than a stack is deep."""
+        self._waiting.append((keys, trail))
+
+    def _step(self, keys: list[_Key], trail: Trail) -> None:
+        if len(trail) >= _LONGEST:
+            rest = [
+                key._replace(values=(*key.values, "".join(atom.text for atom in key.atoms[key.at :]))) for key in keys
+            ]
+            self.leaves.append(_Leaf([*trail, _Kind(Kind.TEXT)], rest))
+            return
         ended = [key for key in keys if key.next is None]
         if ended:
             self.leaves.append(_Leaf(trail, ended))
@@ -267,10 +285,10 @@ class _Tree:
             else:
                 values[atom.kind].append(key)
         for text, some in separators.items():
-            self.walk([key._replace(at=key.at + 1) for key in some], [*trail, text])
+            self._walk([key._replace(at=key.at + 1) for key in some], [*trail, text])
         literals, texts = self._told_apart(named, values, len(keys), trail)
         for text, some in literals.items():
-            self.walk([key._replace(at=key.at + 1) for key in some], [*trail, text])
+            self._walk([key._replace(at=key.at + 1) for key in some], [*trail, text])
         self._values(values, texts, trail, len(keys))
 
     def _told_apart(
@@ -359,10 +377,10 @@ class _Tree:
             taken.append("".join(atom.text for atom in key.atoms[key.at : end]))
             behind.append(key._replace(at=end))
         if len(keys) >= LEAST_KEYS and len(set(taken)) == 1 and _constant(kind, taken[0]):
-            self.walk(behind, [*trail, taken[0]])
+            self._walk(behind, [*trail, taken[0]])
         else:
             held = [key._replace(values=(*key.values, value)) for key, value in zip(behind, taken, strict=True)]
-            self.walk(held, [*trail, _Kind(kind)])
+            self._walk(held, [*trail, _Kind(kind)])
 
     def _glued(self, keys: list[_Key], trail: Trail, here: int) -> list[_Key]:
         """Find literals that no separator ends, as of `apiKeysXq81…`; return the other keys."""
@@ -485,5 +503,6 @@ def _family(same: list[_Leaf]) -> Family:
         len(samples),
         tuple(types.most_common()),
         (min(ttls), max(ttls)) if ttls else None,
-        len(samples) - len(ttls),
+        # Of a key that went meanwhile, nothing is known.
+        sum(sample.ttl is None and bool(sample.type) for sample in samples),
     )

@@ -272,7 +272,7 @@ def _parameter_names(match: Match) -> list[str]:
 
 
 def _template(family: Family, names: Sequence[str], rest: int | None) -> str:
-    """Return the template; empty if a literal holds what no template may.
+    """Return the template; empty if a literal holds what no template may, or if there is none: it would be all keys.
 
     Args:
         family: the family.
@@ -281,6 +281,8 @@ def _template(family: Family, names: Sequence[str], rest: int | None) -> str:
     """
     text = ""
     at = 0
+    if not any(isinstance(part, str) for part in family.parts):
+        return ""
     for part in family.parts:
         if isinstance(part, Parameter):
             if at == rest:

@@ -332,12 +332,20 @@ def test_of_a_real_application_most_families_are_found_and_no_rule_is_wrong(
     redis_url: str,
     redis_client: redis.Redis,
     slot_name: str,
+    tmp_path: Path,
 ) -> None:
     space = make(application, database)
     filled(redis_client, [key.encode() for keys in space.keys for key in keys])
-    made = Made(command("init", postgres_dsn=database, redis_url=redis_url, publication=slot_name))
+    given = {"postgres_dsn": database, "redis_url": redis_url, "publication": slot_name}
+    made = Made(command("init", **given))
     judged = Judged(application, space, made)
     print(judged.figures(), "\nnot found:", *judged.lost, "\nno rule:", *(set(judged.found) - set(judged.matched)))
     assert judged.wrong == []
+    path = tmp_path / "rules.yaml"
+    path.write_text(made.text)
+    checked = command("check", "--format", "json", rules=str(path), slot=slot_name, **given)
+    # Sweeps that others' keys match are the application's choice of names.
+    grave = {each["code"] for each in json.loads(checked.stdout)["findings"] if each["severity"] != "note"}
+    assert (checked.returncode, grave - {"sweeps_others"}) == (0, set())
     assert len(judged.found) >= found
     assert len(judged.matched) >= matched

@@ -101,6 +101,7 @@ def test_what_few_keys_have_is_shown_only_if_it_is_a_word_of_the_trade_or_of_the
 
 def test_of_types_and_times_the_extremes_are_kept() -> None:
     samples = [Sample(b"user:%d" % n, "hash" if n < 3 else "string", None if n < 5 else float(n)) for n in range(50)]
+    samples.append(Sample(b"user:77"))  # gone before it was looked at
     (family,) = group(samples, Vocabulary()).families
     assert (family.types, family.ttls, family.endless) == ((("string", 47), ("hash", 3)), (5.0, 49.0), 5)
 
@@ -108,6 +109,15 @@ def test_of_types_and_times_the_extremes_are_kept() -> None:
 def test_names_that_are_not_utf_8_go_through() -> None:
     (family,) = group([Sample(b"user:\xff\xfe%d" % n) for n in range(400)], Vocabulary()).families
     assert shown(family) == "user:<text>"
+
+
+@pytest.mark.parametrize("separator", [":", "_", "{"])
+def test_names_of_many_parts_end_somewhere(separator: str) -> None:
+    keys = [separator.join(str(RNG.randrange(9)) for _ in range(250)) for _ in range(300)]
+    keys += [separator.join(RNG.choice("ab") for _ in range(250)) for _ in range(300)]
+    all_found = found(keys)
+    assert sum(family.keys for family in all_found.families) + all_found.single == 600
+    assert all(len(family.parts) <= 81 for family in all_found.families)
 
 
 # Families that hypothesis puts together, and keys that belong to none.

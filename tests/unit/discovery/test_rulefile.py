@@ -81,6 +81,12 @@ def test_a_literal_that_no_template_may_hold_makes_no_rule() -> None:
     assert "user of" not in text
 
 
+def test_keys_without_any_literal_make_no_template_which_would_be_that_of_all_keys() -> None:
+    text, rules = written(sure(family(number())), Match(family(number())))
+    assert not rules.caches
+    assert "key:" not in text
+
+
 def test_a_version_without_a_counter_is_searched_for_and_with_one_bumped() -> None:
     version = Parameter(Kind.VERSION, ("1", "2"))
     alone, counter = family("user:", number(), ":v", version), family("user:", number(), ":ver")

@@ -94,7 +94,8 @@ def read(name: str, text: str) -> Document:
     except yaml.YAMLError as error:
         if "nesting depth" in str(error):  # libyaml reads ahead, and has a limit of its own
             raise _too_deep(_place(name, getattr(error, "problem_mark", None))) from error
-        sentence = f"this is not YAML ({_reason(error)}); check quotes, brackets and indentation"
+        remedy = "check quotes (texts with braces or commas need them), brackets and indentation"
+        sentence = f"this is not YAML ({_reason(error)}); {remedy}"
         raise unusable(_place(name, getattr(error, "problem_mark", None)), sentence) from error
     if root is None:
         raise unusable(Place(name), "the file is empty; begin it with `version: 1`")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RULES = Path(__file__).parents[2] / "rules" / "applications"
 SCENES = Path(__file__).parent / "applications"
-NAMES = ["mastodon", "outline", "saleor", "thingsboard", "zulip"]
+NAMES = ["mastodon", "mattermost", "outline", "saleor", "thingsboard", "zulip"]
 
 
 class Write(NamedTuple):

@@ -19,7 +19,7 @@ CEL_ENDS = (
     "NUM_UINT, STRING, BYTES, IDENTIFIER}"
 )
 A_TABLE = "write `schema.table`, names with capitals or signs in double quotes"
-CHECK_YAML = "check quotes, brackets and indentation"
+CHECK_YAML = "check quotes (texts with braces or commas need them), brackets and indentation"
 UNCLOSED = "did not find expected ',' or ']'"
 TOO_LONG_AFTER = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
 A_STAR = "a `*` stands for the rest of a key, at its end only; write `**` for the sign itself, or a parameter"
@@ -275,7 +275,7 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
         (
             "ttl: 5m",
             "ttl: *five",
-            "6:10: this is not YAML (found undefined alias); check quotes, brackets and indentation",
+            f"6:10: this is not YAML (found undefined alias); {CHECK_YAML}",
         ),
         (
             "ttl: 5m",

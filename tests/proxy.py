@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 from cdc_invalidator.embedded.process import HOST, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
 # Close with a reset instead of a farewell.
 _RESET = struct.pack("ii", 1, 0)
@@ -110,6 +110,10 @@ class Proxy:
             server.settimeout(None)
             _Link(self, client, server).start()
 
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        """Yield what a client says in the pieces that are passed on; a subclass may do something in between."""
+        yield data
+
     def passes(self, data: bytes) -> bytes:
         """Give what is passed on of these bytes, when it is time to."""
         self._moving.wait()
@@ -134,31 +138,31 @@ class _Link:
 
     def start(self) -> None:
         self._proxy.note(self, gone=False)
-        pumps: list[tuple[socket.socket, socket.socket, Callable[[bytes], bytes]]] = [
-            (self._client, self._server, lambda data: data),
+        pumps: list[tuple[socket.socket, socket.socket, Callable[[bytes], Iterable[bytes]]]] = [
+            (self._client, self._server, self._proxy.pieces),
             (self._server, self._client, self._counted),
         ]
         for pump in pumps:
             threading.Thread(target=self._pump, args=pump, daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket, counted: Callable[[bytes], bytes]) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, pieces: Callable[[bytes], Iterable[bytes]]) -> None:
         # The proxy has the last word, also on the end of a connection.
         with contextlib.suppress(OSError):
             while data := source.recv(_CHUNK):
                 self.moving.wait()
-                sink.sendall(counted(self._proxy.passes(data)))
+                for piece in pieces(self._proxy.passes(data)):
+                    sink.sendall(piece)
                 if self.left == 0:
                     break
         self.moving.wait()
         self._proxy.passes(b"")
         self.reset()
 
-    def _counted(self, data: bytes) -> bytes:
-        if self.left is None:
-            return data
-        data = data[: self.left]
-        self.left -= len(data)
-        return data
+    def _counted(self, data: bytes) -> Iterator[bytes]:
+        if self.left is not None:
+            data = data[: self.left]
+            self.left -= len(data)
+        yield data
 
     def reset(self) -> None:
         self._proxy.note(self, gone=True)

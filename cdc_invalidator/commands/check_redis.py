@@ -182,7 +182,7 @@ async def _look_at_server(
             sentence = str(available.not_there(missing))
             return [*findings, Finding(Severity.ERROR, "redis_lacks_commands", REDIS, sentence)]
         findings += await _of_cosmetic(opened)
-        findings += await _of_commands(opened, watermark)
+        findings += await _of_commands(opened, watermark, transactions=endpoint.kind != "cluster")
         if rules is not None:
             findings += await _of_keys(opened, watermark, rules)
             findings += await _of_old_values(opened, watermark, rules)
@@ -268,7 +268,7 @@ async def _of_cosmetic(opened: Node) -> list[Finding]:
     return [Finding(Severity.NOTE, "redis_lacks_commands", REDIS, sentence)]
 
 
-async def _of_commands(opened: Node, watermark: str) -> list[Finding]:
+async def _of_commands(opened: Node, watermark: str, *, transactions: bool) -> list[Finding]:
     """Try what the daemon does on keys of our own."""
     text, mapping = f"cdc:{watermark}:check", f"cdc:{watermark}:check:hash"
     tried: tuple[Command, ...] = (
@@ -285,10 +285,14 @@ async def _of_commands(opened: Node, watermark: str) -> list[Finding]:
     )
     refused: list[str] = []
     findings: list[Finding] = []
+    if transactions:
+        tried = (*tried, ("WATCH", text), ("MULTI",), ("EXEC",))
     for command, answer in zip(tried, await opened.send(tried), strict=True):
         if not isinstance(answer, Exception):
             continue
         code = node.code(answer)
+        if command == ("EXEC",) and code == "ERR":
+            continue  # where MULTI was denied
         if code == "NOPERM":
             refused.append("+" + str(command[0]).lower().replace(" ", "|"))
         elif replies.of(code).does is replies.Does.WIDEN:

@@ -14,7 +14,22 @@ from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.node import Node, code, failed
 
 # What busts, sweeps and the watermark need, sent by us or by our scripts.
-NEEDED = ("UNLINK", "SCAN", "SCRIPT", "EVALSHA", "GET", "SET", "TIME", "HGETALL", "HMGET", "HSET", "HDEL")
+NEEDED = (
+    "UNLINK",
+    "SCAN",
+    "SCRIPT",
+    "EVALSHA",
+    "GET",
+    "SET",
+    "TIME",
+    "HGETALL",
+    "HMGET",
+    "HSET",
+    "HDEL",
+    "WATCH",
+    "MULTI",
+    "EXEC",
+)
 # What the daemon can do without, and what is missing then.
 COSMETIC = {
     "CLIENT": "the daemon's name in CLIENT LIST",
@@ -45,7 +60,8 @@ async def lacking(node: Node, names: Iterable[str]) -> list[str]:
         errors.RedisUnavailable: it fails.
     """
     asked = list(names)
-    answers = await node.send([(name,) for name in asked])
+    # Alone, MULTI would begin a transaction.
+    answers = await node.send([(name, "") if name == "MULTI" else (name,) for name in asked])
     for name, answer in zip(asked, answers, strict=True):
         # Of a command that needs no argument, an ACL may refuse the use: that is told when it is used.
         if isinstance(answer, Exception) and code(answer) not in {"ERR", "NOPERM"}:

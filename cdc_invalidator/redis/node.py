@@ -24,6 +24,9 @@ from cdc_invalidator.redis import replies
 
 Command = tuple[Any, ...]
 
+# Commands are sent as soon as they are so many bytes.
+SEND_BYTES = 4096
+
 # The word that the driver takes off an error reply, by the class of its exception.
 _CODES: tuple[tuple[type[Exception], str], ...] = (
     (exceptions.MovedError, "MOVED"),
@@ -47,7 +50,7 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
 
 _QUOTED = re.compile(r"""(?<![^\s(:,])['"`]""")
 _IN_SCRIPT = re.compile(r"@user_script: ?\d+: -?([A-Z]+)\b")
-_NO_RIGHT = re.compile(r"ACL failure in script|The user executing the script can't")
+_NO_RIGHT = re.compile(r"ACL failure in script|The user executing the script can't|discarded because of: NOPERM")
 
 
 class Node:
@@ -143,9 +146,14 @@ class Node:
                 if not connection.is_connected:
                     raise exceptions.ConnectionError("the connection has ended")  # noqa: TRY301
                 # The driver's own packing runs Python code for each key.
+                packed = b""
                 for command in commands:
-                    # One by one: the server works on the first while the next is packed.
-                    packed = hiredis.pack_command((*command[0].split(), *command[1:]))
+                    packed += hiredis.pack_command((*command[0].split(), *command[1:]))
+                    # The server works on the first large ones while the next are packed.
+                    if len(packed) > SEND_BYTES:
+                        await connection.send_packed_command(packed, check_health=False)
+                        packed = b""
+                if packed:
                     await connection.send_packed_command(packed, check_health=False)
                 for _ in commands:
                     try:

@@ -171,6 +171,11 @@ def watermark_id(watermark: Watermark | None) -> str:
     return f"{watermark.lsn}:{watermark.at}" if watermark else ""
 
 
+def is_watermark(last_id: str, lsn: bytes | None, at: bytes | None) -> bool:
+    """Return whether a hash with these fields is the watermark with that `watermark_id`; if empty, any is."""
+    return not last_id or last_id.encode() == b"%b:%b" % (lsn or b"", at or b"")
+
+
 def watermark_written(answer: int) -> bool:
     """Read the reply to `ScriptDigests.to_write_watermark`: False when memory is full.
 
@@ -178,8 +183,14 @@ def watermark_written(answer: int) -> bool:
         errors.RedisUnavailable: the watermark that was written last is not there.
     """
     if answer == _OTHER_WATERMARK:
-        raise errors.RedisUnavailable(
-            "Redis does not hold the watermark that was written last, so its data are others; they are compared anew.",
-            code="OTHER_DATA",
-        )
+        raise other_data()
     return answer == _WATERMARK_WRITTEN
+
+
+def other_data() -> errors.RedisUnavailable:
+    """Return the error for a watermark that is not, or was not all the while, the one that was written last."""
+    return errors.RedisUnavailable(
+        "Redis does not hold the watermark that was written last, or did not for a moment, so its data are or were "
+        "others; they are compared anew.",
+        code="OTHER_DATA",
+    )

@@ -10,7 +10,7 @@ from cdc_invalidator.redis import fingerprint
 from cdc_invalidator.redis.available import require_commands
 from cdc_invalidator.redis.fingerprint import Look
 from cdc_invalidator.redis.node import Command, Node
-from cdc_invalidator.redis.scripts import watermark_id, watermark_written
+from cdc_invalidator.redis.scripts import is_watermark, other_data, watermark_id, watermark_written
 from cdc_invalidator.redis.server import (
     KEYS_A_COMMAND,
     NO_GRACES,
@@ -54,6 +54,13 @@ class Single(CacheServer):
         self._close = close
         self._node: Node | None = None
         self._last_watermark_id = ""
+        # The first goes before the commands, the others behind them.
+        self._proof: Sequence[Command] = (
+            ("WATCH", self.watermark_key),
+            ("HMGET", self.watermark_key, "lsn", "at"),
+            ("MULTI",),
+            ("EXEC",),
+        )
 
     async def connect(self) -> None:
         """See `CacheServer`."""
@@ -83,7 +90,7 @@ class Single(CacheServer):
         looking = [self.scripts.to_fingerprint(key) for key in looks]
         while parts or chunks:
             bumping = [self.scripts.to_bump(chunk, bumps, graces) for chunk in chunks]
-            answers = await self._try(*looking, *(part.command for part in parts), *bumping)
+            answers = await self._ours(*looking, *(part.command for part in parts), *bumping)
             reply.looks.extend(map(fingerprint.read, answers[: len(looking)]))
             del answers[: len(looking)]
             looking.clear()
@@ -119,7 +126,7 @@ class Single(CacheServer):
 
     async def versions(self, counters: Sequence[bytes]) -> list[bytes | errors.RedisUnavailable | None]:
         """See `CacheServer`."""
-        return await self._try(*(("GET", counter) for counter in counters)) if counters else []
+        return await self._ours(*(("GET", counter) for counter in counters)) if counters else []
 
     async def fingerprints(self, keys: Sequence[bytes]) -> list[Look]:
         """See `CacheServer`."""
@@ -129,7 +136,7 @@ class Single(CacheServer):
     async def unlink(self, keys: Sequence[bytes]) -> int:
         """See `CacheServer`."""
         commands = [("UNLINK", *keys[start : start + KEYS_A_COMMAND]) for start in range(0, len(keys), KEYS_A_COMMAND)]
-        return sum(await self._ask(*commands)) if commands else 0
+        return sum(_not_denied(await self._ours(*commands))) if commands else 0
 
     async def publish(self, messages: Sequence[tuple[bytes, bytes]]) -> dict[bytes, errors.RedisUnavailable]:
         """See `CacheServer`."""
@@ -138,7 +145,7 @@ class Single(CacheServer):
 
     async def scan(self, cursor: Cursor, pattern: bytes, count: int = SCAN_COUNT) -> tuple[Cursor, list[bytes]]:
         """See `CacheServer`."""
-        (answer,) = await self._ask(scan_command(cursor or 0, pattern, count))
+        (answer,) = _not_denied(await self._ours(scan_command(cursor or 0, pattern, count)))
         return int(answer[0]) or None, list(answer[1])
 
     async def size(self) -> int | None:
@@ -192,6 +199,28 @@ class Single(CacheServer):
         answers = await self._opened.send(commands)
         return [reply_or_denial(command, answer) for command, answer in zip(commands, answers, strict=True)]
 
+    async def _ours(self, *commands: Command) -> list[Any]:
+        """Send commands that count only if the data are ours, and prove that they were, all the while.
+
+        The watermark that was read or written last is there, and from the first command to the last nothing has touched
+        it. EXEC also tells of a database that was swapped in (SWAPDB) and out again in between. No command is put into
+        the transaction, where one that is denied would stop all, and where memory that is full would.
+
+        Returns:
+            The replies in order; where a right is missing, why.
+
+        Raises:
+            errors.RedisUnavailable: the data were others for a moment, or a reply is another error.
+        """
+        self._check()
+        watch, *proof = self._proof
+        answers = await self._opened.send((watch, *commands, *proof))
+        replies = [reply_or_denial(command, answer) for command, answer in zip(commands, answers[1:-3], strict=True)]
+        _, found, _, untouched = _not_denied(map(reply_or_denial, self._proof, (answers[0], *answers[-3:])))
+        if untouched is None or not is_watermark(self._last_watermark_id, *found):
+            raise other_data()
+        return replies
+
 
 class _Part(NamedTuple):
     """A command that deletes keys of some groups, or their locks; ``counts``: its reply says how many were there."""
@@ -199,6 +228,15 @@ class _Part(NamedTuple):
     command: Command
     groups: Sequence[int]
     counts: bool = True
+
+
+def _not_denied(answers: Iterable[Any]) -> list[Any]:
+    """Return the answers; raise the first that is a denial."""
+    found = list(answers)
+    for answer in found:
+        if isinstance(answer, errors.RedisUnavailable):
+            raise answer
+    return found
 
 
 def _read_deletes(parts: Iterable[_Part], answers: Iterable[Any], reply: BustReply) -> list[int]:

@@ -64,6 +64,7 @@ def test_what_is_cosmetic_is_done_without(database: str, rules: Path, slot_name:
 
 
 NEEDED = ["SCRIPT", "EVALSHA", "SCAN", "UNLINK", "HGETALL", "TIME", "GET", "SET", "HMGET", "HSET", "HDEL"]
+NEEDED += ["WATCH", "MULTI", "EXEC"]
 
 
 @pytest.mark.parametrize("name", NEEDED)

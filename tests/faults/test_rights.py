@@ -48,6 +48,9 @@ COMMANDS = (
     "+hgetall",
     "+hset",
     "+hdel",
+    "+watch",
+    "+multi",
+    "+exec",
 )
 # In a cluster, these as well.
 ASKED = ("+cluster|info", "+cluster|slots", "+cluster|nodes", "+asking")

@@ -253,7 +253,7 @@ async def test_a_missing_permission_says_what_to_grant_and_shows_no_key(own_valk
 async def test_what_a_right_is_missing_for_is_told_and_all_else_is_busted(own_valkey: Valkey) -> None:
     with redis.Redis.from_url(own_valkey.url) as client:
         administrator: Any = client
-        administrator.execute_command("ACL", "SETUSER", "half", "on", ">pw", "~ours:*", "+@all")
+        administrator.execute_command("ACL", "SETUSER", "half", "on", ">pw", "~ours:*", "~cdc:slot:*", "+@all")
         url = own_valkey.url.replace("redis://", "redis://half:pw@")
         server = cache_at(url)
         await server.connect()

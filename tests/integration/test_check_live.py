@@ -581,11 +581,17 @@ def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_read
         assert " +type +memory|usage +smembers +dump, or set" in checked.only("verify_refused")["sentence"]
         administrator.execute_command("ACL", "SETUSER", name, "+type", "+memory|usage", "+smembers", "+dump")
         assert setting.check(THING, verify_sample="0.01", **given).grave == []
-        administrator.execute_command("ACL", "SETUSER", name, "-unlink", "-hdel", "-info")
+        administrator.execute_command("ACL", "SETUSER", name, "-unlink", "-hdel", "-multi", "-info")
         checked = setting.check(THING, **given)
         assert checked.of("error") == ["redis_rights"]
-        assert f"~cdc:{setting.given['slot']}:* and +unlink +hdel" in checked.only("redis_rights")["sentence"]
-        administrator.execute_command("ACL", "SETUSER", name, "+unlink", "+hdel", "resetkeys", "~cdc:*", "~app:other:*")
+        assert f"~cdc:{setting.given['slot']}:* and +unlink +hdel +multi," in checked.only("redis_rights")["sentence"]
+        administrator.execute_command("ACL", "SETUSER", name, "+multi", "-exec")
+        checked = setting.check(THING, **given)
+        assert checked.of("error") == ["redis_rights"]
+        assert "+unlink +hdel +exec," in checked.only("redis_rights")["sentence"]
+        administrator.execute_command(
+            "ACL", "SETUSER", name, "+unlink", "+hdel", "+exec", "resetkeys", "~cdc:*", "~app:other:*"
+        )
         checked = setting.check(THING, **given)
         assert checked.of("error") == ["redis_rights"]
         assert "grant it +evalsha +unlink and ~app:env:thing:*" in checked.only("redis_rights")["sentence"]

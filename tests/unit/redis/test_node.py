@@ -63,6 +63,7 @@ REPLIES = [
     ("NOPERM", "ERR ACL failure in script: No permissions to access a key"),
     ("NOPERM", "ERR ACL failure in script: User cdc has no permissions to run the 'unlink' command"),
     ("NOPERM", "ERR The user executing the script can't run this command or subcommand"),
+    ("NOPERM", "EXECABORT Transaction discarded because of: NOPERM No permissions to run the 'exec' command"),
     (
         "NOPERM",
         (

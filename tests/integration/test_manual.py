@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, ClassVar
 
 import psycopg
 import pytest
-from running import RunningDaemon, command, execute, settled
+import reading
+import redis
+from paths import ROOT
+from running import RunningDaemon, command, eventually, execute, settled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
-
-    import redis
 
 RULES = """
 version: 1
@@ -140,3 +142,39 @@ def test_the_bust_command_writes_the_message_and_refuses_what_no_cache_fits(
         refused = command("bust", *words, **given)
         assert refused.returncode == 2
         assert "Traceback" not in refused.stderr
+
+
+class Unwatchful(RunningDaemon):
+    """It does not look at the catalogs while a test runs."""
+
+    deadlines: ClassVar[Mapping[str, float]] = {"watch.WATCH_SECONDS": 3600.0}
+
+
+def test_a_migration_that_busts_its_caches_leaves_nothing_stale_before_anybody_looks_at_the_tables(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    guide = (ROOT / "deploy/README.md").read_text()
+    (remedy,) = re.findall(r"^SELECT pg_logical_emit_message.*;$", guide, re.MULTILINE)
+    order = remedy.replace(', "params": {"id": 42}', "")
+    reading.create(database)
+    rules = reading.rules_file(tmp_path)
+    with (
+        Unwatchful(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon,
+        reading.Application(database, lambda: redis.Redis.from_url(redis_url), writers=1, readers=4) as app,
+    ):
+        daemon.ready()
+        settled(database, redis_client, slot_name)
+        eventually(lambda: reading.entries(redis_client) > reading.ROWS / 2, "readers have filled the cache")
+        daemon.events.clear()
+        with psycopg.connect(database) as connection:
+            # Of the same shape, so that nothing in the stream tells of it.
+            connection.execute("ALTER TABLE counters ALTER n TYPE int USING n + 1000000")
+            for cache in ("count", "page"):
+                connection.execute(order.replace('"user"', f'"{cache}"').encode())
+        app.stop_writing()
+        settled(database, redis_client, slot_name)
+        assert reading.stale(database, redis_client) == {}
+        app.stop()
+        assert reading.stale(database, redis_client) == {}
+        assert {event["cache"] for event in daemon.named("bust", action="sweep", reason="manual")} == {"count", "page"}
+        assert not daemon.named("gap"), "nothing else has swept"

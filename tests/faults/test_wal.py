@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import psycopg
 import pytest
@@ -18,7 +18,7 @@ from writing import Writer, assert_all_is_well, create, left, rules_file
 from cdc_invalidator.embedded.servers import Postgres
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from cdc_invalidator.embedded.servers import Valkey
@@ -227,13 +227,26 @@ def waiting(tmp_path: Path) -> Iterator[Postgres]:
         yield server
 
 
+class Impatient(RunningDaemon):
+    """It gives a position up after a sixth of the time."""
+
+    deadlines: ClassVar[Mapping[str, float]] = {"watch.SHRINK_SECONDS": 10.0}
+
+
 @pytest.fixture
 def bounded(
-    waiting: Postgres, tmp_path: Path, redis_url: str, redis_client: redis.Redis, slot_name: str
+    request: pytest.FixtureRequest,
+    waiting: Postgres,
+    tmp_path: Path,
+    redis_url: str,
+    redis_client: redis.Redis,
+    slot_name: str,
 ) -> Iterator[RunningDaemon]:
+    """A daemon whose slot may hold little; a parameter is another kind of it."""
+    kind = getattr(request, "param", RunningDaemon)
     limit = {"max_retained_wal": "32MiB"}
     rules = rules_file(tmp_path)
-    with RunningDaemon(dsn=waiting.dsn, redis_url=redis_url, rules=rules, slot=slot_name, **limit) as running:
+    with kind(dsn=waiting.dsn, redis_url=redis_url, rules=rules, slot=slot_name, **limit) as running:
         running.ready()
         settled(waiting.dsn, redis_client, slot_name)
         yield running
@@ -296,6 +309,7 @@ def test_a_commit_that_waits_for_a_synchronous_standby_holds_little_wal_and_its_
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("bounded", [Impatient], indirect=True)
 def test_a_transaction_that_never_ends_holds_no_wal_for_ever(
     waiting: Postgres, bounded: RunningDaemon, redis_client: redis.Redis
 ) -> None:

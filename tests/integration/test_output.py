@@ -12,6 +12,7 @@ import time
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
+import nursery
 import psycopg
 import pytest
 import redis
@@ -35,8 +36,12 @@ rules:
 @pytest.fixture
 def daemon(
     request: pytest.FixtureRequest, database: str, redis_url: str, tmp_path: Path, slot_name: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A daemon whose output stands in a pipe that nobody reads yet; a parameter has further settings."""
+) -> Iterator[nursery.Forked]:
+    """A daemon whose output stands in a pipe that nobody reads yet.
+
+    A parameter has further settings, and its deadlines that are other than usual.
+    """
+    settings, deadlines = getattr(request, "param", ({}, {}))
     execute(database, "CREATE TABLE users (id int PRIMARY KEY)")
     (tmp_path / "rules.yaml").write_text(RULES)
     port = free_port()
@@ -47,20 +52,19 @@ def daemon(
         "CDC_SLOT": slot_name,
         "CDC_PUBLICATION": slot_name,
         "CDC_HTTP_PORT": str(port),
-        **{f"CDC_{name.upper()}": value for name, value in getattr(request, "param", {}).items()},
+        **{f"CDC_{name.upper()}": value for name, value in settings.items()},
     }
-    command = [sys.executable, "-m", "cdc_invalidator", "run"]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.port = port  # type: ignore[attr-defined]
-    with process:
-        eventually(lambda: page(process, "/readyz") == 200, "the daemon is ready")
-        yield process
-        if process.poll() is None:
+    assert nursery.can_fork(env)
+    with nursery.Forked(["run"], env, deadlines) as process:
+        process.port = port  # type: ignore[attr-defined]
+        try:
+            eventually(lambda: page(process, "/readyz") == 200, "the daemon is ready")
+            yield process
+        finally:
             process.kill()
-        process.communicate()
 
 
-def page(process: subprocess.Popen[bytes], path: str) -> int:
+def page(process: nursery.Forked, path: str) -> int:
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{process.port}{path}", timeout=2) as answer:  # type: ignore[attr-defined]
             status: int = answer.status
@@ -71,7 +75,7 @@ def page(process: subprocess.Popen[bytes], path: str) -> int:
 
 @pytest.mark.timeout(120)
 def test_a_reader_that_dawdles_holds_up_the_busts_and_nothing_else_and_misses_none(
-    daemon: subprocess.Popen[bytes], database: str, redis_client: redis.Redis, slot_name: str
+    daemon: nursery.Forked, database: str, redis_client: redis.Redis, slot_name: str
 ) -> None:
     settled(database, redis_client, slot_name)
     count = 800_000
@@ -82,7 +86,6 @@ def test_a_reader_that_dawdles_holds_up_the_busts_and_nothing_else_and_misses_no
         settled_soon(database, redis_client, slot_name)
     assert page(daemon, "/livez") == 200
     told: list[dict[str, Any]] = []
-    assert daemon.stdout is not None
     while sum(event["keys"] for event in told) < count:
         event = json.loads(daemon.stdout.readline())
         if event["event"] == "bust" and event["reason"] == "change":
@@ -99,16 +102,16 @@ def settled_soon(dsn: str, client: redis.Redis, slot: str) -> None:
     eventually(passed, "the watermark passes the last commit", seconds=3)
 
 
-def told(lines: Iterable[bytes]) -> set[str]:
+def told(lines: Iterable[str]) -> set[str]:
     """The keys whose busts are in the output; its last line may be cut."""
-    events = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    events = [json.loads(line) for line in lines if line.endswith("\n")]
     return {key for event in events if event["event"] == "bust" for key in event.get("raw_keys", ())}
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("daemon", [{"log_keys": "raw"}], indirect=True)
+@pytest.mark.parametrize("daemon", [({"log_keys": "raw"}, {})], indirect=True)
 def test_what_nobody_has_read_is_not_confirmed_and_told_by_the_next_daemon(
-    daemon: subprocess.Popen[bytes],
+    daemon: nursery.Forked,
     database: str,
     redis_url: str,
     redis_client: redis.Redis,
@@ -125,7 +128,7 @@ def test_what_nobody_has_read_is_not_confirmed_and_told_by_the_next_daemon(
     time.sleep(1.5)
     daemon.send_signal(how)
     daemon.wait(SECONDS)
-    output, _ = daemon.communicate(timeout=SECONDS)
+    output, _ = daemon.communicate(SECONDS)
     before = told(output.splitlines(keepends=True))
     assert len(before) < count
     with RunningDaemon(dsn=database, redis_url=redis_url, rules=tmp_path, slot=slot_name, log_keys="raw") as following:
@@ -140,9 +143,9 @@ def test_what_nobody_has_read_is_not_confirmed_and_told_by_the_next_daemon(
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("daemon", [{"log_keys": "raw"}], indirect=True)
+@pytest.mark.parametrize("daemon", [({"log_keys": "raw"}, {"log.STUCK_SECONDS": 2.0})], indirect=True)
 def test_while_nobody_reads_at_all_busts_go_on_and_are_told_when_somebody_does(
-    daemon: subprocess.Popen[bytes], database: str, redis_client: redis.Redis, slot_name: str
+    daemon: nursery.Forked, database: str, redis_client: redis.Redis, slot_name: str
 ) -> None:
     count = 800_000
     for start in range(0, count, 200_000):
@@ -155,11 +158,10 @@ def test_while_nobody_reads_at_all_busts_go_on_and_are_told_when_somebody_does(
     assert confirmed(database, slot_name) < wal_position(database)
     assert page(daemon, "/livez") == 200
     rows: set[str] = set()
-    assert daemon.stdout is not None
     while len(rows) < count + 1:
         rows |= told([daemon.stdout.readline()])
     position = wal_position(database)
-    reading = threading.Thread(target=lambda: [None for _ in daemon.stdout or ()])
+    reading = threading.Thread(target=lambda: [None for _ in daemon.stdout])
     reading.start()
     eventually(lambda: confirmed(database, slot_name) >= position, "all of it is confirmed then")
     assert status(daemon)["last_error"] is None
@@ -167,20 +169,17 @@ def test_while_nobody_reads_at_all_busts_go_on_and_are_told_when_somebody_does(
     reading.join()
 
 
-def status(process: subprocess.Popen[bytes]) -> dict[str, Any]:
+def status(process: nursery.Forked) -> dict[str, Any]:
     with urllib.request.urlopen(f"http://127.0.0.1:{process.port}/status", timeout=5) as answer:  # type: ignore[attr-defined]
         found: dict[str, Any] = json.load(answer)
         return found
 
 
-def test_a_reader_that_is_gone_ends_the_daemon_with_a_word(daemon: subprocess.Popen[bytes], database: str) -> None:
-    assert daemon.stdout is not None
-    assert daemon.stderr is not None
+def test_a_reader_that_is_gone_ends_the_daemon_with_a_word(daemon: nursery.Forked, database: str) -> None:
     daemon.stdout.close()
     execute(database, "INSERT INTO users VALUES (1)")
     assert daemon.wait(SECONDS) == 1
-    assert daemon.stderr.read().decode().startswith("Standard output was closed")
-    daemon.stdout = None
+    assert daemon.stderr.read().startswith("Standard output was closed")
 
 
 def test_without_standard_output_the_daemon_does_not_start(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from cdc_invalidator.rules.suffixes import split_suffix
 
 # A word that fewer keys have is data, unless it is in the vocabulary.
 LEAST_KEYS = 10
+# Where names of families stand, and different ids follow, so many will do.
+_LEAST_LED = 5
 # Of the values of a parameter, so many are kept for look-ups.
 SAMPLES = 100
 # Separators, literals and parameters of a template; what comes behind these is one parameter.
@@ -308,6 +310,8 @@ class _Tree:
         names = here >= _NAME_PLACE * self._all and not after_parameter
         rare = sum(len(some) for text, some in strange.items() if text not in frequent)
         typed = sum(map(len, values.values()))
+        if names:
+            frequent |= {text for text, some in strange.items() if len(some) >= _LEAST_LED and _led(some)}
         if len(values.get(Kind.TEXT, ())) >= LEAST_KEYS:
             # Free text stands here.
             chosen = self._apart(rest)
@@ -422,6 +426,17 @@ def _stems(text: str) -> list[int]:
 def _constant(kind: str, text: str) -> bool:
     """Whether a value that all keys share can be a part of their name: a version, Django's `1`, a digest."""
     return (kind in {Kind.VERSION, Kind.NUMBER} and len(text) < 3) or kind == Kind.HASH
+
+
+def _led(keys: list[_Key]) -> bool:
+    """Whether a word leads to ids, as different as the keys: `audit:{id}`, `whs:{id}`."""
+    ids = set()
+    for key in keys:
+        atom = next((atom for atom in key.atoms[key.at + 1 :] if atom.kind not in {_SEPARATOR, _WORDS}), None)
+        if atom is None or atom.kind not in {Kind.NUMBER, Kind.UUID}:
+            return False
+        ids.add(atom.text)
+    return len(ids) == len(keys)
 
 
 def _marks(keys: list[_Key]) -> bool:

@@ -191,6 +191,7 @@ def match(families: Sequence[Family], schema: Sequence[TableInfo], shares: Share
         shares: the answers to `questions`.
     """
     counters = versions(families)
+    usual = _usual(families)
     matches = []
     for number, family in enumerate(families):
         if number in counters.values():
@@ -198,7 +199,7 @@ def match(families: Sequence[Family], schema: Sequence[TableInfo], shares: Share
         counter = families[counters[number]] if number in counters else None
         # A bust needs the parameters of the version alone.
         needed = len((counter or family).parameters)
-        found = _of_family(number, family, needed, schema, shares)
+        found = _of_family(number, family, needed, usual, schema, shares)
         matches.append(replace(found, counter=counter))
     return matches
 
@@ -215,10 +216,20 @@ class _Idea:
     rest: int | None
 
 
-def _of_family(number: int, family: Family, needed: int, schema: Sequence[TableInfo], shares: Shares) -> Match:
+def _usual(families: Sequence[Family]) -> frozenset[str]:
+    """Return the words that nearly all keys begin with: the application's name, the environment."""
+    counts = Counter(chunk.text for family in families for chunk in set(_chunks(family)) if chunk.after == 0)
+    return frozenset(text for text, count in counts.items() if len(families) > 2 and count >= 0.8 * len(families))
+
+
+def _of_family(
+    number: int, family: Family, needed: int, usual: frozenset[str], schema: Sequence[TableInfo], shares: Shares
+) -> Match:
     chunks = _chunks(family)
     ideas = [
-        idea for info in schema if (idea := _idea(number, family, needed, chunks, info, schema, shares)) is not None
+        idea
+        for info in schema
+        if (idea := _idea(number, family, needed, usual, chunks, info, schema, shares)) is not None
     ]
     ideas.sort(key=lambda idea: -idea.score)
     if not ideas:
@@ -298,6 +309,7 @@ def _idea(
     number: int,
     family: Family,
     needed: int,
+    usual: frozenset[str],
     chunks: Sequence[_Chunk],
     info: TableInfo,
     schema: Sequence[TableInfo],
@@ -325,22 +337,26 @@ def _idea(
     known = {word for column in info.columns for word in words(column.name)} | _FORMS | {"ver", "v"}
     extra = [
         chunk
-        for chunk in chunks[at + 1 :]
-        if len(chunk.words[0]) > 1
+        for chunk in chunks
+        if chunk != own
+        and chunk.text not in usual
+        and len(chunk.words[0]) > 1
         and not all(word in known or word.isdigit() for word in chunk.words)
         and not any(_same(chunk.words, other) == 3 for other in others)
     ]
-    # `Group:members:{id}` is not about a group alone.
-    between = [chunk for chunk in extra if chunk.after == own.after]
+    # `user:{id}:followers` is about other rows, and `Group:member:{id}` may be: which ones, nobody says. A word before
+    # the name, or one behind the parameter that names no things, is a part of the row or a view of it.
+    strange = [chunk for chunk in extra if _plural(chunk) or (chunk.after == own.after and chunks.index(chunk) > at)]
+    later = [chunk for chunk in extra if chunks.index(chunk) > at]
     score += sum(min(each.score, 2) for each in assigned.values()) - len(loose)
     wanted = [at for at, each in enumerate(family.parameters[:needed]) if each.kind != Kind.VERSION]
     lacking = [at for at in wanted if at not in assigned and not (maps and at in maps[0])]
     rest = lacking[0] if lacking else None
     firm = all(each.score >= 2 for each in assigned.values())
     sure = Sure.CERTAIN
-    if name < 2.5 or loose or between or not firm or not (assigned or maps or not wanted):
+    if name < 2.5 or loose or strange or not firm or not (assigned or maps or not wanted):
         sure = Sure.GUESS
-    elif extra or rest is not None or not wanted:
+    elif later or rest is not None or not wanted:
         sure = Sure.LIKELY
     if rest is not None and (len(wanted) == 1 or family.parts[-1] is not family.parameters[rest]):
         # What a bust can't name must come last, and behind something that it can.
@@ -349,10 +365,10 @@ def _idea(
         sure = Sure.GUESS
     if loose:
         reasons.append(f"but the key names {', '.join(str(other.table) for other in loose[:3])} too")
-    elif between:
-        reasons.append(f"but what is {between[0].text}?")
-    elif extra and sure == Sure.LIKELY:
-        reasons.append(f"{extra[0].text.strip('_-')} may show other tables too")
+    elif strange:
+        reasons.append(f"but nothing says what {strange[0].text.strip('_-')} are made of")
+    elif later and sure == Sure.LIKELY:
+        reasons.append(f"{later[0].text.strip('_-')} may show other tables too")
     if not maps:
         maps = ({at: each.column for at, each in assigned.items()},)
     return _Idea(info, score, sure, maps, tuple(dict.fromkeys(reasons)), rest)
@@ -459,6 +475,12 @@ def _before(family: Family, at: int) -> str:
     place = family.parts.index(family.parameters[at])
     literal = family.parts[place - 1] if place else ""
     return literal if isinstance(literal, str) else ""
+
+
+def _plural(chunk: _Chunk) -> bool:
+    """Whether the last word of a name is a plural."""
+    last = re.findall(r"[A-Za-z][a-z]*", chunk.text)[-1:]
+    return bool(last) and singular(last[0].lower()) != last[0].lower()
 
 
 def _by(own: _Chunk) -> set[tuple[str, ...]]:

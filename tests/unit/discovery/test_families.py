@@ -99,6 +99,14 @@ def test_what_few_keys_have_is_shown_only_if_it_is_a_word_of_the_trade_or_of_the
     assert all_found.single == 3
 
 
+def test_few_keys_make_a_family_where_as_many_ids_follow_an_unknown_word() -> None:
+    keys = [f"app:user:{n}" for n in range(50)] + [f"app:whs:{each}" for each in UUIDS[:5]]
+    keys += [f"app:bartholomew:{n % 2}:{each}" for n, each in enumerate(PEOPLE[:6])]
+    all_found = found(keys)
+    assert {shown(family) for family in all_found.families} == {"app:user:<number>", "app:whs:<UUID>"}
+    assert all_found.single == 6
+
+
 def test_of_types_and_times_the_extremes_are_kept() -> None:
     samples = [Sample(b"user:%d" % n, "hash" if n < 3 else "string", None if n < 5 else float(n)) for n in range(50)]
     samples.append(Sample(b"user:77"))  # gone before it was looked at

@@ -85,6 +85,10 @@ NUMBERS = range(1, 41)
         # What is shown of the user's group is not said.
         ([f"app:user:{n}:tenant" for n in NUMBERS], "users", [{0: "id"}], Sure.GUESS),
         ([f"app:lock:order:{n}" for n in NUMBERS], "orders", [{0: "id"}], Sure.GUESS),
+        # Whose rows followers are, and what a feed shows, the key does not say.
+        ([f"app:user:{n}:followers" for n in NUMBERS], "users", [{0: "id"}], Sure.GUESS),
+        ([f"app:followers:user:{n}" for n in NUMBERS], "users", [{0: "id"}], Sure.GUESS),
+        ([f"app:user:feed:{n}" for n in NUMBERS], "users", [{0: "id"}], Sure.GUESS),
         ([f"app:stats:{n}" for n in NUMBERS], "", [], Sure.NOT),
         (["app:users"], "users", [{}], Sure.LIKELY),
     ],

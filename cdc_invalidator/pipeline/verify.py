@@ -43,7 +43,9 @@ MOST_BYTES = 1 << 20
 # How often it is looked whether any are due, and how many are looked at then; no more are taken in that time. So it
 # costs little at any speed, and no other client of Redis waits for long.
 STEP_SECONDS = 0.2
-STEP = 100
+STEP = 50
+# Beyond so many events in a flush, all proofs that are awaited are left: to look for their keys would cost too much.
+MANY_EVENTS = 1000
 # For how much of the grace a verdict of `overtaken` waits for a later change that would explain the other content.
 SETTLE = 0.2
 
@@ -161,12 +163,13 @@ class Verify:
             self._left, self._left_until = STEP, now + STEP_SECONDS
         return max(0, min(self._left, MOST - len(self._watched))) if self._bytes < MOST_BYTES else 0
 
-    def _supersede(self, deletes: Iterable[Sequence[bytes]]) -> None:
+    def _supersede(self, deletes: Sequence[Sequence[bytes]]) -> None:
         """Leave the samples for which another change explains what comes next."""
         proven = self._waiting[Stage.PROVEN] | self._waiting[Stage.SETTLED]
         if proven:
             keys = {sample.key: sample for sample in proven}
-            for key in keys.keys() & chain.from_iterable(deletes):
+            busted = keys.keys() if len(deletes) > MANY_EVENTS else keys.keys() & chain.from_iterable(deletes)
+            for key in busted:
                 self._end(keys[key], "superseded")
 
     def _next_skip(self) -> int:

@@ -171,6 +171,16 @@ async def test_a_bust_for_another_change_leaves_the_sample_that_is_to_be_proven(
     assert verifier._watched.keys() == {b"a", b"b", b"c"}
 
 
+async def test_while_much_is_busted_at_once_no_proof_is_awaited() -> None:
+    verifier = made(1, grace=0)
+    begun(verifier, busts([b"a"]))
+    await Redis(b"string:1").step(verifier)
+    chosen_of(verifier, busts(*([b"%d" % number] for number in range(verify.MANY_EVENTS))))
+    assert verifier.status()["results"] == {}
+    chosen_of(verifier, busts(*([b"%d" % number] for number in range(verify.MANY_EVENTS + 1))))
+    assert verifier.status()["results"] == {"user": {"superseded": 1}}
+
+
 async def test_a_sweep_of_the_cache_leaves_its_samples() -> None:
     verifier = made(1, grace=0)
     begun(verifier, busts([b"a"]))

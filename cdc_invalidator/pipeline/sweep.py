@@ -175,7 +175,7 @@ class Pass(ABC):
             self.begun = True
             for asked in list(self.asked.values()):
                 # So that it shows before all of Redis is searched, and also while there is no key.
-                self.unless_denied(asked, await _try(server, asked.cache))
+                self.unless_denied(asked, await _try(server, asked))
             if not self.asked:
                 return True
             self.began_at = self.logged_at = time.monotonic()
@@ -332,12 +332,19 @@ class Search(Pass):
                 yield asked, meant
 
 
-async def _try(server: CacheServer, cache: Cache) -> errors.RedisUnavailable | None:
+async def _try(server: CacheServer, asked: Asked) -> errors.RedisUnavailable | None:
     """Bust one key of a cache that is swept or searched anyway; return why that is denied."""
+    cache = asked.cache
     template = cache.sweep_template
     key = template.render(dict.fromkeys(template.params, "0"))
     assert key is not None
-    reply = await (server.bust([[key]], {}) if cache.version is None else server.bust([], {key: cache.version_ttl}))
+    if cache.version is not None:
+        # The pass finds it again, and counts it then.
+        return _denial(await server.bust([], {key: cache.version_ttl}))
+    reply = await server.bust([[key]], {})
+    if reply.existed and reply.existed[0]:
+        asked.keys += 1
+        asked.existed += 1
     return _denial(reply)
 
 

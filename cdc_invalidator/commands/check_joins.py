@@ -85,7 +85,8 @@ def _circles(rules: RuleSet, cache: Cache, reads: Iterable[Reads]) -> Iterator[F
             f"{names} find the keys of cache {cache.name} only through rows of {tables}: where rows that belong "
             "together are updated at once, or one is updated and another one deleted, nobody names the old key; name "
             "the columns under `immutable` if they never change, or let one of these tables sweep: "
-            f"`{cache.name}: {{sweep: true}}`.",
+            f"`{cache.name}: {{sweep: true}}`; where they are deleted at once, a rule without `on_empty` finds no "
+            "answer and sweeps.",
         )
 
 
@@ -101,13 +102,16 @@ def _reached(asks: dict[Table, set[Table]], start: Table) -> set[Table]:
 
 
 def _finds_all(of_circle: Sequence[tuple[Rule, Bust]]) -> bool:
-    """Whether the rows of at most one table of a circle move, so that nothing is missed.
+    """Whether the rows of at most one table of a circle move, and its rules sweep where they have no answer.
 
     Its old row asks for rows that are as they were, or gone; if gone, there is no answer, and the cache is swept.
+    Where none moves, some rule must still sweep when rows are deleted together.
     """
     moving = [(rule, bust) for rule, bust in of_circle if not _never_moves(rule, bust)]
-    answered = all(bust.query is not None and not bust.query.ignores_empty for _, bust in moving)
-    return answered and len({rule.table for rule, _ in moving}) <= 1
+    sweeping = [bust for _, bust in of_circle if bust.query is not None and not bust.query.ignores_empty]
+    return (
+        bool(sweeping) and len({rule.table for rule, _ in moving}) <= 1 and all(bust in sweeping for _, bust in moving)
+    )
 
 
 def _never_moves(rule: Rule, bust: Bust) -> bool:

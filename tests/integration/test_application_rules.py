@@ -193,7 +193,6 @@ def test_after_a_backlog_of_all_writes_no_entry_is_stale(
             settled(daemon.dsn, redis_client, daemon.slot)
             daemon.terminate()
         for write in writes(name):
-            application.foresee(write.sql)
             application.store()
             application.write(write.sql)
         application.store()

@@ -550,6 +550,10 @@ def test_rules_that_find_keys_only_through_each_other_are_told(setting: Setting)
     assert "queries_ask_each_other" not in setting.check(link, tag, caches=TAGGED).grave
     deaf = link.replace("via:", "on_empty: ignore, via:")
     assert "queries_ask_each_other" in setting.check(deaf, tag, caches=TAGGED).grave
+    # Rows that never move are still deleted together.
+    for kept in ("", "on_empty: ignore, "):
+        both = [rule.replace("via:", f"{kept}via:") for rule in fixed]
+        assert ("queries_ask_each_other" in setting.check(*both, caches=TAGGED).grave) == bool(kept)
 
 
 # Redis

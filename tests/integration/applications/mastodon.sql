@@ -16,11 +16,15 @@ CREATE TABLE custom_filter_statuses (
 CREATE TABLE blocks (
     id bigint PRIMARY KEY, account_id bigint NOT NULL REFERENCES accounts ON DELETE CASCADE,
     target_account_id bigint NOT NULL REFERENCES accounts ON DELETE CASCADE);
-CREATE TABLE mutes (LIKE blocks INCLUDING ALL);
+CREATE TABLE mutes (
+    id bigint PRIMARY KEY, account_id bigint NOT NULL REFERENCES accounts ON DELETE CASCADE,
+    target_account_id bigint NOT NULL REFERENCES accounts ON DELETE CASCADE);
 CREATE TABLE follows (
     id bigint PRIMARY KEY, account_id bigint NOT NULL REFERENCES accounts ON DELETE CASCADE,
     target_account_id bigint NOT NULL REFERENCES accounts ON DELETE CASCADE);
-CREATE TABLE follow_requests (LIKE blocks INCLUDING ALL);
+CREATE TABLE follow_requests (
+    id bigint PRIMARY KEY, account_id bigint NOT NULL REFERENCES accounts ON DELETE CASCADE,
+    target_account_id bigint NOT NULL REFERENCES accounts ON DELETE CASCADE);
 CREATE TABLE account_notes (
     id bigint PRIMARY KEY, account_id bigint REFERENCES accounts ON DELETE CASCADE,
     target_account_id bigint REFERENCES accounts ON DELETE CASCADE, comment text NOT NULL);

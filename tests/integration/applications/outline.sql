@@ -67,11 +67,11 @@ UNION ALL SELECT 'ud:' || users.id, string_agg(DISTINCT documents.id, ',' ORDER 
     GROUP BY users.id
 UNION ALL SELECT 'whs:' || "teamId", string_agg(url, ',' ORDER BY id)
     FROM webhook_subscriptions WHERE enabled AND "deletedAt" IS NULL GROUP BY "teamId"
-UNION ALL SELECT 'count:Group:members:' || groups.id, count(users.id)::text
+UNION ALL SELECT 'count:Group:members:' || groups.id, nullif(count(users.id), 0)::text
     FROM groups LEFT JOIN group_users ON "groupId" = groups.id
     LEFT JOIN users ON users.id = "userId" AND "suspendedAt" IS NULL AND "deletedAt" IS NULL
     GROUP BY groups.id
-UNION ALL SELECT 'count:Document:unresolvedComments:' || documents.id, count(comments.id)::text
+UNION ALL SELECT 'count:Document:unresolvedComments:' || documents.id, nullif(count(comments.id), 0)::text
     FROM documents LEFT JOIN comments ON "documentId" = documents.id AND "resolvedAt" IS NULL AND "deletedAt" IS NULL
     GROUP BY documents.id
 UNION ALL SELECT 'unfurl:' || teams.id || ':https://' || services.service || '.example/' || number,

@@ -55,7 +55,7 @@ DELETE FROM relation WHERE from_id = u('e2') AND to_id = u('d1');
 -- a device is assigned to an edge
 INSERT INTO relation VALUES (u('e2'), 'EDGE', u('d2'), 'DEVICE', 'EDGE', 'Contains');
 
--- an edge is deleted, with all its relations: all keys of the tenant are searched
+-- an edge is deleted, with all its relations: the cache is swept
 -- in vain: 1
 DELETE FROM relation WHERE from_id = u('e1');
 DELETE FROM edge WHERE id = u('e1');
@@ -63,8 +63,21 @@ DELETE FROM edge WHERE id = u('e1');
 -- an edge is deleted, and its relations later
 DELETE FROM edge WHERE id = u('e2');
 
--- its relations
+-- its relations: without the edge, the cache is swept
+-- in vain: 3
 DELETE FROM relation WHERE from_id = u('e2');
+
+-- relations to two devices, of a new edge of another tenant
+INSERT INTO edge VALUES (u('e3'), u('02'), 'East');
+INSERT INTO relation VALUES
+    (u('e3'), 'EDGE', u('d1'), 'DEVICE', 'EDGE', 'Contains'), (u('e3'), 'EDGE', u('d2'), 'DEVICE', 'EDGE', 'Contains');
+
+-- the edge is deleted
+DELETE FROM edge WHERE id = u('e3');
+
+-- and one of the relations: in a backlog, the deleted edge finds the other one only
+-- in vain: 5
+DELETE FROM relation WHERE from_id = u('e3') AND to_id = u('d1');
 
 -- a relation of another kind moves
 UPDATE relation SET to_id = u('d3') WHERE to_id = u('d2') AND relation_type_group = 'COMMON';

@@ -346,7 +346,8 @@ def _cause_lines(cause: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {told} by rule {cause['rule']} ({cause['defined_at']})"
     yield f"    on {', '.join(cause['on'])} of {cause['table']}"
     if cause["columns"]:
-        yield f"    an update counts if it changes {', '.join(cause['columns'])}, or a column of the key"
+        of_key = "" if cause["action"] == "sweep" else ", or a column of the key"
+        yield f"    an update counts if it changes {', '.join(cause['columns'])}{of_key}"
     if cause["when"]:
         yield f"    when {cause['when']}"
     if cause["where"]:

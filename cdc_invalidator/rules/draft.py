@@ -21,7 +21,7 @@ from cdc_invalidator.rules.format import LONGEST_CONDITION, CacheEntry, RuleEntr
 from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test
 from cdc_invalidator.rules.packed import pair
 from cdc_invalidator.rules.sql import reads_no_table
-from cdc_invalidator.rules.template import Param, Template, TemplateError
+from cdc_invalidator.rules.template import FILTERS, Param, Template, TemplateError
 from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
 
@@ -174,6 +174,14 @@ class Draft:
             remedy = nearest(parameter, params, "remove it") if params else "it has none, so remove it"
             sentence = f"the `{of}` of cache {shown(name)} has no parameter {shown(parameter)}; {remedy}"
             document.complain((*loc, parameter), sentence, of_key=True)
+        for parameter in sorted(mapping.keys() - RESERVED):
+            column, filtered, change = mapping[parameter].partition("|")
+            if filtered and change.rpartition("|")[2] in FILTERS:
+                sentence = (
+                    f"{shown(mapping[parameter])} is not a column; write {shown(column)}, and the filter in the "
+                    f"cache's template: `{{{parameter}|{change}}}`"
+                )
+                document.complain((*loc, parameter), sentence)
         if "via" not in mapping:
             columns = {parameter: mapping.get(parameter, parameter) for parameter in params}
             return _BustDraft(name, draft.bust_template, columns, None, {})

@@ -259,7 +259,7 @@ _EMPTY = "{what} is empty; give it a value or remove it"
 _SENTENCES = {
     "missing": "{owner} lacks {field}; add it",
     "string_type": "{what} must be text; put it in quotes if it is one word, number or sign",
-    "string_too_short": "{what} must not be empty; give it a name",
+    "string_too_short": "{what} must not be empty; give it a text or remove it",
     "string_pattern_mismatch": (
         "{value} is not a name; use 1 to 63 of A-Z a-z 0-9 _ . -, and begin with a letter or a digit"
     ),

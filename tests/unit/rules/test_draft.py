@@ -292,7 +292,7 @@ def test_a_condition_may_use_macros_with_a_name_of_their_own() -> None:
         ("plan == 'x'", f"6:11: {KNOWN}, and no `plan`; write `new.plan` for a column"),
         ("new.id > limit", f"6:20: {KNOWN}, and no `limit`; write `new.limit` for a column"),
         ("\"nw.plan == 'x'\"", f"6:12: {KNOWN}, and no `nw`; write `new.nw` for a column"),
-        ("''", "6:11: `when` must not be empty; give it a name"),
+        ("''", "6:11: `when` must not be empty; give it a text or remove it"),
         ("", "6:5: `when` is empty; give it a value or remove it"),
         ("5", "6:11: `when` must be text; put it in quotes if it is one word, number or sign"),
         ("'" + "1" * 4097 + "'", "6:11: `when` is too long; write it shorter"),
@@ -341,7 +341,7 @@ def test_literal_braces_and_quoted_semicolons_stay_in_a_query(written: str, sql:
         ("SELECTED x", "7:18: a `via` query must be one SELECT; write `SELECT column AS parameter FROM …`"),
         ("SELECT x, y FROM {id", "7:36: `{{` names no column; {}: `{{{{`"),
         ("SELECT x, y FROM id}", "7:38: `}}` names no column; {}: `}}}}`"),
-        ("", "7:18: `via` must not be empty; give it a name"),
+        ("", "7:18: `via` must not be empty; give it a text or remove it"),
     ],
 )
 def test_a_mistake_in_a_query_is_told_where_it_is(fields: str, mistake: str) -> None:

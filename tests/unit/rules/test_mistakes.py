@@ -193,7 +193,7 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
             "21:5: `on` stands here twice, first at a.yaml:20:5; remove one of the two",
         ),
         ("[name, email]", "[]", "21:14: `columns` must not be empty; write at least one entry"),
-        ("[name, email]", "[name, '']", "21:21: an entry of `columns` must not be empty; give it a name"),
+        ("[name, email]", "[name, '']", "21:21: an entry of `columns` must not be empty; give it a text or remove it"),
         (
             "[name, email]",
             "[name, 5]",
@@ -244,6 +244,14 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
             "- dashboard: {id",
             "- dashboard: {idd",
             "30:21: the `version` of cache `dashboard` has no parameter `idd`; did you mean `id`?",
+        ),
+        (
+            "{id: user_id}",
+            "{id: 'user_id|lower'}",
+            (
+                "30:25: `user_id|lower` is not a column; write `user_id`, and the filter in the cache's template: "
+                "`{id|lower}`"
+            ),
         ),
         ("{id: user_id}", "{id: }", "30:21: `id` is empty; give it a value or remove it"),
         ("{id: user_id}", "user_id", "30:20: `dashboard` must be a mapping; write `name: value`"),

@@ -22,6 +22,7 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.impasse import Impasse
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.observe import Observe
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.standbys import Standbys
@@ -61,7 +62,7 @@ class Daemon:
         events: Events,
         standbys: Standbys,
         source: Path,
-        verify: Verify | None = None,
+        verify: Verify | Observe | None = None,
     ) -> None:
         self._options = options
         self._rules = rules
@@ -298,7 +299,9 @@ class Daemon:
             "searches": apply.searches if apply else None,
             "dropped_standbys": self._standbys.dropped,
             "denied_caches": apply.denied if apply else {},
-            "verify": self._verify.status() if self._verify else None,
+            "mode": "observe" if self._options.observe else "bust",
+            "verify": self._verify.status() if isinstance(self._verify, Verify) else None,
+            "observed": self._verify.status() if isinstance(self._verify, Observe) else None,
             "unpublished_tables": [str(table) for table in session.unpublished()] if session else [],
             "rules": {
                 "digest": self._rules.digest,

@@ -102,6 +102,17 @@ class Metrics:
         self.reapplied = counter(
             "redis_behind_transactions_total", "Transactions applied again to a Redis that had lost them."
         )
+        self.observed = counter(
+            "observed_total",
+            "Keys that would have been busted (CDC_MODE=observe): changes, and of these: absent, mended (by the "
+            "application), stale, too_large, skipped.",
+            "rule",
+            "cache",
+            "result",
+        )
+        self.observed_stale = counter(
+            "observed_stale_seconds_total", "For how long stale entries were there, once they are not.", "rule", "cache"
+        )
         self.verified = counter(
             "verified_total",
             "Sampled busts by what came back: overtaken (the old content, stale), unaffected (it does not depend on "

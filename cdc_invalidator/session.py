@@ -28,6 +28,7 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import ManualBusts
+from cdc_invalidator.pipeline.observe import Observe
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.connection import connect
@@ -39,7 +40,9 @@ from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
 from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.observed import Observed
 from cdc_invalidator.redis.occupied import refuse_occupied
+from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
@@ -80,6 +83,7 @@ class SessionOptions:
     sweep_gaps: bool
     sweep_rate: int
     max_retained_wal: int
+    observe: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +129,7 @@ class Session:
         *,
         recent: Recent,
         standbys: Standbys,
-        verify: Verify | None,
+        verify: Verify | Observe | None,
         suspicious: bool,
         strict: bool,
         former_walsender: int | None,
@@ -279,7 +283,7 @@ class Session:
             crash_free_since=await snapshots.crash_free_since(),
         )
         apply = Apply(
-            lambda: cache_server(options.redis, options.watermark),
+            self._cache_server,
             PostgresView(hidden, self._queries, self._standbys, horizon, snapshots.reached),
             Kept(self._rules, tables.digests(), position),
             backlog=self.backlog,
@@ -306,6 +310,12 @@ class Session:
         self._lead(opened)
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
         return opened
+
+    def _cache_server(self) -> CacheServer:
+        server = cache_server(self._options.redis, self._options.watermark)
+        if isinstance(self._verify, Observe):
+            return Observed(server, self._options.watermark, self._verify.writes)
+        return server
 
     async def _have_slot(self, slot: Slot, tables: Tables) -> bool:
         """Wait until nobody streams from the slot, and create it if needed; return whether it is new."""
@@ -439,7 +449,7 @@ class Session:
         # makes a new slot in a hurry, and looks again only where there was another one.
         suspicious = self._suspicious or self._strict
         while True:
-            server = cache_server(self._options.redis, self._options.watermark)
+            server = self._cache_server()
             try:
                 await server.connect()
                 await refuse_occupied(server, await server.read_watermarks(), system_id, suspicious=suspicious)

@@ -163,6 +163,9 @@ class Settings(Stream):
         "What to do when changes may have been missed: sweep the caches, or only warn.", "sweep"
     )
 
+    mode: Literal["bust", "observe"] = _setting(
+        "Bust what commits make stale, or only observe what the busts would mend.", "bust"
+    )
     verify_sample: float = _setting(
         "Share of the deleted keys, from 0 to 1, of which it is looked at what comes back; 0: of none.", 0.0, ge=0, le=1
     )

@@ -15,10 +15,12 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.eventstream import EventStream
+from cdc_invalidator.pipeline.observe import Observe
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.topology import cache_server
+from cdc_invalidator.redis.writes import Writes
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.session import SessionOptions
 
@@ -51,6 +53,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     redis = Endpoint.parse(given.redis_url)
     cache_server(redis, given.watermark_name)
     eventstream.check_key(given.event_stream, given.watermark_name)
+    observing = given.mode == "observe"
     options = SessionOptions(
         postgres_dsn=given.postgres_dsn,
         postgres_readers=given.postgres_readers,
@@ -59,17 +62,26 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         slot=given.slot,
         watermark=given.watermark_name,
         publication=given.publication,
-        sweep_gaps=given.on_gap == "sweep",
+        sweep_gaps=given.on_gap == "sweep" and not observing,
         sweep_rate=given.sweep_rate,
         max_retained_wal=given.max_retained_wal,
+        observe=observing,
     )
     rules, metrics = load_rules(given.rules, os.environ), Metrics(REGISTRY)
     eventstream.check_rules(given.event_stream, rules)
-    stream = EventStream(given.event_stream, given.event_stream_length, metrics) if given.event_stream else None
+    # Who observes writes nothing into Redis.
+    kept = given.event_stream if not observing else ""
+    stream = EventStream(kept, given.event_stream_length, metrics) if kept else None
     display = log.KeyDisplay(given.log_keys, given.log_hash_key.encode() if given.log_hash_key else None)
-    events = Events(metrics, display, log.EventLog(output, given.log_format, given.log_level), stream=stream)
+    event_log = log.EventLog(output, given.log_format, given.log_level)
+    events = Events(metrics, display, event_log, stream=stream, observing=observing)
     standbys = Standbys(given.postgres_standbys.split(), limit=given.standby_limit, metrics=metrics)
-    verify = None
-    if given.verify_sample:
+    verify: Verify | Observe | None = None
+    if observing:
+        templates = [each for cache in rules.caches.values() for each in (cache.key, cache.version) if each]
+        # A stream that is behind looks late.
+        writes = Writes([each.prefix for each in templates], 60 + 2 * given.observe_grace)
+        verify = Observe(given.observe_grace, writes, metrics=metrics, events=events)
+    elif given.verify_sample:
         verify = Verify(given.verify_sample, given.observe_grace, metrics=metrics, events=events)
     return Daemon(options, rules, metrics, events, standbys, given.rules, verify)

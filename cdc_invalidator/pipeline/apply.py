@@ -25,6 +25,7 @@ from cdc_invalidator.pipeline.followup import FollowUps, PostgresView
 from cdc_invalidator.pipeline.gaps import Gaps, GapTicket
 from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.messages import Messages
+from cdc_invalidator.pipeline.observe import Observe
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
@@ -53,7 +54,7 @@ class Apply:
         sweep_rate: how many keys a second sweeps may look at; 0 for as many as there are.
         metrics: what to count.
         events: where busts are logged.
-        verify: looks at samples of what was busted; ``None`` for at nothing.
+        verify: looks at samples of what was busted, or at all that would have been; ``None`` for at nothing.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Apply:
         sweep_rate: int,
         metrics: Metrics,
         events: Events,
-        verify: Verify | None = None,
+        verify: Verify | Observe | None = None,
     ) -> None:
         self.redis = RedisConnection(open_server, metrics)
         self.record = WatermarkRecord(checkpoint, metrics)

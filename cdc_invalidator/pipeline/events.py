@@ -50,6 +50,7 @@ class Events:
         log: where the lines go.
         stream: where they go as well, as JSON; ``None`` for nowhere.
         compiled: whether the compiled part may be used, where it is there.
+        observing: nothing is busted: events are named `observed`, and no bust is counted.
     """
 
     def __init__(
@@ -60,16 +61,18 @@ class Events:
         *,
         stream: EventStream | None = None,
         compiled: bool = True,
+        observing: bool = False,
     ) -> None:
         self._metrics = metrics
         self._display = display
         self._log = log
         self.stream = stream
+        self._observing = observing
         self._children: dict[tuple[str, str, str], tuple[Any, ...]] = {}
         self._second: int | None = None
         self._second_text = ""
         self._teller = None
-        if compiled and COMPILED and log.direct and display.form != "raw":
+        if compiled and not observing and COMPILED and log.direct and display.form != "raw":
             keyed = display.keyed if display.form == "hash" else None
             self._teller = _tell.Teller(keyed, LAG_BUCKETS, log.begin, _second_text, lsn.EPOCH_OFFSET_US)
 
@@ -133,7 +136,8 @@ class Events:
             if event.action == "delete":
                 existed = next(existed_of_deletes)
             else:
-                own["versions"] = versions = [reply.versions[key] for key in event.keys]
+                versions = [reply.versions[key] for key in event.keys]
+                own |= {} if self._observing else {"versions": versions}
                 existed = count - versions.count(BUMP_MISSING)
             reason = event.reason
             if reason == "change" and event.commit_lsn < replay_until:
@@ -168,7 +172,8 @@ class Events:
 
     def _asked(self, over: Pass, asked: Asked, cause: Cause, request: Request, total: _Total, now_us: int) -> None:
         cache, searches = asked.cache, over.action == "search"
-        (self._metrics.searches if searches else self._metrics.sweeps).labels(cache.name, cause.reason).inc()
+        if not self._observing:
+            (self._metrics.searches if searches else self._metrics.sweeps).labels(cache.name, cause.reason).inc()
         shown = {
             "rule": cause.rule or None,
             "cache": cache.name,
@@ -218,10 +223,23 @@ class Events:
             "error": "A reader stored after this bust what it had loaded before; the key was busted once more. Give "
             f"cache {cache.name} {remedy}, or read it by the fill contract.",
         }
-        shared = {name: value for name, value in bust.target.shown["delete"].items() if name != "action"}
-        self._write([(shared, own)], "overtaken", "warning")
+        self._write([(self._shared(bust), own)], "overtaken", "warning")
 
-    def _write(self, shown: list[Event], event: str = "bust", level: Level = "info") -> None:
+    def stale(self, bust: BustEvent) -> None:
+        """Log that the one key of a bust that was only observed is stale."""
+        own = {"op": bust.op, "lsn": lsn.text(bust.commit_lsn), "xid": bust.xid}
+        self._write([(self._shared(bust), self._display.fields(bust.keys) | own)], "stale", "warning")
+
+    def shown(self, bust: BustEvent) -> dict[str, Any]:
+        """Return the fields that show one bust."""
+        own = {"lsn": lsn.text(bust.commit_lsn), "xid": bust.xid}
+        return self._shared(bust) | self._display.fields(bust.keys) | own
+
+    def _shared(self, bust: BustEvent) -> dict[str, Any]:
+        return {name: value for name, value in bust.target.shown[bust.action].items() if name != "action"}
+
+    def _write(self, shown: list[Event], event: str | None = None, level: Level = "info") -> None:
+        event = event or ("observed" if self._observing else "bust")
         if self.stream is None:
             self._log.write(shown, event, level)
             return
@@ -234,6 +252,8 @@ class Events:
             self._log.write(shown, event, level)
 
     def _count(self, rule: str, cache: str, action: str, total: _Total | _tell.Total) -> None:
+        if self._observing:
+            return
         busts, keys, existed = self._of(rule, cache, action)
         busts.inc(total.lines)
         keys.inc(total.keys)

@@ -120,6 +120,11 @@ class Cluster(CacheServer):
         await require_commands(opened)
         await self.scripts.load(opened)
 
+    @property
+    def nodes(self) -> list[Node]:
+        """See `CacheServer`."""
+        return list(self._nodes.values())
+
     async def close(self) -> None:
         """See `CacheServer`."""
         if self._looking is not None:

@@ -12,7 +12,7 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import hiredis
@@ -83,6 +83,8 @@ class Node:
                 "and behind `?` only options that redis-py knows."
             ) from None
         self._timeout = timeout
+        self._url = url
+        self._follower: AbstractConnection | None = None
         # One round trip at a time, so that each caller gets its own replies.
         self._turn = asyncio.Lock()
 
@@ -169,13 +171,58 @@ class Node:
             raise
         return answers
 
+    async def follow(self, command: Command, note: Callable[[Sequence[bytes] | None], None]) -> asyncio.Task[None]:
+        """Have the server tell which keys are written, on a connection of its own.
+
+        Args:
+            command: what makes it tell them.
+            note: is called with the keys of each message; with ``None`` for all.
+
+        Returns:
+            What goes on until the connection is lost.
+
+        Raises:
+            errors.RedisUnavailable: the server refuses.
+        """
+        options: dict[str, Any] = {"socket_connect_timeout": self._timeout}
+        options |= parse_url(self._url) | {"protocol": 3, "decode_responses": False, "socket_timeout": None}
+        made: type[AbstractConnection] = options.pop("connection_class", Connection)
+        options.pop("db", None)
+        connection: Any = made(**options)
+        self._follower = connection
+        try:
+            async with asyncio.timeout(self._timeout):
+                await connection.connect()
+                connection._parser.set_invalidation_push_handler(_noting(note))  # noqa: SLF001  there is no other way in
+                await connection.send_command(*command[0].split(), *command[1:])
+                await connection.read_response()
+        except (exceptions.RedisError, OSError) as error:
+            raise failed(str(command[0]), error) from error
+        return asyncio.create_task(self._following(connection), name="follow")
+
+    async def _following(self, connection: Any) -> None:
+        try:
+            while True:
+                await connection.read_response(push_request=True)
+        except (exceptions.RedisError, OSError) as error:
+            raise failed("the connection", error) from error
+
     async def close(self) -> None:
         """Drop the connection; what was sent and not answered may or may not have been done."""
         try:
             await self._connection.disconnect(nowait=True)
+            if self._follower is not None:
+                await self._follower.disconnect(nowait=True)
         except (exceptions.RedisError, OSError):
             # It is thrown away in any case; what was in flight is applied again.
             return
+
+
+def _noting(note: Callable[[Sequence[bytes] | None], None]) -> Callable[[Any], Awaitable[None]]:
+    async def take(message: Any) -> None:
+        note(message[1])
+
+    return take
 
 
 async def end(task: asyncio.Task[None]) -> None:

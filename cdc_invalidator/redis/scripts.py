@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from cdc_invalidator import errors
-from cdc_invalidator.redis import fingerprint
+from cdc_invalidator.redis import available, fingerprint
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
@@ -126,11 +126,18 @@ class ScriptDigests:
 
     delete = keep = bump = write_watermark = append = fingerprint = ""
 
+    # Whether the user may only read keys.
+    read_only = False
+    _look = "EVALSHA"
+
     async def load(self, node: Node) -> None:
         """Load the scripts into a server, which forgets them when it ends."""
         scripts = (DELETE, KEEP, BUMP, WRITE_WATERMARK, APPEND, fingerprint.FINGERPRINT)
         loaded = [str(reply, "ascii") for reply in await node.ask(*(("SCRIPT LOAD", script) for script in scripts))]
         self.delete, self.keep, self.bump, self.write_watermark, self.append, self.fingerprint = loaded
+        if self.read_only and not await available.lacking(node, ["EVALSHA_RO"]):
+            # An ACL may grant it for keys that the user may not write; Redis has it since 7.0.
+            self._look = "EVALSHA_RO"
 
     def to_delete(self, keys: Sequence[bytes], group_sizes: Sequence[int]) -> Command:
         """Return the command that deletes keys with their locks, and counts how many of each group were there.
@@ -154,7 +161,7 @@ class ScriptDigests:
 
     def to_fingerprint(self, key: bytes) -> Command:
         """Return the command that makes the fingerprint of an entry; `fingerprint.read` reads its reply."""
-        return ("EVALSHA", self.fingerprint, 1, key, fingerprint.MOST_BYTES)
+        return (self._look, self.fingerprint, 1, key, fingerprint.MOST_BYTES)
 
     def to_write_watermark(self, key: bytes, last_id: str, watermark: Watermark) -> Command:
         """Return the command that writes a watermark over the one with that `watermark_id`; if empty, over any.

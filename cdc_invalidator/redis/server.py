@@ -60,6 +60,11 @@ class CacheServer(ABC):
     async def connect(self) -> None:
         """Find the servers and open a connection to each."""
 
+    @property
+    @abstractmethod
+    def nodes(self) -> list[Node]:
+        """The servers that hold keys now."""
+
     @abstractmethod
     async def close(self) -> None:
         """Drop the connections; what was sent and not answered may or may not have been done."""

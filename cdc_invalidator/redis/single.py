@@ -68,6 +68,11 @@ class Single(CacheServer):
         await require_commands(self._node)
         await self.scripts.load(self._node)
 
+    @property
+    def nodes(self) -> list[Node]:
+        """See `CacheServer`."""
+        return [self._opened]
+
     async def close(self) -> None:
         """See `CacheServer`."""
         if self._close is not None:

@@ -122,7 +122,7 @@ def test_a_rule_for_another_table_is_refused_with_the_statement_to_run(
 def test_the_acl_files_grant_what_the_readme_does() -> None:
     readme = (DEPLOY / "README.md").read_text()
     granted = re.findall(r"^ACL SETUSER (.+)$", readme, re.MULTILINE)
-    files = [(DEPLOY / name).read_text() for name in ("redis.acl", "sentinel.acl", "init.acl")]
+    files = [(DEPLOY / name).read_text() for name in ("redis.acl", "sentinel.acl", "init.acl", "observe.acl")]
     assert [f"user {line}\n" for line in granted] == files
 
 

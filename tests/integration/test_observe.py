@@ -1,0 +1,176 @@
+"""`CDC_MODE=observe`: nothing is busted, and what is stale is told as a comparison with the database tells it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+import redis
+from clusters import Cluster
+from manifests import DEPLOY
+from running import RunningDaemon, eventually, execute
+from sentinels import Sentinels
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+RULES = """
+version: 1
+caches:
+  thing: {key: "t:{{{id}}}:thing", ttl: 5m, given: true}
+  page: {key: "t:{{{id}}}:page:{version}", version: "t:{{{id}}}:ver", ttl: 5m}
+rules:
+  - {name: thing-changed, table: public.things, bust: [thing]}
+  - {name: page-changed, table: public.pages, bust: [page]}
+"""
+ROWS = 200
+
+
+@pytest.fixture(params=["single", "sentinel", "cluster"])
+def place(request: pytest.FixtureRequest, redis_url: str) -> Iterator[tuple[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        client: Any
+        if request.param == "single":
+            url, client = redis_url, redis.Redis.from_url(redis_url)
+        elif request.param == "sentinel":
+            sentinels = stack.enter_context(Sentinels())
+            url, client = sentinels.url, redis.Redis.from_url(sentinels.master.url)
+        else:
+            cluster = stack.enter_context(Cluster(replicas=False))
+            url, client = cluster.url, cluster.client()
+        yield url, stack.enter_context(contextlib.closing(client))
+
+
+def rules_of(folder: Path) -> Path:
+    path = folder / "rules.yaml"
+    path.write_text(RULES)
+    return path
+
+
+def create(dsn: str) -> None:
+    execute(
+        dsn,
+        "CREATE TABLE things (id int PRIMARY KEY, n int NOT NULL)",
+        "CREATE TABLE pages (id int PRIMARY KEY, n int NOT NULL)",
+        f"INSERT INTO things SELECT n, 0 FROM generate_series(1, {ROWS}) n",
+        "INSERT INTO pages SELECT n, 0 FROM generate_series(1, 9) n",
+    )
+
+
+def observing(daemon: RunningDaemon) -> None:
+    """Wait until it is told what is written; before that, nothing can be judged."""
+    daemon.seen("redis_connected")
+
+
+def figures(daemon: RunningDaemon, cache: str) -> dict[str, Any]:
+    found: list[dict[str, Any]] = daemon.status()["observed"]["caches"]
+    return next((each for each in found if each["cache"] == cache), {})
+
+
+def test_an_application_that_forgets_some_of_its_writes_is_told_exactly_those(
+    database: str, place: tuple[str, Any], tmp_path: Path, slot_name: str
+) -> None:
+    url, client = place
+    create(database)
+    settings = {"mode": "observe", "observe_grace": "1", "log_keys": "raw"}
+    with RunningDaemon(dsn=database, redis_url=url, rules=rules_of(tmp_path), slot=slot_name, **settings) as daemon:
+        observing(daemon)
+        for number in range(1, ROWS + 1):
+            client.set(f"t:{{{number}}}:thing", 0, px=200_000)
+        with psycopg.connect(database, autocommit=True) as connection:
+            for number in range(1, ROWS + 1):
+                connection.execute("UPDATE things SET n = 1 WHERE id = %s", [number])
+                # One in ten is forgotten; every other one is read again at once, before anybody could look.
+                if number % 10:
+                    client.delete(f"t:{{{number}}}:thing")
+                if number % 10 and number % 2:
+                    client.set(f"t:{{{number}}}:thing", 1, px=300_000)
+        eventually(lambda: figures(daemon, "thing").get("stale"), "it is judged")
+        eventually(
+            lambda: sum(figures(daemon, "thing").get(name, 0) for name in ("absent", "mended", "stale")) == ROWS,
+            "all are judged",
+        )
+        stale = {f"t:{{{number}}}:thing" for number in range(10, ROWS + 1, 10)}
+        really = {f"t:{{{n}}}:thing" for n in range(1, ROWS + 1) if client.get(f"t:{{{n}}}:thing") not in {None, b"1"}}
+        assert really == stale
+        assert {event["raw_keys"][0] for event in daemon.named("stale")} == stale
+        assert figures(daemon, "thing")["changes"] == ROWS
+        assert figures(daemon, "thing")["stale"] == ROWS // 10
+        # Nothing was changed, and nothing claims to be fresh.
+        assert not client.exists(f"cdc:{slot_name}:watermark")
+        assert not daemon.named("bust")
+        assert daemon.metric("cdc_invalidator_busts_total") == 0
+        # When the application mends one after all, it is known for how long it was stale.
+        client.delete("t:{10}:thing")
+        eventually(lambda: figures(daemon, "thing")["stale_s"] > 0, "it is over")
+
+
+def test_a_version_that_is_not_bumped_is_stale(
+    database: str, place: tuple[str, Any], tmp_path: Path, slot_name: str
+) -> None:
+    url, client = place
+    create(database)
+    settings = {"mode": "observe", "observe_grace": "0.3"}
+    with RunningDaemon(dsn=database, redis_url=url, rules=rules_of(tmp_path), slot=slot_name, **settings) as daemon:
+        observing(daemon)
+        client.set("t:{1}:ver", 7)
+        client.set("t:{2}:ver", 7)
+        execute(database, "UPDATE pages SET n = 1 WHERE id < 4")
+        client.incr("t:{2}:ver")
+        told = daemon.seen("stale", cache="page")
+        assert len(told["key_hashes"]) == 1
+        assert figures(daemon, "page")["absent"] == 1
+        assert figures(daemon, "page")["stale"] == 1
+        assert client.get("t:{1}:ver") == b"7"
+        # Sweeps are told, and not done.
+        execute(database, "TRUNCATE pages")
+        daemon.seen("observed", cache="page", action="sweep")
+        assert client.get("t:{1}:ver") == b"7"
+
+
+def test_a_daemon_that_busts_afterwards_sweeps_as_for_a_new_slot(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    create(database)
+    rules = rules_of(tmp_path)
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name, mode="observe") as daemon:
+        daemon.ready()
+        redis_client.set("t:{1}:thing", 0)
+        execute(database, "UPDATE things SET n = 1 WHERE id = 1")
+        daemon.seen("observed", cache="thing", action="delete")
+        assert daemon.terminate() == 0
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
+        daemon.ready()
+        eventually(lambda: not redis_client.exists("t:{1}:thing"), "it is swept")
+        assert re.fullmatch("no_watermark|missed_changes", daemon.seen("gap")["reason"])
+
+
+def test_the_rights_of_the_readme_to_read_are_enough(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    readme = (DEPLOY / "README.md").read_text()
+    (line,) = re.findall(r"^ACL SETUSER cdc-observe on >secret (.+)$", readme, re.MULTILINE)
+    create(database)
+    administrator: Any = redis_client
+    administrator.execute_command("ACL", "SETUSER", slot_name, "on", ">secret", *line.replace("shop:", "t:").split())
+    url = redis_url.replace("://", f"://{slot_name}:secret@")
+    settings = {"mode": "observe", "observe_grace": "0.3"}
+    try:
+        with redis.Redis.from_url(url) as limited, pytest.raises(redis.exceptions.NoPermissionError):
+            limited.delete("t:{1}:thing")
+        with RunningDaemon(dsn=database, redis_url=url, rules=rules_of(tmp_path), slot=slot_name, **settings) as daemon:
+            observing(daemon)
+            redis_client.set("t:{1}:thing", 0)
+            execute(database, "UPDATE things SET n = 1 WHERE id = 1", "TRUNCATE pages")
+            daemon.seen("stale", cache="thing")
+            daemon.seen("observed", cache="page", action="sweep")
+            assert daemon.status()["observed"]["error"] is None
+            assert not daemon.named("redis_unavailable")
+            assert daemon.terminate() == 0
+        assert set(redis_client.scan_iter()) == {b"t:{1}:thing"}
+    finally:
+        administrator.execute_command("ACL", "DELUSER", slot_name)

@@ -1,0 +1,154 @@
+"""What is observed: which entries count as stale, which as mended, and what bounds them."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from cdc_invalidator import lsn
+from cdc_invalidator.log import EventLog, KeyDisplay
+from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.pipeline import observe
+from cdc_invalidator.pipeline.batch import Batch, BustEvent, Target
+from cdc_invalidator.pipeline.checkpoint import Ticket
+from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.observe import Observe
+from cdc_invalidator.redis.fingerprint import ABSENT, LARGE, Look
+from cdc_invalidator.redis.writes import Writes
+from cdc_invalidator.rules.load import parse_rules
+
+TEXT = """
+version: 1
+caches:
+  user: {key: "user:{id}"}
+rules:
+  - {name: changed, table: public.users, bust: [user]}
+"""
+USER = Target("changed", parse_rules([("rules.yaml", TEXT)], {}).caches["user"], "public.users")
+OLD, NEW = b"string:1", b"string:2"
+
+
+class World:
+    """A Redis whose entries all have one fingerprint, and who observes it."""
+
+    def __init__(self) -> None:
+        metrics = Metrics(CollectorRegistry())
+        output: Any = Mock(full=False, stuck=False, dropped=0, failure=None, mark=0, written=0)
+        events = Events(metrics, KeyDisplay("hash"), EventLog(output, "json", "info"), observing=True)
+        self.writes = Writes([b"user:"], 60)
+        self.writes.began = 0
+        self.observe = Observe(0.0, self.writes, metrics=metrics, events=events)
+        self.look: Look = OLD
+
+    def change(self, *keys: bytes, ticket: Ticket | None = None, age: float = 0.0) -> None:
+        at = time.time_ns() // 1000 - lsn.EPOCH_OFFSET_US - int(age * 1e6)
+        events = [BustEvent(USER, "delete", "update", [key], "change", 100, at, 5) for key in keys]
+        chosen = self.observe.choose(events, [event.keys for event in events])
+        taken = [(Batch(100, at, 5), ticket)] if ticket else []
+        self.observe.begin([self.look] * len(chosen), taken, time.monotonic())
+
+    async def fingerprints(self, keys: list[bytes]) -> list[Look]:
+        return [self.look] * len(keys)
+
+    async def step(self) -> None:
+        server: Any = self
+        self.observe._step_at = 0
+        await self.observe.step(server, Mock())
+
+    @property
+    def results(self) -> dict[str, Any]:
+        (found,) = self.observe.status()["caches"]
+        return {name: value for name, value in found.items() if name not in {"cache", "rule", "stale_s"}}
+
+
+async def test_the_same_content_is_stale_until_it_is_gone() -> None:
+    world = World()
+    world.change(b"user:1", age=1.0)
+    await world.step()
+    assert world.results == {"changes": 1, "stale": 1}
+    assert world.observe.status()["stale_now"] == 1
+    world.look = ABSENT
+    await world.step()
+    assert world.observe.status()["stale_now"] == 0
+    (worst,) = world.observe.status()["worst"]
+    assert worst["key_hashes"]
+    assert world.observe.due_in(0) is None
+
+
+async def test_other_content_is_mended() -> None:
+    world = World()
+    world.change(b"user:1", age=1.0)
+    world.look = NEW
+    await world.step()
+    assert world.results == {"changes": 1, "mended": 1}
+
+
+async def test_what_was_written_between_the_commit_and_the_look_is_mended() -> None:
+    world = World()
+    world.writes.note([b"user:1"])
+    world.change(b"user:1", b"user:2", age=1.0)
+    await world.step()
+    assert world.results == {"changes": 2, "mended": 1, "stale": 1}
+
+
+async def test_what_was_committed_before_writes_were_told_can_not_be_judged() -> None:
+    world = World()
+    world.writes.begin()
+    world.change(b"user:1", age=1.0)
+    assert world.results == {"changes": 1, "skipped": 1}
+
+
+async def test_changes_that_the_same_content_survives_are_all_stale() -> None:
+    world = World()
+    for _ in range(3):
+        world.change(b"user:1", age=1.0)
+    await world.step()
+    world.change(b"user:1", age=1.0)
+    assert world.results == {"changes": 4, "stale": 4}
+
+
+async def test_a_commit_that_is_hidden_is_looked_at_again_when_it_is_visible() -> None:
+    world, ticket = World(), Ticket(0)
+    world.change(b"user:1", ticket=ticket, age=1.0)
+    await world.step()
+    assert world.results == {"changes": 1}
+    ticket.parts = 0
+    world.look = NEW
+    await world.step()
+    await world.step()
+    assert world.results == {"changes": 1, "stale": 1}
+
+
+@pytest.mark.parametrize(("look", "result"), [(ABSENT, "absent"), (LARGE, "too_large")])
+def test_what_can_not_be_compared_is_counted(look: Look, result: str) -> None:
+    world = World()
+    world.look = look
+    world.change(b"user:1", age=1.0)
+    assert world.results == {"changes": 1, result: 1}
+
+
+def test_entries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observe, "MOST", 5)
+    world = World()
+    world.change(*(b"user:%d" % number for number in range(8)), age=1.0)
+    assert world.results == {"changes": 8, "skipped": 3}
+
+
+def test_prefixes_that_others_cover_are_left_out() -> None:
+    named = Writes([b"shop:user:", b"shop:", b"app:", b"shop:"], 60).command
+    assert named == ("CLIENT TRACKING", "ON", "BCAST", "PREFIX", b"app:", "PREFIX", b"shop:")
+    assert Writes([b"", b"shop:"], 60).command == ("CLIENT TRACKING", "ON", "BCAST")
+
+
+def test_writes_are_remembered_for_a_while_only() -> None:
+    writes = Writes([b"user:"], 0.0)
+    writes.note([b"user:1"])
+    assert writes.between(b"user:1", 0, time.monotonic())
+    writes.note([b"user:2"])
+    writes.note([b"user:3"])
+    assert not writes.between(b"user:1", 0, time.monotonic())
+    assert writes.between(b"user:3", 0, time.monotonic())

@@ -286,13 +286,15 @@ class Daemon:
         session, opened = self._session, self._opened
         checkpoint = opened.checkpoint if opened else None
         apply = opened.apply if opened else None
+        # Who observes has no watermark.
+        promises = not self._options.observe
         recorded_at = apply.record.recorded_at if apply else None
         return {
             "role": self._role,
             "slot": self._options.slot,
             "publication": self._options.publication,
             "received_lsn": lsn.text(checkpoint.received_lsn) if checkpoint else None,
-            "watermark_lsn": lsn.text(checkpoint.confirmable) if checkpoint else None,
+            "watermark_lsn": lsn.text(checkpoint.confirmable) if checkpoint and promises else None,
             "watermark_age_s": round(time.time() - recorded_at, 3) if recorded_at else None,
             "lag_bytes": checkpoint.received_lsn - checkpoint.confirmable if checkpoint else None,
             "backlog_keys": session.backlog.weight if session else 0,

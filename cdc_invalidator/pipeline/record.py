@@ -86,11 +86,11 @@ class WatermarkRecord:
         # Also of a write that fails: some servers may have it.
         self._written_ms = max(self._written_ms, at_ms)
         stored = await server.write_watermark(content(position, at_ms, as_of))
-        if stored:
+        if stored and server.watermarked:
             self.recorded_at = at
             self._metrics.watermark_lsn.set(position)
             self._show(at, as_of / 1000)
-        elif not self._refused:
+        elif not stored and not self._refused:
             _log.warning("watermark_stalled", error="Redis is out of memory; busts go on, and a restart will sweep.")
         self._refused = not stored
         self._metrics.watermark_stalled.set(not stored)

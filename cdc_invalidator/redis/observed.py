@@ -28,6 +28,8 @@ class Observed(CacheServer):
         writes: is told which keys are written.
     """
 
+    watermarked = False
+
     def __init__(self, server: CacheServer, watermark: str, writes: Writes) -> None:
         super().__init__(watermark)
         self._writes = writes

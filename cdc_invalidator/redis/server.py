@@ -52,6 +52,9 @@ class CacheServer(ABC):
         watermark: name of the watermark, which is kept under ``cdc:NAME:watermark``.
     """
 
+    # Whether the watermark is written, so that its figures say how fresh the caches are.
+    watermarked = True
+
     def __init__(self, watermark: str) -> None:
         self.watermark_key = f"cdc:{watermark}:watermark".encode()
         self.scripts = ScriptDigests()

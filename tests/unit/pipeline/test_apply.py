@@ -173,6 +173,8 @@ class World:
 class Server:
     """A connection."""
 
+    watermarked = True
+
     def __init__(self, world: World) -> None:
         self._world = world
         self._opened = world.opened

@@ -181,6 +181,7 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
             raw_keys=given.log_keys == "raw",
             sweep_rate=given.sweep_rate,
             fingerprints=given.verify_sample > 0,
+            observing=given.mode == "observe",
         )
         found = _completed(check.check_servers(given.rules, os.environ, servers))
     if output == "json":

@@ -59,6 +59,7 @@ class ServerSettings:
     raw_keys: bool
     sweep_rate: int
     fingerprints: bool
+    observing: bool
 
 
 async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Finding]:
@@ -83,6 +84,7 @@ async def inspect(servers: ServerSettings, rules: RuleSet | None) -> list[Findin
             raw_keys=servers.raw_keys,
             sweep_rate=servers.sweep_rate,
             fingerprints=servers.fingerprints,
+            observing=servers.observing,
         ),
         check_redis.REDIS,
         "redis_unavailable",

@@ -15,6 +15,7 @@ from typing import Any
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.commands import check_keyspace
+from cdc_invalidator.commands.check_observe import of_observing
 from cdc_invalidator.commands.check_rules import Columns
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.eventstream import FIELD
@@ -48,6 +49,7 @@ async def look_at(
     raw_keys: bool,
     sweep_rate: int,
     fingerprints: bool,
+    observing: bool,
 ) -> list[Finding]:
     """Look at the Redis that is busted.
 
@@ -60,19 +62,29 @@ async def look_at(
         columns: what is known of the columns that keys are made of.
         raw_keys: whether keys may be shown.
         sweep_rate: how many keys a second searches may look at; 0 for as many as there are.
-        fingerprints: whether the daemon makes any.
+        fingerprints: whether the daemon makes any to verify its busts.
+        observing: whether it busts nothing, so that only the rights to look at entries are asked for.
 
     Raises:
         errors.RedisUnavailable: it is away, or refuses to be looked at.
     """
     findings = await _look_at_server(
-        endpoint, watermark, event_stream, rules, columns, raw_keys=raw_keys, fingerprints=fingerprints
+        endpoint,
+        watermark,
+        event_stream,
+        rules,
+        columns,
+        raw_keys=raw_keys,
+        fingerprints=fingerprints,
+        observing=observing,
     )
     if any(found.severity is Severity.ERROR for found in findings):
         return findings  # the daemon's own way in fails for what is told already
     server = cache_server(endpoint, watermark, timeout=TIMEOUT)
     try:
         await server.connect()
+        if observing:
+            return findings  # it neither reads nor writes a watermark, and sweeps nothing
         marks = await server.read_watermarks()
         if system_id is not None:
             marks = list(await refuse_occupied(server, marks, system_id, suspicious=True))
@@ -172,6 +184,7 @@ async def _look_at_server(
     *,
     raw_keys: bool,
     fingerprints: bool,
+    observing: bool,
 ) -> list[Finding]:
     opened, close = await _open(endpoint)
     try:
@@ -182,6 +195,8 @@ async def _look_at_server(
             sentence = str(available.not_there(missing))
             return [*findings, Finding(Severity.ERROR, "redis_lacks_commands", REDIS, sentence)]
         findings += await _of_cosmetic(opened)
+        if observing:
+            return findings + await of_observing(opened, rules)
         findings += await _of_commands(opened, watermark, transactions=endpoint.kind != "cluster")
         if rules is not None:
             findings += await _of_keys(opened, watermark, rules)

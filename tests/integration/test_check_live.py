@@ -618,6 +618,38 @@ def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_read
         administrator.execute_command("ACL", "DELUSER", name)
 
 
+def test_who_only_observes_needs_no_right_to_bust(setting: Setting, valkey: Valkey, redis_client: redis.Redis) -> None:
+    execute(setting.dsn, THINGS)
+    name, url = f"check_{secrets.token_hex(3)}", setting.given["redis_url"]
+    administrator: Any = redis_client
+    granted = (README.parent / "observe.acl").read_text().replace("shop:", "app:").split()
+    given = {"redis_url": re.sub(r"//[^@]*@|//", f"//{name}:secret@", url, count=1), "mode": "observe"}
+    constant = CACHES + "  all: {key: 'app:env:all', ttl: 1m}\n"
+    rule = "{name: thing-changed, table: public.things, bust: [thing, all]}"
+    try:
+        administrator.execute_command("ACL", "SETUSER", name, *granted[2:])
+        redis_client.set("app:env:all", "content")
+        checked = setting.check(rule, caches=constant, **given)
+        assert checked.grave == []
+        assert "observing" in checked.of("note")
+        assert "watermark" not in checked.of("note")
+        assert setting.check(rule, caches=constant, **given | {"mode": "bust"}).of("error") == ["redis_rights"]
+        administrator.execute_command("ACL", "SETUSER", name, "-dump", "-type")
+        checked = setting.check(rule, caches=constant, **given)
+        assert checked.of("error") == ["redis_rights"] * 2
+        assert {each["sentence"].partition("grant it ")[2] for each in checked.findings} >= {
+            "+type +dump and %R~app:env:thing:*",
+            "+type +memory|usage +get +hgetall +smembers +dump and %R~app:env:all",
+        }
+        administrator.execute_command("ACL", "SETUSER", name, "+dump", "+type", "resetkeys", "%R~app:other:*")
+        assert "%R~app:env:thing:*" in setting.check(THING, **given).only("redis_rights")["sentence"]
+        administrator.execute_command("ACL", "SETUSER", name, "-client|tracking")
+        assert "grant it +client|tracking." in setting.check(THING, **given).only("redis_rights")["sentence"]
+        assert redis_client.keys() == [b"app:env:all"]
+    finally:
+        administrator.execute_command("ACL", "DELUSER", name)
+
+
 def test_versions_on_a_redis_that_evicts_nothing_are_worth_a_note(setting: Setting) -> None:
     execute(setting.dsn, THINGS)
     versioned = "  thing: {key: 'app:env:thing:{id}:v{version}', version: 'app:env:thing:{id}:ver', ttl: 1m}\n"

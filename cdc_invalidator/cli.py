@@ -5,6 +5,7 @@ A command's modules are imported when it runs, so that ``--help`` imports none o
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -128,9 +129,14 @@ def _load_structlog() -> None:
 
 
 @app.command()
+@click.option("--observe", is_flag=True, help="Bust nothing; the same as --mode observe.")
 @_takes(settings.Settings)
-def run(given: settings.Settings) -> None:
+def run(given: settings.Settings, observe: bool) -> None:
     """Run the daemon. SIGTERM: stop receiving, apply, confirm, exit 0; a second signal: exit now."""
+    _start(dataclasses.replace(given, mode="observe") if observe else given)
+
+
+def _start(given: settings.Settings, **options: Any) -> dict[str, Any]:
     # Until the daemon handles it: nothing has begun that would have to be ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # The rules are about to be read anyway.
@@ -138,7 +144,30 @@ def run(given: settings.Settings) -> None:
     _load_structlog()
     from cdc_invalidator import start
 
-    start.run(given)
+    return start.run(given, **options)
+
+
+@app.command()
+@click.option("--for", "duration", metavar="DURATION", default="1h", show_default=True, help="How long, such as 30m.")
+@_format("text", "json", help="Output format of the report.")
+@_takes(settings.Settings)
+def observe(given: settings.Settings, duration: str, output: str) -> None:
+    """Run the daemon for a while without busting anything, and report what it would have mended.
+
+    The log goes to standard error. SIGTERM and Ctrl+C end it earlier, with a report.
+    """
+    import orjson
+
+    from cdc_invalidator.commands import observe as command
+    from cdc_invalidator.rules.duration import read_duration
+
+    try:
+        seconds = read_duration(duration) / 1000
+    except ValueError as error:
+        raise errors.WrongSettings(f"--for is wrong: {error}.") from None
+    status = _start(dataclasses.replace(given, mode="observe"), seconds=seconds, log_to=sys.stderr.fileno())
+    found = command.report(status)
+    click.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(command.lines(found)))
 
 
 @app.command()

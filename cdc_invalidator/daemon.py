@@ -98,8 +98,8 @@ class Daemon:
             switch=self._switch,
         )
 
-    async def run(self, http_host: str, http_port: int) -> None:
-        """Run until SIGTERM or SIGINT, and serve the HTTP pages on that address.
+    async def run(self, http_host: str, http_port: int, seconds: float | None = None) -> None:
+        """Run until SIGTERM or SIGINT, or for so many seconds, and serve the HTTP pages on that address.
 
         Raises:
             errors.WrongSettings: this database can't keep the settings or the rules.
@@ -110,6 +110,8 @@ class Daemon:
             async with http.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
                 self._check_hash_tags()
+                if seconds is not None:
+                    asyncio.get_running_loop().call_later(seconds, self._end)
                 reloading = asyncio.create_task(self._reload.run(), name="reload")
                 # It never ends by itself; if it does, the daemon stops rather than limps.
                 reloading.add_done_callback(lambda _: self._end())

@@ -136,15 +136,15 @@ class Output:
                 self._emptied.set()
 
 
-def configure(form: Form, level: str) -> Output:
-    """Set structlog up for the process: one line an event on standard output.
+def configure(form: Form, level: str, descriptor: int | None = None) -> Output:
+    """Set structlog up for the process: one line an event on a file descriptor; ``None``: on standard output.
 
     Raises:
         errors.WrongSettings: there is no standard output.
     """
     if sys.stdout is None:
         raise errors.WrongSettings("Standard output is closed; start the daemon with its output going somewhere.")
-    output = Output(sys.stdout.fileno())
+    output = Output(sys.stdout.fileno() if descriptor is None else descriptor)
     shared: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+from typing import Any
 
 import structlog
 from prometheus_client import REGISTRY, disable_created_metrics
@@ -25,14 +26,22 @@ from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.session import SessionOptions
 
 
-def run(given: settings.Settings) -> None:
-    """Run the daemon until it is told to stop.
+def run(given: settings.Settings, *, seconds: float | None = None, log_to: int | None = None) -> dict[str, Any]:
+    """Run the daemon until it is told to stop, or for so many seconds.
+
+    Args:
+        given: its settings.
+        seconds: for how long at most.
+        log_to: the file descriptor that the log goes to; ``None`` for standard output.
+
+    Returns:
+        What /status shows at its end.
 
     Raises:
         errors.WrongSettings: settings or rules can't be used.
         errors.InvalidatorError: see `Daemon.run`.
     """
-    output = log.configure(given.log_format, given.log_level)
+    output = log.configure(given.log_format, given.log_level, log_to)
     for sentence in settings.renamed(given):
         structlog.get_logger().warning("setting_renamed", error=sentence)
     daemon = _daemon(given, output)
@@ -41,9 +50,10 @@ def run(given: settings.Settings) -> None:
     gc.freeze()
     gc.enable()
     try:
-        asyncio.run(daemon.run(given.http_host, given.http_port))
+        asyncio.run(daemon.run(given.http_host, given.http_port, seconds))
     finally:
         output.close()
+    return daemon.status()
 
 
 def _daemon(given: settings.Settings, output: log.Output) -> Daemon:

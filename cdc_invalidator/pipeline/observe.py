@@ -15,11 +15,12 @@ The rule that holds here: what is remembered is bounded by `MOST`; what is beyon
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import count
+from statistics import median
 from typing import Any
 
 import structlog
@@ -49,6 +50,8 @@ MOST_SECONDS = 3600.0
 # before a look may be so late.
 EARLY_SECONDS = 0.005
 LATE_SECONDS = 0.05
+# The times of so many stale entries of a cache and rule have their median told, the latest ones.
+TIMES = 1000
 # The worst entries that /status shows, of the last hour.
 WORST = 10
 WORST_SECONDS = 3600.0
@@ -75,6 +78,20 @@ class Entry:
     over: bool = False
 
 
+class _Times:
+    """For how many seconds entries were stale, once they are not."""
+
+    def __init__(self) -> None:
+        self.total = self.longest = 0.0
+        self.latest: deque[float] = deque(maxlen=TIMES)
+
+    def note(self, seconds: float) -> None:
+        """Take the time of one entry."""
+        self.total += seconds
+        self.longest = max(self.longest, seconds)
+        self.latest.append(seconds)
+
+
 class Observe:
     """Entries that would have been busted, and what has become of them.
 
@@ -98,13 +115,16 @@ class Observe:
         self._followed: list[Entry] = []
         self._step_at = 0.0
         self._refused: str | None = None
+        self._since: float | None = None
         self._results: dict[tuple[str, str], Counter[str]] = {}
-        self._stale_seconds: dict[tuple[str, str], float] = {}
+        self._times: dict[tuple[str, str], _Times] = {}
         # When it began, for how long it lasted, and what it was.
         self._worst: list[tuple[float, float, Entry]] = []
 
     def forget(self) -> None:
         """Leave all entries: another connection begins, maybe to another Redis."""
+        if self._since is None:
+            self._since = time.monotonic()
         self._chosen = []
         self._entries.clear()
         self._bytes = 0
@@ -113,23 +133,47 @@ class Observe:
         self._refused = None
 
     def status(self) -> dict[str, Any]:
-        """Return the figures by cache and rule, and the entries that were stale for longest in the last hour."""
+        """Return the figures by cache and rule, and the entries that were stale for longest in the last hour.
+
+        The rule is the one that would have mended what is stale. ``observed_s``: seconds since the first connection;
+        ``None`` before. ``there``: how many changes have met an entry; ``stale_share``: how many have left it stale, of
+        all that are judged. ``stale_s``: the sum of the seconds that entries were stale, once they are not; the median
+        and the longest count those that still are.
+        """
+        now = time.monotonic()
         return {
-            "caches": [
-                {
-                    "cache": cache,
-                    "rule": rule,
-                    **found,
-                    "stale_s": round(self._stale_seconds.get((cache, rule), 0.0), 3),
-                }
-                for (cache, rule), found in sorted(self._results.items())
-            ],
+            "observed_s": round(now - self._since, 3) if self._since is not None else None,
+            "caches": [self._figures(*name, now) for name in sorted(self._results)],
             "stale_now": sum(entry.stale for entry in self._entries.values()),
             "worst": [
                 {**self._events.shown(entry.event), "stale_s": round(seconds, 3)}
-                for _, seconds, entry in self._longest(time.monotonic())
+                for _, seconds, entry in self._longest(now)
             ],
             "error": self._refused,
+        }
+
+    def _figures(self, cache: str, rule: str, now: float) -> dict[str, Any]:
+        found = self._results[cache, rule]
+        times = self._times.get((cache, rule), _Times())
+        mine = [
+            each
+            for each in self._entries.values()
+            if (each.event.target.cache.name, each.event.target.rule) == (cache, rule)
+        ]
+        pending = sum(each.changes for each in mine if not each.stale)
+        there = pending + sum(found[name] for name in ("mended", "stale", "too_large", "skipped"))
+        judged = found["stale"] + found["mended"]
+        own = [now - each.since for each in mine if each.stale]
+        all_times = [*times.latest, *own]
+        return {
+            "cache": cache,
+            "rule": rule,
+            **found,
+            "there": there,
+            "stale_share": round(found["stale"] / judged, 4) if judged else None,
+            "stale_s": round(times.total, 3),
+            "stale_median_s": round(median(all_times), 3) if all_times else None,
+            "stale_max_s": round(max([times.longest, *own]), 3) if all_times else None,
         }
 
     def _longest(self, now: float) -> list[tuple[float, float, Entry]]:
@@ -260,7 +304,7 @@ class Observe:
         target = entry.event.target
         seconds = now - entry.since
         name = target.cache.name, target.rule
-        self._stale_seconds[name] = self._stale_seconds.get(name, 0.0) + seconds
+        self._times.setdefault(name, _Times()).note(seconds)
         self._metrics.observed_stale.labels(target.rule, target.cache.name).inc(seconds)
         self._worst = [each for each in self._worst if each[0] + each[1] > now - WORST_SECONDS]
         self._worst = sorted([*self._worst, (entry.since, seconds, entry)], key=lambda each: -each[1])[:WORST]

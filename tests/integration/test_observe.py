@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -11,7 +13,7 @@ import pytest
 import redis
 from clusters import Cluster
 from manifests import DEPLOY
-from running import RunningDaemon, eventually, execute
+from running import RunningDaemon, command, eventually, execute
 from sentinels import Sentinels
 
 if TYPE_CHECKING:
@@ -43,6 +45,21 @@ def place(request: pytest.FixtureRequest, redis_url: str) -> Iterator[tuple[str,
             cluster = stack.enter_context(Cluster(replicas=False))
             url, client = cluster.url, cluster.client()
         yield url, stack.enter_context(contextlib.closing(client))
+
+
+class Reporting(RunningDaemon):
+    """`observe`, whose report is its standard output."""
+
+    forked = False
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.command = [sys.executable, "-m", "cdc_invalidator", "observe", "--for", "1h", "--format", "json"]
+        self.report: dict[str, Any] = {}
+
+    def _collect_events(self, lines: Any) -> None:
+        self.report = json.loads(lines.read())
+        lines.close()
 
 
 def rules_of(folder: Path) -> Path:
@@ -182,3 +199,47 @@ def test_the_rights_of_the_readme_to_read_are_enough(
         assert set(redis_client.scan_iter()) == {b"t:{1}:thing"}
     finally:
         administrator.execute_command("ACL", "DELUSER", slot_name)
+
+
+def test_a_while_of_observing_ends_with_a_report(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    create(database)
+    daemon = Reporting(
+        dsn=database,
+        redis_url=redis_url,
+        rules=rules_of(tmp_path),
+        slot=slot_name,
+        observe_grace="0.3",
+        log_hash_key="secret",
+    )
+    for number in (1, 2):
+        redis_client.set(f"t:{{{number}}}:thing", 0)
+    with daemon:
+        eventually(lambda: (daemon.status().get("observed") or {}).get("observed_s"), "it observes")
+        execute(database, "UPDATE things SET n = 1 WHERE id <= 3")
+        redis_client.delete("t:{2}:thing")
+        eventually(lambda: figures(daemon, "thing").get("stale"), "it is judged")
+        assert daemon.terminate() == 0
+    report = daemon.report
+    (thing,) = report["caches"]
+    assert (thing["rule"], thing["changes"], thing["stale"]) == ("thing-changed", 3, 1)
+    assert thing["there"] == thing["stale"] + thing.get("mended", 0)
+    assert thing["stale_share"] == 1 / thing["there"]
+    assert 0.3 <= thing["stale_median_s"] == thing["stale_max_s"]
+    assert report["would_mend"] == [{"rule": "thing-changed", "cache": "thing", "stale": 1}]
+    assert [each["cache"] for each in report["worst"]] == ["thing"]
+    assert len(report["worst"][0]["key_hashes"]) == 1
+    assert set(redis_client.scan_iter()) == {b"t:{1}:thing"}
+
+
+def test_who_had_no_time_to_observe_does_not_report_that_nothing_is_stale(
+    database: str, redis_url: str, tmp_path: Path, slot_name: str
+) -> None:
+    create(database)
+    given = {"postgres_dsn": database, "redis_url": redis_url, "rules": rules_of(tmp_path), "slot": slot_name}
+    given |= {"publication": slot_name, "http_port": 0, "http_host": "127.0.0.1"}
+    done = command("observe", "--for", "1ms", **given)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("the time was over before PostgreSQL and Redis had answered, give --for more.\n")
+    assert command("observe", "--for", "soon", **given).returncode == 2

@@ -68,6 +68,9 @@ class Daemon:
     async def run(self, *_address):
         print(gc.isenabled(), gc.get_freeze_count() > 10_000)
 
+    def status(self):
+        return {}
+
 start._daemon = lambda *_: Daemon()
 sys.argv = ["cdc-invalidator", "run", "--postgres-dsn", "dbname=shop", "--redis-url", "redis://", "--rules", "rules"]
 __main__.main()

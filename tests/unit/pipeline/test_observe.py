@@ -29,6 +29,7 @@ rules:
   - {name: changed, table: public.users, bust: [user]}
 """
 USER = Target("changed", parse_rules([("rules.yaml", TEXT)], {}).caches["user"], "public.users")
+RESULTS = {"changes", "absent", "mended", "stale", "too_large", "skipped"}
 OLD, NEW = b"string:1", b"string:2"
 
 
@@ -61,8 +62,12 @@ class World:
 
     @property
     def results(self) -> dict[str, Any]:
+        return {name: value for name, value in self.figures.items() if name in RESULTS}
+
+    @property
+    def figures(self) -> dict[str, Any]:
         (found,) = self.observe.status()["caches"]
-        return {name: value for name, value in found.items() if name not in {"cache", "rule", "stale_s"}}
+        return found  # type: ignore[no-any-return]
 
 
 async def test_the_same_content_is_stale_until_it_is_gone() -> None:
@@ -152,3 +157,28 @@ def test_writes_are_remembered_for_a_while_only() -> None:
     writes.note([b"user:3"])
     assert not writes.between(b"user:1", 0, time.monotonic())
     assert writes.between(b"user:3", 0, time.monotonic())
+
+
+async def test_it_is_told_what_share_of_the_entries_that_were_there_is_stale_and_for_how_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    clock = Mock(return_value=1000.0)
+    monkeypatch.setattr(time, "monotonic", clock)
+    world.change(b"user:1", b"user:2", b"user:3")
+    world.look = ABSENT
+    world.change(b"user:4")
+    assert (world.figures["there"], world.figures["stale_share"], world.figures["stale_max_s"]) == (3, None, None)
+    # One is filled anew; two are stale, and one of them for 2 s.
+    world.look = NEW
+    world.change(b"user:1")
+    world.look = OLD
+    await world.step()
+    clock.return_value += 2
+    world.look = ABSENT
+    world.change(b"user:2")
+    clock.return_value += 4
+    found = world.figures
+    assert (found["mended"], found["stale"], found["there"]) == (2, 2, 4)
+    assert found["stale_share"] == 0.5
+    assert (found["stale_s"], found["stale_median_s"], found["stale_max_s"]) == (2.0, 4.0, 6.0)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from typing import TYPE_CHECKING, Any
 
 import charts
+import pytest
 import yaml
 from manifests import DEPLOY, kustomize, schema_problems
-from running import command
+from running import RunningDaemon, command, eventually, execute
 
 from cdc_invalidator import __version__
+from cdc_invalidator.embedded import shop
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import redis
 
 ROOT = DEPLOY.parent
 TEXT = (DEPLOY / "README.md").read_text()
@@ -83,3 +92,106 @@ def test_what_it_shows_of_the_sidecars_kustomization_is_what_the_example_has() -
     (shown,) = re.findall(r"^ *```yaml\n( *components:.*?)^ *```", TEXT, re.MULTILINE | re.DOTALL)
     example = yaml.safe_load((DEPLOY / "kustomize/example/sidecar/kustomization.yaml").read_text())
     assert yaml.safe_load(shown).items() <= example.items()
+
+
+# Adopt it on your application
+
+
+ADOPT = TEXT.split("\n## Adopt it on your application\n")[1].split("\n## ")[0]
+
+
+def step(number: int) -> str:
+    return ADOPT.split(f"\n### {number}. ")[1].split("\n### ")[0]
+
+
+def blocks(number: int, kind: str) -> list[str]:
+    """Give the fenced blocks of a kind that a step shows."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", step(number), re.MULTILINE | re.DOTALL)
+
+
+def typed(number: int) -> list[tuple[dict[str, Any], list[str]]]:
+    """Give the settings and the words of each command of ours in a step."""
+    found = []
+    for line in "".join(blocks(number, "sh")).splitlines():
+        before, ours, after = line.partition("cdc-invalidator ")
+        if ours:
+            settings = dict(word.removeprefix("CDC_").lower().split("=", 1) for word in before.split())
+            found.append((settings, shlex.split(after)))
+    return found
+
+
+def shown_json(number: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for block in blocks(number, "json") for line in re.split(r"\n(?=\{)", block)]
+
+
+@pytest.fixture
+def adopted(database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path) -> dict[str, Any]:
+    """The settings of commands, after the first step of the guide on the demo's shop."""
+    shop.create(database)
+    keys = [f"shop:prod:user:{number}{more}" for number in range(1, 240) for more in ("", ":orders")]
+    keys += [f"shop:prod:product:{number}{more}" for number in range(1, 60) for more in ("", ":reviews")]
+    for key in keys:
+        redis_client.set(key, "old", ex=300)
+    given = {"postgres_dsn": database, "redis_url": redis_url, "publication": slot_name}
+    ((_, words),) = typed(1)
+    path = tmp_path / "rules.yaml"
+    done = command(*[str(path) if word == path.name else word for word in words], **given)
+    assert (done.returncode, done.stderr) == (0, "")
+    return {**given, "slot": slot_name, "rules": path}
+
+
+def test_adoption_writes_the_rules_that_it_shows_and_check_and_explain_say_what_it_shows(
+    adopted: dict[str, Any],
+) -> None:
+    (shown,) = blocks(1, "yaml")
+    made = adopted["rules"].read_text().splitlines()
+    for line in shown.splitlines():
+        assert line in made or re.match(r"\s*# \d+ keys|#   |\s*# .*identity", line), line
+    _, changes = blocks(2, "text")
+    ends = [command(*words, **{**adopted, **settings}) for settings, words in typed(2)]
+    assert [ended.returncode for ended in ends] == [0, 0, 0]
+    assert re.search(r"^\d+ notes$", ends[0].stdout, re.MULTILINE)
+    assert ends[2].stdout.replace(f"{adopted['rules'].parent}/", "") == changes
+
+
+def test_adoption_shows_what_observing_and_busting_daemons_tell(
+    adopted: dict[str, Any], database: str, redis_client: redis.Redis
+) -> None:
+    status, stale = shown_json(3)
+    (checking, [checked]), (observing, [run]) = typed(3)
+    assert (checked, run) == ("check", "run")
+    assert checking == observing
+    assert command("check", **adopted, **checking).returncode == 0
+    adopted["dsn"], adopted["slot"] = adopted.pop("postgres_dsn"), adopted.pop("publication")
+    with RunningDaemon(**adopted, **observing, observe_grace="0.2") as daemon:
+        daemon.seen("redis_connected")
+        redis_client.set("shop:prod:user:1", "old", ex=300)
+        execute(database, "UPDATE users SET plan = 'paid' WHERE id = 1")
+        assert daemon.seen("stale", cache="user").keys() == stale.keys()
+        found = daemon.status()["observed"]
+        assert found.keys() == status.keys()
+        assert found["worst"][0].keys() == status["worst"][0].keys()
+        named = {name for cache in status["caches"] for name in cache}
+        assert found["caches"][0].keys() <= named
+        assert named <= {"cache", "rule", "changes", "absent", "mended", "stale", "skipped", "stale_s"}
+        assert daemon.terminate() == 0
+    # As in the guide, without the second bust, so that what it would mend is seen.
+    text = adopted["rules"].read_text()
+    adopted["rules"].write_text(re.sub(r"  again_after.*\n", "", text))
+    (_, [checked]), (busting, [run]) = typed(4)
+    assert (checked, run) == ("check", "run")
+    assert busting.keys() == {"verify_sample"}
+    (gap,) = shown_json(4)
+    verify, overtaken = shown_json(5)
+    with RunningDaemon(**adopted, verify_sample="1", observe_grace="0.3") as daemon:
+        assert daemon.seen("gap").keys() == gap.keys()
+        daemon.ready()
+        redis_client.set("shop:prod:user:2", "old", ex=300)
+        execute(database, "UPDATE users SET plan = 'paid' WHERE id = 2")
+        eventually(lambda: redis_client.set("shop:prod:user:2", "old", ex=300, nx=True), "a reader stores the old row")
+        eventually(lambda: redis_client.set("shop:prod:user:2", "new", ex=300, nx=True), "it is busted once more")
+        assert daemon.seen("overtaken", cache="user").keys() == overtaken.keys()
+        found = daemon.status()["verify"]
+        assert found.keys() == verify.keys()
+        assert found["results"]["user"].keys() <= {name for each in verify["results"].values() for name in each}
+        assert daemon.terminate() == 0

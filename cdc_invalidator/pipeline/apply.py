@@ -119,6 +119,8 @@ class Apply:
         for cache in kept.rules.kept.values():
             if cache.publish is not None:
                 metrics.messages.labels(cache.name)
+            if isinstance(verify, Verify):
+                verify.show(cache)
         self._debounce = Debounce(resolve) if any(rule.debounce for rule in kept.rules.rules) else None
         self._info = InfoMetrics(metrics)
         # In the hands of this turn until Redis has acknowledged them.

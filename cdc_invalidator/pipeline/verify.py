@@ -34,6 +34,7 @@ from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.redis.fingerprint import ABSENT, LARGE, Look
 from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.rules.model import Cache
 
 _log = structlog.get_logger()
 
@@ -122,6 +123,11 @@ class Verify:
             "results": {cache: dict(found) for cache, found in sorted(self._results.items())},
             "error": self._refused,
         }
+
+    def show(self, cache: Cache) -> None:
+        """Show a cache in the metrics before anything has come back: an increase needs a sample to begin with."""
+        for result in ("overtaken", "unaffected", "refilled", "empty"):
+            self._metrics.verified.labels(cache.name, result)
 
     # Taken.
 

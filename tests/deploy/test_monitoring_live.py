@@ -171,7 +171,9 @@ def stage(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Itera
     # The server itself as its own standby: it has always replayed everything.
 
     def daemon(url: str) -> RunningDaemon:
-        return RunningDaemon(dsn=dsn, redis_url=url, rules=rules, slot="monitoring", postgres_standbys=dsn)
+        return RunningDaemon(
+            dsn=dsn, redis_url=url, rules=rules, slot="monitoring", postgres_standbys=dsn, verify_sample="1"
+        )
 
     with (
         Valkey() as valkey,

@@ -401,13 +401,15 @@ def test_a_table_that_was_altered_is_swept_with_its_next_change_before_the_water
             "UPDATE things SET more = 2 WHERE id = 1",
         )
         stage.calm()
+        sweeps = stage.daemon.named("bust", action="sweep", cache="thing", reason="change")
         # It is known now, and no change of it sweeps.
         stage.cache("t:thing:50")
         stage.busts(["t:thing:2"], "DELETE FROM things WHERE id = 2")
     assert app.failures == []
     assert stage.cached("t:thing:50", "t:other:50") == ["t:thing:50", "t:other:50"]
-    sweeps = stage.daemon.named("bust", action="sweep", cache="thing", reason="change")
-    assert [event["op"].split(",")[0] for event in sweeps] == ["alter"]
+    # Those that came before the tables were looked at may have asked for a second one.
+    assert {event["op"].split(",")[0] for event in sweeps} == {"alter"}
+    assert stage.daemon.named("bust", action="sweep", cache="thing", reason="change") == sweeps
     stage.assert_well()
 
 

@@ -11,7 +11,7 @@ import charts
 import pytest
 import yaml
 from manifests import DEPLOY, kustomize, schema_problems
-from running import RunningDaemon, command, eventually, execute
+from running import RunningDaemon, command, eventually, execute, settled
 
 from cdc_invalidator import __version__
 from cdc_invalidator.embedded import shop
@@ -190,6 +190,8 @@ def test_adoption_shows_what_observing_and_busting_daemons_tell(
     with RunningDaemon(**adopted, verify_sample="1", observe_grace="0.3") as daemon:
         assert daemon.seen("gap").keys() == gap.keys()
         daemon.ready()
+        # The sweep of the start is over; it would delete what is stored below.
+        settled(database, redis_client, adopted["slot"])
         redis_client.set("shop:prod:user:2", "old", ex=300)
         execute(database, "UPDATE users SET plan = 'paid' WHERE id = 2")
         eventually(lambda: redis_client.set("shop:prod:user:2", "old", ex=300, nx=True), "a reader stores the old row")

@@ -817,22 +817,27 @@ def test_a_table_whose_changes_somebody_comes_to_filter_is_kept_swept(start: Sta
 # New tables.
 
 
+def swept_once_more_after(stage: TableStage, older: psycopg.Connection[Any]) -> None:
+    """See the gap of `thing` swept, and once more when an older transaction commits; only then it is claimed."""
+    stage.daemon.seen("bust", reason="gap", cache="thing")
+    stage.passed()
+    # What a reader loads now is what was committed before.
+    stage.cache("t:thing:1", "t:other:1")
+    assert stage.named() == {"other"}
+    older.commit()
+    eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
+    eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
+    assert stage.cached("t:other:1")
+    stage.assert_well()
+
+
 def test_a_transaction_older_than_the_publishing_of_its_table_is_swept_for_when_it_commits(start: Start) -> None:
     stage = start(OTHERS, rules=(THING, OTHER))
     with psycopg.connect(stage.dsn) as older:
         execute(stage.dsn, THINGS, ROWS.format("things"))
         older.execute("UPDATE things SET n = 1 WHERE id = 1")
         stage.gap("table_added")
-        stage.daemon.seen("bust", reason="gap", cache="thing")
-        stage.passed()
-        # What a reader loads now is what was committed before.
-        stage.cache("t:thing:1", "t:other:1")
-        assert stage.named() == {"other"}
-        older.commit()
-    eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
-    eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
-    assert stage.cached("t:other:1")
-    stage.assert_well()
+        swept_once_more_after(stage, older)
 
 
 @pytest.mark.parametrize(
@@ -859,16 +864,7 @@ def test_a_transaction_that_wrote_to_a_table_before_it_was_published_anew_is_swe
         older.execute("UPDATE things SET n = 1 WHERE id = 1")
         execute(stage.dsn, after.format(slot=stage.slot))
         stage.daemon.seen("gap", caches=["thing"])
-        stage.daemon.seen("bust", reason="gap", cache="thing")
-        stage.passed()
-        # What a reader loads now is what was committed before.
-        stage.cache("t:thing:1", "t:other:1")
-        assert stage.named() == {"other"}
-        older.commit()
-    eventually(lambda: not stage.cached("t:thing:1"), "it is swept once more")
-    eventually(lambda: stage.named() == {"thing", "other"}, "the watermark names both caches")
-    assert stage.cached("t:other:1")
-    stage.assert_well()
+        swept_once_more_after(stage, older)
 
 
 def test_a_table_that_somebody_else_publishes_first_is_swept_all_the_same(start: Start) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from cdc_invalidator import errors, http, lsn
+from cdc_invalidator import errors, lsn
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.impasse import Impasse
 from cdc_invalidator.metrics import Metrics
@@ -30,6 +30,7 @@ from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.session import STANDBY_SECONDS, Opened, Role, Session, SessionOptions
 from cdc_invalidator.waiting import within
+from cdc_invalidator.web import server
 
 _log = structlog.get_logger()
 
@@ -105,9 +106,9 @@ class Daemon:
             errors.WrongSettings: this database can't keep the settings or the rules.
             errors.ServerRefuses: a server refuses for good.
         """
-        pages = http.Pages(self._metrics.shown(self._options.slot), self.status, self._unready)
+        pages = server.Pages(self._metrics.shown(self._options.slot), self.status, self._unready)
         with _signals(self._ask_to_stop, self._reload.ask):
-            async with http.serve(pages, http_host, http_port) as port:
+            async with server.serve(pages, http_host, http_port) as port:
                 _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
                 self._check_hash_tags()
                 if seconds is not None:

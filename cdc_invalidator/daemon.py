@@ -29,6 +29,7 @@ from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.session import STANDBY_SECONDS, Opened, Role, Session, SessionOptions
+from cdc_invalidator.trouble import Trouble
 from cdc_invalidator.waiting import within
 from cdc_invalidator.web import server
 
@@ -83,7 +84,8 @@ class Daemon:
         self._opened: Opened | None = None
         # The process id of the last walsender that was ours.
         self._walsender: int | None = None
-        self._last_error: str | None = None
+        # Why the last sessions failed; until one leads or stands by.
+        self._trouble: Trouble | None = None
         self._suspicious_until = float("-inf")
         self._recent = Recent()
         self._standbys = standbys
@@ -188,14 +190,14 @@ class Daemon:
             await self._pause(STANDBY_SECONDS)
         except errors.PositionGivenUp as error:
             self._be("connecting")
-            self._last_error = str(error)
+            self._trouble = Trouble.now(str(error), self._trouble)
             await self._close(session)
             await self._give_up(session, error)
             await self._pause(self._backoff.next())
         except errors.WatermarkTaken as error:
             self._suspicious_until = time.monotonic() + SUSPICION_SECONDS
             self._be("connecting")
-            self._last_error = str(error)
+            self._trouble = Trouble.now(str(error), self._trouble)
             delay = self._backoff.next()
             _log.error("watermark_taken", error=str(error), retry_in_s=round(delay, 2))
             await self._close(session)
@@ -209,7 +211,7 @@ class Daemon:
                 self._suspicious_until = time.monotonic() + SUSPICION_SECONDS
             delay = self._backoff.next()
             self._be("connecting")
-            self._last_error = str(error)
+            self._trouble = Trouble.now(str(error), self._trouble)
             self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
             _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
             await self._close(session)
@@ -249,39 +251,45 @@ class Daemon:
         self._opened = opened
         self._walsender = opened.replication.backend_pid
         self._proven = True
-        self._last_error = None
+        self._trouble = None
 
     def _be(self, role: Role) -> None:
         if role != self._role:
             _log.info("role", role=role)
+        if role != "connecting":
+            self._trouble = None
         self._role = role
         self._metrics.leader.set(role == "leader")
 
     def _unready(self) -> str | None:
         """Return why busts can't work, here or with the leader; a Redis that is away for a while does not count."""
         if self._role == "connecting":
-            return self._trouble() or "it is connecting"
+            return str(self._first_trouble() or "it is connecting")
+        trouble = self._session.trouble if self._session is not None else None
         if self._opened is not None and self._opened.apply.redis.refused:
-            return self._opened.apply.redis.last_error
-        if self._session is not None and self._session.last_error is not None:
-            return self._session.last_error
-        return self._denied()
+            trouble = self._opened.apply.redis.trouble or trouble
+        trouble = trouble or self._denied()
+        return str(trouble) if trouble is not None else None
 
-    def _denied(self) -> str | None:
+    def _denied(self) -> Trouble | None:
         denied = self._opened.apply.denied if self._opened is not None else {}
         if not denied:
             return None
-        return f"Redis denies the busts of {', '.join(sorted(denied))}: {' '.join(sorted(set(denied.values())))}"
+        why = " ".join(sorted({each.text for each in denied.values()}))
+        since = min(each.since for each in denied.values())
+        return Trouble(f"Redis denies the busts of {', '.join(sorted(denied))}: {why}", since)
 
-    def _trouble(self) -> str | None:
+    def _first_trouble(self) -> Trouble | None:
         """Return what an operator should know first."""
         session, opened = self._session, self._opened
+        tables = session.tables if session else None
         return (
-            (opened.apply.redis.last_error if opened else None)
-            or (session.last_error if session else None)
+            (opened.apply.redis.trouble if opened else None)
+            or (session.trouble if session else None)
             or self._denied()
             or self._events.trouble
-            or self._last_error
+            or self._trouble
+            or (tables.trouble if tables else None)
         )
 
     def status(self) -> dict[str, Any]:
@@ -292,6 +300,8 @@ class Daemon:
         # Who observes has no watermark.
         promises = not self._options.observe
         recorded_at = apply.record.recorded_at if apply else None
+        tables = session.tables if session else None
+        trouble = self._first_trouble()
         return {
             "role": self._role,
             "slot": self._options.slot,
@@ -303,18 +313,19 @@ class Daemon:
             "backlog_keys": session.backlog.weight if session else 0,
             "searches": apply.searches if apply else None,
             "dropped_standbys": self._standbys.dropped,
-            "denied_caches": apply.denied if apply else {},
+            "denied_caches": {name: each.text for name, each in apply.denied.items()} if apply else {},
             "mode": "observe" if self._options.observe else "bust",
             "verify": self._verify.status() if isinstance(self._verify, Verify) else None,
             "observed": self._verify.status() if isinstance(self._verify, Observe) else None,
-            "unpublished_tables": [str(table) for table in session.unpublished()] if session else [],
+            "unpublished_tables": [str(table) for table in tables.unseen] if tables else [],
             "rules": {
                 "digest": self._rules.digest,
                 "caches": len(self._rules.caches),
                 "rules": len(self._rules.rules),
                 "last_reload": self._reload.last.shown() if self._reload.last else None,
             },
-            "last_error": self._trouble(),
+            "last_error": trouble.text if trouble else None,
+            "last_error_since": trouble.at if trouble else None,
         }
 
 

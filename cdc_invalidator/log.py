@@ -26,6 +26,7 @@ import orjson
 import structlog
 
 from cdc_invalidator import errors
+from cdc_invalidator.trouble import Trouble
 
 # Bytes that may wait to be written before the busts wait.
 UNWRITTEN = 8 << 20
@@ -72,7 +73,12 @@ class Output:
     @property
     def stuck(self) -> bool:
         """Whether something is unwritten, and nobody has taken anything for long."""
-        return self._bytes_taken > self._bytes_written and time.monotonic() - self._moved_at > STUCK_SECONDS
+        return self.silent_for > STUCK_SECONDS
+
+    @property
+    def silent_for(self) -> float:
+        """For how many seconds nobody has taken anything of what is unwritten; 0 if nothing is."""
+        return time.monotonic() - self._moved_at if self._bytes_taken > self._bytes_written else 0.0
 
     @property
     def mark(self) -> int:
@@ -251,13 +257,14 @@ class EventLog:
         return output.written >= mark or (self.hurry and (output.stuck or output.full))
 
     @property
-    def trouble(self) -> str | None:
+    def trouble(self) -> Trouble | None:
         """What an operator should know of the output."""
         if not self._output.stuck:
             return None
-        return (
+        return Trouble.now(
             "Nobody has read standard output for a while: busts go on, and are told when somebody reads again, unless "
-            "the slot holds more than CDC_MAX_RETAINED_WAL; look at the log driver."
+            "the slot holds more than CDC_MAX_RETAINED_WAL; look at the log driver.",
+            ago=self._output.silent_for,
         )
 
     async def room(self) -> None:

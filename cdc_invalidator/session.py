@@ -46,7 +46,7 @@ from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
-from cdc_invalidator.rules.table import Table
+from cdc_invalidator.trouble import Trouble
 from cdc_invalidator.watch import Watch, show
 
 _log = structlog.get_logger()
@@ -158,9 +158,9 @@ class Session:
         self._connections.callback(standbys.close)
         self.backlog = Backlog()
         # Why the slot is not made yet, or what hangs.
-        self.last_error: str | None = None
-        # Returns the tables of rules whose changes are not in the stream: they don't exist, or can't be published.
-        self.unpublished: Callable[[], list[Table]] = list
+        self.trouble: Trouble | None = None
+        # Of the rules, once they have been looked for.
+        self.tables: Tables | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Open, stream until told to stop, drain.
@@ -221,9 +221,9 @@ class Session:
         await self._farewell(opened.replication, opened.checkpoint, receiving)
 
     def _tell(self, error: str | None) -> None:
-        if error is not None and self.last_error is None:
+        if error is not None and self.trouble is None:
             _log.warning("postgres_waits", error=error)
-        self.last_error = error
+        self.trouble = Trouble.now(error, self.trouble) if error is not None else None
 
     def _start(self, work: Coroutine[None, None, Value], name: str) -> asyncio.Task[Value]:
         task = asyncio.create_task(work, name=name)
@@ -261,7 +261,7 @@ class Session:
         spelling = await Spelling.read(connection, options.postgres_dsn)
         self._queries.spelling = spelling.values
         tables = Tables(connection, publication, spelling, self._rules, strict=self._strict)
-        self.unpublished = lambda: tables.unseen
+        self.tables = tables
         new_slot = await self._have_slot(slot, tables)
         replication = await Replication.open(options.postgres_dsn, spelling.values)
         self._connections.callback(replication.close)
@@ -454,14 +454,14 @@ class Session:
                 await server.connect()
                 await refuse_occupied(server, await server.read_watermarks(), system_id, suspicious=suspicious)
             except errors.RedisUnavailable as error:
-                self.last_error = str(error)
+                self.trouble = Trouble.now(str(error), self.trouble)
                 self._metrics.redis_errors.labels(error.code).inc()
                 delay = backoff.next()
                 tell = _log.error if error.report else _log.warning
                 tell("slot_waits_for_redis", error=str(error), retry_in_s=round(delay, 2))
                 await asyncio.sleep(delay)
             else:
-                self.last_error = None
+                self.trouble = None
                 return
             finally:
                 await server.close()

@@ -34,6 +34,7 @@ from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.redis.info import InfoMetrics
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.trouble import Trouble
 
 # Keys a flush: many enough to pay for the round trip, few enough that the watermark keeps moving.
 FLUSH_WEIGHT = 10_000
@@ -176,7 +177,7 @@ class Apply:
         self.gap(broken)
 
     @property
-    def denied(self) -> dict[str, str]:
+    def denied(self) -> dict[str, Trouble]:
         """The caches whose busts or sweep Redis denies, and why."""
         return self._gaps.denied
 

@@ -21,6 +21,7 @@ from cdc_invalidator.pipeline.eventstream import EventStream
 from cdc_invalidator.pipeline.sweep import Asked, Cause, Pass, Request
 from cdc_invalidator.redis.scripts import BUMP_MISSING
 from cdc_invalidator.redis.server import BustReply
+from cdc_invalidator.trouble import Trouble
 
 try:
     from cdc_invalidator.compiled import _tell
@@ -100,7 +101,7 @@ class Events:
             await asyncio.sleep(0.005)
 
     @property
-    def trouble(self) -> str | None:
+    def trouble(self) -> Trouble | None:
         """What an operator should know of the log."""
         return self._log.trouble
 

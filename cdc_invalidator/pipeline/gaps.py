@@ -31,6 +31,7 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.rules.model import Cache, RuleSet
+from cdc_invalidator.trouble import Trouble
 
 _log = structlog.get_logger()
 
@@ -79,12 +80,13 @@ class GapTicket(Ticket):
 
 @dataclass(slots=True)
 class Denial:
-    """Why Redis denies the busts or the sweep of a cache; times are of the monotonic clock.
+    """That Redis denies the busts or the sweep of a cache; times are of the monotonic clock.
 
-    ``retry_at``: when the gap's sweep is tried again; ``granted_at``: when one was over; ``None`` while it is denied.
+    ``trouble``: why, and since when; ``retry_at``: when the gap's sweep is tried again; ``granted_at``: when one was
+    over; ``None`` while it is denied.
     """
 
-    error: str
+    trouble: Trouble
     retry_at: float
     granted_at: float | None = None
     backoff: Backoff = field(default_factory=lambda: Backoff(first=FIRST_PAUSE_SECONDS, most=MOST_PAUSE_SECONDS))
@@ -161,9 +163,10 @@ class Gaps:
             if denial is None or denial.granted_at is not None:
                 new.setdefault(str(error), []).append(name)
             if denial is None or (denial.granted_at is not None and now - denial.granted_at > CALM_SECONDS):
-                self._denials[name] = Denial(str(error), retry_at=now)
+                self._denials[name] = Denial(Trouble.now(str(error)), retry_at=now)
             else:
-                denial.error, denial.granted_at = str(error), None
+                goes_on = denial.trouble if denial.granted_at is None else None
+                denial.trouble, denial.granted_at = Trouble.now(str(error), goes_on), None
                 denial.retry_at = now + denial.backoff.next()
             self._metrics.cache_denied.labels(name).set(1)
             # What has been withdrawn and logged stays so.
@@ -175,9 +178,9 @@ class Gaps:
             _log.error("caches_denied", caches=sorted(caches), error=text)
 
     @property
-    def denied(self) -> dict[str, str]:
+    def denied(self) -> dict[str, Trouble]:
         """The caches whose busts or sweep Redis denies, and why."""
-        return {name: denial.error for name, denial in self._denials.items() if denial.granted_at is None}
+        return {name: denial.trouble for name, denial in self._denials.items() if denial.granted_at is None}
 
     def log(self, reason: str, caches: list[str], since: int, *, swept: bool) -> None:
         """Log that changes to these caches since an LSN may have been missed."""

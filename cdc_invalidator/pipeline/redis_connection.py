@@ -17,6 +17,7 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.watermark import Watermark
+from cdc_invalidator.trouble import Trouble
 
 _log = structlog.get_logger()
 
@@ -34,7 +35,8 @@ class RedisConnection:
         self._metrics = metrics
         self._backoff = Backoff()
         self.server: CacheServer | None = None
-        self.last_error: str | None = None
+        # Since the last turn that went well.
+        self.trouble: Trouble | None = None
         self.away_since: float | None = None
         # Whether only an operator can help.
         self.refused = False
@@ -64,14 +66,14 @@ class RedisConnection:
     def works(self) -> None:
         """Note that all that was asked has been answered."""
         self._backoff.reset()
-        self.last_error = self.away_since = None
+        self.trouble = self.away_since = None
         self.refused = False
 
     async def lost(self, error: errors.RedisUnavailable) -> None:
         """Close it, and wait for as long as the next attempt should wait."""
         await self.close()
         self._metrics.redis_errors.labels(error.code).inc()
-        self.last_error = str(error)
+        self.trouble = Trouble.now(str(error), self.trouble)
         self.refused = error.report
         self.away_since = self.away_since or time.monotonic()
         delay = self._backoff.next()

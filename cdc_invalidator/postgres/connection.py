@@ -57,19 +57,23 @@ _REMEDIES: dict[str, str] = {
     "28P01": "put the right user and password into CDC_POSTGRES_DSN",
     "28000": "allow the role in pg_hba.conf and give it LOGIN and REPLICATION",
     "3D000": "put the name of an existing database into CDC_POSTGRES_DSN",
+    # No SQLSTATE of its own.
+    "no role": "make the role, as deploy/postgresql.sql does, or put the user that you meant into CDC_POSTGRES_DSN",
     "53400": "raise max_replication_slots, or drop a slot that nobody uses",
     "0A000": "use PostgreSQL 15 or later with logical replication",
 }
 
 
 _PUBLICATION_GONE = re.compile(r'publication ".*" does not exist')
+# What the server's text tells, and the remedy.
 _WORDS = {
     "password authentication failed": "28P01",
     "no password supplied": "28P01",
-    "no pg_hba.conf entry": "28000",
+    r"no pg_hba\.conf entry": "28000",
     "is not permitted to log in": "28000",
     "permission denied to start WAL sender": "42501",
     "must be superuser or replication role": "42501",
+    'role ".*" does not exist': "no role",
     '" does not exist': "3D000",
 }
 # What poolers say of parameters that they can't pass on: PgBouncer, and RDS Proxy.
@@ -262,9 +266,9 @@ def translate(error: Exception) -> errors.InvalidatorError:
     if state in _REMEDIES:
         return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state]}.")
     # While connecting, psycopg gives no SQLSTATE: only the server's text tells what is wrong.
-    for words, sqlstate in _WORDS.items():
-        if not state and words in str(error):
-            return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[sqlstate]}.")
+    for words, remedy in _WORDS.items():
+        if not state and re.search(words, str(error)):
+            return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[remedy]}.")
     return errors.PostgresUnavailable(
         f"PostgreSQL is not available ({first_line(error)}); check CDC_POSTGRES_DSN and the server."
     )

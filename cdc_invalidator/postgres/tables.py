@@ -19,6 +19,7 @@ from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Survey
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
+from cdc_invalidator.trouble import Trouble
 
 _log = structlog.get_logger()
 
@@ -58,6 +59,8 @@ class Tables:
         self._strict = strict
         self._survey: Survey | None = None
         self._digested: tuple[Survey, dict[str, str]] | None = None
+        # The set-up statements that can't be run, each with the reason.
+        self._undone: dict[str, Trouble] = {}
 
     @property
     def survey(self) -> Survey:
@@ -69,6 +72,14 @@ class Tables:
     def unseen(self) -> list[Table]:
         """Tables of rules whose changes are not in the stream: they don't exist, or can't be published."""
         return self._survey.unknown + self._survey.blind if self._survey else []
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """Why the publication is not as it should be."""
+        if not self._undone:
+            return None
+        texts = dict.fromkeys(each.text for each in self._undone.values())
+        return Trouble(" ".join(texts), min(each.since for each in self._undone.values()))
 
     def digests(self) -> dict[str, str]:
         """Return, for each cache that is kept, the digest of its rules and tables for the watermark."""
@@ -96,6 +107,7 @@ class Tables:
         for _ in range(ATTEMPTS):
             statements = self._publication.statements(survey)
             if not statements:
+                self._undone.clear()
                 break
             done = await (self.set_up(statements) if self._strict else self._set_up_each(statements))
             survey = await self._publication.survey(self._rules)
@@ -143,20 +155,26 @@ class Tables:
 
     async def set_up(self, statements: list[str]) -> bool:
         """Run set-up statements; return False if they can't be run now and the stream can go on without."""
-        _log.info("setting_up", statements=statements)
+        name = "; ".join(statements)
+        before = self._undone.get(name)
+        if before is None:
+            _log.info("setting_up", statements=statements)
         try:
             await run_statements(self._connection, statements)
-        except errors.Locked as error:
-            _log.warning("not_set_up", error=str(error))
-            return False
-        except errors.ServerRefuses as error:
+        except (errors.Locked, errors.ServerRefuses) as error:
+            refused = isinstance(error, errors.ServerRefuses)
             # At the first start somebody is watching, so refuse. Later, go on with what works.
-            if self._strict:
+            if refused and self._strict:
                 raise
-            _log.error("not_set_up", error=str(error))
+            if before is None or before.text != str(error):
+                (_log.error if refused else _log.warning)("not_set_up", error=str(error))
+            self._undone[name] = Trouble.now(str(error), before)
             return False
+        self._undone.pop(name, None)
         return True
 
     async def _set_up_each(self, statements: list[str]) -> bool:
         """Run each set-up statement, whether or not others fail; return whether any succeeded."""
+        # What is no longer to be done is no trouble any more.
+        self._undone = {statement: self._undone[statement] for statement in statements if statement in self._undone}
         return any([await self.set_up([statement]) for statement in statements])

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 from contextlib import contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -142,9 +143,16 @@ def test_a_server_that_stays_away_is_not_asked_all_the_time(
             attempts = proxy.accepted - before
             assert daemon.get("/readyz")[0] == 503
             assert daemon.get("/livez")[0] == 200
-            assert "CDC_POSTGRES_DSN" in daemon.status()["last_error"]
+            status = daemon.status()
+            assert "CDC_POSTGRES_DSN" in status["last_error"]
+            # Since the first failure, not the last.
+            began = datetime.fromisoformat(daemon.seen("session_lost")["ts"])
+            since = datetime.fromisoformat(status["last_error_since"])
+            assert abs((since - began).total_seconds()) < 0.1
+            assert status["last_error_since"] in daemon.get("/readyz")[1]
             proxy.mend()
             streams_again(daemon, 2)
+            assert daemon.status()["last_error"] is daemon.status()["last_error_since"] is None
         print(f"{attempts} attempts")
         assert 1 < attempts < 20
         assert_all_is_well(dsn, redis_client, daemon)
@@ -275,6 +283,23 @@ def test_a_role_that_may_not_replicate_ends_with_3(dsn: str, daemon_of: Callable
 def test_a_role_that_may_not_log_in_ends_with_3(dsn: str, daemon_of: Callable[..., Any]) -> None:
     with role(dsn, "NOLOGIN REPLICATION") as its_dsn:
         refused(daemon_of(its_dsn), 3, "LOGIN")
+
+
+def test_a_role_that_is_not_there_ends_with_3_and_says_to_make_it(
+    own: Postgres, dsn: str, daemon_of: Callable[..., Any]
+) -> None:
+    hba = own.data / "pg_hba.conf"
+    before = hba.read_text()
+    # With a password, PostgreSQL does not tell that there is no such role.
+    hba.write_text("host all nobody 127.0.0.1/32 trust\n" + before)
+    try:
+        its_dsn = make_conninfo(dsn, user="nobody")
+        execute(dsn, "SELECT pg_reload_conf()")
+        eventually(lambda: 'role "nobody" does not exist' in rejection(its_dsn), "the new pg_hba.conf is in force")
+        refused(daemon_of(its_dsn), 3, 'role "nobody" does not exist', "make the role")
+    finally:
+        hba.write_text(before)
+        execute(dsn, "SELECT pg_reload_conf()")
 
 
 def test_a_role_that_may_replicate_and_owns_the_tables_needs_no_more(

@@ -898,7 +898,9 @@ def test_a_table_of_somebody_else_does_not_end_the_daemon_and_keeps_no_other_out
         execute(
             database, "CREATE TABLE zz_mine (id int PRIMARY KEY)", f"ALTER TABLE zz_mine OWNER TO {slot_name}", THINGS
         )
-        stage.daemon.seen("not_set_up", level="error")
+        told = stage.daemon.seen("not_set_up", level="error")["error"]
+        status = stage.daemon.status()
+        assert status["last_error"] == told
         stage.busts(["t:other:1"], "UPDATE others SET n = 1 WHERE id = 1")
         eventually(
             lambda: stage.published() == ["public.others", "public.zz_mine"], "the table that may be is published"
@@ -907,8 +909,14 @@ def test_a_table_of_somebody_else_does_not_end_the_daemon_and_keeps_no_other_out
         execute(database, "INSERT INTO things VALUES (1, 1)")
         eventually(lambda: not stage.cached("t:thing:1"), "it is kept swept")
         stage.gap("table_unpublished")
+        # It has been tried again, and is told once.
+        looks = stage.daemon.metric("cdc_invalidator_watches_total")
+        eventually(lambda: stage.daemon.metric("cdc_invalidator_watches_total") > looks, "another look")
+        assert len(stage.daemon.named("not_set_up")) == 1
+        assert stage.daemon.status()["last_error_since"] == status["last_error_since"]
         execute(database, f"ALTER TABLE things OWNER TO {slot_name}")
         stage.publishes("public.others", "public.things", "public.zz_mine")
+        eventually(lambda: stage.daemon.status()["last_error"] is None, "that is over")
         stage.busts(["t:thing:1"], "UPDATE things SET n = 2")
         stage.assert_well()
         stage.daemon.kill()

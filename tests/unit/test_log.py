@@ -94,7 +94,7 @@ async def test_for_a_reader_who_takes_nothing_they_wait_only_so_long_and_what_is
 
     assert pipe.output.stuck
     assert pipe.output.dropped == 2
-    assert "standard output" in (pipe.events.trouble or "")
+    assert "standard output" in str(pipe.events.trouble)
     assert len(await asyncio.to_thread(pipe.read, MANY * len(LINE))) == MANY * len(LINE)
     await asyncio.to_thread(until, lambda: not pipe.output.stuck)
     assert not pipe.events.told(mark)

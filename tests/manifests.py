@@ -31,7 +31,7 @@ DEPLOY = Path(__file__).parents[1] / "deploy"
 # The oldest that has sidecars without a feature gate, one in the middle, and the newest.
 KUBERNETES = ("1.29", "1.32", "1.37")
 # Kinds of the Prometheus Operator: their schemas are not part of Kubernetes.
-WITHOUT_SCHEMA = ("PodMonitor", "PrometheusRule")
+WITHOUT_SCHEMA = ("PodMonitor", "PrometheusRule", "ServiceMonitor")
 OURS = "cdc-invalidator"
 
 _ENUMS = {
@@ -271,6 +271,8 @@ def _resources(container: dict[str, Any]) -> Iterator[str]:
 
 
 def _image(container: dict[str, Any]) -> Iterator[str]:
+    if re.search(r"@sha256:[0-9a-f]{64}$", container["image"]):
+        return
     tag = re.fullmatch(r".+?:([\w][\w.-]*)", container["image"].rpartition("/")[2])
     if not tag or tag[1] == "latest":
         yield f"image {container['image']} has no tag of its own"

@@ -1,4 +1,4 @@
-"""Makes what is derived: dashboard.json from the panels below, prometheusrule.yaml from rules.yml.
+"""Makes what is derived: dashboard.json from the panels below, prometheusrule.yaml and the chart's copy from rules.yml.
 
 Run it after a change of either: ``python deploy/monitoring/generate.py``. A test holds the files against it.
 """
@@ -499,6 +499,8 @@ def prometheusrule() -> str:
 FILES = {
     "dashboard.json": lambda: json.dumps(dashboard(), indent=1) + "\n",
     "prometheusrule.yaml": prometheusrule,
+    # A chart holds all that it needs.
+    "../helm/cdc-invalidator/files/rules.yml": (FOLDER / "rules.yml").read_text,
 }
 
 

@@ -289,6 +289,83 @@ def test_the_chart_takes_the_settings_that_are_no_secrets_and_hands_them_on(page
     assert spec(documents)["replicas"] == 3
 
 
+def test_the_chart_writes_large_numbers_in_full() -> None:
+    given = {"sweep_rate": 5_000_000, "event_stream_length": 10**9, "verify_sample": 0.05, "standby_limit": 30}
+    documents = charts.render(VALUES | {"settings": given, "env": {"SHARD": 12_000_000}}, SECRET, namespace="shop")
+    shown = {one["name"]: one["value"] for one in ours(documents)["env"]}
+    assert shown.items() >= {f"CDC_{name.upper()}": str(value) for name, value in given.items()}.items()
+    assert shown["SHARD"] == "12000000"
+
+
+EVERYTHING = {
+    "fullnameOverride": "busts",
+    "nameOverride": "shop-busts",
+    "commonLabels": {"team": "shop"},
+    "image": {"digest": "sha256:" + "a" * 64},
+    "serviceAccount": {"create": True, "annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/cdc"}},
+    "extraEnv": [{"name": "REGION", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}}],
+    "extraEnvFrom": [{"configMapRef": {"name": "application"}}],
+    "extraVolumes": [{"name": "certificates", "emptyDir": {}}],
+    "extraVolumeMounts": [{"name": "certificates", "mountPath": "/certificates", "readOnly": True}],
+    "extraContainers": [{"name": "vault-agent", "image": "vault:1.20.0"}],
+    "extraInitContainers": [{"name": "sql-proxy", "image": "cloud-sql-proxy:2.18.0", "restartPolicy": "Always"}],
+    "priorityClassName": "high",
+    "networkPolicy": {"extraEgress": [{"ports": [{"port": 443, "protocol": "TCP"}]}]},
+    "service": {"enabled": True},
+    "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
+    "podSecurityContext": {"fsGroup": 65532},
+    "topologySpreadConstraints": [
+        {"topologyKey": "topology.kubernetes.io/zone", "maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}
+    ],
+    "dnsConfig": {"options": [{"name": "ndots", "value": "1"}]},
+}
+
+
+def test_the_chart_takes_what_people_put_beside_a_daemon(page: Callable[[str], int]) -> None:
+    documents = charts.render(VALUES | EVERYTHING, SECRET, namespace="shop")
+    # What runs beside it is the user's; its own container, and all objects, must be right.
+    beside = ("cloud-sql-proxy", "sql-proxy", "vault-agent")
+    assert [problem for problem in problems(documents, page) if not any(name in problem for name in beside)] == []
+    made = {document["kind"]: document for document in documents if document["kind"] != "Secret"}
+    assert sorted(made) == [
+        "ConfigMap",
+        "Deployment",
+        "NetworkPolicy",
+        "PodDisruptionBudget",
+        "PodMonitor",
+        "PrometheusRule",
+        "Service",
+        "ServiceAccount",
+    ]
+    for document in made.values():
+        assert document["metadata"]["name"].startswith("busts")
+        assert (
+            document["metadata"]["labels"].items() >= {"team": "shop", "app.kubernetes.io/name": "shop-busts"}.items()
+        )
+    (pod,) = pods(documents)
+    assert pod.ours["image"] == "cdc-invalidator@sha256:" + "a" * 64
+    assert pod.ours["env"][-1] == EVERYTHING["extraEnv"][0]  # type: ignore[index]
+    assert [container["name"] for container in pod.containers] == ["sql-proxy", "cdc-invalidator", "vault-agent"]
+    assert pod.spec["serviceAccountName"] == "busts"
+    assert made["ServiceAccount"]["metadata"]["annotations"] == EVERYTHING["serviceAccount"]["annotations"]  # type: ignore[index]
+    # What is given is added to what makes the Pod safe.
+    assert pod.spec["securityContext"].items() >= {"fsGroup": 65532, "runAsNonRoot": True}.items()
+    assert pod.spec["topologySpreadConstraints"] == EVERYTHING["topologySpreadConstraints"]
+    assert made["PodMonitor"]["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_the_rules_and_monitors_of_the_chart_are_those_beside_it() -> None:
+    documents = charts.render(
+        VALUES | {"prometheusRule": {"enabled": True}, "serviceMonitor": {"enabled": True}}, SECRET, namespace="shop"
+    )
+    alone = yaml.safe_load((DEPLOY / "monitoring/prometheusrule.yaml").read_text())
+    assert find(documents, "PrometheusRule")["spec"] == alone["spec"]
+    (endpoint,) = find(documents, "ServiceMonitor")["spec"]["endpoints"]
+    (port,) = find(documents, "Service")["spec"]["ports"]
+    assert endpoint["port"] == port["name"]
+
+
 def test_the_chart_takes_a_config_map_that_is_there_and_leaves_out_what_is_not_wanted() -> None:
     values = {"rulesConfigMap": "rules", "networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}}
     documents = charts.render(values, SECRET, namespace="shop")
@@ -305,7 +382,16 @@ def test_the_chart_takes_a_config_map_that_is_there_and_leaves_out_what_is_not_w
         ({"settings": {"slots": "shop"}}, "slots"),
         ({"settings": {"postgres_dsn": "postgresql://u:p@h/d"}}, "postgres_dsn"),
         ({"settings": {"on_gap": "no"}}, "on_gap"),
-        ({"settings": {"sweep_rate": 5000}}, "sweep_rate"),
+        ({"settings": {"sweep_rate": "many"}}, "sweep_rate"),
+        ({"settings": {"sweep_rate": 0.5}}, "sweep_rate"),
+        ({"settings": {"standby_limit": -1}}, "standby_limit"),
+        ({"image": {"digest": "sha256:abc"}}, "digest"),
+        ({"fullnameOverride": "Shop"}, "fullnameOverride"),
+        ({"extraEnv": [{"name": "A", "valeu": "x"}]}, "valeu"),
+        ({"extraVolumes": [{"emptyDir": {}}]}, "extraVolumes"),
+        ({"serviceAccount": {"creat": True}}, "creat"),
+        ({"podMonitor": {"enabled": True, "interval": 15}}, "interval"),
+        ({"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}}, "scraped twice"),
         ({"env": {"CDC_SLOT": "shop"}}, "CDC_SLOT"),
         ({"image": {"tag": "latest"}}, "tag"),
         ({"rules": {"rules": "version: 1"}}, "rules"),

@@ -12,14 +12,14 @@ import pytest
 from prometheus import MONITORING
 
 DASHBOARD: dict[str, Any] = json.loads((MONITORING / "dashboard.json").read_text())
+FILES: dict[str, Any] = runpy.run_path(str(MONITORING / "generate.py"))["FILES"]
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 SHOWING = [panel for panel in PANELS if panel["type"] not in {"row", "text"}]
 
 
-@pytest.mark.parametrize("name", ["dashboard.json", "prometheusrule.yaml"])
+@pytest.mark.parametrize("name", FILES)
 def test_what_is_derived_is_up_to_date(name: str) -> None:
-    made = runpy.run_path(str(MONITORING / "generate.py"))["FILES"][name]()
-    assert (MONITORING / name).read_text() == made, "run python deploy/monitoring/generate.py"
+    assert (MONITORING / name).read_text() == FILES[name](), "run python deploy/monitoring/generate.py"
 
 
 def test_panels_have_ids_and_places_of_their_own() -> None:

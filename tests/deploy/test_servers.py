@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -23,17 +25,27 @@ ROLE = "cdc_invalidator"
 
 
 @pytest.fixture
-def dsn(database: str, postgres: Postgres, slot_name: str) -> Iterator[str]:
+def dsn(database: str, postgres: Postgres, slot_name: str, tmp_path: Path) -> Iterator[str]:
     """A DSN of the role that deploy/postgresql.sql makes; role and publication are named like the slot here."""
     execute(
         database,
         "CREATE TABLE users (id int PRIMARY KEY, name text)",
         "CREATE TABLE orders (id int PRIMARY KEY, user_id int)",
     )
-    script = (DEPLOY / "postgresql.sql").read_text().replace(ROLE, slot_name).replace("change-me", "pw")
-    with psycopg.connect(database) as connection:
-        # Without parameters, the server is sent the whole script, as psql sends it.
-        connection.execute(script)
+    script = tmp_path / "postgresql.sql"
+    script.write_text((DEPLOY / "postgresql.sql").read_text().replace(ROLE, slot_name))
+    psql: list[str | Path] = [
+        postgres.bin_dir / "psql",
+        "--single-transaction",
+        "--set=ON_ERROR_STOP=1",
+        f"--file={script}",
+        database,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "CDC_PASSWORD"}
+    forgotten = subprocess.run(psql, env=environment, capture_output=True, text=True, check=False)
+    assert forgotten.returncode == 3
+    assert "syntax error" in forgotten.stderr
+    subprocess.run(psql, env=environment | {"CDC_PASSWORD": "pw"}, check=True)
     name = database.rpartition("/")[2]
     yield postgres.dsn_for(name, user=slot_name, password="pw")
     execute(

@@ -149,7 +149,8 @@ class Metrics:
         )
         self.rule_errors = counter(
             "rule_errors_total",
-            "Relations for which a rule can't build its keys, and failures of its via queries.",
+            "Relations for which a rule can't build its keys, failures of its via queries, and rows that are too long "
+            "for its conditions.",
             "rule",
         )
         self.queries = counter(

@@ -157,6 +157,8 @@ class Session:
         self._connections.callback(self._queries.close)
         self._connections.callback(standbys.close)
         self.backlog = Backlog()
+        # Rules of which a condition gave up a row that was too long for it.
+        self._gave_up: set[str] = set()
         # Why the slot is not made yet, or what hangs.
         self.trouble: Trouble | None = None
         # Of the rules, once they have been looked for.
@@ -189,7 +191,7 @@ class Session:
         receiver = receive.Receive(
             opened.replication,
             opened.publication,
-            Invalidation(self._rules),
+            Invalidation(self._rules, gave_up=self._condition_gave_up),
             ManualBusts(self._rules),
             lambda: opened.tables.survey,
             watch.look_at_tables,
@@ -219,6 +221,17 @@ class Session:
         else:
             _log.warning("not_drained", error="Not all was busted in time; the next start receives the rest again.")
         await self._farewell(opened.replication, opened.checkpoint, receiving)
+
+    def _condition_gave_up(self, rule: str) -> None:
+        """Count a row that a rule's condition is not asked for, since its values are too long; tell the first one."""
+        self._metrics.rule_errors.labels(rule).inc()
+        if rule not in self._gave_up:
+            self._gave_up.add(rule)
+            _log.warning(
+                "condition_given_up",
+                rule=rule,
+                error="A row is too long for a `when` or `where` of the rule, and so counts; compare shorter columns.",
+            )
 
     def _tell(self, error: str | None) -> None:
         if error is not None and self.trouble is None:

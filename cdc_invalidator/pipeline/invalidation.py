@@ -7,10 +7,10 @@ row then costs a few look-ups and one join of bytes a key. Which rows belong to 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cdc_invalidator.pipeline.batch import Target
-from cdc_invalidator.pipeline.plan import Complaint, Counts, Plan, PreparedRule, compile_plan, compile_sweeps
+from cdc_invalidator.pipeline.plan import Complaint, Counts, Plan, PreparedRule, compile_plan, compile_sweeps, ignore
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.condition import condition_of
@@ -23,9 +23,11 @@ class Invalidation:
 
     Args:
         rules: the rule set.
+        gave_up: see `compile_plan`.
     """
 
-    def __init__(self, rules: RuleSet) -> None:
+    def __init__(self, rules: RuleSet, *, gave_up: Callable[[str], None] = ignore) -> None:
+        self._gave_up = gave_up
         self._by_table: dict[Table, list[PreparedRule]] = {}
         self._counts: Counts = defaultdict(int)
         for rule in rules.rules:
@@ -54,7 +56,7 @@ class Invalidation:
         Returns:
             The plan, and what keeps rules from naming their keys.
         """
-        return compile_plan(relation, self._rules_of(tables), str(tables[0]), self._counts, types)
+        return compile_plan(relation, self._rules_of(tables), str(tables[0]), self._counts, types, self._gave_up)
 
     def compile_unknown(self, relation: pgoutput.Relation, tables: Iterable[Table]) -> Plan:
         """Compile a relation that no rule names, while rules name missing tables: it may be one of them, renamed.

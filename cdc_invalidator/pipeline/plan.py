@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from cdc_invalidator import errors
@@ -26,6 +27,10 @@ Counts = defaultdict[tuple[str, str], int]
 
 
 KeyOf = Callable[[Sequence[bytes | None]], bytes | None]
+
+
+def ignore(_rule: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +315,7 @@ def compile_plan(
     name: str,
     counts: Counts,
     types: Mapping[str, ColumnType] | None = None,
+    gave_up: Callable[[str], None] = ignore,
 ) -> tuple[Plan, list[Complaint]]:
     """Compile rules for a relation.
 
@@ -319,6 +325,7 @@ def compile_plan(
         name: what rules know it by.
         counts: is counted up, by table and kind of change.
         types: of its columns, as far as the catalogs are known.
+        gave_up: is called with a rule for each row that is too long for one of its conditions, and so counts.
 
     Returns:
         The plan, and what keeps rules from naming their keys.
@@ -326,7 +333,7 @@ def compile_plan(
     complaints: list[Complaint] = []
     by_op: dict[str, list[_RulePlan]] = {op: [] for op in OPS}
     for prepared in rules:
-        plan, of_rule = _compile(prepared, relation, types or {})
+        plan, of_rule = _compile(prepared, relation, types or {}, partial(gave_up, prepared.rule.name))
         complaints += of_rule
         for op in prepared.rule.on:
             by_op[op].append(plan)
@@ -348,7 +355,10 @@ def _plan(relation: pgoutput.Relation, by_op: Mapping[str, list[_RulePlan]], nam
 
 
 def _compile(
-    prepared: PreparedRule, relation: pgoutput.Relation, types: Mapping[str, ColumnType]
+    prepared: PreparedRule,
+    relation: pgoutput.Relation,
+    types: Mapping[str, ColumnType],
+    gave_up: Callable[[], None],
 ) -> tuple[_RulePlan, list[Complaint]]:
     rule, condition = prepared.rule, prepared.condition
     index = {column.name: position for position, column in enumerate(relation.columns)}
@@ -376,7 +386,7 @@ def _compile(
         return not misuses
 
     bound = {
-        source: where.bind_row(list(of_columns), list(of_columns.values()))
+        source: where.bind_row(list(of_columns), list(of_columns.values()), gave_up=gave_up)
         for source, where in wheres.items()
         if where.columns <= index.keys() and bindable(where)
     }
@@ -400,7 +410,7 @@ def _compile(
     compared = tuple(sorted(index[column] for column in watched if column in index))
     holds = None
     if condition is not None and not missing and bindable(condition):
-        holds = condition.bind(list(of_columns), list(of_columns.values()))
+        holds = condition.bind(list(of_columns), list(of_columns.values()), gave_up=gave_up)
     kept = tuple(column.name in rule.immutable and not column.is_key for column in relation.columns)
     return _RulePlan(firings, compared, rule.on, bool(missing), holds, kept), complaints
 

@@ -17,6 +17,8 @@ from enum import Enum
 from functools import partial
 from typing import Any, Final, NamedTuple
 
+from cdc_invalidator.rules.regex import found_in
+
 
 class ColumnType(NamedTuple):
     """What decides how a column's values compare.
@@ -354,7 +356,7 @@ NAMES: Mapping[str, str] = {
 """The functions that stand for operators."""
 ORDERS = frozenset({"<", "<=", ">", ">="})
 ARITHMETIC = frozenset("+-*/%")
-NEGATE, PLAIN, TEXT_OF = "cdc_negate", "cdc_plain", "cdc_text"
+NEGATE, PLAIN, TEXT_OF, MATCHES = "cdc_negate", "cdc_plain", "cdc_text", "cdc_matches"
 _ACCEPTED = {"<": {-1}, "<=": {-1, 0}, ">": {1}, ">=": {0, 1}}
 
 
@@ -371,6 +373,8 @@ def functions(*, order_text: bool) -> dict[str, Callable[..., Any]]:
         NEGATE: _negate,
         PLAIN: _plain,
         TEXT_OF: _text_of,
+        # CEL's own compiles the expression for each row.
+        MATCHES: found_in,
         **{NAMES[operator]: partial(_calculate, operator) for operator in ARITHMETIC},
         **{
             NAMES[operator]: partial(_compare, accepted=frozenset(accepted), text=order_text)

@@ -7,7 +7,8 @@ The CEL library is slow to import and to feed. It is imported with the first rul
 the columns that the expression names. What the expression does with values is done by `comparison`.
 
 The rule that holds here: what is not known for sure counts as true. A condition holds when the expression fails, when
-its result is neither true nor false, or when it reads a value that the stream did not carry.
+its result is neither true nor false, or when it reads a value that the stream did not carry. So it does for a row whose
+values are too long for the work that the expression does with them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cdc_invalidator.rules.comparison import ARITHMETIC, NAMES, ORDERS, ColumnType, Kind, converter, functions
-from cdc_invalidator.rules.expression import Operand, Use, read
+from cdc_invalidator.rules.expression import MOST_STEPS, Operand, Search, TooMuchError, Use, read
 from cdc_invalidator.rules.model import Rule
+from cdc_invalidator.rules.regex import MOST_STATES, STATE_COST, states
 from cdc_invalidator.rules.values import ROWS_OF, UNCHANGED, Value
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 Holds = Callable[[str, Sequence[Value] | None, Sequence[Value] | None], bool]
 HoldsOf = Callable[[Sequence[Value]], bool]
+# Bytes of a row's values, times the steps of an expression: what it may do for one row, a fifth of a second.
+MOST_WORK = 50_000_000
 
 
 class _Field(NamedTuple):
@@ -78,6 +82,10 @@ _CORRECT = "correct it: CEL writes `==`, `== null`, `&&`, `||`, `!`, and a backs
 _ERROR_AT = re.compile(r"<input>:(\d+):(\d+): (?:Syntax error: )?([^\n]*)")
 
 
+def _ignore() -> None:
+    """Do nothing."""
+
+
 class ConditionError(ValueError):
     """The text is no condition; ``offset`` (from 0) is where, the message one sentence with the remedy."""
 
@@ -120,9 +128,18 @@ class Condition:
         try:
             variables = set(cel.compile(source).variables())
             self._expression = read(source, known.rows)
-            self._program: cel.Program = cel.compile(self._expression.text)
+        except TooMuchError as error:
+            raise ConditionError(f"`{field}` {error}", error.offset) from None
         except ValueError as error:
             raise _wrong(source, str(error), field) from None
+        try:
+            self._program: cel.Program = cel.compile(self._expression.text)
+        except ValueError:
+            # Written anew, it stands deeper: the library reads no deeper than 96.
+            raise ConditionError(f"`{field}` nests too deep; calculate and call less in a row", 0) from None
+        self._steps = self._expression.steps
+        for search in self._expression.searches:
+            self._steps += self._search_steps(search)
         strangers = sorted(variables - {*known.rows, *known.others} - self._expression.bound)
         if strangers:
             at = re.search(rf"\b{re.escape(strangers[0])}\b", source)
@@ -139,6 +156,22 @@ class Condition:
         self.reads = {
             row: Reads(frozenset(self._expression.columns[row]), row in self._expression.whole) for row in known.rows
         }
+
+    def _search_steps(self, search: Search) -> int:
+        """Return how many steps a search takes at most for each value of a row that it goes through."""
+        import cel  # noqa: PLC0415  see above
+
+        offset = search.pattern.start
+        try:
+            size = states(cel.compile(search.pattern.text).execute())
+        except ValueError as error:
+            raise ConditionError(f"a regular expression of `{self.field}` {error}", offset) from None
+        steps = search.weight * size * STATE_COST
+        if size > MOST_STATES or self._steps + steps > MOST_STEPS:
+            raise ConditionError(
+                f"a regular expression of `{self.field}` is too much work; repeat less in it ({{n,m}})", offset
+            )
+        return steps
 
     @property
     def columns(self) -> frozenset[str]:
@@ -161,23 +194,28 @@ class Condition:
         instead = _FIELDS[self.field].instead
         return [f"`{self.field}` {misuse}, or {instead}" for misuse in dict.fromkeys(found)]
 
-    def bind(self, names: Sequence[str], types: Sequence[ColumnType]) -> Holds:
+    def bind(
+        self, names: Sequence[str], types: Sequence[ColumnType], *, gave_up: Callable[[], None] = _ignore
+    ) -> Holds:
         """Return the function that decides about changes of one relation; of `when`.
 
         Args:
             names: the relation's columns.
             types: their types.
+            gave_up: is called for each row of which the values are too long for this expression.
         """
-        decide = self._decide(names, types)
+        decide = self._decide(names, types, gave_up)
         return lambda op, old, new: decide({"op": op, "old": None, "new": None}, (("old", old), ("new", new)))
 
-    def bind_row(self, names: Sequence[str], types: Sequence[ColumnType]) -> HoldsOf:
+    def bind_row(
+        self, names: Sequence[str], types: Sequence[ColumnType], *, gave_up: Callable[[], None] = _ignore
+    ) -> HoldsOf:
         """Return the function that decides about images of rows of one relation; of `where`."""
-        decide = self._decide(names, types)
+        decide = self._decide(names, types, gave_up)
         return lambda row: decide({}, (("row", row),))
 
     def _decide(
-        self, names: Sequence[str], types: Sequence[ColumnType]
+        self, names: Sequence[str], types: Sequence[ColumnType], gave_up: Callable[[], None]
     ) -> Callable[[dict[str, Any], Iterable[tuple[str, Sequence[Value] | None]]], bool]:
         """Return the function that decides for variables, to which it adds those that are rows."""
         index = {name: position for position, name in enumerate(names)}
@@ -197,8 +235,10 @@ class Condition:
         }
         called = functions(order_text=all(column.ordered for column in texts))
         program, context = self._program, self._context
+        most = MOST_WORK // max(1, self._steps)
 
         def decide(values: dict[str, Any], rows: Iterable[tuple[str, Sequence[Value] | None]]) -> bool:
+            size = 0
             try:
                 for row, columns in rows:
                     if columns is None:
@@ -206,9 +246,16 @@ class Condition:
                     taken = values[row] = {}
                     for name, position, convert in read_columns[row]:
                         value = columns[position]
+                        if value is None:
+                            taken[name] = None
+                            continue
                         if value is UNCHANGED:
                             return True
-                        taken[name] = None if value is None else convert(value)
+                        size += len(value)
+                        if size > most:
+                            gave_up()
+                            return True
+                        taken[name] = convert(value)
                 return program.execute(context(values, called)) is not False
             except Exception:  # noqa: BLE001  an expression may fail in any way, and none may end the daemon
                 return True

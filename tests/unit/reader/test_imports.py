@@ -42,7 +42,16 @@ print(*ours, sep="\\n")
 SHARED = {
     *("errors", "rules", "rules.comparison", "rules.condition", "rules.defaults", "rules.document", "rules.draft"),
     *("rules.duration", "rules.expression", "rules.format"),
-    *("rules.load", "rules.model", "rules.packed", "rules.sql", "rules.suffixes", "rules.table", "rules.template"),
+    *(
+        "rules.load",
+        "rules.model",
+        "rules.packed",
+        "rules.regex",
+        "rules.sql",
+        "rules.suffixes",
+        "rules.table",
+        "rules.template",
+    ),
     *("rules.values", "rules.wording"),
 }
 

@@ -229,6 +229,21 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
     "standard input. A line may go on with the type and the remaining seconds, after tabs.",
 )
 @click.option(
+    "--from-redis-dump",
+    "dump",
+    metavar="FILE",
+    help="Read the names of keys from FILE, which BGSAVE or `redis-cli --rdb` has written, instead of Redis. Values "
+    "are skipped.",
+)
+@click.option(
+    "--database",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="INTEGER",
+    show_default=True,
+    help="The database of the dump whose keys count.",
+)
+@click.option(
     "--sample",
     type=click.IntRange(min=0),
     default=100_000,
@@ -253,17 +268,31 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
 )
 @click.option("--force", is_flag=True, help="Overwrite the FILE of --output.")
 @_takes(settings.Init)
-def init(given: settings.Init, keys: str | None, sample: int, rate: int, output: Path | None, force: bool) -> None:
+def init(
+    given: settings.Init,
+    keys: str | None,
+    dump: str | None,
+    database: int,
+    sample: int,
+    rate: int,
+    output: Path | None,
+    force: bool,
+) -> None:
     """Write a rule file to begin with, from the tables of the database and the names of the keys in Redis."""
     from cdc_invalidator.commands import init as command
     from cdc_invalidator.redis.endpoint import Endpoint
 
-    if keys is None and given.redis_url is None:
-        raise errors.WrongSettings("CDC_REDIS_URL is not set; set it, or give --keys with a file of key names.")
+    if keys is not None and dump is not None:
+        raise errors.WrongSettings("Give either --keys or --from-redis-dump, not both.")
+    offline = keys is not None or dump is not None
+    if not offline and given.redis_url is None:
+        raise errors.WrongSettings(
+            "CDC_REDIS_URL is not set; set it, or give --keys with a file of key names, or --from-redis-dump."
+        )
     if output is not None and output.exists() and not force:
         raise errors.WrongSettings(f"{output} is there already; give another --output, or --force.")
-    redis = Endpoint.parse(given.redis_url) if keys is None and given.redis_url is not None else None
-    source = command.Source(redis, keys, sample, rate, given.event_stream)
+    redis = Endpoint.parse(given.redis_url) if not offline and given.redis_url is not None else None
+    source = command.Source(redis, keys, dump, sample, rate, database, given.event_stream)
     text = _completed(command.draft(given.postgres_dsn, given.publication, source))
     if output is None:
         click.echo(text, nl=False)

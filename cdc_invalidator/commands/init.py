@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psycopg
 
 from cdc_invalidator import errors
-from cdc_invalidator.discovery import catalog, families, keyfile, matching, rulefile, sampling
+from cdc_invalidator.discovery import catalog, dumpfile, families, keyfile, matching, rulefile, sampling
 from cdc_invalidator.discovery.words import Vocabulary
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import connect
@@ -40,15 +40,18 @@ Tell = Callable[[int, int | None], None]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the names of keys are from: a Redis, or a file; ``-`` is standard input.
+    """Where the names of keys are from: a Redis, a file of names (``-`` is standard input), or a dump of a Redis.
 
-    ``most``: how many keys are looked at, 0 for all; ``rate``: at most so many a second.
+    ``most``: how many keys are looked at, 0 for all; ``rate``: at most so many a second; ``database``: which one of a
+    dump.
     """
 
     redis: Endpoint | None
     keys: str | None
+    dump: str | None
     most: int
     rate: int
+    database: int = 0
     event_stream: str = ""
 
 
@@ -56,7 +59,7 @@ async def draft(dsn: str, publication: str, source: Source) -> str:
     """Return the text of a rule file.
 
     Raises:
-        errors.InvalidatorError: a server can't be reached, or refuses; the file of keys can't be read.
+        errors.InvalidatorError: a server can't be reached, or refuses; the file of keys or the dump can't be read.
     """
     sampled = await _sampled(source)
     async with await connect(dsn, "cdc-invalidator init", catalog.LIMITS) as connection:
@@ -100,12 +103,17 @@ async def _sampled(source: Source) -> sampling.Sampled:
     if source.keys is not None:
         samples = _read(source.keys, source.most)
         return sampling.Sampled(samples)
-    assert source.redis is not None
-    with _progress("looking at keys") as tell:
+    with _progress("looking at keys") as show:
+
+        def tell(seen: int, of: int | None) -> None:
+            show(seen, _least(of, source))
+
+        if source.dump is not None:
+            with _opened(source.dump, "--from-redis-dump") as file:
+                return dumpfile.sample(file, source.dump, source.database, source.most, tell)
+        assert source.redis is not None
         async with open_masters(source.redis) as nodes:
-            return await sampling.sample(
-                nodes, source.most, source.rate, lambda seen, of: tell(seen, _least(of, source))
-            )
+            return await sampling.sample(nodes, source.most, source.rate, tell)
 
 
 def _least(all_keys: int | None, source: Source) -> int | None:
@@ -115,11 +123,17 @@ def _least(all_keys: int | None, source: Source) -> int | None:
 def _read(name: str, most: int) -> list[families.Sample]:
     if name == "-":
         return list(keyfile.read_keys(sys.stdin.buffer, "standard input", most))
+    with _opened(name, "--keys") as file:
+        return list(keyfile.read_keys(file, name, most))
+
+
+@contextmanager
+def _opened(name: str, option: str) -> Iterator[BinaryIO]:
     try:
         with Path(name).open("rb") as file:
-            return list(keyfile.read_keys(file, name, most))
+            yield file
     except OSError as error:
-        raise errors.WrongSettings(f"{name} can't be read ({error.strerror}); give another --keys.") from error
+        raise errors.WrongSettings(f"{name} can't be read ({error.strerror}); give another {option}.") from error
 
 
 async def _judged(
@@ -175,6 +189,8 @@ def _load(text: str) -> RuleSet:
 def _head(source: Source, sampled: sampling.Sampled, found: families.Found, tables: int) -> Iterator[str]:
     of_all = f" of about {sampled.all_keys:,}" if sampled.all_keys is not None and not sampled.complete else ""
     origin = "of a file" if source.keys is not None else "of Redis"
+    if source.dump is not None:
+        origin = f"of database {source.database} in a dump of Redis"
     beside = f", {found.beside:,} of them the reader library's and the daemon's," if found.beside else ""
     yield (
         f"Begun by `cdc-invalidator init`, from the names of {found.seen:,} keys{of_all} {origin}{beside} and the "

@@ -175,6 +175,31 @@ def test_a_file_of_keys_does_instead_of_redis(given: dict[str, str], tmp_path: P
     assert Made(command("init", "--keys", str(path), **given)).rules.caches["user"].ttl == 60_000
 
 
+def test_a_dump_does_instead_of_redis(given: dict[str, str]) -> None:
+    with Valkey() as server:
+        for number in (0, 2):
+            with redis.Redis.from_url(server.url_for(number)) as client:
+                filled(client, shop_keys() if number else [b"other"])
+                client.xadd("shop:stream", {"a": "b"})
+                client.save()
+        path = server.folder / "dump.rdb"
+        made = Made(command("init", "--from-redis-dump", str(path), "--database", "2", **given))
+        assert made.busts() >= {("public.orders", "shop:prod:user:{user_id}:orders", (("user_id", "user_id"),))}
+        assert made.rules.caches["user"].ttl == 300_000
+        seen = f"{len(shop_keys()) + 1:,} keys of database 2 in a dump of Redis"
+        assert seen in made.text.replace("\n# ", " ")
+        some = Made(command("init", "--from-redis-dump", str(path), "--database", "2", "--sample", "600", **given))
+        assert f"600 keys of about {len(shop_keys()) + 1:,} of database 2" in some.text.replace("\n# ", " ")
+        text = path.read_bytes()
+        path.write_bytes(text[:-1000])
+        refused = command("init", "--from-redis-dump", str(path), "--database", "2", **given)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr == (
+            f"{path} ends too early, so it is only a part of an RDB file; copy it again, or make a new one with "
+            "`redis-cli --rdb FILE`.\n"
+        )
+
+
 def test_of_many_keys_only_a_sample_is_seen_and_the_file_says_so(
     given: dict[str, str], redis_url: str, redis_client: redis.Redis
 ) -> None:
@@ -224,7 +249,11 @@ def test_a_wrong_file_of_keys_is_refused_without_a_word_of_it(
 def test_without_redis_and_without_a_file_it_says_what_to_give(given: dict[str, str]) -> None:
     refused = command("init", **given)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == "CDC_REDIS_URL is not set; set it, or give --keys with a file of key names.\n"
+    assert refused.stderr == (
+        "CDC_REDIS_URL is not set; set it, or give --keys with a file of key names, or --from-redis-dump.\n"
+    )
+    refused = command("init", "--keys", "keys.txt", "--from-redis-dump", "dump.rdb", **given)
+    assert (refused.returncode, refused.stderr) == (2, "Give either --keys or --from-redis-dump, not both.\n")
 
 
 def test_a_table_that_can_not_be_published_gets_no_rule_but_the_sql_that_helps(

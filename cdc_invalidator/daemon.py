@@ -32,6 +32,9 @@ from cdc_invalidator.session import STANDBY_SECONDS, Opened, Role, Session, Sess
 from cdc_invalidator.trouble import Trouble
 from cdc_invalidator.waiting import within
 from cdc_invalidator.web import server
+from cdc_invalidator.web.exposition import Exposition
+from cdc_invalidator.web.pulse import Answer, Pulse
+from cdc_invalidator.web.site import Site
 
 _log = structlog.get_logger()
 
@@ -108,24 +111,28 @@ class Daemon:
             errors.WrongSettings: this database can't keep the settings or the rules.
             errors.ServerRefuses: a server refuses for good.
         """
-        pages = server.Pages(self._metrics.shown(self._options.slot), self.status, self._unready)
-        with _signals(self._ask_to_stop, self._reload.ask):
-            async with server.serve(pages, http_host, http_port) as port:
-                _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
-                self._check_hash_tags()
-                if seconds is not None:
-                    asyncio.get_running_loop().call_later(seconds, self._end)
-                reloading = asyncio.create_task(self._reload.run(), name="reload")
-                # It never ends by itself; if it does, the daemon stops rather than limps.
-                reloading.add_done_callback(lambda _: self._end())
-                try:
-                    while not self._stop.is_set():
-                        await self._attempt()
-                    if reloading.done():
-                        reloading.result()
-                finally:
-                    reloading.cancel()
-                    await asyncio.wait({reloading})
+        slot, metrics = self._options.slot, self._metrics
+        exposition = Exposition(lambda openmetrics: metrics.render(slot, openmetrics=openmetrics))
+        with (
+            _signals(self._ask_to_stop, self._reload.ask),
+            Pulse(self._look) as pulse,
+            server.serve(Site(pulse, exposition).get, http_host, http_port) as port,
+        ):
+            _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
+            self._check_hash_tags()
+            if seconds is not None:
+                asyncio.get_running_loop().call_later(seconds, self._end)
+            reloading = asyncio.create_task(self._reload.run(), name="reload")
+            # It never ends by itself; if it does, the daemon stops rather than limps.
+            reloading.add_done_callback(lambda _: self._end())
+            try:
+                while not self._stop.is_set():
+                    await self._attempt()
+                if reloading.done():
+                    reloading.result()
+            finally:
+                reloading.cancel()
+                await asyncio.wait({reloading})
         _log.info("stopped")
 
     def _ask_to_stop(self) -> None:
@@ -291,6 +298,9 @@ class Daemon:
             or self._trouble
             or (tables.trouble if tables else None)
         )
+
+    def _look(self) -> Answer:
+        return Answer(self.status(), self._unready(), time.time())
 
     def status(self) -> dict[str, Any]:
         """Return what /status shows."""

@@ -6,18 +6,17 @@ One of the daemons of a slot leads. The others leave out what only the leader kn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from operator import add
+from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry
 
 from cdc_invalidator import __version__
+from cdc_invalidator.series import Family, Histogram, Kind, label
 
 NAMESPACE = "cdc_invalidator"
-# Seconds from a commit to its acknowledged bust: under a millisecond when idle, minutes after an outage.
-LAG_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
+# Seconds from a commit to its acknowledged bust: under a millisecond when idle, minutes after an outage. They are few,
+# since each cache has them.
+LAG_BUCKETS = (0.001, 0.0025, 0.01, 0.05, 0.25, 1, 5, 30, 300)
 
 
 class Metrics:
@@ -30,19 +29,26 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, namespace=NAMESPACE, registry=registry)
+        self._families: list[Family | Histogram] = []
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(name, text, labels, namespace=NAMESPACE, registry=registry)
+        def family(kind: Kind, name: str, text: str, labels: tuple[str, ...], *, silent: bool = False) -> Family:
+            made = Family(kind, f"{NAMESPACE}_{name}", text, labels, silent=silent)
+            registry.register(made)
+            self._families.append(made)
+            return made
 
-        def reported(family: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str) -> Reported:
-            figure = Reported(family, f"{NAMESPACE}_{name}", text)
-            registry.register(figure)
+        def counter(name: str, text: str, *labels: str) -> Family:
+            return family("counter", name, text, labels)
+
+        def gauge(name: str, text: str, *labels: str) -> Family:
+            return family("gauge", name, text, labels)
+
+        def reported(kind: Kind, name: str, text: str) -> Family:
+            figure = family(kind, name, text, (), silent=True)
             self._reported.append(figure)
             return figure
 
-        self._reported: list[Reported] = []
+        self._reported: list[Family] = []
 
         self.build_info = gauge("build_info", "Always 1, labelled with the version.", "version")
         self.build_info.labels(__version__).set(1)
@@ -66,11 +72,11 @@ class Metrics:
         self.leader = gauge("leader", "1 while this daemon streams from the slot, 0 while it is on standby.")
         self.received_lsn = gauge("received_lsn", "LSN up to which the stream is received.")
         self.confirmed_lsn = gauge("confirmed_lsn", "LSN confirmed to PostgreSQL.")
-        self.slot_active = reported(GaugeMetricFamily, "slot_active", "1 while a session streams from the slot.")
+        self.slot_active = reported("gauge", "slot_active", "1 while a session streams from the slot.")
         self.slot_wal_status = gauge(
             "slot_wal_status", "Always 1, labelled with the slot's wal_status in pg_replication_slots.", "wal_status"
         )
-        self.retained_wal = reported(GaugeMetricFamily, "retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.")
+        self.retained_wal = reported("gauge", "retained_wal_bytes", "WAL that PostgreSQL keeps for the slot.")
         self.retained_wal_limit = gauge("retained_wal_limit_bytes", "The setting CDC_MAX_RETAINED_WAL, in bytes.")
         self.postgres_up = gauge("postgres_up", "1 while connected to PostgreSQL.")
         self.postgres_errors = counter(
@@ -81,10 +87,10 @@ class Metrics:
         self.postgres_connects = counter("postgres_connects_total", "PostgreSQL sessions that started to stream.")
         self.watches = counter("watches_total", "Checks of the slot, the publication and the tables of the rules.")
         self.database_commits = reported(
-            CounterMetricFamily, "database_commits", "Commits in the database (xact_commit in pg_stat_database)."
+            "counter", "database_commits_total", "Commits in the database (xact_commit in pg_stat_database)."
         )
         self.database_rollbacks = reported(
-            CounterMetricFamily, "database_rollbacks", "Rollbacks in the database (xact_rollback in pg_stat_database)."
+            "counter", "database_rollbacks_total", "Rollbacks in the database (xact_rollback in pg_stat_database)."
         )
 
         # The busts.
@@ -120,8 +126,11 @@ class Metrics:
             "cache",
             "result",
         )
-        self.lag = Lags()
+        self.lag = Histogram(
+            f"{NAMESPACE}_commit_to_bust_seconds", "Time from a commit to its acknowledged bust.", "cache", LAG_BUCKETS
+        )
         registry.register(self.lag)
+        self._families.append(self.lag)
         self.sweeps = counter("sweeps_total", "Sweeps: whole caches busted by their key pattern.", "cache", "reason")
         self.sweeps_running = gauge("sweeps_running", "Sweeps in progress.")
         self.swept = counter(
@@ -168,7 +177,7 @@ class Metrics:
             "Unix time when the watermark was last written; its age is time() minus this.",
         )
         self.watermark_as_of = reported(
-            GaugeMetricFamily,
+            "gauge",
             "watermark_as_of_timestamp_seconds",
             "Unix time up to which every commit is busted, as the watermark says; missing for a slot on a standby.",
         )
@@ -181,24 +190,22 @@ class Metrics:
         )
 
         # Redis.
-        self.redis_up = reported(GaugeMetricFamily, "redis_up", "1 while the leader is connected to Redis.")
+        self.redis_up = reported("gauge", "redis_up", "1 while the leader is connected to Redis.")
         self.redis_errors = counter(
             "redis_errors_total", "Redis errors, by the first word of the reply, or TIMEOUT, CLOSED, …", "error"
         )
         self.redis_connects = counter("redis_connects_total", "Connections opened to Redis.")
-        self.redis_hits = reported(CounterMetricFamily, "redis_keyspace_hits", "Hits (keyspace_hits in INFO of Redis).")
+        self.redis_hits = reported("counter", "redis_keyspace_hits_total", "Hits (keyspace_hits in INFO of Redis).")
         self.redis_misses = reported(
-            CounterMetricFamily, "redis_keyspace_misses", "Misses (keyspace_misses in INFO of Redis)."
+            "counter", "redis_keyspace_misses_total", "Misses (keyspace_misses in INFO of Redis)."
         )
         self.redis_evicted = reported(
-            CounterMetricFamily, "redis_evicted_keys", "Evicted keys (evicted_keys in INFO of Redis)."
+            "counter", "redis_evicted_keys_total", "Evicted keys (evicted_keys in INFO of Redis)."
         )
         self.redis_expired = reported(
-            CounterMetricFamily, "redis_expired_keys", "Expired keys (expired_keys in INFO of Redis)."
+            "counter", "redis_expired_keys_total", "Expired keys (expired_keys in INFO of Redis)."
         )
-        self.redis_memory = reported(
-            GaugeMetricFamily, "redis_used_memory_bytes", "Memory (used_memory in INFO of Redis)."
-        )
+        self.redis_memory = reported("gauge", "redis_used_memory_bytes", "Memory (used_memory in INFO of Redis).")
 
     def gap(self, reason: str) -> None:
         """Count a gap and note its time: a gap at the start is counted before anybody has seen the counter at 0."""
@@ -214,10 +221,14 @@ class Metrics:
 
     def forget(self) -> None:
         """Stop showing what a session knew: it is over, and another daemon may know better."""
-        for figure in self._reported:
-            figure.forget()
-        for labelled in (self.slot_wal_status, self.standby_awaited, self.standby_replayed, self.cache_denied):
-            labelled.clear()
+        for family in (
+            *self._reported,
+            self.slot_wal_status,
+            self.standby_awaited,
+            self.standby_replayed,
+            self.cache_denied,
+        ):
+            family.clear()
         for gauge in (
             self.postgres_up,
             self.backlog,
@@ -231,83 +242,11 @@ class Metrics:
         ):
             gauge.set(0)
 
-    def shown(self, slot: str) -> CollectorRegistry:
-        """Return all metrics as they are served: ours get the label ``slot``.
+    def render(self, slot: str, *, openmetrics: bool) -> Iterator[str]:
+        """Yield what a scrape shows of them, in parts. All get the label ``slot``.
 
         One Prometheus job may scrape the daemons of several slots, and only they know which of them belong together.
         """
-        registry = CollectorRegistry()
-        registry.register(_OfSlot(self.registry, slot))
-        return registry
-
-
-class Reported(Collector):
-    """One figure that a server reports. It has no sample before the first report and after `forget`.
-
-    A counter that started at 0 and jumped to what Redis has counted for months would look like a burst.
-
-    Args:
-        family: its type: a counter if only a restart of the server ever lowers it.
-        name: its full name; ``_total`` is added to a counter's.
-        text: its help text.
-    """
-
-    def __init__(self, family: type[CounterMetricFamily | GaugeMetricFamily], name: str, text: str) -> None:
-        self._family = family
-        self._name = name
-        self._text = text
-        self._figure: float | None = None
-
-    def set(self, figure: float) -> None:
-        """Store what the server reported."""
-        self._figure = figure
-
-    def forget(self) -> None:
-        """Show nothing until the server reports again."""
-        self._figure = None
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield the metric as it is now."""
-        yield self._family(self._name, self._text, value=self._figure)
-
-
-class _OfSlot(Collector):
-    def __init__(self, registry: CollectorRegistry, slot: str) -> None:
-        self._registry = registry
-        self._slot = {"slot": slot}
-
-    def collect(self) -> Iterator[Metric]:
-        for family in self._registry.collect():
-            if family.name.startswith(NAMESPACE):
-                family.samples = [each._replace(labels=self._slot | each.labels) for each in family.samples]
-            yield family
-
-
-class Lags(Collector):
-    """A histogram of the seconds from a commit to its acknowledged bust, by cache.
-
-    It takes all lags of a flush in one call: the library's own histogram costs more for each value than matching a row.
-    """
-
-    def __init__(self) -> None:
-        self._counts: dict[str, list[int]] = {}
-        self._sums: dict[str, float] = {}
-
-    def observe(self, cache: str, counts: Sequence[int], seconds: float) -> None:
-        """Add lags: how many fall into each bucket (one more than LAG_BUCKETS has bounds), and their sum."""
-        before = self._counts.get(cache)
-        self._counts[cache] = list(counts) if before is None else list(map(add, before, counts))
-        self._sums[cache] = self._sums.get(cache, 0.0) + seconds
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Yield the metric as it is now."""
-        family = HistogramMetricFamily(
-            f"{NAMESPACE}_commit_to_bust_seconds", "Time from a commit to its acknowledged bust.", labels=["cache"]
-        )
-        for cache, counts in self._counts.items():
-            buckets, sum_so_far = [], 0
-            for bound, count in zip((*map(str, map(float, LAG_BUCKETS)), "+Inf"), counts, strict=True):
-                sum_so_far += count
-                buckets.append((bound, sum_so_far))
-            family.add_metric([cache], buckets, self._sums[cache])
-        yield family
+        common = label("slot", slot)[:-1]
+        for family in self._families:
+            yield from family.render(common, openmetrics=openmetrics)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import sys
 from typing import Any
 
 import structlog
-from prometheus_client import REGISTRY, disable_created_metrics
+from prometheus_client import CollectorRegistry
 
 from cdc_invalidator import log, settings
 from cdc_invalidator.daemon import Daemon
@@ -24,6 +25,10 @@ from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.writes import Writes
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.session import SessionOptions
+
+# While another thread works, such as that of the pages, the loop that busts waits for the interpreter at most so long.
+# Python's default is ten times as much, several times for each bust.
+SWITCH_SECONDS = 0.0005
 
 
 def run(given: settings.Settings, *, seconds: float | None = None, log_to: int | None = None) -> dict[str, Any]:
@@ -41,6 +46,7 @@ def run(given: settings.Settings, *, seconds: float | None = None, log_to: int |
         errors.WrongSettings: settings or rules can't be used.
         errors.InvalidatorError: see `Daemon.run`.
     """
+    sys.setswitchinterval(SWITCH_SECONDS)
     output = log.configure(given.log_format, given.log_level, log_to)
     for sentence in settings.renamed(given):
         structlog.get_logger().warning("setting_renamed", error=sentence)
@@ -57,8 +63,6 @@ def run(given: settings.Settings, *, seconds: float | None = None, log_to: int |
 
 
 def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
-    # OpenMetrics would carry a _created series beside each counter: noise that doubles them.
-    disable_created_metrics()  # type: ignore[no-untyped-call]
     # A URL that can't be used is reported before PostgreSQL is touched.
     redis = Endpoint.parse(given.redis_url)
     cache_server(redis, given.watermark_name)
@@ -77,7 +81,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         max_retained_wal=given.max_retained_wal,
         observe=observing,
     )
-    rules, metrics = load_rules(given.rules, os.environ), Metrics(REGISTRY)
+    rules, metrics = load_rules(given.rules, os.environ), Metrics(CollectorRegistry())
     eventstream.check_rules(given.event_stream, rules)
     # Who observes writes nothing into Redis.
     kept = given.event_stream if not observing else ""

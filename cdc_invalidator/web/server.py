@@ -1,145 +1,227 @@
-"""The daemon's pages: /metrics, /livez, /readyz, /status. One request a connection, GET and HEAD only."""
+"""The HTTP server: one request a connection, GET and HEAD only, in a thread and an event loop of its own.
+
+Busts don't wait for whoever asks here, and an answer does not wait for busts. The rule that holds here: whatever
+clients do, connections, bytes and seconds are bounded, and nothing is written to the log. Where there is no room for a
+new connection, the oldest one gives way that has not sent its request yet.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import asynccontextmanager
+import resource
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl
 
 import h11
-import orjson
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 from cdc_invalidator import errors
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
 # A client that is slower than this with its request or with taking the answer is dropped.
 REQUEST_SECONDS = 10.0
+HEADER_BYTES = 16_384
+# So many connections at once; a quarter of the descriptors that this process may have, if that is less.
+MOST_CONNECTIONS = 256
+# The kernel holds so many more that nobody has accepted yet.
+BACKLOG = 128
+# Busts go on while a crowd of clients comes and goes: so long nobody is accepted after so many.
+BATCH = 32
+PAUSE_SECONDS = 0.005
+# A client is still sending when it is refused. It would lose the answer if the rest were not read; but not more of it.
+LINGER_BYTES = 1 << 20
+LINGER_SECONDS = 1.0
+NO_DESCRIPTOR_SECONDS = 0.1
+CLOSE_SECONDS = 1.0
 
 
-class Page(NamedTuple):
-    """An answer: status code, content type and body."""
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for: a path, the fields of its query, and the header ``Accept``."""
+
+    path: str
+    query: Mapping[str, str]
+    accept: str
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """An answer: status code, content type, body and further headers."""
 
     status: int
     content_type: str
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
-class Pages:
-    """What is served.
+def text(status: int, sentence: str) -> Page:
+    """Return a page of plain text."""
+    return Page(status, "text/plain; charset=utf-8", f"{sentence}\n".encode(errors="replace"))
+
+
+@contextmanager
+def serve(get: Callable[[Request], Awaitable[Page]], host: str, port: int) -> Iterator[int]:
+    """Serve pages while the context lasts, and give the port.
 
     Args:
-        registry: the metrics.
-        status: gives the content of /status.
-        unready: tells why /readyz is not 200; ``None`` if it is.
-    """
-
-    def __init__(
-        self, registry: CollectorRegistry, status: Callable[[], dict[str, Any]], unready: Callable[[], str | None]
-    ) -> None:
-        self._registry = registry
-        self._status = status
-        self._unready = unready
-
-    def get(self, path: str, accept: str) -> Page:
-        """Answer a request for a path (without its query); ``accept`` is the header of that name."""
-        if path == "/metrics":
-            return self._metrics(accept)
-        if path == "/livez":
-            # That this line runs is the answer: the loop turns. Whether a server is up is not its business, or every
-            # outage would restart every Pod.
-            return Page(200, "text/plain; charset=utf-8", b"ok\n")
-        if path == "/readyz":
-            why = self._unready()
-            body = b"ok\n" if why is None else f"not ready: {why}\n".encode()
-            return Page(200 if why is None else 503, "text/plain; charset=utf-8", body)
-        if path == "/status":
-            body = orjson.dumps(self._status(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-            return Page(200, "application/json", body)
-        return Page(404, "text/plain; charset=utf-8", b"not found; try /metrics, /livez, /readyz or /status\n")
-
-    def _metrics(self, accept: str) -> Page:
-        try:
-            encoder, content_type = choose_encoder(accept)
-            return Page(200, content_type, encoder(self._registry))
-        except (TypeError, ValueError):
-            # The client trips over an escaping scheme that it does not know; the plain form suits everybody.
-            encoder, content_type = choose_encoder("")
-            return Page(200, content_type, encoder(self._registry))
-
-
-@asynccontextmanager
-async def serve(pages: Pages, host: str, port: int) -> AsyncIterator[int]:
-    """Serve the pages while the context lasts, and give the port.
+        get: answers a request; it runs in the server's own event loop.
+        host: an address or name of this machine; empty for all addresses.
+        port: 0 for any free one.
 
     Raises:
         errors.WrongSettings: the address can't be listened on.
     """
-    answering: set[asyncio.Task[None]] = set()
+    with ExitStack() as stack:
+        try:
+            sockets = [stack.enter_context(each) for each in _listen(host, port)]
+        except OSError as error:
+            raise errors.WrongSettings(
+                f"The pages can't be served on {host}:{port} ({error.strerror}); set CDC_HTTP_HOST and CDC_HTTP_PORT."
+            ) from error
+        server = _Server(get, sockets)
+        thread = threading.Thread(target=server.run, name="http", daemon=True)
+        thread.start()
+        try:
+            yield sockets[0].getsockname()[1]
+        finally:
+            server.stop()
+            thread.join(CLOSE_SECONDS)
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        answering.add(task)
-        task.add_done_callback(answering.discard)
+
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, _, _, _, address in dict.fromkeys(found):
+        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        listening.setblocking(False)
+        yield listening
+
+
+class _Server:
+    def __init__(self, get: Callable[[Request], Awaitable[Page]], sockets: list[socket.socket]) -> None:
+        self._get = get
+        self._sockets = sockets
+        self._loop = asyncio.new_event_loop()
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unlimited = descriptors == resource.RLIM_INFINITY
+        self._most = MOST_CONNECTIONS if unlimited else max(1, min(MOST_CONNECTIONS, descriptors // 4))
+        # In order of arrival: those who have not sent their request, and those who get an answer.
+        self._asking: dict[asyncio.Task[None], None] = {}
+        self._answered: dict[asyncio.Task[None], None] = {}
+        self._stopping = asyncio.Event()
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        # A mistake in the code of a page is answered with 500; there is nothing that a client could have logged.
+        self._loop.set_exception_handler(lambda _loop, _context: None)
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
+
+    def stop(self) -> None:
+        """End `run`, from another thread."""
+        with suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._stopping.set)
+
+    async def _serve(self) -> None:
+        accepting = [asyncio.create_task(self._accept(each)) for each in self._sockets]
+        await self._stopping.wait()
+        tasks = [*accepting, *self._asking, *self._answered]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=CLOSE_SECONDS / 2)
+
+    async def _accept(self, listening: socket.socket) -> None:
+        accepted = 0
+        while True:
+            try:
+                client, _ = await self._loop.sock_accept(listening)
+            except OSError:
+                # Others have taken all descriptors, or the client is gone already.
+                await asyncio.sleep(NO_DESCRIPTOR_SECONDS)
+                continue
+            if len(self._asking) + len(self._answered) >= self._most:
+                oldest = next(iter(self._asking or self._answered))
+                self._forget(oldest)
+                oldest.cancel()
+            task = self._loop.create_task(self._converse(client))
+            self._asking[task] = None
+            # Also of one that is cancelled before it has begun.
+            task.add_done_callback(partial(self._over, client))
+            accepted += 1
+            if accepted % BATCH == 0:
+                await asyncio.sleep(PAUSE_SECONDS)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._asking.pop(task, None)
+        self._answered.pop(task, None)
+
+    def _over(self, client: socket.socket, task: asyncio.Task[None]) -> None:
+        client.close()
+        self._forget(task)
+
+    async def _converse(self, client: socket.socket) -> None:
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
-                await _answer(pages, reader, writer)
+                await self._answer(client)
         except (OSError, TimeoutError, asyncio.CancelledError):
-            # The client went away or dawdled, or the daemon ends: the pages owe nothing to anybody.
-            writer.transport.abort()
-        finally:
-            writer.close()
-
-    try:
-        server = await asyncio.start_server(answer, host, port)
-    except OSError as error:
-        raise errors.WrongSettings(
-            f"The pages can't be served on {host}:{port} ({error.strerror}); set CDC_HTTP_HOST and CDC_HTTP_PORT."
-        ) from error
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
-        for task in list(answering):
-            task.cancel()
-
-
-async def _answer(pages: Pages, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    connection = h11.Connection(h11.SERVER)
-    with_body = True
-    try:
-        while (event := connection.next_event()) is h11.NEED_DATA:
-            connection.receive_data(await reader.read(65536))
-    except h11.RemoteProtocolError as error:
-        page = Page(error.error_status_hint, "text/plain; charset=utf-8", b"bad request\n")
-    else:
-        if not isinstance(event, h11.Request):
+            # The client is gone or dawdles, another one needs its place, or the daemon ends: nobody is owed more.
             return
-        page = _page(pages, event)
-        # A HEAD gets the length of what it does not get.
-        with_body = event.method != b"HEAD"
-    response = h11.Response(
-        status_code=page.status,
-        reason=HTTPStatus(page.status).phrase.encode(),
-        headers=[
-            ("Content-Type", page.content_type),
-            ("Content-Length", str(len(page.body))),
-            ("Connection", "close"),
-        ],
-    )
-    for part in (response, h11.Data(data=page.body if with_body else b""), h11.EndOfMessage()):
-        writer.write(connection.send(part) or b"")
-    await writer.drain()
 
+    async def _answer(self, client: socket.socket) -> None:
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=HEADER_BYTES)
+        with_body, refused = True, False
+        try:
+            while (event := connection.next_event()) is h11.NEED_DATA:
+                connection.receive_data(await self._loop.sock_recv(client, 65536))
+        except h11.RemoteProtocolError as error:
+            page, refused = text(error.error_status_hint, "bad request"), True
+        else:
+            if not isinstance(event, h11.Request):
+                return
+            task = asyncio.current_task()
+            if task is not None and task in self._asking:
+                del self._asking[task]
+                self._answered[task] = None
+            if event.method in {b"GET", b"HEAD"}:
+                page = await self._page(event)
+            else:
+                page, refused = text(405, "GET only"), True
+            # A HEAD gets the length of what it does not get.
+            with_body = event.method != b"HEAD"
+        response = h11.Response(
+            status_code=page.status,
+            reason=HTTPStatus(page.status).phrase.encode(),
+            headers=[
+                ("Content-Type", page.content_type),
+                ("Content-Length", str(len(page.body))),
+                ("Connection", "close"),
+                *page.headers.items(),
+            ],
+        )
+        await self._loop.sock_sendall(client, connection.send(response) or b"")
+        if with_body:
+            await self._loop.sock_sendall(client, page.body)
+        if refused:
+            client.shutdown(socket.SHUT_WR)
+            await self._linger(client)
 
-def _page(pages: Pages, request: h11.Request) -> Page:
-    if request.method not in {b"GET", b"HEAD"}:
-        return Page(405, "text/plain; charset=utf-8", b"GET only\n")
-    accept = b", ".join(value for name, value in request.headers if name == b"accept")
-    return pages.get(request.target.partition(b"?")[0].decode("latin-1"), accept.decode("latin-1"))
+    async def _page(self, request: h11.Request) -> Page:
+        path, _, query = request.target.decode("latin-1").partition("?")
+        accept = ", ".join(value.decode("latin-1") for name, value in request.headers if name == b"accept")
+        try:
+            return await self._get(Request(path, dict(parse_qsl(query, errors="replace")), accept))
+        except (OSError, asyncio.CancelledError, TimeoutError):
+            raise
+        except Exception as error:  # noqa: BLE001  a page that can't be made says so, and the others go on
+            return text(500, f"this page can't be made: {type(error).__name__}; please report it")
+
+    async def _linger(self, client: socket.socket) -> None:
+        left = LINGER_BYTES
+        async with asyncio.timeout(LINGER_SECONDS):
+            while left > 0 and (more := await self._loop.sock_recv(client, 65536)):
+                left -= len(more)

@@ -2,11 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.exposition import choose_encoder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.series import LINES_A_PART, Family, Histogram, label
+
+encode: dict[bool, Any] = {False: generate_latest, True: generate_openmetrics}
+
+
+class Library:
+    """What prometheus-client would render of some families, with the slot."""
+
+    def __init__(self, families: list[Any], slot: str) -> None:
+        self._families = families
+        self._slot = {"slot": plain(slot)}
+
+    def collect(self) -> Iterator[Metric]:
+        for family in (each for some in self._families for each in some.collect()):
+            family.samples = [
+                each._replace(labels={name: plain(value) for name, value in each.labels.items()} | self._slot)
+                for each in family.samples
+            ]
+            yield family
+
+
+def plain(text: str) -> str:
+    """Control characters, which the library passes on, by their numbers."""
+    return "".join(f"\\x{ord(sign):02x}" if unprintable(sign) else sign for sign in text)
+
+
+def unprintable(sign: str) -> bool:
+    return sign != "\n" and (ord(sign) < 32 or 127 <= ord(sign) < 160)
+
+
+def told(family: Metric) -> tuple[Any, ...]:
+    samples = sorted((each.name, sorted(each.labels.items()), each.value) for each in family.samples)
+    return family.name, family.type, family.documentation, samples
 
 
 @pytest.fixture
@@ -16,7 +56,7 @@ def metrics() -> Metrics:
 
 def shown(metrics: Metrics) -> dict[str, float]:
     """The samples as they are served."""
-    lines = generate_latest(metrics.shown("s")).decode().splitlines()
+    lines = "".join(metrics.render("s", openmetrics=False)).splitlines()
     return {sample: float(value) for sample, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
 
 
@@ -74,14 +114,74 @@ def test_the_errors_of_each_rule_and_of_busts_by_hand_begin_at_zero(metrics: Met
     }
 
 
-def test_everything_of_ours_has_the_slot_and_nothing_else_has(metrics: Metrics) -> None:
-    ProcessCollector(registry=metrics.registry)
-    metrics.lag.observe("user", [1] * 19, 2.5)
+def test_everything_of_ours_has_the_slot(metrics: Metrics) -> None:
+    metrics.lag.observe("user", [1] * 10, 2.5)
     metrics.redis_hits.set(1)
-    for accept in ("text/plain", "application/openmetrics-text"):
-        encode, _ = choose_encoder(accept)
-        samples = [line for line in encode(metrics.shown("s")).decode().splitlines() if line[0] != "#"]
-        assert {line.startswith("cdc_invalidator_") for line in samples} == {True, False}
-        assert all(('slot="s"' in line) == line.startswith("cdc_invalidator_") for line in samples)
+    for openmetrics in (False, True):
+        lines = "".join(metrics.render("s", openmetrics=openmetrics)).splitlines()
+        samples = [line for line in lines if line[0] != "#"]
+        assert len(samples) > 30
+        assert all(line.startswith("cdc_invalidator_") and 'slot="s"' in line for line in samples)
     # Nothing is left in the registry itself.
     assert b"slot=" not in generate_latest(metrics.registry)
+
+
+names = st.text(max_size=6)
+figures = st.one_of(st.integers(0, 2**63), st.floats(0, allow_nan=False))
+
+
+@settings(max_examples=50)
+@given(
+    st.dictionaries(st.tuples(names, names), figures, max_size=3),
+    st.dictionaries(names, st.lists(st.integers(0, 2**40), min_size=3, max_size=3), max_size=2),
+    names,
+)
+def test_a_scrape_says_what_the_library_would_say(
+    counts: dict[tuple[str, str], float], lags: dict[str, list[int]], slot: str
+) -> None:
+    counter, gauge = Family("counter", "c_total", "Some.", ["table", "op"]), Family("gauge", "g", "Of many.", ["a"])
+    histogram = Histogram("h", "More.", "cache", [0.25, 1])
+    for labels, count in counts.items():
+        counter.labels(*labels).set(count)
+        gauge.labels(labels[0]).set(-count)
+    for cache, buckets in lags.items():
+        histogram.observe(cache, buckets, 1.5)
+    families: list[Any] = [counter, gauge, histogram]
+    for parse, openmetrics in ((parse_text, False), (parse_openmetrics, True)):
+        encoded = encode[openmetrics](Library(families, slot)).decode()
+        common = label("slot", slot)[:-1]
+        parts = [part for family in families for part in family.render(common, openmetrics=openmetrics)]
+        ours = "".join(parts) + ("# EOF\n" if openmetrics else "")
+        assert [*map(told, parse(ours))] == [*map(told, parse(encoded))]
+        heads = [line for line in ours.splitlines() if line.startswith("#")]
+        assert heads == [line for line in encoded.splitlines() if line.startswith("#")]
+
+
+def test_a_family_without_series_is_told_by_its_head_alone() -> None:
+    family = Family("counter", "x_total", "Some text.", ["a"])
+    assert (
+        "".join(family.render('slot="s"', openmetrics=False)) == "# HELP x_total Some text.\n# TYPE x_total counter\n"
+    )
+
+
+def test_no_help_text_needs_to_be_escaped(metrics: Metrics) -> None:
+    texts = [family.documentation for family in metrics.registry.collect()]
+    assert len(texts) > 40
+    assert not [text for text in texts if set(text) & set('\\"\n')]
+
+
+def test_a_control_character_in_a_label_is_shown_by_its_number(metrics: Metrics) -> None:
+    metrics.changes.labels("public.\x1b[31mt\x9b", "insert").inc()
+    (line,) = (line for line in "".join(metrics.render("s", openmetrics=False)).splitlines() if "[31m" in line)
+    assert line == r'cdc_invalidator_changes_total{table="public.\\x1b[31mt\\x9b",op="insert",slot="s"} 1.0'
+
+
+def test_a_scrape_of_many_series_is_made_in_parts_and_each_series_is_there_once(metrics: Metrics) -> None:
+    for number in range(1000):
+        metrics.busts.labels("rule", f"cache{number}", "delete").inc(number)
+        metrics.lag.observe(f"cache{number}", [1] * 10, 0.5)
+    parts = [*metrics.render("s", openmetrics=False)]
+    assert max(part.count("\n") for part in parts) <= 2 * LINES_A_PART
+    lines = [line for line in "".join(parts).splitlines() if "cache" in line and line[0] != "#"]
+    # For a cache: a counter, and of the histogram ten buckets, the count and the sum.
+    assert len(set(lines)) == len(lines) == 13 * 1000

@@ -231,13 +231,12 @@ def received(rule_set: RuleSet, pieces: Iterable[bytes]) -> tuple[Outcome, int]:
     except errors.MalformedMessage:
         outcome.malformed = True
     outcome.received = reader.checkpoint.received_lsn
-    outcome.transactions = int(reader.metrics.transactions._value.get())
+    outcome.transactions = int(reader.metrics.transactions.labels().value)
     lsns = {batch.commit_lsn for batch in backlog.batches if batch.commit_lsn + 48 <= outcome.received}
     outcome.busts = ended(backlog.batches, lsns)
     outcome.counts = Counter(reader.world.invalidation.counted())
-    children: dict[Any, Any] = reader.metrics.changes._metrics
-    for labels, child in children.items():
-        outcome.counts[labels] += int(child._value.get())
+    for (table, op), count in reader.metrics.changes.items():
+        outcome.counts[table, op] += int(count)
     return outcome, backlog.runs
 
 

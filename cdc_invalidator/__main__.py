@@ -32,7 +32,22 @@ def main() -> None:
         app()
     except errors.InvalidatorError as error:
         print(error, file=sys.stderr)  # noqa: T201  this is the program's voice
+        _log_end(str(error), error.exit_code)
         sys.exit(error.exit_code)
+    except Exception as error:
+        _log_end(f"{type(error).__name__}: {error}", 1)
+        raise
+
+
+def _log_end(why: str, exit_code: int) -> None:
+    """Write why the daemon ends to its log as well, where that is JSON: who collects lines wants one form."""
+    words = sys.argv[1:]
+    if words[:1] != ["run"] or any(word.endswith("console") for word in words):
+        return
+    if os.environ.get("CDC_LOG_FORMAT") != "console":
+        from cdc_invalidator import log  # noqa: PLC0415  a probe is answered without it
+
+        log.last_words(why, exit_code)
 
 
 if __name__ == "__main__":

@@ -376,19 +376,25 @@ def explain(
 
     rules = _rules(given)
     if key is not None and table is None and op is None and old is None and new is None:
-        answer, lines = explain_key(rules, key), key_lines
+        answer, lines = explain_key(rules, key, _hashed(given.log_hash_key)), key_lines
         if given.event_stream and given.redis_url is not None:
             from cdc_invalidator.commands.explain_live import last_busts
             from cdc_invalidator.redis.endpoint import Endpoint
 
             redis = Endpoint.parse(given.redis_url)
-            last = _completed(last_busts(rules, key, redis, given.event_stream, given.log_hash_key))
+            last = _completed(last_busts(rules, key, redis, given.event_stream, _hashed(given.log_hash_key)))
             last.tell(answer)
     elif key is None and table is not None and op is not None:
         answer, lines = _explained(given.postgres_dsn, rules, read_change(table, op, old, new)), change_lines
     else:
         raise errors.WrongSettings("Give explain either a KEY, or a change with --table and --op.")
     click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(answer)))
+
+
+def _hashed(secret: str | None) -> Callable[[bytes], str] | None:
+    from cdc_invalidator.log import KeyDisplay
+
+    return KeyDisplay("hash", secret.encode()).hash if secret is not None else None
 
 
 def _explained(dsn: str | None, rules: RuleSet, change: Change) -> dict[str, Any]:

@@ -10,10 +10,12 @@ No raw key, row value, password or DSN secret is written unless `KeyDisplay` was
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
 import secrets
+import select
 import sys
 import threading
 import time
@@ -167,6 +169,21 @@ def configure(form: Form, level: str, descriptor: int | None = None) -> Output:
         cache_logger_on_first_use=True,
     )
     return output
+
+
+def last_words(why: str, exit_code: int) -> None:
+    """Write the last JSON line of a daemon that ends because of an error, unless nobody takes it.
+
+    The thread that writes may not be there yet, or no longer.
+    """
+    if sys.stdout is None:
+        return
+    line = {"event": "exit", "level": "error", "ts": datetime.now(UTC), "error": why, "exit_code": exit_code}
+    # Standard error has it, too: a reader who is gone or stuck is no reason to hang.
+    with contextlib.suppress(OSError):
+        descriptor = sys.stdout.fileno()
+        if select.select([], [descriptor], [], LAST_WORDS_SECONDS)[1]:
+            os.write(descriptor, orjson.dumps(line, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE))
 
 
 def console() -> structlog.dev.ConsoleRenderer:

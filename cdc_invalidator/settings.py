@@ -154,6 +154,13 @@ class Settings(Stream):
     log_hash_key: Secret | None = _setting(
         "Secret that key hashes are made with. Without it, each start of the daemon makes its own.", None
     )
+    log_busts: float = _setting(
+        "Share of the transactions, from 0 to 1, whose busts are logged; 0: of none. The event stream gets all, and so "
+        "do the metrics; everything else is logged whatever the share.",
+        1.0,
+        ge=0,
+        le=1,
+    )
     max_retained_wal: Size = _setting(
         "WAL that the slot may retain while Redis is away, such as 500MB or 1GiB; with more, the slot is dropped and "
         "the caches are swept later.",

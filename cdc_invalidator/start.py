@@ -88,7 +88,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     stream = EventStream(kept, given.event_stream_length, metrics) if kept else None
     display = log.KeyDisplay(given.log_keys, given.log_hash_key.encode() if given.log_hash_key else None)
     event_log = log.EventLog(output, given.log_format, given.log_level)
-    events = Events(metrics, display, event_log, stream=stream, observing=observing)
+    events = Events(metrics, display, event_log, stream=stream, observing=observing, logged=given.log_busts)
     standbys = Standbys(given.postgres_standbys.split(), limit=given.standby_limit, metrics=metrics)
     verify: Verify | Observe | None = None
     if observing:

@@ -111,8 +111,13 @@ def _texts(params: Mapping[str, bytes]) -> dict[str, str]:
     return {name: value.decode("utf-8", "backslashreplace") for name, value in params.items()}
 
 
-def explain_key(rules: RuleSet, key: str) -> dict[str, Any]:
+def explain_key(rules: RuleSet, key: str, hashed: Callable[[bytes], str] | None = None) -> dict[str, Any]:
     """Tell of which caches the key is, and what busts them.
+
+    Args:
+        rules: the rule set.
+        key: the key.
+        hashed: gives the hash that events show of a key; ``None`` where the daemon's secret is not known.
 
     Raises:
         errors.InvalidatorError: it is of no cache.
@@ -120,7 +125,20 @@ def explain_key(rules: RuleSet, key: str) -> dict[str, Any]:
     readings = read_key(rules, key)
     if not readings:
         raise errors.InvalidatorError(_of_no_cache(rules, key))
-    return {"key": key, "caches": [_told(rules, reading) for reading in readings]}
+    caches = [_told(rules, reading) for reading in readings]
+    if hashed is not None:
+        for cache, reading in zip(caches, readings, strict=True):
+            cache["hashes"] = {name: hashed(name.encode("utf-8", "surrogateescape")) for name in _named(reading, key)}
+    return {"key": key, "caches": caches}
+
+
+def _named(reading: Reading, key: str) -> list[str]:
+    """Return the key or version that events name when this one is busted."""
+    base = split_suffix(key.encode("utf-8", "surrogateescape"))[0].decode("utf-8", "surrogateescape")
+    version = reading.version_key
+    if reading.what in {"key", "version"}:
+        base = key
+    return [base] if reading.of_version or version is None else [version]
 
 
 class LastBusts:
@@ -288,6 +306,8 @@ def key_lines(told: Mapping[str, Any]) -> Iterator[str]:
             yield f"  {name} = {value}{' (after its filters)' if name in cache['filtered'] else ''}"
         if cache["version_key"] is not None and cache["is"] != "version":
             yield f"  its version is {cache['version_key']}"
+        for name, digest in cache.get("hashes", {}).items():
+            yield f"  events show {name} as the hash {digest}"
         if cache["ttl_only"]:
             yield "  nothing busts or sweeps it: it is `ttl_only`"
         elif not cache["busted_by"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import aclosing
 
 import structlog
@@ -12,13 +13,14 @@ from cdc_invalidator.commands import catalog
 from cdc_invalidator.commands.event_stream import EventStreamReader
 from cdc_invalidator.commands.explain import LastBusts
 from cdc_invalidator.commands.simulate import Change, Verdict
-from cdc_invalidator.log import KeyDisplay
 from cdc_invalidator.postgres.dsn import check_dsn
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.rules.model import RuleSet
 
 
-async def last_busts(rules: RuleSet, key: str, redis: Endpoint, event_stream: str, secret: str | None) -> LastBusts:
+async def last_busts(
+    rules: RuleSet, key: str, redis: Endpoint, event_stream: str, hashed: Callable[[bytes], str] | None
+) -> LastBusts:
     """Read a key's last busts from the event stream; if that fails, the result says why.
 
     Args:
@@ -26,12 +28,12 @@ async def last_busts(rules: RuleSet, key: str, redis: Endpoint, event_stream: st
         key: the key.
         redis: the Redis that has the event stream.
         event_stream: the stream's key.
-        secret: what the hashes of keys are made with; ``None`` if unknown.
+        hashed: gives the hash that events show of a key; ``None`` where the daemon's secret is not known.
 
     Raises:
         errors.WrongSettings: the URL of Redis can't be used.
     """
-    last = LastBusts(rules, key, KeyDisplay("hash", secret.encode()).hash if secret is not None else None)
+    last = LastBusts(rules, key, hashed)
     try:
         async with EventStreamReader.opened(redis, event_stream) as reader, aclosing(reader.backwards()) as entries:
             async for entry in entries:

@@ -1,13 +1,15 @@
 """Bust events: one line for each transaction, rule and cache, and the counters that say the same in sum.
 
-Events are rendered and counted only after Redis has acknowledged their busts. Every bust is logged, and no line grows
-without bound. Only this hot path renders its lines itself; everything else uses structlog. The compiled part (`_tell`),
-where it is there, gives the same JSON as `Events.busted`, to the byte.
+Events are rendered and counted only after Redis has acknowledged their busts. Every bust is logged (or only those of a
+sample of the transactions), and no line grows without bound. Only this hot path renders its lines itself; everything
+else uses structlog. The compiled part (`_tell`), where it is there, gives the same JSON as `Events.busted`, to the
+byte.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
@@ -31,6 +33,11 @@ else:
     COMPILED = True
 
 
+# A multiplication by 2^32 over the golden ratio spreads numbers that follow each other over all of 2^32.
+_SAMPLE_OF = 1 << 32
+_GOLDEN = 2654435769
+
+
 @dataclass(slots=True)
 class _Total:
     """What one flush adds to the counters of one target; ``lags``: how many fall into each of LAG_BUCKETS."""
@@ -52,6 +59,8 @@ class Events:
         stream: where they go as well, as JSON; ``None`` for nowhere.
         compiled: whether the compiled part may be used, where it is there.
         observing: nothing is busted: events are named `observed`, and no bust is counted.
+        logged: of which share of the transactions, from 0 to 1, the busts go into the log. The stream gets all, and
+            whatever is no plain bust (sweeps, searches, gaps) is logged always.
     """
 
     def __init__(
@@ -63,12 +72,14 @@ class Events:
         stream: EventStream | None = None,
         compiled: bool = True,
         observing: bool = False,
+        logged: float = 1.0,
     ) -> None:
         self._metrics = metrics
         self._display = display
         self._log = log
         self.stream = stream
         self._observing = observing
+        self._sample = math.ceil(logged * _SAMPLE_OF)
         self._children: dict[tuple[str, str, str], tuple[Any, ...]] = {}
         self._second: int | None = None
         self._second_text = ""
@@ -122,9 +133,13 @@ class Events:
             text, compiled_totals = self._teller.busted(
                 events, reply.existed, reply.versions, replay_until, now_us, BUMP_MISSING
             )
-            self._log.write_text(text)
             if self.stream is not None:
                 self.stream.take(text)
+            if self._sample < _SAMPLE_OF:
+                # A line for each event.
+                lines = zip(events, text.splitlines(keepends=True), strict=True)
+                text = b"".join(line for event, line in lines if self._sampled(event))
+            self._log.write_text(text)
             for sums in compiled_totals:
                 self._count(sums.target.rule, sums.target.cache.name, sums.action, sums)
             return
@@ -157,7 +172,13 @@ class Events:
             if event.committed_at is not None:
                 self._time(own, event.committed_at, now_us, total)
             shown.append((target.shown[event.action], own))
-        self._write(shown)
+        if self._sample < _SAMPLE_OF:
+            if self.stream is not None:
+                self.stream.take(self._log.render(shown))
+            sampled = [line for event, line in zip(events, shown, strict=True) if self._sampled(event)]
+            self._log.write(sampled, self._name)
+        else:
+            self._write(shown)
         for (target, action), total in totals.items():
             self._count(target.rule, target.cache.name, action, total)
 
@@ -239,8 +260,16 @@ class Events:
     def _shared(self, bust: BustEvent) -> dict[str, Any]:
         return {name: value for name, value in bust.target.shown[bust.action].items() if name != "action"}
 
+    def _sampled(self, event: BustEvent) -> bool:
+        """Whether the busts of this transaction are logged: all of one, or none."""
+        return event.xid * _GOLDEN % _SAMPLE_OF < self._sample
+
+    @property
+    def _name(self) -> str:
+        return "observed" if self._observing else "bust"
+
     def _write(self, shown: list[Event], event: str | None = None, level: Level = "info") -> None:
-        event = event or ("observed" if self._observing else "bust")
+        event = event or self._name
         if self.stream is None:
             self._log.write(shown, event, level)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -73,7 +74,12 @@ def test_the_image_busts_as_its_user_on_a_read_only_root_file_system(
     assert labels["org.opencontainers.image.version"] == __version__
     assert labels["org.opencontainers.image.licenses"] == "MIT"
     assert image["User"] == "65532:65532"
+    assert labels["org.opencontainers.image.base.name"].startswith("python:")
     root = images.root("cdc-invalidator:test")
+    listed = json.loads((root / "opt/cdc-invalidator/sbom.cdx.json").read_text())
+    names = {component["name"] for component in listed["components"]}
+    assert {"psycopg", "redis", "orjson"} <= names
+    assert "cyclonedx-bom" not in names, "what makes the list is no part of the image"
     assert not any((root / shell).exists() for shell in ("bin/sh", "usr/bin/sh", "bin/bash"))
 
     documents = kustomize(DEPLOY / "kustomize/example/standalone")

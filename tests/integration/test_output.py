@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -191,3 +192,38 @@ def test_without_standard_output_the_daemon_does_not_start(tmp_path: Path) -> No
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("Standard output is closed")
+
+
+@pytest.mark.parametrize(("form", "lines"), [("json", 1), ("console", 0)])
+def test_why_the_daemon_ends_is_a_line_of_its_log_too(form: str, lines: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cdc_invalidator", "run", "--postgres-dsn", "host=/nowhere", "--redis-url", "x"]
+    command += ["--rules", str(tmp_path), "--log-format", form]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 2
+    shown = done.stdout.splitlines()
+    assert len(shown) == lines
+    for line in map(json.loads, shown):
+        assert (line["event"], line["level"], line["exit_code"]) == ("exit", "error", 2)
+        assert line["error"] == done.stderr.strip()
+
+
+def test_a_daemon_that_ends_does_not_wait_for_a_reader_that_is_stuck() -> None:
+    ours, theirs = os.pipe()
+    while select.select([], [theirs], [], 0)[1]:
+        os.write(theirs, b"x" * 4096)
+    command = [
+        sys.executable,
+        "-m",
+        "cdc_invalidator",
+        "run",
+        "--postgres-dsn",
+        "x",
+        "--redis-url",
+        "x",
+        "--rules",
+        "x",
+    ]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 2
+    os.close(ours)
+    os.close(theirs)

@@ -503,3 +503,26 @@ def test_a_key_that_nothing_names_is_told_with_how_far_back_was_looked() -> None
     last.tell(told)
     assert list(key_lines(told))[-1] == "    none in the event stream names this key, since 2026-11-25T12:00:00Z"
     assert all(line.isprintable() for line in key_lines(told))
+
+
+def test_the_hash_under_which_events_show_a_key_is_told() -> None:
+    """Of what events name: the key that stands under a lock, or the version of a versioned key."""
+
+    def hashed(key: bytes) -> str:
+        return f"<{key.decode()}>"
+
+    text = """
+version: 1
+caches:
+  user: {key: "user:{id}"}
+  list: {key: "list:{id}:v{version}", version: "list:{id}:ver"}
+"""
+    for key, named in {
+        "user:7": "user:7",
+        "user:7:lock": "user:7",
+        "list:7:v3": "list:7:ver",
+        "list:7:ver": "list:7:ver",
+    }.items():
+        told = explain_key(parse(text), key, hashed)
+        assert told["caches"][0]["hashes"] == {named: f"<{named}>"}, key
+        assert f"  events show {named} as the hash <{named}>" in list(key_lines(told))

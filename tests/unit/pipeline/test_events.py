@@ -66,12 +66,19 @@ class Said(NamedTuple):
 
 
 def say(
-    flushes: Iterable[tuple[list[BustEvent], BustReply]], replay_until: int, *, form: KeyForm = "hash", compiled: bool
+    flushes: Iterable[tuple[list[BustEvent], BustReply]],
+    replay_until: int,
+    *,
+    form: KeyForm = "hash",
+    compiled: bool,
+    logged: float = 1.0,
+    stream: Any = None,
 ) -> Said:
     """What a process writes and counts for some flushes."""
     output: Any = Collecting()
     metrics = Metrics(CollectorRegistry())
-    told = Events(metrics, KeyDisplay(form, b"secret"), EventLog(output, "json", "info"), compiled=compiled)
+    log = EventLog(output, "json", "info")
+    told = Events(metrics, KeyDisplay(form, b"secret"), log, compiled=compiled, logged=logged, stream=stream)
     for lines, reply in flushes:
         told.busted(lines, reply, replay_until, NOW_US)
     counted = [line for line in generate_latest(metrics.registry).splitlines() if b"_created" not in line]
@@ -181,3 +188,35 @@ def test_the_batches_of_a_plain_batch_are_its_transactions(lines: list[BustEvent
     assert set(plain.targets) == {target for batch in batches for target in batch.targets}
     assert plain.weight >= sum(batch.weight for batch in batches)
     assert all(isinstance(batch, Batch) and batch.end_lsn is None for batch in batches)
+
+
+class Taking:
+    """A stream that keeps what it takes."""
+
+    def __init__(self) -> None:
+        self.text = b""
+
+    def take(self, text: bytes) -> None:
+        self.text += text
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("logged", [0.0, 0.1, 1.0])
+def test_of_a_sample_whole_transactions_are_logged_and_the_stream_and_the_counters_get_all(
+    logged: float, compiled: bool
+) -> None:
+    transactions = 2000
+    lines = [
+        BustEvent(TARGETS[at % 2], "delete", "update", [b"user:%d" % xid], "change", xid, None, xid)
+        for xid in range(transactions)
+        for at in (0, 1)
+    ]
+    flushes = [(lines, BustReply([1] * len(lines), {}))]
+    everything, stream = say(flushes, 0, compiled=compiled), Taking()
+    sampled = say(flushes, 0, compiled=compiled, logged=logged, stream=stream)
+    assert sampled.metrics == everything.metrics
+    assert len(stream.text.splitlines()) == len(lines)
+    kept = [json.loads(line)["xid"] for line in sampled.text.splitlines()]
+    assert len(kept) == 2 * len(set(kept)), "of each transaction all lines, or none"
+    assert logged * transactions * 0.9 <= len(set(kept)) <= logged * transactions * 1.1
+    assert set(sampled.text.splitlines()) <= set(everything.text.splitlines())

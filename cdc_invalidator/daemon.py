@@ -22,10 +22,10 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.impasse import Impasse
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.pipeline.observe import Observe
+from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.recent import Recent
-from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.standbys import Standbys
+from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.session import STANDBY_SECONDS, Opened, Role, Session, SessionOptions
@@ -51,25 +51,28 @@ class Daemon:
 
     Args:
         options: the settings of its sessions.
+        open_server: makes a `CacheServer` that is not connected yet.
         rules: what to bust.
         metrics: what to count.
         events: where busts are recorded.
         standbys: the standbys that busts wait for.
         source: the rule file, or the directory of rule files, that ``rules`` were read from.
-        verify: looks at samples of what was busted; ``None`` for at nothing.
+        inspection: looks at what was busted, or would have been.
     """
 
     def __init__(
         self,
         options: SessionOptions,
+        open_server: Callable[[], CacheServer],
         rules: RuleSet,
         metrics: Metrics,
         events: Events,
         standbys: Standbys,
         source: Path,
-        verify: Verify | Observe | None = None,
+        inspection: Inspection,
     ) -> None:
         self._options = options
+        self._open_server = open_server
         self._rules = rules
         self._metrics = metrics
         metrics.retained_wal_limit.set(options.max_retained_wal)
@@ -92,7 +95,7 @@ class Daemon:
         self._suspicious_until = float("-inf")
         self._recent = Recent()
         self._standbys = standbys
-        self._verify = verify
+        self._inspection = inspection
         self._reload = Reload(
             source,
             os.environ,
@@ -174,6 +177,7 @@ class Daemon:
         self._opened = None
         session = self._session = Session(
             self._options,
+            self._open_server,
             self._rules,
             self._metrics,
             self._events,
@@ -181,7 +185,7 @@ class Daemon:
             self._lead,
             recent=self._recent,
             standbys=self._standbys,
-            verify=self._verify,
+            inspection=self._inspection,
             suspicious=time.monotonic() < self._suspicious_until,
             strict=not self._proven,
             former_walsender=self._walsender,
@@ -325,8 +329,10 @@ class Daemon:
             "dropped_standbys": self._standbys.dropped,
             "denied_caches": {name: each.text for name, each in apply.denied.items()} if apply else {},
             "mode": "observe" if self._options.observe else "bust",
-            "verify": self._verify.status() if isinstance(self._verify, Verify) else None,
-            "observed": self._verify.status() if isinstance(self._verify, Observe) else None,
+            # One of the two.
+            "verify": None,
+            "observed": None,
+            self._inspection.name: self._inspection.status(),
             "unpublished_tables": [str(table) for table in tables.unseen] if tables else [],
             "rules": {
                 "digest": self._rules.digest,

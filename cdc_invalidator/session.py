@@ -26,11 +26,10 @@ from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
+from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import ManualBusts
-from cdc_invalidator.pipeline.observe import Observe
 from cdc_invalidator.pipeline.recent import Recent
-from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
@@ -40,10 +39,8 @@ from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
 from cdc_invalidator.redis.endpoint import Endpoint
-from cdc_invalidator.redis.observed import Observed
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
-from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.trouble import Trouble
@@ -78,7 +75,6 @@ class SessionOptions:
     redis: Endpoint
     event_stream: str
     slot: str
-    watermark: str
     publication: str
     sweep_gaps: bool
     sweep_rate: int
@@ -105,6 +101,7 @@ class Session:
 
     Args:
         options: where to connect.
+        open_server: makes a `CacheServer` that is not connected yet.
         rules: what to bust.
         metrics: what to count.
         events: where busts are recorded.
@@ -112,7 +109,7 @@ class Session:
         lead: is called with all that is open, once the slot is ours.
         recent: the busts applied lately; kept across sessions.
         standbys: the standbys that busts wait for.
-        verify: looks at samples of what was busted; kept across sessions.
+        inspection: looks at what was busted, or would have been; kept across sessions.
         suspicious: another deployment may write the watermark.
         strict: refuse rules that this database can't keep; otherwise keep those that it can.
         former_walsender: the process id of the last session's walsender.
@@ -121,6 +118,7 @@ class Session:
     def __init__(
         self,
         options: SessionOptions,
+        open_server: Callable[[], CacheServer],
         rules: RuleSet,
         metrics: Metrics,
         events: Events,
@@ -129,12 +127,13 @@ class Session:
         *,
         recent: Recent,
         standbys: Standbys,
-        verify: Verify | Observe | None,
+        inspection: Inspection,
         suspicious: bool,
         strict: bool,
         former_walsender: int | None,
     ) -> None:
         self._options = options
+        self._open_server = open_server
         self._rules = rules
         self._metrics = metrics
         self._events = events
@@ -142,7 +141,7 @@ class Session:
         self._lead = lead
         self._recent = recent
         self._standbys = standbys
-        self._verify = verify
+        self._inspection = inspection
         self._suspicious = suspicious
         self._strict = strict
         self._former_walsender = former_walsender
@@ -296,7 +295,7 @@ class Session:
             crash_free_since=await snapshots.crash_free_since(),
         )
         apply = Apply(
-            self._cache_server,
+            self._open_server,
             PostgresView(hidden, self._queries, self._standbys, horizon, snapshots.reached),
             Kept(self._rules, tables.digests(), position),
             backlog=self.backlog,
@@ -307,7 +306,7 @@ class Session:
             sweep_rate=options.sweep_rate,
             metrics=self._metrics,
             events=self._events,
-            verify=self._verify,
+            inspection=self._inspection,
         )
         opened = Opened(
             slot=slot,
@@ -323,12 +322,6 @@ class Session:
         self._lead(opened)
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
         return opened
-
-    def _cache_server(self) -> CacheServer:
-        server = cache_server(self._options.redis, self._options.watermark)
-        if isinstance(self._verify, Observe):
-            return Observed(server, self._options.watermark, self._verify.writes)
-        return server
 
     async def _have_slot(self, slot: Slot, tables: Tables) -> bool:
         """Wait until nobody streams from the slot, and create it if needed; return whether it is new."""
@@ -462,7 +455,7 @@ class Session:
         # makes a new slot in a hurry, and looks again only where there was another one.
         suspicious = self._suspicious or self._strict
         while True:
-            server = self._cache_server()
+            server = self._open_server()
             try:
                 await server.connect()
                 await refuse_occupied(server, await server.read_watermarks(), system_id, suspicious=suspicious)

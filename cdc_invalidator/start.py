@@ -6,6 +6,8 @@ import asyncio
 import gc
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import structlog
@@ -17,10 +19,13 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.eventstream import EventStream
+from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.observe import Observe
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.observed import Observed
+from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.writes import Writes
 from cdc_invalidator.rules.load import load_rules
@@ -74,7 +79,6 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         redis=redis,
         event_stream=given.event_stream,
         slot=given.slot,
-        watermark=given.watermark_name,
         publication=given.publication,
         sweep_gaps=given.on_gap == "sweep" and not observing,
         sweep_rate=given.sweep_rate,
@@ -90,12 +94,18 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     event_log = log.EventLog(output, given.log_format, given.log_level)
     events = Events(metrics, display, event_log, stream=stream, observing=observing, logged=given.log_busts)
     standbys = Standbys(given.postgres_standbys.split(), limit=given.standby_limit, metrics=metrics)
-    verify: Verify | Observe | None = None
+    open_server: Callable[[], CacheServer] = partial(cache_server, redis, given.watermark_name)
+    inspection: Inspection
     if observing:
         templates = [each for cache in rules.caches.values() for each in (cache.key, cache.version) if each]
         # A stream that is behind looks late.
         writes = Writes([each.prefix for each in templates], 60 + 2 * given.observe_grace)
-        verify = Observe(given.observe_grace, writes, metrics=metrics, events=events)
-    elif given.verify_sample:
-        verify = Verify(given.verify_sample, given.observe_grace, metrics=metrics, events=events)
-    return Daemon(options, rules, metrics, events, standbys, given.rules, verify)
+        inspection = Observe(given.observe_grace, writes, metrics=metrics, events=events)
+        open_server = partial(_observed, open_server, given.watermark_name, writes)
+    else:
+        inspection = Verify(given.verify_sample, given.observe_grace, metrics=metrics, events=events)
+    return Daemon(options, open_server, rules, metrics, events, standbys, given.rules, inspection)
+
+
+def _observed(open_server: Callable[[], CacheServer], watermark: str, writes: Writes) -> CacheServer:
+    return Observed(open_server(), watermark, writes)

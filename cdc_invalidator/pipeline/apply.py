@@ -23,14 +23,13 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.flush import Flush
 from cdc_invalidator.pipeline.followup import FollowUps, PostgresView
 from cdc_invalidator.pipeline.gaps import Gaps, GapTicket
+from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.messages import Messages
-from cdc_invalidator.pipeline.observe import Observe
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
 from cdc_invalidator.pipeline.sweep import Sweeps
-from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.redis.info import InfoMetrics
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
@@ -55,7 +54,7 @@ class Apply:
         sweep_rate: how many keys a second sweeps may look at; 0 for as many as there are.
         metrics: what to count.
         events: where busts are logged.
-        verify: looks at samples of what was busted, or at all that would have been; ``None`` for at nothing.
+        inspection: looks at what was busted, or would have been.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Apply:
         sweep_rate: int,
         metrics: Metrics,
         events: Events,
-        verify: Verify | Observe | None = None,
+        inspection: Inspection,
     ) -> None:
         self.redis = RedisConnection(open_server, metrics)
         self.record = WatermarkRecord(checkpoint, metrics)
@@ -82,7 +81,8 @@ class Apply:
         self._recent = recent
         self._metrics = metrics
         self._events = events
-        self._verify = verify
+        self._inspection = inspection
+        inspection.show(kept.rules)
         self._flush = Flush(events, self.record, kept.rules, denied=self._denied)
         # The end of what PostgreSQL had written at the start, or has sent since.
         received: Callable[[], int] = lambda: max(kept.position.flushed, checkpoint.received_lsn)  # noqa: E731
@@ -120,8 +120,6 @@ class Apply:
         for cache in kept.rules.kept.values():
             if cache.publish is not None:
                 metrics.messages.labels(cache.name)
-            if isinstance(verify, Verify):
-                verify.show(cache)
         self._debounce = Debounce(resolve) if any(rule.debounce for rule in kept.rules.rules) else None
         self._info = InfoMetrics(metrics)
         # In the hands of this turn until Redis has acknowledged them.
@@ -214,8 +212,7 @@ class Apply:
             if self._postgres.standbys.returned():
                 self._continuity.all_broken("standby_returned")
             await self._follow_ups.sweep(server)
-            if self._verify is not None:
-                await self._verify.step(server, self._bust_once_more)
+            await self._inspection.step(server, self._bust_once_more)
             if not self._backlog or self._events.stream is not None:
                 self._flush.log_due()
             if self._events.stream is not None:
@@ -232,8 +229,7 @@ class Apply:
 
     async def _connect(self) -> CacheServer:
         server, found = await self.redis.open()
-        if self._verify is not None:
-            self._verify.forget()
+        self._inspection.connected()
         self._continuity.prove(
             await refuse_occupied(server, found, self._system_id, suspicious=self._suspicious),
         )
@@ -272,8 +268,7 @@ class Apply:
         await self._postgres.queries.derive(
             batch for batch in batches if not isinstance(batch, PlainBatch) and batch.xid not in hidden
         )
-        choose = self._verify.choose if self._verify is not None else None
-        events, reply = await self._flush.bust(server, batches, choose)
+        events, reply = await self._flush.bust(server, batches, self._inspection.choose)
         self._flush.log_later(events, reply, self._continuity.replay_until)
         now = time.monotonic()
         for batch, ticket in taken:
@@ -286,14 +281,13 @@ class Apply:
             else:
                 self._follow_ups.begin(batch, ticket, "gap" if isinstance(ticket, GapTicket) else "first", now)
             self._resolve(ticket)
-        if self._verify is not None:
-            self._verify.swept(
-                target.cache.name
-                for batch in batches
-                for target, busts in batch.busts.items()
-                if busts.sweep or busts.prefixes(target)
-            )
-            self._verify.begin(reply.looks, taken, now)
+        self._inspection.swept(
+            target.cache.name
+            for batch in batches
+            for target, busts in batch.busts.items()
+            if busts.sweep or busts.prefixes(target)
+        )
+        self._inspection.begin(reply.looks, taken, now)
         self._metrics.backlog.set(self._backlog.weight)
 
     async def _bust_once_more(self, server: CacheServer, batches: list[PlainBatch]) -> None:
@@ -338,7 +332,7 @@ class Apply:
         patience = self._follow_ups.patience(patience, now)
         due = self._debounce.next_due() if self._debounce is not None else None
         patience = patience if due is None else min(patience, due - now)
-        looks = self._verify.due_in(now) if self._verify is not None else None
+        looks = self._inspection.due_in(now)
         patience = patience if looks is None else min(patience, looks)
         asks = self._gaps.asks_in(now)
         patience = max(0.001, patience if asks is None else min(patience, asks))

@@ -30,10 +30,11 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.pipeline.events import Events
-from cdc_invalidator.pipeline.verify import Bust
+from cdc_invalidator.pipeline.inspection import Bust
 from cdc_invalidator.redis.fingerprint import ABSENT, LARGE, Look
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.writes import Writes
+from cdc_invalidator.rules.model import RuleSet
 
 _log = structlog.get_logger()
 
@@ -93,7 +94,7 @@ class _Times:
 
 
 class Observe:
-    """Entries that would have been busted, and what has become of them.
+    """Entries that would have been busted, and what has become of them; see `Inspection`.
 
     Args:
         grace: after how many seconds an entry that is still the same counts as stale.
@@ -102,9 +103,11 @@ class Observe:
         events: where stale entries are logged.
     """
 
+    name = "observed"
+
     def __init__(self, grace: float, writes: Writes, *, metrics: Metrics, events: Events) -> None:
         self._grace = grace
-        self.writes = writes
+        self._writes = writes
         self._metrics = metrics
         self._events = events
         self._chosen: list[tuple[BustEvent, bytes]] = []
@@ -121,7 +124,14 @@ class Observe:
         # When it began, for how long it lasted, and what it was.
         self._worst: list[tuple[float, float, Entry]] = []
 
-    def forget(self) -> None:
+    def show(self, rules: RuleSet) -> None:
+        """Show all rules and their caches."""
+        for rule in rules.rules:
+            for cache in {bust.cache.name for bust in rule.busts}:
+                for result in ("changes", "absent", "mended", "stale"):
+                    self._metrics.observed.labels(rule.name, cache, result)
+
+    def connected(self) -> None:
         """Leave all entries: another connection begins, maybe to another Redis."""
         if self._since is None:
             self._since = time.monotonic()
@@ -182,7 +192,7 @@ class Observe:
         return sorted([*recent, *open_ones], key=lambda each: -each[1])[:WORST]
 
     def choose(self, events: Sequence[BustEvent], _deletes: Sequence[Sequence[bytes]]) -> list[bytes]:
-        """Return all keys that would be busted, version counters among them; see `Verify.choose`."""
+        """Return all keys that would be busted, version counters among them; see `Inspection.choose`."""
         seen: set[bytes] = set()
         self._chosen = []
         for event in events:
@@ -195,7 +205,7 @@ class Observe:
         return [key for _, key in self._chosen]
 
     def begin(self, looks: Sequence[Look], taken: Iterable[tuple[Batch | PlainBatch, Ticket]], now: float) -> None:
-        """Begin to observe what was chosen last; see `Verify.begin`."""
+        """Begin to observe what was chosen last; see `Inspection.begin`."""
         chosen, self._chosen = self._chosen, []
         tickets = {batch.commit_lsn: ticket for batch, ticket in taken if not isinstance(batch, PlainBatch)}
         for (event, key), look in zip(chosen, looks, strict=False):
@@ -220,7 +230,7 @@ class Observe:
             return
         self._changed(key, now)
         committed = _committed(event, now)
-        if committed - EARLY_SECONDS < self.writes.began or len(self._entries) >= MOST or self._bytes >= MOST_BYTES:
+        if committed - EARLY_SECONDS < self._writes.began or len(self._entries) >= MOST or self._bytes >= MOST_BYTES:
             self._count(event, "skipped")
             return
         entry = Entry(event._replace(keys=[key]), key, look, ticket, now, committed, now, interval=self._grace)
@@ -237,13 +247,13 @@ class Observe:
             self._results.setdefault((cache, ""), Counter())["sweeps"] += 1
 
     def due_in(self, now: float) -> float | None:
-        """See `Verify.due_in`."""
+        """See `Inspection`."""
         if self._followed:
             return max(0.0, self._step_at - now)
         return max(0.0, self._step_at - now, self._due[0][0] - now) if self._due else None
 
     async def step(self, server: CacheServer, _bust: Bust) -> None:
-        """Look at what is due; see `Verify.step`."""
+        """Look at what is due."""
         now = time.monotonic()
         if now < self._step_at or not (self._followed or self._due):
             return
@@ -276,7 +286,7 @@ class Observe:
 
     def _mended_before(self, entry: Entry) -> bool:
         """Return whether the entry was written after the commit, before it was looked at."""
-        return self.writes.between(entry.key, entry.committed - EARLY_SECONDS, entry.looked + LATE_SECONDS)
+        return self._writes.between(entry.key, entry.committed - EARLY_SECONDS, entry.looked + LATE_SECONDS)
 
     def _still(self, entry: Entry, now: float) -> None:
         """Note that an entry is still the same."""

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain, islice, takewhile
@@ -32,9 +33,10 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch
 from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.pipeline.events import Events
+from cdc_invalidator.pipeline.inspection import Bust
 from cdc_invalidator.redis.fingerprint import ABSENT, LARGE, Look
 from cdc_invalidator.redis.server import CacheServer
-from cdc_invalidator.rules.model import Cache
+from cdc_invalidator.rules.model import RuleSet
 
 _log = structlog.get_logger()
 
@@ -72,19 +74,18 @@ class Sample:
     due: float = 0.0
 
 
-Bust = Callable[[CacheServer, list[PlainBatch]], Awaitable[None]]
-
-
 class Verify:
-    """The samples that are under way, and what has come of the others.
+    """The samples that are under way, and what has come of the others; see `Inspection`.
 
     Args:
-        share: how many of the bust events that delete are sampled, with their keys; above 0 to 1.
+        share: how many of the bust events that delete are sampled, with their keys; 0 to 1.
         grace: after how many seconds it is looked at what came back.
         metrics: what to count.
         events: where fills that were overtaken are logged.
         seed: of the choice; by default another one each time.
     """
+
+    name = "verify"
 
     def __init__(
         self, share: float, grace: float, *, metrics: Metrics, events: Events, seed: int | None = None
@@ -107,8 +108,8 @@ class Verify:
         self._refused: str | None = None
         self._results: dict[str, Counter[str]] = {}
 
-    def forget(self) -> None:
-        """Leave all samples: another connection begins, and what was busted is not known for sure."""
+    def connected(self) -> None:
+        """Leave all samples: what was busted last is not known for sure."""
         self._chosen = []
         self._watched.clear()
         self._bytes = 0
@@ -124,24 +125,16 @@ class Verify:
             "error": self._refused,
         }
 
-    def show(self, cache: Cache) -> None:
-        """Show a cache in the metrics before anything has come back: an increase needs a sample to begin with."""
-        for result in ("overtaken", "unaffected", "refilled", "empty"):
-            self._metrics.verified.labels(cache.name, result)
+    def show(self, rules: RuleSet) -> None:
+        """Show all caches, if any are sampled."""
+        for cache in rules.kept if self._share else ():
+            for result in ("overtaken", "unaffected", "refilled", "empty"):
+                self._metrics.verified.labels(cache, result)
 
     # Taken.
 
     def choose(self, events: Sequence[BustEvent], deletes: Sequence[Sequence[bytes]]) -> list[bytes]:
-        """Choose samples of what is about to be busted, and leave those under way that it makes worthless.
-
-        Args:
-            events: of a flush.
-            deletes: the keys of each event that deletes, in order.
-
-        Returns:
-            The keys of the samples; `begin` is called with the fingerprints that these had just before, if the busts
-            succeed.
-        """
+        """Choose samples, and leave those under way that the busts make worthless."""
         self._supersede(deletes)
         self._chosen = []
         places = []
@@ -179,18 +172,12 @@ class Verify:
                 self._end(keys[key], "superseded")
 
     def _next_skip(self) -> int:
-        if self._share >= 1:
-            return 0
+        if self._share in {0, 1}:
+            return 0 if self._share else sys.maxsize
         return int(math.log(1 - self._random.random()) / math.log(1 - self._share))
 
     def begin(self, looks: Sequence[Look], taken: Iterable[tuple[Batch | PlainBatch, Ticket]], now: float) -> None:
-        """Begin what was chosen last: it is busted.
-
-        Args:
-            looks: the fingerprints that the keys had just before.
-            taken: what was busted. Of a batch with follow-ups, the ticket says when they are done.
-            now: the time.
-        """
+        """Begin with what was there."""
         chosen, self._chosen = self._chosen, []
         tickets = (
             {batch.commit_lsn: ticket for batch, ticket in taken if not isinstance(batch, PlainBatch)} if chosen else {}
@@ -211,7 +198,7 @@ class Verify:
                     self._wait(sample, Stage.FILLED, now + self._grace)
 
     def swept(self, caches: Iterable[str]) -> None:
-        """As `choose` does, leave the samples of caches of which more is busted than keys that are named."""
+        """Leave the samples that this makes worthless."""
         proven = [*self._waiting[Stage.PROVEN], *self._waiting[Stage.SETTLED]]
         names = set(caches) if proven else ()
         for sample in proven:
@@ -226,19 +213,11 @@ class Verify:
     # Looked at again.
 
     def due_in(self, now: float) -> float | None:
-        """Return the seconds until `step` has something to do; ``None`` without any sample under way."""
+        """See `Inspection`."""
         return max(0.0, self._step_at - now) if self._watched else None
 
     async def step(self, server: CacheServer, bust: Bust) -> None:
-        """Look at what is due.
-
-        Args:
-            server: where.
-            bust: busts once more, and has that logged.
-
-        Raises:
-            errors.RedisUnavailable: the connection is lost.
-        """
+        """Look at what is due, and bust what has come back the same."""
         now = time.monotonic()
         if not self._watched or now < self._step_at:
             return

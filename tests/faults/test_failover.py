@@ -27,6 +27,7 @@ from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis import sentinel
@@ -219,6 +220,7 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
         return 100
 
     metrics = Metrics(CollectorRegistry())
+    events = Events(metrics, log.KeyDisplay("prefix"), log.EventLog(log.Output(1), "json", "info"))
     return Apply(
         open_server,
         PostgresView(hidden, Queries(""), Standbys([], limit=1, metrics=metrics), horizon, reached),
@@ -230,7 +232,8 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
         sweep_gaps=True,
         sweep_rate=0,
         metrics=metrics,
-        events=Events(metrics, log.KeyDisplay("prefix"), log.EventLog(log.Output(1), "json", "info")),
+        events=events,
+        inspection=Verify(0, 0, metrics=metrics, events=events),
     )
 
 

@@ -29,6 +29,7 @@ from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import CAPACITY, Recent
+from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark
@@ -81,6 +82,7 @@ class World:
         self.checkpoint = Checkpoint(START)
         self.written = b""
         output: Any = Mock(full=False, stuck=False, dropped=0, failure=None, mark=0, written=0, write=self._write)
+        events = Events(metrics, KeyDisplay("hash"), EventLog(output, "json", "info"))
         queries: Any = Mock(derive=AsyncMock())
         server: Any = lambda: Server(self)  # noqa: E731
         self.apply = Apply(
@@ -94,7 +96,8 @@ class World:
             sweep_gaps=True,
             sweep_rate=0,
             metrics=metrics,
-            events=Events(metrics, KeyDisplay("hash"), EventLog(output, "json", "info")),
+            events=events,
+            inspection=Verify(0, 0, metrics=metrics, events=events),
         )
 
     async def _hidden(self, xids: Iterable[int]) -> set[int]:

@@ -30,6 +30,7 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.gaps import Gaps
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.redis import info
 from cdc_invalidator.redis.server import BustReply
@@ -141,6 +142,7 @@ class World:
             sweep_rate=0,
             metrics=metrics,
             events=events,
+            inspection=Verify(0, 0, metrics=metrics, events=events),
             suspicious=False,
         )
         for commit in self.commits:

@@ -141,7 +141,7 @@ async def test_a_refusal_ends_sampling_until_the_next_connection_and_says_what_t
     begun(verifier, busts([b"a"]), refusal)
     assert verifier.status()["error"] == "grant +dump"
     assert begun(verifier, busts([b"b"])) == []
-    verifier.forget()
+    verifier.connected()
     assert verifier.status()["error"] is None
     assert begun(verifier, busts([b"b"])) == [b"b"]
 
@@ -152,7 +152,7 @@ async def test_the_same_content_is_busted_once_more_unless_the_connection_was_lo
     await found.step(verifier)
     assert found.busted == [b"a"]
     begun(verifier, busts([b"b"]))
-    verifier.forget()
+    verifier.connected()
     verifier._step_at = 0
     await found.step(verifier)
     assert found.busted == [b"a"]

@@ -174,7 +174,10 @@ class Settings(Stream):
         "Bust what commits make stale, or only observe what the busts would mend.", "bust"
     )
     verify_sample: float = _setting(
-        "Share of the deleted keys, from 0 to 1, of which it is looked at what comes back; 0: of none.", 0.0, ge=0, le=1
+        "Share of the deleted keys, from 0 to 1, of which it is looked at what comes back; 0: of none.",
+        0.01,
+        ge=0,
+        le=1,
     )
     observe_grace: float = _setting("After how many seconds a sampled key is looked at again.", 5.0, gt=0, le=3600)
 

@@ -106,6 +106,7 @@ class Verify:
         self._waiting: dict[Stage, dict[Sample, None]] = {stage: {} for stage in Stage}
         self._step_at = 0.0
         self._refused: str | None = None
+        self._told: str | None = None
         self._results: dict[str, Counter[str]] = {}
 
     def connected(self) -> None:
@@ -206,9 +207,11 @@ class Verify:
                 self._end(sample, "superseded")
 
     def _refuse(self, error: errors.RedisUnavailable) -> None:
-        if self._refused is None:
-            _log.warning("verify_refused", error=str(error))
         self._refused = str(error)
+        # Not once more on each connection.
+        if self._told != self._refused:
+            self._told = self._refused
+            _log.warning("verify_refused", error=self._told)
 
     # Looked at again.
 

@@ -580,11 +580,13 @@ def test_a_right_that_redis_refuses_is_told_with_the_grant_and_those_of_the_read
         assert "grant it +pexpire +rename." in checked.only("redis_rights")["sentence"]
         administrator.execute_command("ACL", "SETUSER", name, "+pexpire", "+rename")
         assert setting.check(THING, caches=old_values, **given).grave == []
+        assert setting.check(THING, verify_sample="0.01", **given).grave == []
+        administrator.execute_command("ACL", "SETUSER", name, "-type", "-memory|usage", "-smembers", "-dump")
+        assert setting.check(THING, **given).grave == []
         checked = setting.check(THING, verify_sample="0.01", **given)
         assert checked.grave == ["verify_refused"]
         assert " +type +memory|usage +smembers +dump, or set" in checked.only("verify_refused")["sentence"]
         administrator.execute_command("ACL", "SETUSER", name, "+type", "+memory|usage", "+smembers", "+dump")
-        assert setting.check(THING, verify_sample="0.01", **given).grave == []
         administrator.execute_command("ACL", "SETUSER", name, "-unlink", "-hdel", "-multi", "-info")
         checked = setting.check(THING, **given)
         assert checked.of("error") == ["redis_rights"]

@@ -291,7 +291,7 @@ class Apply:
         self._metrics.backlog.set(self._backlog.weight)
 
     async def _bust_once_more(self, server: CacheServer, batches: list[PlainBatch]) -> None:
-        self._flush.log_later(*await self._flush.bust(server, batches))
+        self._flush.log_later(*await self._flush.bust(server, batches, named=True))
 
     async def _record(self, server: CacheServer) -> None:
         if not self._continuity.proven:

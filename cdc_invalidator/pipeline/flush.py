@@ -52,6 +52,8 @@ class Flush:
         server: CacheServer,
         batches: Iterable[Batch | PlainBatch],
         choose: Callable[[Sequence[BustEvent], Sequence[Sequence[bytes]]], Sequence[bytes]] | None = None,
+        *,
+        named: bool = False,
     ) -> tuple[list[BustEvent], BustReply]:
         """Bust all keys of some batches.
 
@@ -60,6 +62,7 @@ class Flush:
             batches: what to bust.
             choose: given the events, and the keys of each that deletes, returns those of the keys whose fingerprints
                 are wanted, as they are just before.
+            named: the keys of caches with `bump_over` are under their versions already.
 
         Returns:
             Their events, and what Redis answered; for `log_later`. What lacks a right is in neither.
@@ -69,7 +72,7 @@ class Flush:
         """
         events = [event for batch in batches for event in batch.events()]
         pairs = [event for event in events if event.target.pairs and event.action == "delete"]
-        if pairs:
+        if pairs and not named:
             events = await _name_versions(server, events, pairs)
         deletes = [event.keys for event in events if event.action == "delete"]
         bumps = {

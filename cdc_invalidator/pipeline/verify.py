@@ -9,6 +9,9 @@ can't be loaded any more, so other content is the proof that the first fill was 
 The grace begins when all is done that follows the bust, such as `again_after`. If the key is busted for another change
 while the proof is awaited, that explains the other content, and the sample is left.
 
+Versions that are bumped are not sampled: a fill that such a bust overtakes is stored under the old version, which
+nobody reads any more.
+
 The rule that holds here: nothing waits for a sample, no position and no bust; what is lost with a connection is
 forgotten. Samples are bounded by `MOST`, and so is what they cost.
 """
@@ -149,9 +152,8 @@ class Verify:
             return []
         whole = len(deletes) == len(events)
         deleting = events if whole else [event for event in events if event.action == "delete"]
-        # The names of keys with `bump_over` hold for the version of this moment only.
-        some = (deleting[place] for place in places if not deleting[place].target.pairs)
-        for event in islice(some, room):
+        for place in places[:room]:
+            event = deleting[place]
             self._chosen += [(event, key) for key in islice(event.keys, room - len(self._chosen))]
         self._left -= len(self._chosen)
         return [key for _, key in self._chosen]

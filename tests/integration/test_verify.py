@@ -27,8 +27,9 @@ version: 1
 caches:
   thing: {key: "t:{{{id}}}:thing", ttl: 5m}
   slow: {key: "t:{{{id}}}:slow", ttl: 5m, again_after: 1s}
+  both: {key: "t:{{{id}}}:both:{version}", version: "t:{{{id}}}:version", ttl: 5m, bump_over: 9}
 rules:
-  - {name: thing-changed, table: public.things, bust: [thing]}
+  - {name: thing-changed, table: public.things, bust: [thing, both]}
   - {name: slow-changed, table: public.slows, bust: [slow]}
 """
 GRACE = 1.0
@@ -203,6 +204,17 @@ def test_what_the_second_bust_of_again_after_mends_is_not_counted(stage: VerifyS
         stage.judged("slow", 2)
     assert stage.results == {"slow": {"refilled": 1, "overtaken": 1}}
     assert "a longer `again_after`" in stage.daemon.seen("overtaken")["error"]
+
+
+def test_a_key_with_bump_over_is_looked_at_under_the_version_that_it_was_busted_under(stage: VerifyStage) -> None:
+    stage.client.set("t:{1}:version", 7)
+    stage.reader.plan("t:{1}:both:7", b"string", "old", "old", "new")
+    with stage.reader:
+        execute(stage.dsn, "UPDATE things SET n = 1 WHERE id = 1")
+        stage.judged("both", 1)
+    assert stage.results == {"both": {"overtaken": 1}}
+    assert len(stage.daemon.named("bust", cache="both", action="delete", reason="verify")) == 1
+    assert stage.client.get("t:{1}:both:7") == b"new"
 
 
 @pytest.mark.parametrize("granted", [False, True])

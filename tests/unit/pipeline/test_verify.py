@@ -89,7 +89,7 @@ def test_the_share_is_what_was_asked_for_however_events_come(sizes: list[int]) -
     assert abs(taken - expected) < 10 * expected**0.5 + 10
 
 
-def test_with_a_share_of_1_all_deletes_are_taken_that_are_named_for_good() -> None:
+def test_with_a_share_of_1_all_deletes_are_taken() -> None:
     verifier = made(1)
     events = [
         *busts([b"a"], [b"b", b"c"], []),
@@ -97,7 +97,7 @@ def test_with_a_share_of_1_all_deletes_are_taken_that_are_named_for_good() -> No
         *busts([b"both:1:7"], target=BOTH),
         *busts([b"d"]),
     ]
-    assert chosen_of(verifier, events) == [b"a", b"b", b"c", b"d"]
+    assert chosen_of(verifier, events) == [b"a", b"b", b"c", b"both:1:7", b"d"]
 
 
 def test_what_is_not_there_or_too_large_is_not_looked_at_again() -> None:

@@ -48,10 +48,11 @@ class Observed(CacheServer):
         Raises:
             errors.RedisUnavailable: one is lost: then it is not known what was written.
         """
-        for node in self._server.nodes:
-            if node not in self._following:
-                self._following[node] = await node.follow(self._writes.command, self._writes.note)
-                self._writes.begin()
+        new = [node for node in self._server.nodes if node not in self._following]
+        for node in new:
+            self._following[node] = await node.follow(self._writes.command, self._writes.note)
+        if new:
+            self._writes.begin()
         for task in self._following.values():
             if task.done():
                 task.result()
@@ -76,8 +77,7 @@ class Observed(CacheServer):
         looks: Sequence[bytes] = (),
     ) -> BustReply:
         """Look at what would be busted; what is not looked at counts as missing."""
-        await self._follow()
-        found = dict(zip(looks, await self._server.fingerprints(looks), strict=True))
+        found = dict(zip(looks, await self.fingerprints(looks), strict=True))
         there = {key for key, look in found.items() if not isinstance(look, errors.RedisUnavailable) and look != ABSENT}
         existed = [sum(key in there for key in group) for group in deletes]
         versions = {key: BUMP_DELETED if key in there else BUMP_MISSING for key in bumps}
@@ -89,7 +89,12 @@ class Observed(CacheServer):
 
     async def fingerprints(self, keys: Sequence[bytes]) -> list[Look]:
         """See `CacheServer`."""
-        return await self._server.fingerprints(keys)
+        await self._follow()
+        looks = await self._server.fingerprints(keys)
+        if keys:
+            await self._follow()
+            self._writes.heard()
+        return looks
 
     async def unlink(self, keys: Sequence[bytes]) -> int:  # noqa: ARG002  nothing is deleted
         """Delete nothing."""

@@ -173,32 +173,80 @@ def test_a_daemon_that_busts_afterwards_sweeps_as_for_a_new_slot(
         assert re.fullmatch("no_watermark|missed_changes", daemon.seen("gap")["reason"])
 
 
-def test_the_rights_of_the_readme_to_read_are_enough(
-    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
-) -> None:
+@pytest.fixture
+def limited_url(redis_url: str, redis_client: redis.Redis, slot_name: str) -> Iterator[str]:
+    """The URL of a user with the rights of the README; its name is the slot's."""
     readme = (DEPLOY / "README.md").read_text()
     (line,) = re.findall(r"^ACL SETUSER cdc-observe on >secret (.+)$", readme, re.MULTILINE)
-    create(database)
     administrator: Any = redis_client
     administrator.execute_command("ACL", "SETUSER", slot_name, "on", ">secret", *line.replace("shop:", "t:").split())
-    url = redis_url.replace("://", f"://{slot_name}:secret@")
-    settings = {"mode": "observe", "observe_grace": "0.3"}
-    try:
-        with redis.Redis.from_url(url) as limited, pytest.raises(redis.exceptions.NoPermissionError):
-            limited.delete("t:{1}:thing")
-        # Whoever is told of this write late could not tell it from one behind the commit.
-        redis_client.set("t:{1}:thing", 0)
-        with RunningDaemon(dsn=database, redis_url=url, rules=rules_of(tmp_path), slot=slot_name, **settings) as daemon:
-            observing(daemon)
-            execute(database, "UPDATE things SET n = 1 WHERE id = 1", "TRUNCATE pages")
-            daemon.seen("stale", cache="thing")
-            daemon.seen("observed", cache="page", action="sweep")
-            assert daemon.status()["observed"]["error"] is None
-            assert not daemon.named("redis_unavailable")
-            assert daemon.terminate() == 0
-        assert set(redis_client.scan_iter()) == {b"t:{1}:thing"}
-    finally:
-        administrator.execute_command("ACL", "DELUSER", slot_name)
+    yield redis_url.replace("://", f"://{slot_name}:secret@")
+    administrator.execute_command("ACL", "DELUSER", slot_name)
+
+
+def test_the_rights_of_the_readme_to_read_are_enough(
+    database: str, limited_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    create(database)
+    rules, settings = rules_of(tmp_path), {"mode": "observe", "observe_grace": "0.3"}
+    with redis.Redis.from_url(limited_url) as limited, pytest.raises(redis.exceptions.NoPermissionError):
+        limited.delete("t:{1}:thing")
+    # Whoever is told of this write late could not tell it from one behind the commit.
+    redis_client.set("t:{1}:thing", 0)
+    with RunningDaemon(dsn=database, redis_url=limited_url, rules=rules, slot=slot_name, **settings) as daemon:
+        observing(daemon)
+        execute(database, "UPDATE things SET n = 1 WHERE id = 1", "TRUNCATE pages")
+        daemon.seen("stale", cache="thing")
+        daemon.seen("observed", cache="page", action="sweep")
+        assert daemon.status()["observed"]["error"] is None
+        assert not daemon.named("redis_unavailable")
+        assert daemon.terminate() == 0
+    assert set(redis_client.scan_iter()) == {b"t:{1}:thing"}
+
+
+def test_what_is_stale_is_not_forgotten_with_a_connection_or_a_session(
+    database: str, limited_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    create(database)
+    client: Any = redis_client
+    rules, settings = rules_of(tmp_path), {"mode": "observe", "observe_grace": "0.3"}
+    for number in (1, 2, 3):
+        client.set(f"t:{{{number}}}:thing", 0)
+    with RunningDaemon(dsn=database, redis_url=limited_url, rules=rules, slot=slot_name, **settings) as daemon:
+
+        def connected(times: int) -> None:
+            eventually(lambda: len(daemon.named("redis_connected")) == times, f"it is connected {times} times")
+            eventually(lambda: daemon.status()["role"] == "leader", "it streams")
+
+        def stale_now(count: int) -> None:
+            eventually(lambda: daemon.status()["observed"]["stale_now"] == count, f"{count} are stale")
+
+        connected(1)
+        execute(database, "UPDATE things SET n = 1 WHERE id < 3")
+        stale_now(2)
+        # The connection that asks, and the one that tells what is written.
+        assert client.execute_command("CLIENT", "KILL", "USER", slot_name) == 2
+        client.delete("t:{1}:thing")
+        connected(2)
+        stale_now(1)
+        over = figures(daemon, "thing")["stale_s"]
+        assert over > 0
+        execute(
+            database,
+            f"SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = '{slot_name}'",
+        )
+        daemon.seen("session_lost")
+        connected(3)
+        assert daemon.status()["observed"]["stale_now"] == 1
+        client.delete("t:{2}:thing")
+        stale_now(0)
+        found = figures(daemon, "thing")
+        assert (found["changes"], found["stale"]) == (2, 2)
+        assert found["stale_s"] > over
+        assert len(daemon.named("stale")) == 2
+        # And it goes on.
+        execute(database, "UPDATE things SET n = 1 WHERE id = 3")
+        stale_now(1)
 
 
 def test_a_while_of_observing_ends_with_a_report(

@@ -41,12 +41,12 @@ class World:
         output: Any = Mock(full=False, stuck=False, dropped=0, failure=None, mark=0, written=0)
         events = Events(metrics, KeyDisplay("hash"), EventLog(output, "json", "info"), observing=True)
         self.writes = Writes([b"user:"], 60)
-        self.writes.began = 0
+        self.writes._began = self.writes._heard = 0
         self.observe = Observe(0.0, self.writes, metrics=metrics, events=events)
         self.look: Look = OLD
 
     def change(self, *keys: bytes, ticket: Ticket | None = None, age: float = 0.0) -> None:
-        at = time.time_ns() // 1000 - lsn.EPOCH_OFFSET_US - int(age * 1e6)
+        at = int((time.time() - age) * 1e6) - lsn.EPOCH_OFFSET_US
         events = [BustEvent(USER, "delete", "update", [key], "change", 100, at, 5) for key in keys]
         chosen = self.observe.choose(events, [event.keys for event in events])
         taken = [(Batch(100, at, 5), ticket)] if ticket else []
@@ -113,7 +113,9 @@ async def test_changes_that_the_same_content_survives_are_all_stale() -> None:
         world.change(b"user:1", age=1.0)
     await world.step()
     world.change(b"user:1", age=1.0)
+    await world.step()
     assert world.results == {"changes": 4, "stale": 4}
+    assert world.observe.status()["stale_now"] == 1
 
 
 async def test_a_commit_that_is_hidden_is_looked_at_again_when_it_is_visible() -> None:
@@ -126,6 +128,107 @@ async def test_a_commit_that_is_hidden_is_looked_at_again_when_it_is_visible() -
     await world.step()
     await world.step()
     assert world.results == {"changes": 1, "stale": 1}
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Mock:
+    """The monotonic clock, as the test sets it; that of the day goes with it."""
+    clock = Mock(return_value=1000.0)
+    monkeypatch.setattr(time, "monotonic", clock)
+    monkeypatch.setattr(time, "time", lambda: 1.7e9 + clock.return_value)
+    return clock
+
+
+async def test_of_changes_that_one_content_meets_each_is_judged_by_its_own_commit(clock: Mock) -> None:
+    world = World()
+    # Filled after the first, and not after the second, which comes within the grace of the first.
+    world.change(b"user:1")
+    world.writes.note([b"user:1"])
+    clock.return_value += 2
+    world.change(b"user:1")
+    await world.step()
+    assert world.results == {"changes": 2, "mended": 1, "stale": 1}
+
+
+async def test_a_stale_entry_that_is_filled_with_the_same_content_is_mended(clock: Mock) -> None:
+    world = World()
+    world.change(b"user:1")
+    clock.return_value += 1
+    await world.step()
+    assert world.observe.status()["stale_now"] == 1
+    # A change brings back the row as it was before, and the application fills it before the stream tells.
+    clock.return_value += 1
+    world.writes.note([b"user:1"])
+    world.change(b"user:1", age=0.5)
+    await world.step()
+    assert world.results == {"changes": 2, "stale": 1, "mended": 1}
+    assert world.observe.status()["stale_now"] == 0
+    assert world.figures["stale_s"] == 2.0
+    assert world.observe.due_in(clock()) is None
+
+
+async def test_a_stale_entry_outlives_the_connection_and_is_looked_at_at_once(clock: Mock) -> None:
+    world = World()
+    world.change(b"user:1")
+    await world.step()
+    clock.return_value += 7000
+    world.writes.begin()
+    world.observe.connected()
+    assert world.observe.status()["stale_now"] == 1
+    world.look = ABSENT
+    await world.step()
+    assert world.figures["stale_s"] == 7000
+    assert world.results == {"changes": 1, "stale": 1}
+    assert (world.observe._open, world.observe._stale, world.observe._bytes) == (0, 0, 0)
+
+
+async def test_what_is_visible_late_is_judged_by_its_commit_all_the_same(clock: Mock) -> None:
+    world, ticket = World(), Ticket(0)
+    world.writes.begin()
+    clock.return_value += 1
+    world.change(b"user:1", ticket=ticket)
+    clock.return_value += 9
+    ticket.parts = 0
+    await world.step()
+    await world.step()
+    assert world.results == {"changes": 1, "stale": 1}
+
+
+@pytest.mark.parametrize(("heard", "result"), [(0.0, "skipped"), (1.0, "stale")])
+async def test_what_was_not_judged_when_the_connection_was_lost_is_judged_if_all_writes_are_known(
+    clock: Mock, heard: float, result: str
+) -> None:
+    world = World()
+    world.change(b"user:1", b"user:2")
+    clock.return_value += heard
+    world.writes.heard()
+    clock.return_value += 5
+    world.writes.begin()
+    world.observe.connected()
+    await world.step()
+    assert world.results == {"changes": 2, result: 2}
+
+
+async def test_what_waits_for_readers_when_the_connection_is_lost_is_skipped() -> None:
+    world, ticket = World(), Ticket(0)
+    world.change(b"user:1", ticket=ticket, age=1.0)
+    world.observe.connected()
+    assert world.results == {"changes": 1, "skipped": 1}
+    assert world.observe.due_in(0) is None
+
+
+async def test_of_a_stream_so_far_behind_that_writes_are_forgotten_nothing_is_stale(clock: Mock) -> None:
+    world = World()
+    world.writes.note([b"user:1"])
+    world.change(b"user:1", age=2.0)
+    # Before it is judged, its fill is forgotten.
+    for _ in range(2):
+        clock.return_value += 61
+        world.writes.note([b"user:2"])
+    # And this one was committed before what is remembered.
+    world.change(b"user:3", age=200.0)
+    await world.step()
+    assert world.results == {"changes": 2, "skipped": 2}
 
 
 @pytest.mark.parametrize(("look", "result"), [(ABSENT, "absent"), (LARGE, "too_large")])
@@ -159,12 +262,8 @@ def test_writes_are_remembered_for_a_while_only() -> None:
     assert writes.between(b"user:3", 0, time.monotonic())
 
 
-async def test_it_is_told_what_share_of_the_entries_that_were_there_is_stale_and_for_how_long(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_it_is_told_what_share_of_the_entries_that_were_there_is_stale_and_for_how_long(clock: Mock) -> None:
     world = World()
-    clock = Mock(return_value=1000.0)
-    monkeypatch.setattr(time, "monotonic", clock)
     world.change(b"user:1", b"user:2", b"user:3")
     world.look = ABSENT
     world.change(b"user:4")

@@ -30,6 +30,7 @@ from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import ManualBusts
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
@@ -76,8 +77,7 @@ class SessionOptions:
     event_stream: str
     slot: str
     publication: str
-    sweep_gaps: bool
-    sweep_rate: int
+    sweeps: SweepOptions
     max_retained_wal: int
     observe: bool
 
@@ -297,13 +297,11 @@ class Session:
         apply = Apply(
             self._open_server,
             PostgresView(hidden, self._queries, self._standbys, horizon, snapshots.reached),
-            Kept(self._rules, tables.digests(), position),
+            Kept(self._rules, tables.digests(), position, self._recent),
             backlog=self.backlog,
             checkpoint=checkpoint,
-            recent=self._recent,
             suspicious=self._suspicious,
-            sweep_gaps=options.sweep_gaps,
-            sweep_rate=options.sweep_rate,
+            sweeps=options.sweeps,
             metrics=self._metrics,
             events=self._events,
             inspection=self._inspection,

@@ -21,6 +21,7 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.eventstream import EventStream
 from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.observe import Observe
+from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.endpoint import Endpoint
@@ -80,8 +81,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         event_stream=given.event_stream,
         slot=given.slot,
         publication=given.publication,
-        sweep_gaps=given.on_gap == "sweep" and not observing,
-        sweep_rate=given.sweep_rate,
+        sweeps=SweepOptions(gaps=given.on_gap == "sweep" and not observing, rate=given.sweep_rate),
         max_retained_wal=given.max_retained_wal,
         observe=observing,
     )

@@ -26,10 +26,9 @@ from cdc_invalidator.pipeline.gaps import Gaps, GapTicket
 from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.messages import Messages
-from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
-from cdc_invalidator.pipeline.sweep import Sweeps
+from cdc_invalidator.pipeline.sweep import SweepOptions, Sweeps
 from cdc_invalidator.redis.info import InfoMetrics
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
@@ -48,10 +47,8 @@ class Apply:
         kept: what the stream keeps up to date.
         backlog: where batches come from.
         checkpoint: is told what is resolved and recorded.
-        recent: remembers what was applied.
         suspicious: another deployment may write the watermark, see `refuse_occupied`.
-        sweep_gaps: False to only report gaps (``CDC_ON_GAP=warn``).
-        sweep_rate: how many keys a second sweeps may look at; 0 for as many as there are.
+        sweeps: how caches are swept.
         metrics: what to count.
         events: where busts are logged.
         inspection: looks at what was busted, or would have been.
@@ -65,10 +62,8 @@ class Apply:
         *,
         backlog: Backlog,
         checkpoint: Checkpoint,
-        recent: Recent,
         suspicious: bool,
-        sweep_gaps: bool,
-        sweep_rate: int,
+        sweeps: SweepOptions,
         metrics: Metrics,
         events: Events,
         inspection: Inspection,
@@ -78,7 +73,7 @@ class Apply:
         self._postgres = postgres
         self._backlog = backlog
         self._checkpoint = checkpoint
-        self._recent = recent
+        self._recent = kept.recent
         self._metrics = metrics
         self._events = events
         self._inspection = inspection
@@ -93,7 +88,7 @@ class Apply:
             postgres.standbys,
             since=kept.position.start,
             received=received,
-            enabled=sweep_gaps,
+            enabled=sweeps.gaps,
         )
         resolve = self._resolve
         self._lineage = Lineage()
@@ -102,17 +97,16 @@ class Apply:
             self._gaps,
             self.record,
             received=received,
-            recent=recent,
             standbys=postgres.standbys,
             lineage=self._lineage,
         )
         self._follow_ups = FollowUps(
             postgres,
             self._flush,
-            Sweeps(metrics, resolve, Messages(kept.rules.kept.values()), rate=sweep_rate),
+            Sweeps(metrics, resolve, Messages(kept.rules.kept.values()), rate=sweeps.rate),
             rules=kept.rules,
             resolve=resolve,
-            grown=recent.grown,
+            grown=kept.recent.grown,
             denied=self._denied,
             events=events,
             metrics=metrics,

@@ -28,12 +28,14 @@ from cdc_invalidator.rules.model import RuleSet
 class Kept:
     """What a stream keeps up to date, and where it goes on.
 
-    ``digests``: for each cache that the stream keeps, what the watermark says of its rules.
+    ``digests``: for each cache that the stream keeps, what the watermark says of its rules. ``recent``: what was
+    applied lately.
     """
 
     rules: RuleSet
     digests: Mapping[str, str]
     position: Position
+    recent: Recent
 
 
 class Continuity:
@@ -44,7 +46,6 @@ class Continuity:
         open_gaps: is told where continuity is broken.
         record: knows what was written into the watermark.
         received: gives the end of what PostgreSQL had written at the start, or has sent since.
-        recent: remembers what was applied.
         standbys: the standbys that busts wait for.
         lineage: knows whether the stream is of the history that the watermark speaks of.
     """
@@ -56,7 +57,6 @@ class Continuity:
         record: WatermarkRecord,
         *,
         received: Callable[[], int],
-        recent: Recent,
         standbys: Standbys,
         lineage: Lineage,
     ) -> None:
@@ -65,7 +65,7 @@ class Continuity:
         self._gaps = open_gaps
         self._record = record
         self._received = received
-        self._recent = recent
+        self._recent = kept.recent
         self._standbys = standbys
         self._lineage = lineage
         self._compared = False
@@ -73,7 +73,7 @@ class Continuity:
         self._lost: deque[Batch | PlainBatch] = deque()
         # What was committed before this LSN had been busted by an earlier run.
         self.replay_until = 0
-        recent.begin((kept.position.system_id, kept.position.timeline), kept.position.start)
+        self._recent.begin((kept.position.system_id, kept.position.timeline), kept.position.start)
 
     @property
     def proven(self) -> bool:

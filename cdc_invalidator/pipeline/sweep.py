@@ -380,6 +380,17 @@ async def _bust(
     return _denial(reply)
 
 
+class SweepOptions(NamedTuple):
+    """How caches are swept.
+
+    ``gaps``: False to only report gaps (``CDC_ON_GAP=warn``). ``rate``: how many keys a second may be looked at; 0 for
+    as many as there are.
+    """
+
+    gaps: bool = True
+    rate: int = 0
+
+
 class Sweeps:
     """The sweeps and the search that run, and those that wait.
 

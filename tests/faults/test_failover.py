@@ -27,6 +27,7 @@ from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.postgres.standbys import Standbys
@@ -224,13 +225,11 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
     return Apply(
         open_server,
         PostgresView(hidden, Queries(""), Standbys([], limit=1, metrics=metrics), horizon, reached),
-        Kept(RuleSet({}, (), ""), {}, Position("1", 1, 100, 100)),
+        Kept(RuleSet({}, (), ""), {}, Position("1", 1, 100, 100), Recent()),
         backlog=Backlog(),
         checkpoint=Checkpoint(100),
-        recent=Recent(),
         suspicious=False,
-        sweep_gaps=True,
-        sweep_rate=0,
+        sweeps=SweepOptions(),
         metrics=metrics,
         events=events,
         inspection=Verify(0, 0, metrics=metrics, events=events),

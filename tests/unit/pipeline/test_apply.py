@@ -29,6 +29,7 @@ from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import CAPACITY, Recent
+from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.redis.server import BustReply
@@ -88,13 +89,11 @@ class World:
         self.apply = Apply(
             server,
             PostgresView(self._hidden, queries, self.standbys, self._horizon, self._reached),
-            Kept(RULES, DIGESTS, Position("7", 1, START, 2**60)),
+            Kept(RULES, DIGESTS, Position("7", 1, START, 2**60), Recent()),
             backlog=self.backlog,
             checkpoint=self.checkpoint,
-            recent=Recent(),
             suspicious=False,
-            sweep_gaps=True,
-            sweep_rate=0,
+            sweeps=SweepOptions(),
             metrics=metrics,
             events=events,
             inspection=Verify(0, 0, metrics=metrics, events=events),

@@ -30,6 +30,7 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.gaps import Gaps
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.redis import info
@@ -134,12 +135,10 @@ class World:
         self.apply = Apply(
             server,
             PostgresView(self._hidden, queries, standbys, self._horizon, self._reached),
-            Kept(RULES, self.digests, Position("7", 1, start, self.lsn)),
+            Kept(RULES, self.digests, Position("7", 1, start, self.lsn), Recent()),
             backlog=self.backlog,
             checkpoint=self.checkpoint,
-            recent=Recent(),
-            sweep_gaps=True,
-            sweep_rate=0,
+            sweeps=SweepOptions(),
             metrics=metrics,
             events=events,
             inspection=Verify(0, 0, metrics=metrics, events=events),

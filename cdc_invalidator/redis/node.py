@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import hiredis
 from redis import exceptions
-from redis.asyncio.connection import AbstractConnection, Connection, parse_url
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, parse_url
 
 from cdc_invalidator import errors
 from cdc_invalidator.redis import replies
@@ -65,28 +65,36 @@ class Node:
     """
 
     def __init__(self, url: str, *, timeout: float = 5.0) -> None:
-        options: dict[str, Any] = {
-            # `send` limits the whole round trip; the driver would set and clear its own for each reply.
-            "socket_timeout": None,
-            "socket_connect_timeout": timeout,
-        }
+        self._timeout = timeout
+        self._url = url
         try:
-            options |= parse_url(url) | {"protocol": 2, "decode_responses": False}
-            made: type[AbstractConnection] = options.pop("connection_class", Connection)
-            # By ourselves: the driver would not say which command has failed.
-            self._database = int(options.pop("db", None) or 0)
-            self._connection = made(**options)
+            self._connection, self._database = self._made(protocol=2)
         except (ValueError, TypeError, exceptions.RedisError):
             # The driver's message may repeat a part of the password.
             raise errors.WrongSettings(
                 "CDC_REDIS_URL can't be read; write redis://user:password@host:port/db, the password percent-encoded, "
                 "and behind `?` only options that redis-py knows."
             ) from None
-        self._timeout = timeout
-        self._url = url
         self._follower: AbstractConnection | None = None
         # One round trip at a time, so that each caller gets its own replies.
         self._turn = asyncio.Lock()
+
+    def _made(self, **given: Any) -> tuple[AbstractConnection, int]:
+        """Make a connection of the driver, and return it with the number of the database to select."""
+        options: dict[str, Any] = {
+            # `send` limits the whole round trip; the driver would set and clear its own for each reply.
+            "socket_timeout": None,
+            "socket_connect_timeout": self._timeout,
+        }
+        options |= parse_url(self._url) | {"decode_responses": False, **given}
+        made: type[AbstractConnection] = options.pop("connection_class", Connection)
+        if issubclass(made, SSLConnection):
+            # Whether the certificate must name the host depends on the driver's version, unless it is told.
+            checked = options.get("ssl_cert_reqs") != "none" and options.get("ssl_check_hostname") is not False
+            options["ssl_check_hostname"] = checked
+        # By ourselves: the driver would not say which command has failed.
+        database = int(options.pop("db", None) or 0)
+        return made(**options), database
 
     async def connect(self) -> None:
         """Open the connection.
@@ -184,11 +192,8 @@ class Node:
         Raises:
             errors.RedisUnavailable: the server refuses.
         """
-        options: dict[str, Any] = {"socket_connect_timeout": self._timeout}
-        options |= parse_url(self._url) | {"protocol": 3, "decode_responses": False, "socket_timeout": None}
-        made: type[AbstractConnection] = options.pop("connection_class", Connection)
-        options.pop("db", None)
-        connection: Any = made(**options)
+        connection: Any
+        connection, _ = self._made(protocol=3, socket_timeout=None)
         self._follower = connection
         try:
             async with asyncio.timeout(self._timeout):

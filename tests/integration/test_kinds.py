@@ -17,7 +17,10 @@ from sentinels import Sentinels
 from servers import redis_binaries
 from tls import TLSFront
 
+from cdc_invalidator import errors
 from cdc_invalidator.embedded.servers import Valkey
+from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.topology import cache_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,6 +110,34 @@ def test_a_certificate_that_does_not_prove_the_server_is_refused(
         with RunningDaemon(dsn=database, redis_url=url, rules=rules, slot=slot_name) as daemon:
             event = daemon.seen("slot_waits_for_redis")
             assert "certificate" in event["error"].lower()
+
+
+@pytest.mark.parametrize("form", ["rediss://{}/0", "rediss+sentinel://{}/cache", "rediss+cluster://{}"])
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ("", "doesn't match|mismatch"),
+        ("&ssl_check_hostname=no", None),
+        ("&ssl_cert_reqs=none", None),
+        ("&ssl_cert_reqs=none&ssl_check_hostname=yes", None),
+    ],
+)
+async def test_the_host_that_a_certificate_names_is_checked_with_any_driver_unless_that_is_turned_off(
+    valkey: Valkey, form: str, options: str, refused: str | None
+) -> None:
+    with TLSFront(valkey.port, names=("elsewhere.test",)) as front:
+        url = form.format(f"127.0.0.1:{front.port}") + f"?ssl_ca_certs={front.ca_file}{options}"
+        server = cache_server(Endpoint.parse(url), "slot")
+        try:
+            await server.connect()
+            failure = ""
+        except errors.RedisUnavailable as error:
+            failure = str(error)
+        finally:
+            await server.close()
+    # Behind the front is one plain server, which is neither a Sentinel nor a node of a cluster.
+    assert ("certificate" in failure) == (refused is not None)
+    assert re.search(refused or "^$|No Sentinel|cluster", failure)
 
 
 # A user with the rights that deploy/README.md lists, and nothing else.

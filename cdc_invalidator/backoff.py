@@ -1,4 +1,7 @@
-"""How long to wait before the next attempt. Knows no clock and never sleeps: it only gives a number."""
+"""How long to wait before the next attempt, and whether a login that is refused is worth a word.
+
+Knows no clock and never sleeps: it only answers.
+"""
 
 from __future__ import annotations
 
@@ -27,3 +30,25 @@ class Backoff:
     def reset(self) -> None:
         """Start over: the last attempt succeeded."""
         self.attempts = 0
+
+
+@dataclass(slots=True)
+class Refusals:
+    """Whether to tell that a server refuses user or password: once, and not before the secret was read again.
+
+    While passwords are rotated, the first attempt may come a moment too early.
+    """
+
+    _last: str | None = None
+
+    def tell(self, sentence: str) -> bool:
+        """Note a refusal, and return whether to tell it."""
+        if self._last is None:
+            self._last = ""
+            return False
+        known, self._last = self._last, sentence
+        return known != sentence
+
+    def reset(self) -> None:
+        """Start over: the login worked."""
+        self._last = None

@@ -21,6 +21,8 @@ from cdc_invalidator.commands import healthcheck as probe
 
 if TYPE_CHECKING:
     from cdc_invalidator.commands.simulate import Change
+    from cdc_invalidator.postgres.dsn import DsnSource
+    from cdc_invalidator.redis.source import EndpointSource
     from cdc_invalidator.rules.model import RuleSet
 
 Result = TypeVar("Result")
@@ -65,9 +67,9 @@ def _takes(
             if isinstance(given, settings.Database | settings.Init):
                 from cdc_invalidator.postgres.dsn import check_dsn
 
-                check_dsn(given.postgres_dsn)
+                check_dsn(given.postgres_dsn())
                 if isinstance(given, settings.Settings) and given.postgres_readers:
-                    check_dsn(given.postgres_readers, "CDC_POSTGRES_READERS")
+                    check_dsn(given.postgres_readers(), "CDC_POSTGRES_READERS")
             command(given, **arguments)
 
         for name, setting in reversed(list(fields.items())):  # as decorators are applied: the last one first
@@ -104,6 +106,18 @@ def _rules(given: settings.Stream | settings.Rules) -> RuleSet:
     from cdc_invalidator.rules.load import load_rules
 
     return load_rules(given.rules, os.environ)
+
+
+def _postgres(secret: settings.Secret) -> DsnSource:
+    from cdc_invalidator.postgres.dsn import DsnSource
+
+    return DsnSource(secret)
+
+
+def _redis(secret: settings.Secret) -> EndpointSource:
+    from cdc_invalidator.redis.source import EndpointSource
+
+    return EndpointSource(secret)
 
 
 def _completed(work: Coroutine[Any, Any, Result]) -> Result:
@@ -177,7 +191,8 @@ def setup(given: settings.Stream, show: bool) -> None:
     """Create or update the slot and the publication. They then match the rules."""
     from cdc_invalidator.commands.setup import set_up
 
-    work = set_up(given.postgres_dsn, given.slot, given.publication, _rules(given), show=show, say=click.echo)
+    dsn = _postgres(given.postgres_dsn)
+    work = set_up(dsn, given.slot, given.publication, _rules(given), show=show, say=click.echo)
     click.echo("\n".join(_completed(work)) or "-- nothing is missing")
 
 
@@ -192,17 +207,17 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
     from cdc_invalidator.commands import check, findings
     from cdc_invalidator.redis.endpoint import Endpoint
 
-    redis = Endpoint.parse(given.redis_url) if given.redis_url is not None else None
     if isinstance(given, settings.CheckOffline):
+        redis = Endpoint.parse(given.redis_url()) if given.redis_url is not None else None
         found = check.check_files(given.rules, os.environ, redis, given.event_stream)
     else:
         from cdc_invalidator.commands.check_postgres import ServerSettings
+        from cdc_invalidator.postgres.dsn import DsnSource
 
-        assert redis is not None
         servers = ServerSettings(
-            given.postgres_dsn,
-            given.postgres_readers,
-            redis,
+            _postgres(given.postgres_dsn),
+            DsnSource(given.postgres_readers, "CDC_POSTGRES_READERS") if given.postgres_readers else None,
+            _redis(given.redis_url),
             given.event_stream,
             given.slot,
             given.watermark_name,
@@ -280,7 +295,6 @@ def init(
 ) -> None:
     """Write a rule file to begin with, from the tables of the database and the names of the keys in Redis."""
     from cdc_invalidator.commands import init as command
-    from cdc_invalidator.redis.endpoint import Endpoint
 
     if keys is not None and dump is not None:
         raise errors.WrongSettings("Give either --keys or --from-redis-dump, not both.")
@@ -291,9 +305,9 @@ def init(
         )
     if output is not None and output.exists() and not force:
         raise errors.WrongSettings(f"{output} is there already; give another --output, or --force.")
-    redis = Endpoint.parse(given.redis_url) if not offline and given.redis_url is not None else None
+    redis = _redis(given.redis_url) if not offline and given.redis_url is not None else None
     source = command.Source(redis, keys, dump, sample, rate, database, given.event_stream)
-    text = _completed(command.draft(given.postgres_dsn, given.publication, source))
+    text = _completed(command.draft(_postgres(given.postgres_dsn), given.publication, source))
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -306,7 +320,7 @@ def teardown(given: settings.Database) -> None:
     """Drop the slot and the publication. This releases the WAL that the slot retained."""
     from cdc_invalidator.commands.setup import tear_down
 
-    statements = _completed(tear_down(given.postgres_dsn, given.slot, given.publication))
+    statements = _completed(tear_down(_postgres(given.postgres_dsn), given.slot, given.publication))
     click.echo("\n".join(statements) or "-- nothing to drop")
 
 
@@ -323,7 +337,7 @@ def bust(given: settings.Stream, cache: str, parameters: Sequence[str]) -> None:
     """Bust a key or a whole cache manually. It goes through PostgreSQL's WAL, in order with all writes."""
     from cdc_invalidator.commands.bust import emit, message
 
-    written_at = _completed(emit(given.postgres_dsn, message(_rules(given), cache, parameters)))
+    written_at = _completed(emit(_postgres(given.postgres_dsn), message(_rules(given), cache, parameters)))
     click.echo(f"written at {written_at}; it is done once the watermark has passed that")
 
 
@@ -379,10 +393,10 @@ def explain(
         answer, lines = explain_key(rules, key, _hashed(given.log_hash_key)), key_lines
         if given.event_stream and given.redis_url is not None:
             from cdc_invalidator.commands.explain_live import last_busts
-            from cdc_invalidator.redis.endpoint import Endpoint
 
-            redis = Endpoint.parse(given.redis_url)
-            last = _completed(last_busts(rules, key, redis, given.event_stream, _hashed(given.log_hash_key)))
+            last = _completed(
+                last_busts(rules, key, _redis(given.redis_url), given.event_stream, _hashed(given.log_hash_key))
+            )
             last.tell(answer)
     elif key is None and table is not None and op is not None:
         answer, lines = _explained(given.postgres_dsn, rules, read_change(table, op, old, new)), change_lines
@@ -391,13 +405,13 @@ def explain(
     click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(answer)))
 
 
-def _hashed(secret: str | None) -> Callable[[bytes], str] | None:
+def _hashed(secret: settings.Secret | None) -> Callable[[bytes], str] | None:
     from cdc_invalidator.log import KeyDisplay
 
-    return KeyDisplay("hash", secret.encode()).hash if secret is not None else None
+    return KeyDisplay("hash", secret().encode()).hash if secret is not None else None
 
 
-def _explained(dsn: str | None, rules: RuleSet, change: Change) -> dict[str, Any]:
+def _explained(dsn: settings.Secret | None, rules: RuleSet, change: Change) -> dict[str, Any]:
     from cdc_invalidator.commands.explain import explain_change, no_rule
 
     if dsn is None:
@@ -407,7 +421,7 @@ def _explained(dsn: str | None, rules: RuleSet, change: Change) -> dict[str, Any
     else:
         from cdc_invalidator.commands import explain_live
 
-        verdicts = _completed(explain_live.verdicts(dsn, rules, change))
+        verdicts = _completed(explain_live.verdicts(_postgres(dsn), rules, change))
     if not verdicts:
         raise no_rule(rules, change.table)
     return explain_change(change, verdicts, live=dsn is not None)
@@ -434,10 +448,8 @@ def tail(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         from cdc_invalidator.commands.tail import Wanted, read_since, run
-        from cdc_invalidator.redis.endpoint import Endpoint
 
-        redis = Endpoint.parse(given.redis_url)
-        _completed(run(redis, given.event_stream, Wanted(cache, rule), read_since(since), output))
+        _completed(run(_redis(given.redis_url), given.event_stream, Wanted(cache, rule), read_since(since), output))
     except KeyboardInterrupt:
         return
 

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from cdc_invalidator import errors, lsn
-from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.backoff import Backoff, Refusals
 from cdc_invalidator.impasse import Impasse
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.events import Events
@@ -92,6 +92,9 @@ class Daemon:
         self._walsender: int | None = None
         # Why the last sessions failed; until one leads or stands by.
         self._trouble: Trouble | None = None
+        # Whether PostgreSQL has ever let us in: from then on, a password that it refuses is a rotated one.
+        self._known = False
+        self._refusals = Refusals()
         self._suspicious_until = float("-inf")
         self._recent = Recent()
         self._standbys = standbys
@@ -112,7 +115,8 @@ class Daemon:
 
         Raises:
             errors.WrongSettings: this database can't keep the settings or the rules.
-            errors.ServerRefuses: a server refuses for good.
+            errors.ServerRefuses: a server refuses for good. One that has let us in once, and refuses user or password
+                now, is asked again with the connection string of then.
         """
         slot, metrics = self._options.slot, self._metrics
         exposition = Exposition(lambda openmetrics: metrics.render(slot, openmetrics=openmetrics))
@@ -215,7 +219,9 @@ class Daemon:
             # The watermark tells nothing of our position: whenever we lead, everything is swept. So hold no WAL.
             await self._give_up(session, error)
             await self._pause(delay)
-        except (errors.Retryable, errors.MalformedMessage) as error:
+        except (errors.Retryable, errors.MalformedMessage, errors.LoginRefused) as error:
+            if isinstance(error, errors.LoginRefused) and not self._known:
+                raise
             if time.monotonic() - began > SETTLED_SECONDS:
                 self._backoff.reset()
             if isinstance(error, errors.Superseded):
@@ -224,13 +230,19 @@ class Daemon:
             self._be("connecting")
             self._trouble = Trouble.now(str(error), self._trouble)
             self._metrics.postgres_errors.labels(type(error.__cause__ or error).__name__).inc()
-            _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
+            self._tell_lost(error, delay)
             await self._close(session)
             if (skipped := self._skipped(error)) is not None:
                 await self._give_up(session, skipped)
             await self._pause(delay)
         finally:
             await self._close(session)
+
+    def _tell_lost(self, error: errors.InvalidatorError, delay: float) -> None:
+        if not isinstance(error, errors.LoginRefused):
+            _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
+        elif self._refusals.tell(str(error)):
+            _log.error("login_refused", error=str(error), retry_in_s=round(delay, 2))
 
     def _skipped(self, error: errors.InvalidatorError) -> errors.PositionSkipped | None:
         """Return why to skip what comes next in the stream, if that has failed often enough."""
@@ -249,7 +261,7 @@ class Daemon:
     async def _give_up(self, session: Session, reason: errors.PositionGivenUp | errors.WatermarkTaken) -> None:
         try:
             await session.give_up(reason)
-        except errors.Retryable as error:
+        except (errors.Retryable, errors.LoginRefused) as error:
             # The server has other troubles; if its WAL still grows, the next session gets here again.
             _log.warning("postgres_unavailable", error=str(error))
 
@@ -269,6 +281,8 @@ class Daemon:
             _log.info("role", role=role)
         if role != "connecting":
             self._trouble = None
+            self._known = True
+            self._refusals.reset()
         self._role = role
         self._metrics.leader.set(role == "leader")
 

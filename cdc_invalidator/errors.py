@@ -7,6 +7,7 @@
     │   ├── WrongRules              exit 2   every mistake of the rule files at once
     │   └── PoolerInBetween         exit 2   PostgreSQL's address is that of a connection pooler
     ├── ServerRefuses               exit 3   a server says no for good: privilege, wal_level
+    │   └── LoginRefused            exit 3   user or password; tried again once the daemon has led or stood by
     ├── MalformedMessage            exit 1   the bytes are not pgoutput (they are wrong)
     ├── WrongMessage                         a manual bust can't be read: it is reported and skipped
     ├── OutputLost                  exit 1   nobody takes the events
@@ -93,6 +94,10 @@ class ServerRefuses(InvalidatorError):
         super().__init__(message)
         # The statements that the message tells an administrator to run, as far as they are all of its remedy.
         self.sql = sql
+
+
+class LoginRefused(ServerRefuses):
+    """The server does not take the user or the password; put the right ones into the connection string."""
 
 
 class MalformedMessage(InvalidatorError):

@@ -26,6 +26,7 @@ from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, rehearse
 from cdc_invalidator.rules.load import fingerprint, load_rules
@@ -82,7 +83,7 @@ class Reload:
         environment: Mapping[str, str],
         running: RuleSet,
         *,
-        dsn: str,
+        dsn: DsnSource,
         publication: str,
         event_stream: str,
         metrics: Metrics,

@@ -32,6 +32,7 @@ from cdc_invalidator.pipeline.manual import ManualBusts
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
@@ -39,9 +40,9 @@ from cdc_invalidator.postgres.snapshot import Horizon, Snapshots
 from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
-from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.trouble import Trouble
@@ -71,9 +72,9 @@ Value = TypeVar("Value")
 class SessionOptions:
     """The settings that a session needs."""
 
-    postgres_dsn: str
-    postgres_readers: str
-    redis: Endpoint
+    postgres_dsn: DsnSource
+    postgres_readers: DsnSource | None
+    redis: EndpointSource
     event_stream: str
     slot: str
     publication: str
@@ -405,7 +406,7 @@ class Session:
             errors.WrongSettings: it is not; `errors.PostgresUnavailable` if this daemon has led already, since after a
                 failover a standby may soon be promoted.
         """
-        if server.in_recovery and not self._options.postgres_readers:
+        if server.in_recovery and self._options.postgres_readers is None:
             raise (errors.WrongSettings if self._strict else errors.PostgresUnavailable)(READERS_UNKNOWN)
 
     async def _visibility(
@@ -419,7 +420,7 @@ class Session:
         dsn, readers_dsn = self._options.postgres_dsn, self._options.postgres_readers
         source = await Snapshots.open(dsn)
         self._connections.callback(source.close)
-        if readers_dsn in {"", dsn}:
+        if readers_dsn is None or readers_dsn.now() == dsn.now():
             return source, source.hidden, source.horizon
         readers = await Snapshots.open_readers(readers_dsn, system_id)
         self._connections.callback(readers.close)

@@ -24,8 +24,40 @@ PREFIX = "CDC_"
 # Old names of settings, which are still accepted in this release, and the names that replace them.
 RENAMED: Mapping[str, str] = {"postgres_replicas": "postgres_standbys", "replica_limit": "standby_limit"}
 
-Secret = NewType("Secret", str)
-"""A text that is never shown. The `repr` of settings holds no values."""
+
+class Secret:
+    """A text that is never shown; call it to read it.
+
+    If the setting is a file in ``CDC_SECRETS_DIR``, each call reads the file again, so that whoever opens a connection
+    has the password or the token of now. False if it is empty.
+    """
+
+    def __init__(self, text: str, *, name: str = "", file: Path | None = None) -> None:
+        self._text = text
+        self._name = name
+        self._file = file
+
+    def __bool__(self) -> bool:
+        return bool(self._text)
+
+    def __call__(self) -> str:
+        """Return the text.
+
+        Raises:
+            errors.WrongSettings: its file is gone, empty, or can't be read.
+        """
+        if self._file is None:
+            return self._text
+        try:
+            text = _read(self._file)
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
+            raise errors.WrongSettings(f"{self._name} can't be read from {self._file} ({why}); put it there.") from None
+        if not text:
+            raise errors.WrongSettings(f"{self._name} is empty in {self._file}; put it there.")
+        return text
+
+
 Size = NewType("Size", int)
 """Bytes; read from texts such as ``1GiB``."""
 
@@ -212,7 +244,7 @@ class Setting(NamedTuple):
     @property
     def shown_default(self) -> str:
         """The default as one would write it; empty where there is none."""
-        if self.default is None:
+        if self.default is None or isinstance(self.default, Secret):
             return ""
         if self.type is Size:
             return f"{self.default >> 30}GiB"
@@ -256,7 +288,29 @@ def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
         raise errors.WrongSettings(f"The settings can't be read ({error}); check CDC_SECRETS_DIR.") from None
     except ValidationError as error:
         raise errors.WrongSettings("\n".join(map(_sentence, error.errors()))) from None
-    return kind(**_under_new_names({name: getattr(found, name) for name in found.model_fields_set}))
+    texts = {name: getattr(found, name) for name in found.model_fields_set}
+    # Under its old name, if only that is given.
+    names = {new: old for old, new in RENAMED.items() if old in texts and new not in texts}
+    values = _under_new_names(texts)
+    for name, setting in fields(kind).items():
+        if setting.type is Secret and name in values:
+            values[name] = _secret(names.get(name, name), values[name], given)
+    return kind(**values)
+
+
+def _secret(name: str, text: str, flags: Mapping[str, Any]) -> Secret:
+    """Return a secret with this text, which is read again if it is from a file."""
+    folder = os.environ.get("CDC_SECRETS_DIR")
+    if not folder or name in flags or any(each.upper() == variable(name) for each in os.environ):
+        return Secret(text)
+    files = (path for path in Path(folder).iterdir() if path.name.upper() == variable(name))
+    # Otherwise it is from .env.
+    file = next((path for path in files if _read(path) == text), None)
+    return Secret(text, name=variable(name), file=file)
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip()
 
 
 def _model(kind: type[Any]) -> type[BaseSettings]:
@@ -267,10 +321,12 @@ def _model(kind: type[Any]) -> type[BaseSettings]:
     class Base(BaseSettings):
         model_config = SettingsConfigDict(env_prefix=PREFIX, env_file=".env", extra="ignore")
 
-    hints = {name: ByteSize if hint is Size else hint for name, hint in get_type_hints(kind).items()}
+    read_as: dict[Any, Any] = {Size: ByteSize, Secret: str, Secret | None: str | None}
+    hints = {name: read_as.get(hint, hint) for name, hint in get_type_hints(kind).items()}
     definitions: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         default = ... if field.default is dataclasses.MISSING else field.default
+        default = default() if isinstance(default, Secret) else default
         definitions[field.name] = (hints[field.name], Field(default, **field.metadata))
     return create_model(kind.__name__, __base__=Base, **definitions)
 

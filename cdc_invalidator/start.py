@@ -23,10 +23,11 @@ from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.observe import Observe
 from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.pipeline.verify import Verify
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.standbys import Standbys
-from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.observed import Observed
 from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.writes import Writes
 from cdc_invalidator.rules.load import load_rules
@@ -69,14 +70,17 @@ def run(given: settings.Settings, *, seconds: float | None = None, log_to: int |
 
 
 def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
-    # A URL that can't be used is reported before PostgreSQL is touched.
-    redis = Endpoint.parse(given.redis_url)
-    cache_server(redis, given.watermark_name)
+    metrics = Metrics(CollectorRegistry())
+    # Addresses that can't be used are reported before a server is touched.
+    redis = EndpointSource(given.redis_url)
+    postgres = DsnSource(given.postgres_dsn)
+    readers = DsnSource(given.postgres_readers, "CDC_POSTGRES_READERS") if given.postgres_readers else None
+    standbys = Standbys(given.postgres_standbys, limit=given.standby_limit, metrics=metrics)
     eventstream.check_key(given.event_stream, given.watermark_name)
     observing = given.mode == "observe"
     options = SessionOptions(
-        postgres_dsn=given.postgres_dsn,
-        postgres_readers=given.postgres_readers,
+        postgres_dsn=postgres,
+        postgres_readers=readers,
         redis=redis,
         event_stream=given.event_stream,
         slot=given.slot,
@@ -85,15 +89,14 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         max_retained_wal=given.max_retained_wal,
         observe=observing,
     )
-    rules, metrics = load_rules(given.rules, os.environ), Metrics(CollectorRegistry())
+    rules = load_rules(given.rules, os.environ)
     eventstream.check_rules(given.event_stream, rules)
     # Who observes writes nothing into Redis.
     kept = given.event_stream if not observing else ""
     stream = EventStream(kept, given.event_stream_length, metrics) if kept else None
-    display = log.KeyDisplay(given.log_keys, given.log_hash_key.encode() if given.log_hash_key else None)
+    display = log.KeyDisplay(given.log_keys, given.log_hash_key().encode() if given.log_hash_key else None)
     event_log = log.EventLog(output, given.log_format, given.log_level)
     events = Events(metrics, display, event_log, stream=stream, observing=observing, logged=given.log_busts)
-    standbys = Standbys(given.postgres_standbys.split(), limit=given.standby_limit, metrics=metrics)
     open_server: Callable[[], CacheServer] = partial(cache_server, redis, given.watermark_name)
     inspection: Inspection
     if observing:

@@ -12,6 +12,7 @@ import orjson
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline.manual import MESSAGE_PREFIX, ManualBusts
 from cdc_invalidator.postgres.connection import connect_through_anything, translated
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.rules.model import RuleSet
 
 BUST_SECONDS = 30.0
@@ -41,7 +42,7 @@ def message(rules: RuleSet, cache: str, parameters: Sequence[str]) -> bytes:
     return content
 
 
-async def emit(dsn: str, content: bytes) -> str:
+async def emit(dsn: DsnSource, content: bytes) -> str:
     """Write the message, and return the LSN where it stands.
 
     Raises:

@@ -13,6 +13,7 @@ from cdc_invalidator.commands.simulate import Change, Played, Row, Shape, play
 from cdc_invalidator.pipeline.derive import Queries
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.connection import answered, connect, first_line, translate
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.queries import ancestors, columns
 from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.rules.model import RuleSet
@@ -23,7 +24,7 @@ QUERY_SECONDS = 10
 _LIMITS = {"default_transaction_read_only": "on", "statement_timeout": f"{QUERY_SECONDS}s"}
 
 
-async def ask(dsn: str, rules: RuleSet, change: Change) -> list[Played]:
+async def ask(dsn: DsnSource, rules: RuleSet, change: Change) -> list[Played]:
     """Apply the rules to a change, with the types, replica identity and query results of this database.
 
     Raises:

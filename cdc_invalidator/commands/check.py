@@ -11,7 +11,6 @@ from cdc_invalidator.commands import check_rules
 from cdc_invalidator.commands.findings import Finding, in_order
 from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.redis.endpoint import Endpoint
-from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.rules.model import RuleSet
 
@@ -45,7 +44,6 @@ async def check_servers(path: Path, environment: Mapping[str, str], servers: Ser
     from cdc_invalidator.commands import check_postgres  # noqa: PLC0415
 
     rules, findings = _load(path, environment, servers.event_stream)
-    cache_server(servers.redis, servers.watermark)
     eventstream.check_key(servers.event_stream, servers.watermark)
     return in_order(findings + await check_postgres.inspect(servers, rules))
 

@@ -21,6 +21,7 @@ from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import objection, statement
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.mistakes import NAMED, mistakes, read_of_old, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, above, columns, given_tables, read_rights
@@ -30,7 +31,7 @@ from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
 from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Leaf, Survey
-from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
@@ -49,9 +50,9 @@ LARGE_BYTES = 1 << 20
 class ServerSettings:
     """The daemon's settings about its servers."""
 
-    postgres_dsn: str
-    postgres_readers: str
-    redis: Endpoint
+    postgres_dsn: DsnSource
+    postgres_readers: DsnSource | None
+    redis: EndpointSource
     event_stream: str
     slot: str
     watermark: str
@@ -179,9 +180,9 @@ class _Database:
         readers = self._settings.postgres_readers
         if server is None:
             return
-        if server.in_recovery and not readers:
+        if server.in_recovery and readers is None:
             self._add(Severity.ERROR, "readers_unknown", READERS_UNKNOWN)
-        if readers:
+        if readers is not None:
             try:
                 (await Snapshots.open_readers(readers, self.system_id)).close()
             except errors.PoolerInBetween:

@@ -21,11 +21,11 @@ from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.eventstream import FIELD
 from cdc_invalidator.pipeline.messages import Channel, nothing
 from cdc_invalidator.redis import available, node, replies
-from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.sentinel import Sentinels
 from cdc_invalidator.redis.server import SCAN_COUNT, CacheServer
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import TIMEOUT, cache_server
 from cdc_invalidator.rules.model import Cache, RuleSet
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
@@ -39,7 +39,7 @@ LATE_SECONDS = 60
 
 
 async def look_at(
-    endpoint: Endpoint,
+    source: EndpointSource,
     watermark: str,
     event_stream: str,
     rules: RuleSet | None,
@@ -54,7 +54,7 @@ async def look_at(
     """Look at the Redis that is busted.
 
     Args:
-        endpoint: where it is.
+        source: where it is.
         watermark: name of the watermark.
         event_stream: the key of the stream of bust events; empty for none.
         rules: the rule set; ``None`` where the files are wrong.
@@ -69,7 +69,7 @@ async def look_at(
         errors.RedisUnavailable: it is away, or refuses to be looked at.
     """
     findings = await _look_at_server(
-        endpoint,
+        source,
         watermark,
         event_stream,
         rules,
@@ -80,7 +80,7 @@ async def look_at(
     )
     if any(found.severity is Severity.ERROR for found in findings):
         return findings  # the daemon's own way in fails for what is told already
-    server = cache_server(endpoint, watermark, timeout=TIMEOUT)
+    server = cache_server(source, watermark, timeout=TIMEOUT)
     try:
         await server.connect()
         if observing:
@@ -176,7 +176,7 @@ class _Server:
 
 
 async def _look_at_server(
-    endpoint: Endpoint,
+    source: EndpointSource,
     watermark: str,
     event_stream: str,
     rules: RuleSet | None,
@@ -186,9 +186,9 @@ async def _look_at_server(
     fingerprints: bool,
     observing: bool,
 ) -> list[Finding]:
-    opened, close = await _open(endpoint)
+    opened, close = await _open(source)
     try:
-        findings = _of_server(endpoint, rules, _Server.read(await opened.send([("INFO",)])))
+        findings = _of_server(source, rules, _Server.read(await opened.send([("INFO",)])))
         missing = await available.lacking(opened, available.NEEDED)
         if missing:
             # Without these, nothing else can be tried.
@@ -197,7 +197,7 @@ async def _look_at_server(
         findings += await _of_cosmetic(opened)
         if observing:
             return findings + await of_observing(opened, rules)
-        findings += await _of_commands(opened, watermark, transactions=endpoint.kind != "cluster")
+        findings += await _of_commands(opened, watermark, transactions=source.kind != "cluster")
         if rules is not None:
             findings += await _of_keys(opened, watermark, rules)
             findings += await _of_old_values(opened, watermark, rules)
@@ -212,10 +212,10 @@ async def _look_at_server(
     return findings
 
 
-async def _open(endpoint: Endpoint) -> tuple[Node, Callable[[], Awaitable[None]]]:
+async def _open(source: EndpointSource) -> tuple[Node, Callable[[], Awaitable[None]]]:
     """Open a connection to a server that holds caches, and give what closes it."""
-    if endpoint.kind == "sentinel":
-        sentinels = Sentinels(endpoint, timeout=TIMEOUT)
+    if source.kind == "sentinel":
+        sentinels = Sentinels(source, timeout=TIMEOUT)
         try:
             master = await sentinels.open_master()
         except errors.InvalidatorError:
@@ -227,6 +227,7 @@ async def _open(endpoint: Endpoint) -> tuple[Node, Callable[[], Awaitable[None]]
             await master.close()
 
         return master, close
+    endpoint = source.now()
     urls = [endpoint.url] if endpoint.kind == "server" else [endpoint.at(address) for address in endpoint.addresses]
     for left, url in enumerate(urls, 1 - len(urls)):
         opened = Node(url, timeout=TIMEOUT)
@@ -240,18 +241,18 @@ async def _open(endpoint: Endpoint) -> tuple[Node, Callable[[], Awaitable[None]]
     raise AssertionError("an endpoint names a server")
 
 
-def _of_server(endpoint: Endpoint, rules: RuleSet | None, server: _Server) -> list[Finding]:
+def _of_server(source: EndpointSource, rules: RuleSet | None, server: _Server) -> list[Finding]:
     if not server.version:
         sentence = "its version is not known, since INFO is refused; Redis 6.2 and later will do."
         return [Finding(Severity.NOTE, "redis_version", REDIS, sentence)]
     kind = {"server": "a single server", "sentinel": "a master named by Sentinel", "cluster": "a cluster"}
-    sentence = f"this is {server.product}, {kind[endpoint.kind]}; nothing needs to be done."
+    sentence = f"this is {server.product}, {kind[source.kind]}; nothing needs to be done."
     findings = [Finding(Severity.NOTE, "redis_version", REDIS, sentence)]
     if server.version < OLDEST:
         sentence = f"{server.product} can't be used; run Redis 6.2 or later, or Valkey."
         findings = [Finding(Severity.ERROR, "redis_too_old", REDIS, sentence)]
-    if (server.fields.get("cluster_enabled") == "1") != (endpoint.kind == "cluster"):
-        remedy = replies.TABLE["MOVED"].remedy if endpoint.kind == "server" else "CDC_REDIS_URL names a single server"
+    if (server.fields.get("cluster_enabled") == "1") != (source.kind == "cluster"):
+        remedy = replies.TABLE["MOVED"].remedy if source.kind == "server" else "CDC_REDIS_URL names a single server"
         sentence = f"CDC_REDIS_URL names another kind of Redis than answers; {remedy}."
         findings.append(Finding(Severity.ERROR, "other_kind_of_redis", REDIS, sentence))
     if server.fields.get("maxmemory_policy") == "allkeys-random":

@@ -15,7 +15,7 @@ import orjson
 from cdc_invalidator import errors
 from cdc_invalidator.backoff import Backoff
 from cdc_invalidator.pipeline.eventstream import FIELD, refusal
-from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import cache_server
 
 ENTRIES_A_COMMAND = 1000
@@ -46,21 +46,21 @@ class EventStreamReader:
         errors.InvalidatorError: Redis refuses to read the stream.
     """
 
-    def __init__(self, endpoint: Endpoint, key: str) -> None:
+    def __init__(self, source: EndpointSource, key: str) -> None:
         # No watermark is read here.
-        self._server = cache_server(endpoint, watermark="")
+        self._server = cache_server(source, watermark="")
         self._key = key.encode()
 
     @classmethod
     @asynccontextmanager
-    async def opened(cls, endpoint: Endpoint, key: str) -> AsyncIterator[EventStreamReader]:
+    async def opened(cls, source: EndpointSource, key: str) -> AsyncIterator[EventStreamReader]:
         """Open a connection, and close it in the end.
 
         Args:
-            endpoint: the Redis that the daemon busts.
+            source: the Redis that the daemon busts.
             key: its event stream.
         """
-        reader = cls(endpoint, key)
+        reader = cls(source, key)
         try:
             await reader._server.connect()
             yield reader
@@ -129,12 +129,12 @@ def _each(some: Any) -> list[Any]:
 
 
 async def follow(
-    endpoint: Endpoint, key: str, *, since: int, lost: Callable[[errors.RedisUnavailable], None]
+    source: EndpointSource, key: str, *, since: int, lost: Callable[[errors.RedisUnavailable], None]
 ) -> AsyncGenerator[list[StreamEntry]]:
     """Yield entries as they come, across lost connections; an empty list now and then, while none come.
 
     Args:
-        endpoint: the Redis that the daemon busts.
+        source: the Redis that the daemon busts.
         key: its event stream.
         since: begin with those of the last so many milliseconds; `EVER` for all that are there.
         lost: is told why the connection is lost, once for each time.
@@ -146,7 +146,7 @@ async def follow(
     backoff = Backoff(most=1.0)
     while True:
         try:
-            async with EventStreamReader.opened(endpoint, key) as reader:
+            async with EventStreamReader.opened(source, key) as reader:
                 if last is None:
                     last = await (reader.ago(since) if since else reader.end())
                 while True:

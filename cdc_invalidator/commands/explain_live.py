@@ -13,13 +13,13 @@ from cdc_invalidator.commands import catalog
 from cdc_invalidator.commands.event_stream import EventStreamReader
 from cdc_invalidator.commands.explain import LastBusts
 from cdc_invalidator.commands.simulate import Change, Verdict
-from cdc_invalidator.postgres.dsn import check_dsn
-from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.postgres.dsn import DsnSource
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.rules.model import RuleSet
 
 
 async def last_busts(
-    rules: RuleSet, key: str, redis: Endpoint, event_stream: str, hashed: Callable[[bytes], str] | None
+    rules: RuleSet, key: str, redis: EndpointSource, event_stream: str, hashed: Callable[[bytes], str] | None
 ) -> LastBusts:
     """Read a key's last busts from the event stream; if that fails, the result says why.
 
@@ -48,13 +48,12 @@ async def last_busts(
     return last
 
 
-async def verdicts(dsn: str, rules: RuleSet, change: Change) -> list[Verdict]:
+async def verdicts(dsn: DsnSource, rules: RuleSet, change: Change) -> list[Verdict]:
     """Return what each rule makes of a change; empty if no rule is of its table.
 
     Raises:
         errors.InvalidatorError: see `catalog.ask`.
     """
-    check_dsn(dsn)
     # Warnings about queries must not stand between the answer's lines.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     return [played.verdict() for played in await catalog.ask(dsn, rules, change)]

@@ -21,11 +21,12 @@ from cdc_invalidator.discovery import catalog, dumpfile, families, keyfile, matc
 from cdc_invalidator.discovery.words import Vocabulary
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.mistakes import NAMED, mistakes, read_of_old, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.survey import Survey
-from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.masters import open_masters
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
@@ -46,7 +47,7 @@ class Source:
     dump.
     """
 
-    redis: Endpoint | None
+    redis: EndpointSource | None
     keys: str | None
     dump: str | None
     most: int
@@ -55,7 +56,7 @@ class Source:
     event_stream: str = ""
 
 
-async def draft(dsn: str, publication: str, source: Source) -> str:
+async def draft(dsn: DsnSource, publication: str, source: Source) -> str:
     """Return the text of a rule file.
 
     Raises:

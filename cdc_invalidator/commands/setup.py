@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from cdc_invalidator import errors
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, run_statements
 from cdc_invalidator.postgres.queries import Rights, read_rights
@@ -16,7 +17,7 @@ from cdc_invalidator.rules.model import RuleSet
 
 
 async def set_up(
-    dsn: str, slot_name: str, publication_name: str, rules: RuleSet, *, show: bool, say: Callable[[str], None]
+    dsn: DsnSource, slot_name: str, publication_name: str, rules: RuleSet, *, show: bool, say: Callable[[str], None]
 ) -> list[str]:
     """Make what the rules need, and return the statements that do.
 
@@ -82,7 +83,7 @@ def _printed(
     return lines
 
 
-async def tear_down(dsn: str, slot: str, publication: str) -> list[str]:
+async def tear_down(dsn: DsnSource, slot: str, publication: str) -> list[str]:
     """Drop the slot and the publication, and return the statements that did.
 
     Raises:

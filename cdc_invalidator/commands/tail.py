@@ -11,7 +11,7 @@ from typing import Any
 
 from cdc_invalidator import errors, log
 from cdc_invalidator.commands.event_stream import EVER, StreamEntry, follow
-from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.rules.duration import read_duration
 
 
@@ -44,11 +44,11 @@ def read_since(text: str | None) -> int:
         raise errors.WrongSettings(f"--since: {error}, or all.") from None
 
 
-async def run(endpoint: Endpoint, key: str, wanted: Wanted, since: int, form: log.Form) -> None:
+async def run(source: EndpointSource, key: str, wanted: Wanted, since: int, form: log.Form) -> None:
     """Write events to standard output until nobody reads it.
 
     Args:
-        endpoint: the Redis that the daemon busts.
+        source: the Redis that the daemon busts.
         key: its event stream.
         wanted: which events.
         since: see `event_stream.follow`.
@@ -67,7 +67,7 @@ async def run(endpoint: Endpoint, key: str, wanted: Wanted, since: int, form: lo
     reader = select.poll()
     # That it is gone is told without being asked for.
     reader.register(sys.stdout, 0)
-    async with aclosing(follow(endpoint, key, since=since, lost=_lost)) as batches:
+    async with aclosing(follow(source, key, since=since, lost=_lost)) as batches:
         async for entries in batches:
             text = b"".join(line(entry) + b"\n" for entry in entries if entry.event in wanted)
             try:

@@ -24,6 +24,7 @@ from psycopg.rows import tuple_row
 from cdc_invalidator import errors
 from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
 from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.queries import columns
 from cdc_invalidator.rules.model import Query
 from cdc_invalidator.rules.packed import Question, split_arguments
@@ -59,7 +60,7 @@ class Queries:
     """
 
     def __init__(
-        self, dsn: str, *, asked: Callable[[str], None] = _ignore, failed: Callable[[str], None] = _ignore
+        self, dsn: DsnSource, *, asked: Callable[[str], None] = _ignore, failed: Callable[[str], None] = _ignore
     ) -> None:
         self._dsn = dsn
         # The settings that values are spelled with; set it before the first query.

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import structlog
 
 from cdc_invalidator import errors
-from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.backoff import Backoff, Refusals
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.trouble import Trouble
@@ -40,6 +41,7 @@ class RedisConnection:
         self.away_since: float | None = None
         # Whether only an operator can help.
         self.refused = False
+        self._refusals = Refusals()
 
     async def open(self) -> tuple[CacheServer, list[Watermark | None]]:
         """Connect.
@@ -68,6 +70,7 @@ class RedisConnection:
         self._backoff.reset()
         self.trouble = self.away_since = None
         self.refused = False
+        self._refusals.reset()
 
     async def lost(self, error: errors.RedisUnavailable) -> None:
         """Close it, and wait for as long as the next attempt should wait."""
@@ -77,8 +80,9 @@ class RedisConnection:
         self.refused = error.report
         self.away_since = self.away_since or time.monotonic()
         delay = self._backoff.next()
-        log = _log.error if error.report else _log.warning
-        log("redis_unavailable", error=str(error), code=error.code, retry_in_s=round(delay, 2))
+        if replies.of(error.code).does is not replies.Does.LOGIN or self._refusals.tell(str(error)):
+            log = _log.error if error.report else _log.warning
+            log("redis_unavailable", error=str(error), code=error.code, retry_in_s=round(delay, 2))
         await asyncio.sleep(delay)
 
     async def close(self) -> None:

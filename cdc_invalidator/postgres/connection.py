@@ -1,8 +1,8 @@
 """Opens ordinary connections to PostgreSQL, and translates the driver's errors into ours.
 
 A failure becomes `errors.PostgresUnavailable` (try again later), `errors.Locked` (try the statement again),
-`errors.SlotInUse` (stand by), `errors.PositionGivenUp` (start over with a new slot) or `errors.ServerRefuses` (give up,
-with the remedy).
+`errors.SlotInUse` (stand by), `errors.PositionGivenUp` (start over with a new slot), `errors.LoginRefused` (read the
+connection string again) or `errors.ServerRefuses` (give up, with the remedy).
 
 Behind a pooler the session is the application's, and would keep what is SET for it. So what we need is asked for as the
 connection is opened, or for one transaction (SET LOCAL), and a pooler is refused before any other statement.
@@ -23,6 +23,7 @@ import psycopg
 from psycopg.rows import namedtuple_row
 
 from cdc_invalidator import errors
+from cdc_invalidator.postgres.dsn import DsnSource
 
 # For every connection. A server that vanished without a word is noticed in half a minute, not in two hours.
 OPTIONS: dict[str, Any] = {
@@ -53,15 +54,16 @@ ENDLESS: Mapping[str, str] = {"statement_timeout": "0", "lock_timeout": "0"}
 
 # Errors that never go away by themselves, with what an administrator must do.
 _REMEDIES: dict[str, str] = {
-    "42501": "grant the role of CDC_POSTGRES_DSN the privilege (to stream: ALTER ROLE … REPLICATION)",
-    "28P01": "put the right user and password into CDC_POSTGRES_DSN",
+    "42501": "grant the role of {setting} the privilege (to stream: ALTER ROLE … REPLICATION)",
+    "28P01": "put the right user and password into {setting}",
     "28000": "allow the role in pg_hba.conf and give it LOGIN and REPLICATION",
-    "3D000": "put the name of an existing database into CDC_POSTGRES_DSN",
+    "3D000": "put the name of an existing database into {setting}",
     # No SQLSTATE of its own.
-    "no role": "make the role, as deploy/postgresql.sql does, or put the user that you meant into CDC_POSTGRES_DSN",
+    "no role": "make the role, as deploy/postgresql.sql does, or put the user that you meant into {setting}",
     "53400": "raise max_replication_slots, or drop a slot that nobody uses",
     "0A000": "use PostgreSQL 15 or later with logical replication",
 }
+_LOGIN = ("28P01", "28000", "no role")
 
 
 _PUBLICATION_GONE = re.compile(r'publication ".*" does not exist')
@@ -71,10 +73,12 @@ _WORDS = {
     "no password supplied": "28P01",
     r"no pg_hba\.conf entry": "28000",
     "is not permitted to log in": "28000",
+    # With LDAP, PAM (RDS with IAM), certificates and so on.
+    r"\w+ authentication failed for user": "28000",
+    'role ".*" does not exist': "no role",
     "permission denied to start WAL sender": "42501",
     "must be superuser or replication role": "42501",
-    'role ".*" does not exist': "no role",
-    '" does not exist': "3D000",
+    'database ".*" does not exist': "3D000",
 }
 # What poolers say of parameters that they can't pass on: PgBouncer, and RDS Proxy.
 _WORDS_OF_POOLERS = ("unsupported startup parameter", "RDS Proxy")
@@ -85,7 +89,7 @@ _hung: WeakKeyDictionary[psycopg.AsyncConnection[Any], str] = WeakKeyDictionary(
 
 
 async def connect(
-    dsn: str, application: str, parameters: Mapping[str, str] | None = None, *, setting: str = "CDC_POSTGRES_DSN"
+    dsn: DsnSource, application: str, parameters: Mapping[str, str] | None = None
 ) -> psycopg.AsyncConnection[Any]:
     """Open an ordinary connection with this application_name, which never waits long for a lock.
 
@@ -93,17 +97,16 @@ async def connect(
         dsn: the connection string.
         application: the name in pg_stat_activity.
         parameters: the server's parameters that hold for the connection, besides `PATIENCE`, as SHOW writes them.
-        setting: where the connection string is from.
 
     Raises:
         errors.PoolerInBetween: it leads to a connection pooler.
     """
     wanted = {**PATIENCE, **(parameters or {})}
-    return await open_alone(dsn, application, wanted, setting, row_factory=namedtuple_row)
+    return await open_alone(dsn, application, wanted, row_factory=namedtuple_row)
 
 
 async def open_alone(
-    dsn: str, application: str, parameters: Mapping[str, str], setting: str = "CDC_POSTGRES_DSN", **arguments: Any
+    dsn: DsnSource, application: str, parameters: Mapping[str, str], **arguments: Any
 ) -> psycopg.AsyncConnection[Any]:
     """Open a connection whose session on the server is ours alone, with just these parameters of the server.
 
@@ -112,16 +115,17 @@ async def open_alone(
     """
     # Names and keys are UTF-8 here, whatever the database's own encoding.
     wanted = {"application_name": application, "client_encoding": "UTF8", **UNLIMITED, **parameters}
-    with translated():
+    text = dsn.now()
+    with translated(dsn.setting):
         try:
-            connection = await _open(dsn, options=_options(dsn, wanted), **arguments)
+            connection = await _open(text, dsn.setting, options=_options(text, wanted), **arguments)
         except psycopg.OperationalError as error:
             if any(words in str(error) for words in _WORDS_OF_POOLERS):
-                raise errors.PoolerInBetween(setting, "it does not take the parameters of a session") from error
+                raise errors.PoolerInBetween(dsn.setting, "it does not take the parameters of a session") from error
             raise
         try:
             with limited(connection):
-                await _refuse_pooler(connection, wanted, setting)
+                await _refuse_pooler(connection, wanted, dsn.setting)
                 if connection.info.server_version >= 170000:
                     await connection.execute(UNLIMITED_SINCE_17)
         except BaseException:
@@ -130,22 +134,24 @@ async def open_alone(
         return connection
 
 
-async def connect_through_anything(dsn: str) -> psycopg.AsyncConnection[Any]:
+async def connect_through_anything(dsn: DsnSource) -> psycopg.AsyncConnection[Any]:
     """Open a connection for single statements, each a transaction of its own, through a pooler too: nothing is set."""
-    with translated():
-        return await _open(dsn, prepare_threshold=None, row_factory=namedtuple_row)
+    text = dsn.now()
+    with translated(dsn.setting):
+        return await _open(text, dsn.setting, prepare_threshold=None, row_factory=namedtuple_row)
 
 
-async def connect_for_defaults(dsn: str) -> psycopg.AsyncConnection[Any]:
+async def connect_for_defaults(dsn: DsnSource) -> psycopg.AsyncConnection[Any]:
     """Open a connection without any setting of a role, a database, a connection string or the environment.
 
     A walsender that is not of a database has none of them. It knows SHOW.
     """
-    with translated():
-        return await _open(dsn, replication="true", options=" ")
+    text = dsn.now()
+    with translated(dsn.setting):
+        return await _open(text, dsn.setting, replication="true", options=" ")
 
 
-async def _open(dsn: str, **arguments: Any) -> psycopg.AsyncConnection[Any]:
+async def _open(dsn: str, setting: str, **arguments: Any) -> psycopg.AsyncConnection[Any]:
     for name in _SETTINGS_OF_LIBPQ:
         # libpq would have them come after the parameters that we give.
         os.environ.pop(name, None)
@@ -155,7 +161,7 @@ async def _open(dsn: str, **arguments: Any) -> psycopg.AsyncConnection[Any]:
             return await psycopg.AsyncConnection.connect(dsn, autocommit=True, **OPTIONS, **arguments)
     except TimeoutError as error:
         raise errors.PostgresUnavailable(
-            f"No connection to PostgreSQL within {CONNECT_SECONDS:g} s; check the host in CDC_POSTGRES_DSN, and DNS."
+            f"No connection to PostgreSQL within {CONNECT_SECONDS:g} s; check the host in {setting}, and DNS."
         ) from error
 
 
@@ -237,15 +243,15 @@ def shut(descriptor: int) -> None:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Turn the driver's errors into ours."""
+def translated(setting: str = "CDC_POSTGRES_DSN") -> Iterator[None]:
+    """Turn the driver's errors into ours; ``setting`` is where the connection string is from."""
     try:
         yield
     except (psycopg.Error, OSError) as error:
-        raise translate(error) from error
+        raise translate(error, setting) from error
 
 
-def translate(error: Exception) -> errors.InvalidatorError:
+def translate(error: Exception, setting: str = "CDC_POSTGRES_DSN") -> errors.InvalidatorError:
     """Return our error for an error of the driver.
 
     It keeps the server's sentence, which holds no connection string.
@@ -260,17 +266,17 @@ def translate(error: Exception) -> errors.InvalidatorError:
         return errors.Locked(f"PostgreSQL did not give a lock in time ({first_line(error)}); it is tried again.")
     if state == "42501" and "row-level security" in str(error):
         return errors.ServerRefuses(
-            f"PostgreSQL refuses ({first_line(error)}); give the role of CDC_POSTGRES_DSN the right to see all rows: "
+            f"PostgreSQL refuses ({first_line(error)}); give the role of {setting} the right to see all rows: "
             "ALTER ROLE … BYPASSRLS."
         )
+    if not state:
+        # While connecting, psycopg gives no SQLSTATE: only the server's text tells what is wrong.
+        state = next((sqlstate for words, sqlstate in _WORDS.items() if re.search(words, str(error))), "")
     if state in _REMEDIES:
-        return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state]}.")
-    # While connecting, psycopg gives no SQLSTATE: only the server's text tells what is wrong.
-    for words, remedy in _WORDS.items():
-        if not state and re.search(words, str(error)):
-            return errors.ServerRefuses(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[remedy]}.")
+        refused = errors.LoginRefused if state in _LOGIN else errors.ServerRefuses
+        return refused(f"PostgreSQL refuses ({first_line(error)}); {_REMEDIES[state].format(setting=setting)}.")
     return errors.PostgresUnavailable(
-        f"PostgreSQL is not available ({first_line(error)}); check CDC_POSTGRES_DSN and the server."
+        f"PostgreSQL is not available ({first_line(error)}); check {setting} and the server."
     )
 
 

@@ -1,4 +1,4 @@
-"""Connection strings of PostgreSQL: what is wrong with one, without any of its values. Pure.
+"""Connection strings of PostgreSQL: where the one of now is read, and what is wrong with one, without its values.
 
 libpq's own words are not shown: they may repeat a part of the password.
 """
@@ -6,7 +6,8 @@ libpq's own words are not shown: they may repeat a part of the password.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Self
 
 import psycopg
 
@@ -48,6 +49,41 @@ _OTHER_SCHEME = re.compile(
 )
 _SCHEMES = ("postgresql://", "postgres://")
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
+class DsnSource:
+    """Gives the connection string of now to each connection that is opened.
+
+    Args:
+        read: returns it.
+        setting: where it is from.
+
+    Raises:
+        errors.WrongSettings: as `check_dsn`.
+    """
+
+    def __init__(self, read: Callable[[], str], setting: str = "CDC_POSTGRES_DSN") -> None:
+        self._read = read
+        self.setting = setting
+        check_dsn(read(), setting)
+
+    @classmethod
+    def fixed(cls, dsn: str, setting: str = "CDC_POSTGRES_DSN") -> Self:
+        """Return one that always gives the same."""
+        return cls(lambda: dsn, setting)
+
+    def now(self) -> str:
+        """Return the connection string.
+
+        Raises:
+            errors.PostgresUnavailable: it was right at the start, and is not any more.
+        """
+        try:
+            dsn = self._read()
+            check_dsn(dsn, self.setting)
+        except errors.WrongSettings as error:
+            raise errors.PostgresUnavailable(str(error)) from None
+        return dsn
 
 
 def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:

@@ -26,6 +26,7 @@ from cdc_invalidator import errors, lsn
 from cdc_invalidator.lsn import EPOCH_OFFSET_US
 from cdc_invalidator.postgres import pgoutput
 from cdc_invalidator.postgres.connection import ENDLESS, answered, first_line, open_alone, ready, translate, translated
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.stream import whole
 
 # Bytes a read: enough to be worth the wake-up, few enough that other tasks get their turn.
@@ -104,13 +105,13 @@ class Replication:
         self.most_silence = SILENCE_SECONDS
 
     @classmethod
-    async def open(cls, dsn: str, parameters: Mapping[str, str] | None = None) -> Replication:
+    async def open(cls, dsn: DsnSource, parameters: Mapping[str, str] | None = None) -> Replication:
         """Connect as a walsender's client, with these parameters of the server."""
         wanted = {**ENDLESS, **(parameters or {})}
         return cls(await open_alone(dsn, "cdc-invalidator", wanted, replication="database"))
 
     @classmethod
-    async def try_out(cls, dsn: str) -> System:
+    async def try_out(cls, dsn: DsnSource) -> System:
         """Connect as a walsender's client and leave again, to learn whether we can stream before anything is made.
 
         Returns:

@@ -17,6 +17,7 @@ from psycopg import pq
 
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import AT_ONCE_SECONDS, answered, connect, ready
+from cdc_invalidator.postgres.dsn import DsnSource
 
 # At the beginning of a page, the insert position is already past the page's header (24 bytes; 40 for a segment's first
 # page), but no record ends there: then take the page's start.
@@ -71,9 +72,9 @@ class Snapshots:
         self._turn = asyncio.Lock()
 
     @classmethod
-    async def open(cls, dsn: str, setting: str = "CDC_POSTGRES_DSN") -> Snapshots:
-        """Connect; ``setting`` is where the connection string is from."""
-        connection = await connect(dsn, "cdc-invalidator snapshots", setting=setting)
+    async def open(cls, dsn: DsnSource) -> Snapshots:
+        """Connect."""
+        connection = await connect(dsn, "cdc-invalidator snapshots")
         with answered(connection):
             await connection.execute("PREPARE taken AS SELECT pg_current_snapshot()::text")
             await connection.execute(_WRITTEN)
@@ -83,7 +84,7 @@ class Snapshots:
         return cls(connection)
 
     @classmethod
-    async def open_readers(cls, dsn: str, system_id: str | None) -> Snapshots:
+    async def open_readers(cls, dsn: DsnSource, system_id: str | None) -> Snapshots:
         """Connect to the server that readers load from, if that is another one.
 
         Args:
@@ -93,13 +94,7 @@ class Snapshots:
         Raises:
             errors.ServerRefuses: the server has other data.
         """
-        setting = "CDC_POSTGRES_READERS"
-        try:
-            opened = await cls.open(dsn, setting)
-        except errors.PoolerInBetween:
-            raise
-        except (errors.PostgresUnavailable, errors.ServerRefuses) as error:
-            raise type(error)(str(error).replace("CDC_POSTGRES_DSN", setting)) from error
+        opened = await cls.open(dsn)
         theirs = await opened.system_id()
         if None not in {theirs, system_id} and theirs != system_id:
             opened.close()

@@ -16,6 +16,7 @@ from psycopg.rows import tuple_row
 
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import answered, connect_for_defaults, first_line, rows
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.quoting import identifier
 
 SETTINGS = ("DateStyle", "IntervalStyle", "TimeZone", "bytea_output", "extra_float_digits", "lc_monetary")
@@ -53,7 +54,7 @@ class Spelling:
         self.values = values
 
     @classmethod
-    async def read(cls, connection: psycopg.AsyncConnection[Any], dsn: str) -> Spelling:
+    async def read(cls, connection: psycopg.AsyncConnection[Any], dsn: DsnSource) -> Spelling:
         """Look up the database's settings.
 
         Args:
@@ -106,7 +107,7 @@ async def _look(connection: psycopg.AsyncConnection[Any]) -> list[_Setting]:
 
 
 async def _defaults(
-    connection: psycopg.AsyncConnection[Any], dsn: str, hidden: Sequence[_Setting]
+    connection: psycopg.AsyncConnection[Any], dsn: DsnSource, hidden: Sequence[_Setting]
 ) -> Mapping[str, str]:
     """Return the server's own settings, which those of our role or connection hide."""
     try:

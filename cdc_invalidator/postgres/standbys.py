@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import psycopg
 import structlog
 
 from cdc_invalidator import errors, lsn
-from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.backoff import Backoff, Refusals
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.postgres.connection import AT_ONCE_SECONDS, answered, connect
-from cdc_invalidator.postgres.dsn import check_dsn
+from cdc_invalidator.postgres.dsn import DsnSource, check_dsn
 from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
 
+_SETTING = "CDC_POSTGRES_STANDBYS"
 # Seconds between two questions to a standby: while something waits for it, and otherwise.
 ASK_SECONDS = 0.02
 REST_SECONDS = 1.0
@@ -34,7 +36,7 @@ REST_SECONDS = 1.0
 class _Standby:
     """One standby, and what is known of it."""
 
-    def __init__(self, name: str, dsn: str) -> None:
+    def __init__(self, name: str, dsn: DsnSource) -> None:
         self.name = name
         self.dsn = dsn
         # Whether the watermark's word on it has been taken over, and when the server was started.
@@ -57,16 +59,17 @@ class Standbys:
     """The standbys of one daemon; they outlive its sessions.
 
     Args:
-        dsns: their connection strings; may be empty.
+        read: returns their connection strings of now, with spaces between; may be empty. Which standbys there are is
+            read once.
         limit: seconds that busts wait for a standby before it is dropped.
         metrics: what to count.
     """
 
-    def __init__(self, dsns: Iterable[str], *, limit: float, metrics: Metrics) -> None:
-        self._standbys = [_Standby(name(dsn), dsn) for dsn in dsns]
-        names = [standby.name for standby in self._standbys]
+    def __init__(self, read: Callable[[], str], *, limit: float, metrics: Metrics) -> None:
+        names = [name(dsn) for dsn in read().split()]
         if len(set(names)) < len(names):
             raise errors.WrongSettings("CDC_POSTGRES_STANDBYS names a standby twice; leave one of the two out.")
+        self._standbys = [_Standby(one, DsnSource(partial(_of_one, read, one), _SETTING)) for one in names]
         self._limit = limit
         self._metrics = metrics
         self._wake: Callable[[], None] = lambda: None
@@ -158,6 +161,7 @@ class Standbys:
 
     async def _follow(self, standby: _Standby) -> None:
         backoff = Backoff(first=0.1, most=2.0)
+        refusals = Refusals()
         passed = 0
         try:
             while True:
@@ -169,12 +173,14 @@ class Standbys:
                 except (errors.Retryable, errors.ServerRefuses) as error:
                     self._metrics.postgres_errors.labels("standby").inc()
                     delay = backoff.next()
-                    tell = _log.warning if isinstance(error, errors.Retryable) else _log.error
-                    tell("standby_unavailable", standby=standby.name, error=str(error), retry_in_s=round(delay, 2))
+                    if not isinstance(error, errors.LoginRefused) or refusals.tell(str(error)):
+                        tell = _log.warning if isinstance(error, errors.Retryable) else _log.error
+                        tell("standby_unavailable", standby=standby.name, error=str(error), retry_in_s=round(delay, 2))
                     _close(standby)
                     await asyncio.sleep(delay)
                     continue
                 backoff.reset()
+                refusals.reset()
                 self._replayed(standby, replayed, passed)
                 passed = self._position()
                 await asyncio.sleep(ASK_SECONDS)
@@ -213,7 +219,7 @@ class Standbys:
         self._metrics.standby_awaited.labels(standby.name).set(not standby.dropped)
 
     async def _connect(self, standby: _Standby) -> psycopg.AsyncConnection[Any]:
-        connection = await connect(standby.dsn, "cdc-invalidator standby", setting="CDC_POSTGRES_STANDBYS")
+        connection = await connect(standby.dsn, "cdc-invalidator standby")
         try:
             with answered(connection, AT_ONCE_SECONDS):
                 row = await (await connection.execute(_WHO)).fetchone()
@@ -268,8 +274,20 @@ def name(dsn: str) -> str:
             "CDC_POSTGRES_STANDBYS can't be read; write each standby as postgresql://user:password@host:port/database, "
             "with spaces between."
         )
-    check_dsn(dsn, "CDC_POSTGRES_STANDBYS")
+    check_dsn(dsn, _SETTING)
     parts: Mapping[str, Any] = psycopg.conninfo.conninfo_to_dict(dsn)
     hosts = str(parts.get("host") or parts.get("hostaddr") or "localhost").split(",")
     ports = str(parts.get("port") or 5432).split(",")
     return ",".join(f"{host}:{ports[min(at, len(ports) - 1)]}" for at, host in enumerate(hosts))
+
+
+def _of_one(read: Callable[[], str], wanted: str) -> str:
+    """Return the connection string of one standby.
+
+    Raises:
+        errors.WrongSettings: it is not there any more.
+    """
+    for dsn in read().split():
+        if name(dsn) == wanted:
+            return dsn
+    raise errors.WrongSettings(f"{_SETTING} names {wanted} no more; name it again, or restart the daemon.")

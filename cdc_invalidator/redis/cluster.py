@@ -23,7 +23,7 @@ from redis.crc import key_slot
 from cdc_invalidator import errors
 from cdc_invalidator.redis import fingerprint, node, replies
 from cdc_invalidator.redis.available import require_commands
-from cdc_invalidator.redis.endpoint import Address, Endpoint
+from cdc_invalidator.redis.endpoint import Address
 from cdc_invalidator.redis.fingerprint import Look
 from cdc_invalidator.redis.hashslots import View, read_view
 from cdc_invalidator.redis.node import Command, Node, end
@@ -43,6 +43,7 @@ from cdc_invalidator.redis.server import (
     reply_or_refusal,
     scan_command,
 )
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX
 
@@ -80,17 +81,16 @@ class Cluster(CacheServer):
     """All masters of a cluster; see `CacheServer`.
 
     Args:
-        endpoint: the nodes to ask first.
+        source: says which nodes to ask first.
         watermark: name of the watermark.
         timeout: seconds until a server that does not answer counts as lost.
     """
 
-    def __init__(self, endpoint: Endpoint, watermark: str, *, timeout: float) -> None:
+    def __init__(self, source: EndpointSource, watermark: str, *, timeout: float) -> None:
         super().__init__(watermark)
-        self._endpoint = endpoint
+        self._source = source
         self._timeout = timeout
-        # Wrong options of the URL are reported now.
-        self._seeds = [self._node(address, min(timeout, ANSWER_SECONDS)) for address in endpoint.addresses]
+        self._seeds: list[Node] = []
         self._nodes: dict[Address, Node] = {}
         self._view: View | None = None
         # By key, the id of the watermark that was read or written last; the keys, and the count of moves they hold for.
@@ -103,10 +103,12 @@ class Cluster(CacheServer):
         self._looking: asyncio.Task[None] | None = None
 
     def _node(self, address: Address, timeout: float) -> Node:
-        return Node(self._endpoint.at(address), timeout=timeout)
+        return Node(self._source.now().at(address), timeout=timeout)
 
     async def connect(self) -> None:
         """See `CacheServer`."""
+        seconds = min(self._timeout, ANSWER_SECONDS)
+        self._seeds = [self._node(address, seconds) for address in self._source.now().addresses]
         view = self._view = await self._discover()
         for address in {owner for owner in view.owners if owner}:
             self._nodes[address] = self._node(address, self._timeout)
@@ -191,12 +193,14 @@ class Cluster(CacheServer):
         self._view = replace(latest, moving=moving)
 
     async def _join(self, address: Address) -> None:
-        newcomer = self._node(address, self._timeout)
+        newcomer: Node | None = None
         try:
+            newcomer = self._node(address, self._timeout)
             await self._open(newcomer)
         except errors.RedisUnavailable:
             # It has no hash slots yet, so nothing depends on it.
-            await newcomer.close()
+            if newcomer is not None:
+                await newcomer.close()
             return
         self._nodes[address] = newcomer
 

@@ -11,30 +11,31 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from cdc_invalidator import errors
 from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.node import Node
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import TIMEOUT
 
 
 @asynccontextmanager
-async def open_masters(endpoint: Endpoint) -> AsyncIterator[list[Node]]:
+async def open_masters(source: EndpointSource) -> AsyncIterator[list[Node]]:
     """Open a connection to each master that holds keys, and close them in the end.
 
     Args:
-        endpoint: what CDC_REDIS_URL says.
+        source: what CDC_REDIS_URL says.
 
     Raises:
         errors.RedisUnavailable: one can't be reached.
-        errors.WrongSettings: the URL has options that can't be used.
     """
     async with AsyncExitStack() as stack:
-        if endpoint.kind == "sentinel":
+        if source.kind == "sentinel":
             from cdc_invalidator.redis.sentinel import Sentinels  # noqa: PLC0415  few need it
 
-            sentinels = Sentinels(endpoint, timeout=TIMEOUT)
+            sentinels = Sentinels(source, timeout=TIMEOUT)
             stack.push_async_callback(sentinels.close)
             master = await sentinels.open_master()
             stack.push_async_callback(master.close)
             yield [master]
             return
+        endpoint = source.now()
         urls = [endpoint.url]
         if endpoint.kind == "cluster":
             urls = await _urls(endpoint)

@@ -276,7 +276,7 @@ def failed(what: str, error: BaseException) -> errors.RedisUnavailable:
     name = code(error)
     row = replies.of(name)
     # A redirection that nobody followed is as final as a wrong password.
-    report = row.does in {replies.Does.REPORT, replies.Does.REDIRECT, replies.Does.DENY}
+    report = row.does in {replies.Does.REPORT, replies.Does.LOGIN, replies.Does.REDIRECT, replies.Does.DENY}
     sentence = f"Redis failed at {what} ({_without_keys(name, error)}); {row.remedy}."
     return errors.RedisUnavailable(sentence, code=name, report=report)
 

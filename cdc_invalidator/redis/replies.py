@@ -24,6 +24,8 @@ class Does(StrEnum):
     anything else, as REPORT."""
     REPORT = "report"
     """As RETRY, and log an error that says what the operator must do, since only that helps."""
+    LOGIN = "login"
+    """As REPORT, but not the first time: the password may be being rotated, and is read again."""
 
 
 class Reply(NamedTuple):
@@ -56,8 +58,8 @@ TABLE: dict[str, Reply] = {
     "OOM": Reply(Does.WIDEN, "raise maxmemory, or set a policy that evicts"),
     # Only an operator can help.
     "NOPERM": Reply(Does.DENY, "grant the ACL user of CDC_REDIS_URL what the README lists"),
-    "NOAUTH": Reply(Does.REPORT, "put a user and a password into CDC_REDIS_URL"),
-    "WRONGPASS": Reply(Does.REPORT, "put the right user and password into CDC_REDIS_URL"),
+    "NOAUTH": Reply(Does.LOGIN, "put a user and a password into CDC_REDIS_URL"),
+    "WRONGPASS": Reply(Does.LOGIN, "put the right user and password into CDC_REDIS_URL"),
     "WRONGTYPE": Reply(Does.REPORT, "a key of cdc-invalidator holds something else; delete it, or set CDC_WATERMARK"),
     "NOPROTO": Reply(Does.REPORT, "use Redis 6.2 or later, or Valkey"),
     # Found out at connection, see `available`.
@@ -68,6 +70,8 @@ TABLE: dict[str, Reply] = {
     "TIMEOUT": Reply(Does.RETRY, "check CDC_REDIS_URL and the server, which does not answer"),
     "CLOSED": Reply(Does.RETRY, "check CDC_REDIS_URL and the server"),
     "GARBLED": Reply(Does.REPORT, "what answers does not speak Redis's protocol; check CDC_REDIS_URL"),
+    # No server was asked: see `redis.source`.
+    "SETTING": Reply(Does.REPORT, "correct CDC_REDIS_URL"),
     # Our own: the server answers, but is no longer the right one.
     "MOVED_AWAY": Reply(Does.RETRY, "the one that took over is looked for"),
     "OTHER_DATA": Reply(Does.RETRY, "what it has had is compared anew"),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from cdc_invalidator import errors
 from cdc_invalidator.redis.endpoint import Address, Endpoint
 from cdc_invalidator.redis.node import Node, end
+from cdc_invalidator.redis.source import EndpointSource
 
 # How often the Sentinels are asked, and how long each may take.
 LOOK_SECONDS = 0.5
@@ -28,17 +29,17 @@ class Sentinels:
     """The Sentinels of one service.
 
     Args:
-        endpoint: where they are, and what the service is called.
+        source: says where they are, and what the service is called.
         timeout: seconds until a server that does not answer counts as lost.
     """
 
-    def __init__(self, endpoint: Endpoint, *, timeout: float) -> None:
-        self._endpoint = endpoint
+    def __init__(self, source: EndpointSource, *, timeout: float) -> None:
+        self._source = source
         self._timeout = timeout
         self._asked: dict[Address, Node] = {}
-        self._known = _Answer(-1, endpoint.addresses[0])
+        self._known = _Answer(-1, Address("", 0))
         self._why_lost: str | None = None
-        self._silence = ""
+        self._silence = errors.RedisUnavailable("None was asked.", code="CLOSED")
         self._looking: asyncio.Task[None] | None = None
 
     async def open_master(self) -> Node:
@@ -48,14 +49,16 @@ class Sentinels:
             errors.RedisUnavailable: no Sentinel knows it, or it is none.
         """
         answer = await self._ask_all()
+        endpoint = self._source.now()
         if answer is None:
             raise errors.RedisUnavailable(
-                f"No Sentinel names a master of {self._endpoint.service}; check CDC_REDIS_URL and the Sentinels. "
+                f"No Sentinel names a master of {endpoint.service}; check CDC_REDIS_URL and the Sentinels. "
                 f"The last one: {self._silence}",
-                code="CLOSED",
+                code=self._silence.code,
+                report=self._silence.report,
             )
         self._known = answer
-        node = Node(self._endpoint.at(answer.address), timeout=self._timeout)
+        node = Node(endpoint.at(answer.address), timeout=self._timeout)
         try:
             await node.connect()
             ((role, *_),) = await node.ask(("ROLE",))
@@ -92,29 +95,34 @@ class Sentinels:
                 self._why_lost = f"Sentinel names {answer.address} as the master now, no longer {self._known.address}."
 
     async def _ask_all(self) -> _Answer | None:
-        answers = await asyncio.gather(*map(self._ask, self._endpoint.addresses))
+        try:
+            endpoint = self._source.now()
+        except errors.RedisUnavailable as error:
+            self._silence = error
+            return None
+        answers = await asyncio.gather(*(self._ask(endpoint, address) for address in endpoint.addresses))
         return max((answer for answer in answers if answer is not None), default=None)
 
-    async def _ask(self, address: Address) -> _Answer | None:
+    async def _ask(self, endpoint: Endpoint, address: Address) -> _Answer | None:
         try:
             node = self._asked.get(address)
             if node is None:
-                node = Node(self._endpoint.of_sentinel(address), timeout=ANSWER_SECONDS)
+                node = Node(endpoint.of_sentinel(address), timeout=ANSWER_SECONDS)
                 await node.connect()
                 self._asked[address] = node
-            service = self._endpoint.service
+            service = endpoint.service
             master, found = await node.ask(
                 ("SENTINEL", "MASTER", service), ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
             )
         except errors.RedisUnavailable as error:
-            self._silence = str(error)
+            self._silence = error
             # It is asked again on a new connection, next time.
             lost = self._asked.pop(address, None)
             if lost is not None:
                 await lost.close()
             return None
         if not found:
-            self._silence = f"{address} knows no master of it."
+            self._silence = errors.RedisUnavailable(f"{address} knows no master of it.", code="CLOSED")
             return None
         fields = dict(zip(master[::2], master[1::2], strict=True)) if isinstance(master, list) else master
         # Once a failover has begun, this names the promoted replica under the new epoch, before the other reply does.

@@ -29,12 +29,13 @@ from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.pipeline.verify import Verify
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.snapshot import Horizon
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis import sentinel
-from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.single import Single
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.watermark import Position
 from cdc_invalidator.rules.model import RuleSet
 
@@ -176,7 +177,7 @@ async def _cancelled_while_connecting(sentinels: Sentinels) -> None:
     found = asyncio.Event()
 
     def open_server() -> CacheServer:
-        looking = sentinel.Sentinels(Endpoint.parse(sentinels.url), timeout=30)
+        looking = sentinel.Sentinels(EndpointSource.fixed(sentinels.url), timeout=30)
 
         async def find() -> Node:
             node = await looking.open_master()
@@ -224,7 +225,9 @@ def _apply(open_server: Callable[[], CacheServer]) -> Apply:
     events = Events(metrics, log.KeyDisplay("prefix"), log.EventLog(log.Output(1), "json", "info"))
     return Apply(
         open_server,
-        PostgresView(hidden, Queries(""), Standbys([], limit=1, metrics=metrics), horizon, reached),
+        PostgresView(
+            hidden, Queries(DsnSource.fixed("host=nowhere")), Standbys(str, limit=1, metrics=metrics), horizon, reached
+        ),
         Kept(RuleSet({}, (), ""), {}, Position("1", 1, 100, 100), Recent()),
         backlog=Backlog(),
         checkpoint=Checkpoint(100),

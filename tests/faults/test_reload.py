@@ -23,6 +23,7 @@ from writing import Writer, assert_all_is_well, create
 from cdc_invalidator import reload
 from cdc_invalidator.embedded.servers import Postgres, Valkey
 from cdc_invalidator.metrics import Metrics
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.rules.model import RuleSet
 
@@ -499,7 +500,7 @@ async def test_what_no_watch_tells_is_found_by_looking(
         folder,
         {},
         load_rules(folder, {}),
-        dsn=database,
+        dsn=DsnSource.fixed(database),
         publication=slot_name,
         event_stream="",
         metrics=Metrics(CollectorRegistry()),

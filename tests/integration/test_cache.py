@@ -13,9 +13,9 @@ from cdc_invalidator import errors
 from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.pipeline.sweep import Sweep
 from cdc_invalidator.reader.scripts import VERSION
-from cdc_invalidator.redis.endpoint import Endpoint
 from cdc_invalidator.redis.scripts import BUMP, BUMP_DELETED, BUMP_MISSING
 from cdc_invalidator.redis.server import KEYS_A_COMMAND, CacheServer
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.rules.load import parse_rules
@@ -27,7 +27,7 @@ MARK = Watermark(lsn=2**62, at=1, system_id="7", timeline=3, rules={"user": "abc
 
 
 def cache_at(url: str, timeout: float = 5.0) -> CacheServer:
-    return cache_server(Endpoint.parse(url), "slot", timeout=timeout)
+    return cache_server(EndpointSource.fixed(url), "slot", timeout=timeout)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tls import TLSFront
 
 from cdc_invalidator import errors
 from cdc_invalidator.embedded.servers import Valkey
-from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import cache_server
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ async def test_the_host_that_a_certificate_names_is_checked_with_any_driver_unle
 ) -> None:
     with TLSFront(valkey.port, names=("elsewhere.test",)) as front:
         url = form.format(f"127.0.0.1:{front.port}") + f"?ssl_ca_certs={front.ca_file}{options}"
-        server = cache_server(Endpoint.parse(url), "slot")
+        server = cache_server(EndpointSource.fixed(url), "slot")
         try:
             await server.connect()
             failure = ""

@@ -13,6 +13,7 @@ from running import RunningDaemon, command, eventually, execute
 from cdc_invalidator import errors
 from cdc_invalidator.embedded.servers import Postgres
 from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.replication import Replication
 
 if TYPE_CHECKING:
@@ -97,17 +98,17 @@ def test_the_refusal_names_the_setting_of_a_standby(ignored: str, database: str)
         pgbouncer(database, "transaction", ignored=ignored) as pooled,
         pytest.raises(errors.PoolerInBetween, match="CDC_POSTGRES_STANDBYS leads to"),
     ):
-        asyncio.run(connect(pooled, "test", setting="CDC_POSTGRES_STANDBYS"))
+        asyncio.run(connect(DsnSource.fixed(pooled, "CDC_POSTGRES_STANDBYS"), "test"))
 
 
 def test_a_pooler_is_refused_on_a_replication_connection_too(database: str) -> None:
     with pgbouncer(database, "session", ignored="replication") as pooled, pytest.raises(errors.PoolerInBetween):
-        asyncio.run(Replication.open(pooled))
+        asyncio.run(Replication.open(DsnSource.fixed(pooled)))
 
 
 def test_our_parameters_win_over_those_of_the_connection_string(database: str) -> None:
     async def shown(dsn: str) -> Any:
-        connection = await connect(dsn, "test", {"jit": "off"})
+        connection = await connect(DsnSource.fixed(dsn), "test", {"jit": "off"})
         async with connection:
             found = await connection.execute(
                 "SELECT current_setting('lock_timeout') a, current_setting('work_mem') b, current_setting('jit') c"

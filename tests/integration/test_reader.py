@@ -20,7 +20,7 @@ from redis.backoff import ExponentialBackoff
 from cdc_invalidator.reader import AsyncCaches, Caches
 from cdc_invalidator.redis import server as cache
 from cdc_invalidator.redis import topology
-from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.source import EndpointSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +51,7 @@ def bust(redis_url: str) -> Any:
     """What the daemon does to a key, or to a version."""
 
     async def busting(keys: list[bytes], versions: list[bytes]) -> None:
-        server: cache.CacheServer = topology.cache_server(Endpoint.parse(redis_url), "slot")
+        server: cache.CacheServer = topology.cache_server(EndpointSource.fixed(redis_url), "slot")
         await server.connect()
         await server.bust([keys] if keys else [], dict.fromkeys(versions, 10_000))
         await server.close()

@@ -17,7 +17,7 @@ from sentinels import SERVICE, Sentinels
 
 from cdc_invalidator.reader import Caches
 from cdc_invalidator.redis import topology
-from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.source import EndpointSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +73,7 @@ def bust(cluster: Cluster, keys: list[bytes], versions: list[bytes], graces: dic
     """What the daemon does."""
 
     async def busting() -> None:
-        server = topology.cache_server(Endpoint.parse(cluster.url), "slot")
+        server = topology.cache_server(EndpointSource.fixed(cluster.url), "slot")
         await server.connect()
         await server.bust([keys], dict.fromkeys(versions, 10_000), graces or {})
         await server.close()

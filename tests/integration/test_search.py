@@ -20,7 +20,7 @@ from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.pipeline.messages import Messages
 from cdc_invalidator.pipeline.sweep import Cause, Request, Sweeps
-from cdc_invalidator.redis.endpoint import Endpoint
+from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.rules.load import parse_rules
 
@@ -295,7 +295,7 @@ async def _run(url: str, most: int, *wanted: tuple[str, bytes]) -> tuple[list[Ti
     for number, (name, prefix) in enumerate(wanted):
         request = Request(number, None, None, prefixes={prefix: None})
         sweeps.request(CACHES[name], Cause("r", "public.t", "insert", "change"), request, [Ticket(number)])
-    server = cache_server(Endpoint.parse(url), "slot", timeout=5.0)
+    server = cache_server(EndpointSource.fixed(url), "slot", timeout=5.0)
     await server.connect()
     ran = []
     try:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from running import execute
 
 from cdc_invalidator.postgres.connection import connect
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.publication import Publication, run_statements
 from cdc_invalidator.rules.load import parse_rules
 
@@ -45,7 +46,7 @@ async def test_a_table_costs_the_same_among_many_and_nothing_new_is_the_same_sur
     )
     rule_set = parse_rules([("rules.yaml", text)], {})
     execute(database, *(f"CREATE TABLE things_{n} (id int PRIMARY KEY)" for n in range(TABLES)))
-    async with await connect(database, "test") as connection:
+    async with await connect(DsnSource.fixed(database), "test") as connection:
         publication = Publication(connection, "p")
         await run_statements(connection, publication.statements(await publication.survey(rule_set)))
         explained = Explained(connection)

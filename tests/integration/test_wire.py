@@ -18,6 +18,7 @@ from running import RunningDaemon, confirmed, execute, settled, wal_position
 from cdc_invalidator import errors
 from cdc_invalidator.embedded.process import HOST, give_to_nobody, scratch
 from cdc_invalidator.embedded.servers import Postgres, postgres_bin_dirs
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.replication import COPY, Keepalive, Replication
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def stream_dsn(dsn: str, slot_name: str) -> str:
 
 @contextlib.asynccontextmanager
 async def streaming(dsn: str, slot_name: str, way: str) -> AsyncIterator[Replication]:
-    replication = await Replication.open(dsn)
+    replication = await Replication.open(DsnSource.fixed(dsn))
     try:
         await replication.identify()
         await replication.start(slot_name, slot_name)

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cdc_invalidator.backoff import Backoff
+from cdc_invalidator.backoff import Backoff, Refusals
 
 
 class Fixed(random.Random):
@@ -59,3 +59,11 @@ def test_a_server_that_never_comes_back_does_not_overflow_the_delay() -> None:
     backoff = Backoff(most=5.0, random=Fixed(0.0), attempts=100_000)
 
     assert backoff.next() == pytest.approx(5.0)
+
+
+def test_a_refused_login_is_told_once_and_not_before_the_second_attempt() -> None:
+    refusals = Refusals()
+    assert [refusals.tell("wrong") for _ in range(4)] == [False, True, False, False]
+    assert refusals.tell("locked")
+    refusals.reset()
+    assert [refusals.tell("wrong") for _ in range(3)] == [False, True, False]

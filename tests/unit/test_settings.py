@@ -25,7 +25,7 @@ def test_a_setting_is_also_taken_by_its_old_name_from_the_environment_and_from_a
 ) -> None:
     monkeypatch.setenv("CDC_POSTGRES_REPLICAS", "postgresql://db2/shop")
     given = load(replica_limit="5")
-    assert given.postgres_standbys == "postgresql://db2/shop"
+    assert given.postgres_standbys() == "postgresql://db2/shop"
     assert given.standby_limit == 5
     names, limit = settings.renamed(given)
     assert "CDC_POSTGRES_REPLICAS" in names

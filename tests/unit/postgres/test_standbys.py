@@ -13,7 +13,8 @@ NAME = "db2:5432"
 
 
 def standbys_of(*dsns: str) -> Standbys:
-    return Standbys(dsns or ["postgresql://reader:secret@db2/shop"], limit=1, metrics=Metrics(CollectorRegistry()))
+    text = " ".join(dsns) or "postgresql://reader:secret@db2/shop"
+    return Standbys(lambda: text, limit=1, metrics=Metrics(CollectorRegistry()))
 
 
 def test_one_whose_connection_is_lost_may_show_less_when_it_comes_back() -> None:

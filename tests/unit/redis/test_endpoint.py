@@ -12,7 +12,7 @@ from redis.asyncio.connection import parse_url
 
 from cdc_invalidator import errors
 from cdc_invalidator.redis.endpoint import Address, Endpoint
-from cdc_invalidator.redis.topology import cache_server
+from cdc_invalidator.redis.source import EndpointSource
 
 ASKED = Address("10.0.0.1", 7000)
 
@@ -265,7 +265,7 @@ def test_a_cluster_has_only_database_0() -> None:
 )
 def test_options_that_the_driver_does_not_take_are_told_without_its_words(url: str) -> None:
     with pytest.raises(errors.WrongSettings, match=r"only options that redis-py knows\.$") as caught:
-        cache_server(Endpoint.parse(url), "slot")
+        EndpointSource.fixed(url)
 
     assert "hunter2" not in log_of(caught.value)
 
@@ -313,7 +313,7 @@ def test_any_text_is_an_endpoint_or_wrong_settings_and_shows_no_password(scheme:
         named = any(PASSWORD in address.host for address in endpoint.addresses)
         shown = [] if named else [str(endpoint), repr(endpoint), f"{endpoint}"]
         try:
-            cache_server(endpoint, "slot")
+            EndpointSource.fixed(url)
         except errors.WrongSettings as wrong:
             shown.append(log_of(wrong))
     assert not any(PASSWORD in text for text in shown)

@@ -16,7 +16,7 @@ from cdc_invalidator.redis import node, replies
 from cdc_invalidator.redis.node import Redirection
 
 NO_REPLY = {"TIMEOUT", "CLOSED", "GARBLED"}
-OURS = {"MOVED_AWAY", "OTHER_DATA", "NO_COMMAND"}
+OURS = {"SETTING", "MOVED_AWAY", "OTHER_DATA", "NO_COMMAND"}
 
 
 def answered(reply: str) -> Exception:
@@ -212,7 +212,9 @@ def test_an_operator_is_told_of_what_does_not_get_better_by_itself(code: str) ->
     does = replies.of(code).does
     assert failure.code == code
     # Nobody has followed it, or it would not have failed.
-    assert failure.report is (does in {replies.Does.REPORT, replies.Does.REDIRECT, replies.Does.DENY})
+    assert failure.report is (
+        does in {replies.Does.REPORT, replies.Does.LOGIN, replies.Does.REDIRECT, replies.Does.DENY}
+    )
 
 
 WORDS = st.sampled_from([*replies.TABLE, "ERR", "EXECABORT", "@user_script:1:", "-OOM", "'", "no such key", ".", "«»"])

@@ -41,6 +41,14 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> None:
         try:
             super().invoke(ctx)
+        except click.UsageError as error:
+            # click repeats what it does not expect; it may be an address with its password.
+            if "://" in error.message or "password=" in error.message:
+                error.message = (
+                    "An argument that looks like an address is not expected here; give an address with its flag, in a "
+                    "variable, or in a file in CDC_SECRETS_DIR."
+                )
+            raise
         except KeyboardInterrupt:
             sys.exit(130)
 

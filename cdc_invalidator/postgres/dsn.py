@@ -48,7 +48,26 @@ _OTHER_SCHEME = re.compile(
     re.IGNORECASE,
 )
 _SCHEMES = ("postgresql://", "postgres://")
-_SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+# libpq looks at these when it connects, and would fail again and again.
+_VERSIONS = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
+_VALUES = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "sslnegotiation": ("postgres", "direct"),
+    "sslcertmode": ("disable", "allow", "require"),
+    "ssl_min_protocol_version": _VERSIONS,
+    "ssl_max_protocol_version": _VERSIONS,
+    "channel_binding": ("disable", "prefer", "require"),
+    "gssencmode": ("disable", "prefer", "require"),
+    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+    "load_balance_hosts": ("disable", "random"),
+}
+_PAIR = re.compile(
+    r"""(?x) \s* (\w+) \s* = \s*
+    ( ' (?: [^'\\] | \\. )* ' (?= \s | $ )      # quoted to the end of the value
+    | (?! ') (?: [^\s\\] | \\. )*             # or as it is, but for quotes at its beginning
+    ) \s*""",
+    re.DOTALL,
+)
 
 
 class DsnSource:
@@ -101,32 +120,53 @@ def check_dsn(dsn: str, setting: str = "CDC_POSTGRES_DSN") -> None:
         if any(sign < " " for sign in dsn):
             raise errors.WrongSettings(f"{setting} has a line break or another control character in it; remove that.")
         _check_parameters(rest, setting)
+    elif re.match(r"\s*\w+\s*=", dsn):
+        _check_pairs(dsn, setting)
     try:
         given = psycopg.conninfo.conninfo_to_dict(dsn)
     except (psycopg.ProgrammingError, UnicodeDecodeError):
         given = {}
     if not given:
         raise errors.WrongSettings(unreadable)
-    if not all(port.isdecimal() for port in str(given.get("port") or "5432").split(",") if port):
+    ports = str(given.get("port") or "").split(",")
+    if not all(port.isdecimal() and 0 < int(port) < 65536 for port in ports if port):
         raise errors.WrongSettings(
-            f"{setting} has a port that is no number; write {_FORM}, the password percent-encoded."
+            f"{setting} has a port that is no number from 1 to 65535; write {_FORM}, the password percent-encoded."
         )
+    hosts = str(given.get("hostaddr") or given.get("host") or "").split(",")
+    if len(ports) not in {1, len(hosts)}:
+        raise errors.WrongSettings(f"{setting} has another number of ports than of hosts; give each host its port.")
     if "replication" in given:
         raise errors.WrongSettings(
             f"{setting} has the parameter replication, which the daemon sets itself; leave it out."
         )
-    if given.get("sslmode") and given["sslmode"] not in _SSL_MODES:
-        raise errors.WrongSettings(
-            f"{setting} has an sslmode that PostgreSQL does not know; write one of {', '.join(_SSL_MODES)}."
-        )
+    for name, values in _VALUES.items():
+        if given.get(name) and given[name] not in values:
+            raise errors.WrongSettings(
+                f"{setting} has a value of {name} that PostgreSQL does not know; write one of {', '.join(values)}."
+            )
+
+
+def _check_pairs(dsn: str, setting: str) -> None:
+    """Refuse pairs of which libpq takes the last, or that end elsewhere than they seem to."""
+    at, names = 0, []
+    while at < len(dsn) and (pair := _PAIR.match(dsn, at)):
+        names.append(pair[1])
+        at = pair.end()
+    if at == len(dsn) and len(set(names)) == len(names):
+        return
+    raise errors.WrongSettings(
+        f"{setting} can't be read in one way only; give each name once, and write a password with other signs than "
+        r"letters and digits as password='…', with \' and \\ for ' and \ in it."
+    )
 
 
 def _check_parameters(rest: str, setting: str) -> None:
     """Look at what libpq takes for hosts, database and parameters; ``rest`` is what follows the scheme."""
     user, at, after = rest.partition("@")
-    place, _, query = (after if at and "/" not in user else rest).partition("?")
-    if "@" in place:
+    if at and ("@" in after or "/" in user or "?" in user):
         raise _ambiguous(setting)
+    _, _, query = (after if at else rest).partition("?")
     if not query:
         return
     names = [pair.partition("=")[0] for pair in query.split("&")]
@@ -134,8 +174,6 @@ def _check_parameters(rest: str, setting: str) -> None:
     unknown = [name for name in names if name not in known]
     if not unknown:
         return
-    if "@" in query:
-        raise _ambiguous(setting)
     foreign = [name for name in unknown if name in _FOREIGN]
     if foreign == unknown:
         raise errors.WrongSettings(_sentence(setting, dict.fromkeys(foreign)))
@@ -163,6 +201,6 @@ def _sentence(setting: str, names: Iterable[str]) -> str:
 
 def _ambiguous(setting: str) -> errors.WrongSettings:
     return errors.WrongSettings(
-        f"{setting} can be read in two ways, since one of @ / ? stands in user or password as it is; percent-encode "
-        "these there (%40 %2F %3F)."
+        f"{setting} can be read in two ways, since one of @ / ? stands in user, password or a parameter as it is; "
+        "percent-encode these there (%40 %2F %3F)."
     )

@@ -81,6 +81,11 @@ class Endpoint:
                 "CDC_REDIS_URL has a scheme that is not supported; it must start with redis://, rediss://, unix://, "
                 "redis+sentinel:// or redis+cluster://."
             )
+        if any(sign < " " for sign in url):
+            # The driver would leave them out.
+            raise errors.WrongSettings(
+                "CDC_REDIS_URL has a line break or another control character in it; remove that."
+            )
         kind = _KINDS[name]
         if kind == "server":
             _check_server(transport, rest)
@@ -136,11 +141,12 @@ def _check_server(transport: str, rest: str) -> None:
     """Refuse a URL of one server that the driver would read in another way than it is meant."""
     at = min((rest.find(sign) for sign in "/?" if sign in rest), default=len(rest))
     place, beyond = rest[:at], rest[at:]
+    user = place.rpartition("@")[0]
     # The path of a socket may have an @, if no user stands before it.
-    if "#" in rest or ("@" in beyond and not (transport == "unix" and not place)):
+    if "#" in rest or ("@" in beyond and not (transport == "unix" and not place)) or set(user) & set("[]"):
         raise errors.WrongSettings(
-            "CDC_REDIS_URL can be read in two ways, since one of # / ? @ stands in user, password or options as it is; "
-            "percent-encode these there (%23 %2F %3F %40)."
+            "CDC_REDIS_URL can be read in two ways, since one of # / ? @ [ ] stands in user, password or options as it "
+            "is; percent-encode these there (%23 %2F %3F %40 %5B %5D)."
         )
     database = unquote(beyond.partition("?")[0]).strip("/")
     if transport != "unix" and database and not database.isdecimal():
@@ -151,8 +157,8 @@ def _check_server(transport: str, rest: str) -> None:
 
 
 _UNREADABLE: dict[Kind, str] = {
-    "sentinel": "CDC_REDIS_URL can't be read; write redis+sentinel://user:password@host:port,host:port/service/db, the "
-    "password percent-encoded.",
-    "cluster": "CDC_REDIS_URL can't be read; write redis+cluster://user:password@host:port,host:port, the password "
-    "percent-encoded.",
+    "sentinel": "CDC_REDIS_URL can't be read; write redis+sentinel://user:password@host:port,host:port/service/db, "
+    "with # / ? @ [ ] and spaces in user, password and options percent-encoded.",
+    "cluster": "CDC_REDIS_URL can't be read; write redis+cluster://user:password@host:port,host:port, with # / ? @ [ ] "
+    "and spaces in user, password and options percent-encoded.",
 }

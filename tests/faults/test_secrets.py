@@ -8,12 +8,14 @@ import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 import redis
 import writing
 from clusters import Cluster
-from running import RunningDaemon, eventually, execute, settled
+from psycopg import sql
+from running import RunningDaemon, command, eventually, execute, settled
 from sentinels import Sentinels
 from writing import Writer, assert_all_is_well
 
@@ -243,7 +245,7 @@ def test_a_secret_that_cannot_be_used_any_more_is_told_and_ends_nothing(
     for text, told in (
         ("", "is empty in"),
         (good.replace(QUOTED[OLD], OLD), "can be read in two ways"),
-        (good + "&sslmode=on" if "?" in good else good + "?sslmode=on", "an sslmode that PostgreSQL does not know"),
+        (good + "&sslmode=on" if "?" in good else good + "?sslmode=on", "a value of sslmode that"),
     ):
         volume.put(cdc_postgres_dsn=text)
         execute(database, f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'")
@@ -294,3 +296,51 @@ def test_a_password_that_never_worked_ends_the_daemon_with_3(
     daemon = started()
     assert daemon.wait() == 3
     assert daemon.errors[-1].endswith("put the right user and password into CDC_POSTGRES_DSN.")
+
+
+PIECES = ("Zq9xW7", "kTr4Yb", "Jm2vQd")
+
+
+@pytest.mark.parametrize(
+    "password", ["Zq9xW7@/kTr4Yb?#Jm2vQd", "Zq9xW7[: %kTr4Yb]&=Jm2vQd", "Zq9xW7\"\\kTr4Yb'`$Jm2vQd"]
+)
+def test_no_output_shows_a_piece_of_a_password(
+    password: str, database: str, role: str, volume: Volume, started: Callable[..., RunningDaemon], tmp_path: Path
+) -> None:
+    place = database.partition("@")[2]
+    encoded = f"postgresql://{role}:{quote(password, safe='')}@{place}"
+    raw = f"postgresql://{role}:{password}@{place}"
+    said: list[str] = []
+
+    def run(*words: str, **given: str) -> int:
+        ended = command(*words, rules=str(tmp_path / "rules.yaml"), **given)
+        said.extend((ended.stdout, ended.stderr))
+        return ended.returncode
+
+    with redis_of("server") as (form, [server], client):
+        execute(database, sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(role), password).as_string(None))
+        grant(server, password)
+        url = form.format(f"cdc:{quote(password, safe='')}")
+        names = ("cdc_postgres_dsn", "cdc_postgres_readers", "cdc_postgres_standbys")
+        volume.put(**dict.fromkeys(names, encoded))
+        daemon = started(url, event_stream="cdc:events").ready()
+        settled(database, client, daemon.slot)
+        servers = {"postgres_dsn": encoded, "redis_url": url, "slot": daemon.slot, "publication": daemon.slot}
+        assert run("check", **servers) == 0
+        said += [daemon.get(path)[1] for path in ("/status", "/metrics", "/readyz")]
+        # The servers refuse the password, and say so in their own words.
+        grant(server, "another")
+        rotate(database, role)
+        daemon.seen("login_refused")
+        said += [daemon.get(path)[1] for path in ("/status", "/metrics", "/readyz")]
+        assert run("check", **servers) == 1
+        assert run("run", **servers) == 3
+        # As it is, in each address.
+        assert run("run", **{**servers, "postgres_dsn": raw}) in {2, 3}
+        for name in ("postgres_readers", "postgres_standbys"):
+            assert run("run", **servers, **{name: raw}) in {2, 3}
+        for address in (form.format(f"cdc:{password}"), f"redis+sentinel://cdc:{password}@127.0.0.1/s"):
+            assert run("check", **{**servers, "redis_url": address}) in {1, 2}
+        said += [str(event) for event in daemon.events] + daemon.errors
+        said += [str(entry) for entry in client.xrange("cdc:events")]
+    assert [text for text in said if any(piece in text for piece in PIECES)] == []

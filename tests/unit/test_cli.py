@@ -28,6 +28,15 @@ def test_a_wrong_command_line_ends_with_2_and_the_reason(words: list[str], reaso
     assert reason in ended.stderr
 
 
+@pytest.mark.parametrize("address", ["postgresql://u:Zq9xW7@h/db", "redis://u:Zq9 xW7@h", "user=u password=Zq9xW7"])
+def test_an_address_in_the_wrong_place_is_not_repeated(address: str) -> None:
+    for words in (["run", address], [address], ["setup", "--format", address], ["check", "--format", address]):
+        ended = CliRunner().invoke(cli.app, words)
+        assert ended.exit_code == 2
+        assert "Zq9" not in ended.output
+        assert "xW7" not in ended.output
+
+
 def test_the_help_of_a_command_names_type_variable_and_default_of_each_setting() -> None:
     shown = CliRunner().invoke(cli.app, ["run", "--help"]).stdout
     flags = {each.split()[0]: " ".join(each.split()) for each in shown.split("\n  --")[1:]}

@@ -31,11 +31,14 @@ def told(dsn: str) -> str:
         "postgresql://u:p@a:1,b:2/db?target_session_attrs=read-write",
         "postgresql://u@[::1]:5432/db",
         "postgresql:///db?host=/run/postgresql&user=me%40srv",
-        "postgresql://h/db?user=me@srv",
         "postgresql://h/db?ssl=true",
         "postgresql://u:p@h/db?sslmode=verify-full&sslrootcert=/ca.pem&options=-c%20work_mem%3D1MB",
-        "postgresql://u:12?34#56@h/db",
+        "postgresql://u:12:34#56@h/db",
         "host=h port=5432 user=u password='a/b@c' dbname=db",
+        r"host = h  password='a b\'c\\' user=u",
+        "host=h password=a/b@c?d#e:f=g=&%h user='u'",
+        r"password=a\ b host=/run/postgresql",
+        "host=a,b port=1,2",
     ],
 )
 def test_what_libpq_reads_as_it_is_meant_is_taken(dsn: str) -> None:
@@ -95,6 +98,10 @@ def test_the_scheme_of_another_driver_is_named_with_the_right_one(dsn: str, sche
         "postgresql://u:1234/56?hunter2@h/db",
         "postgresql://u:1234/hunter2@h/db?schema=public",
         "postgresql://u:hunter2/x@h",
+        "postgresql://u:12?34hunter2@h/db",
+        "postgresql://u:1234/db?user=hunter2@h/db",
+        "postgresql://h?password=hunter2@x",
+        "postgresql://h/db?user=hunter2@srv",
     ],
 )
 def test_a_password_that_can_be_read_as_something_else_is_told_without_a_part_of_it(dsn: str) -> None:
@@ -102,6 +109,41 @@ def test_a_password_that_can_be_read_as_something_else_is_told_without_a_part_of
 
     assert "percent-encode these there (%40 %2F %3F)" in said or "a port that is no number" in said
     assert not any(part in said for part in ("hunter2", "ter2", "hun", "1234"))
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        "host=db user=u password=a host=hunter2",
+        "host=db user=u password='a'hunter2' dbname=x",
+        "host=db user=u password='a host=hunter2",
+        "host=db user=u password=a b hunter2",
+        "password='a'host=hunter2",
+        "host=db password=hunter2\\",
+    ],
+)
+def test_pairs_that_can_be_read_in_another_way_are_told_without_a_part_of_the_password(dsn: str) -> None:
+    said = told(dsn)
+
+    assert "can't be read in one way only" in said
+    assert not any(part in said for part in ("hunter2", "ter2", "hun"))
+
+
+@pytest.mark.parametrize(
+    ("dsn", "words"),
+    [
+        ("postgresql://u:p@h:0/db", "a port that is no number from 1 to 65535"),
+        ("postgresql://u:p@h:65536/db", "a port that is no number from 1 to 65535"),
+        ("host=h port=five", "a port that is no number from 1 to 65535"),
+        ("postgresql://u:p@a,b,c/db?port=1,2", "another number of ports than of hosts"),
+        ("host=h sslmode=on", "a value of sslmode that PostgreSQL does not know; write one of disable, allow,"),
+        ("host=h target_session_attrs=master", "a value of target_session_attrs that"),
+        ("host=h channel_binding=yes", "a value of channel_binding that"),
+        ("host=h ssl_min_protocol_version=1.2", "write one of TLSv1, TLSv1.1, TLSv1.2, TLSv1.3."),
+    ],
+)
+def test_a_value_that_libpq_would_refuse_at_each_connection_is_refused_at_once(dsn: str, words: str) -> None:
+    assert words in told(dsn)
 
 
 def test_a_line_break_is_told() -> None:

@@ -216,6 +216,8 @@ def test_what_cannot_be_read_is_told_by_how_it_is_written_right(url: str, remedy
         "redis://u:hunter2@h/0?client_name=a@b",
         "redis://h/0#hunter2",
         "unix://u:hun/ter2@/run/valkey.sock",
+        "redis://u:hun[ter2@h",
+        "redis://u:hun]ter2@h/0",
     ],
 )
 def test_a_password_that_can_be_read_as_something_else_is_told_without_a_part_of_it(url: str) -> None:

@@ -44,10 +44,11 @@ class _Commands(click.Group):
         except click.UsageError as error:
             # click repeats what it does not expect; it may be an address with its password.
             if "://" in error.message or "password=" in error.message:
-                error.message = (
+                raise click.UsageError(
                     "An argument that looks like an address is not expected here; give an address with its flag, in a "
-                    "variable, or in a file in CDC_SECRETS_DIR."
-                )
+                    "variable, or in a file in CDC_SECRETS_DIR.",
+                    error.ctx,
+                ) from None
             raise
         except KeyboardInterrupt:
             sys.exit(130)
@@ -128,6 +129,11 @@ def _redis(secret: settings.Secret) -> EndpointSource:
     return EndpointSource(secret)
 
 
+def _say(text: str) -> None:
+    """Print a text that a terminal shows as it is; SQL has no control signs, see `quoting`."""
+    click.echo(errors.visible(text))
+
+
 def _completed(work: Coroutine[Any, Any, Result]) -> Result:
     import asyncio
 
@@ -200,8 +206,8 @@ def setup(given: settings.Stream, show: bool) -> None:
     from cdc_invalidator.commands.setup import set_up
 
     dsn = _postgres(given.postgres_dsn)
-    work = set_up(dsn, given.slot, given.publication, _rules(given), show=show, say=click.echo)
-    click.echo("\n".join(_completed(work)) or "-- nothing is missing")
+    work = set_up(dsn, given.slot, given.publication, _rules(given), show=show, say=_say)
+    _say("\n".join(_completed(work)) or "-- nothing is missing")
 
 
 @app.command()
@@ -239,7 +245,7 @@ def check(given: settings.Settings | settings.CheckOffline, offline: bool, outpu
     if output == "json":
         click.echo(orjson.dumps(findings.report(found), option=orjson.OPT_INDENT_2))
     else:
-        click.echo(findings.table(found))
+        _say(findings.table(found))
     if findings.count(found, findings.Severity.ERROR):
         sys.exit(1)
 
@@ -329,7 +335,7 @@ def teardown(given: settings.Database) -> None:
     from cdc_invalidator.commands.setup import tear_down
 
     statements = _completed(tear_down(_postgres(given.postgres_dsn), given.slot, given.publication))
-    click.echo("\n".join(statements) or "-- nothing to drop")
+    _say("\n".join(statements) or "-- nothing to drop")
 
 
 @app.command()
@@ -369,7 +375,7 @@ def run_tests(given: settings.Rules, live: Path | None) -> None:
         results = rehearsal.run(rules, given.rules, live)
     report = trial.Report()
     for line in report.lines(results):
-        click.echo(line)
+        _say(line)
     if report.failed:
         sys.exit(1)
 
@@ -410,7 +416,10 @@ def explain(
         answer, lines = _explained(given.postgres_dsn, rules, read_change(table, op, old, new)), change_lines
     else:
         raise errors.WrongSettings("Give explain either a KEY, or a change with --table and --op.")
-    click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(lines(answer)))
+    if output == "json":
+        click.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))
+    else:
+        _say("\n".join(lines(answer)))
 
 
 def _hashed(secret: settings.Secret | None) -> Callable[[bytes], str] | None:

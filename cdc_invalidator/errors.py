@@ -28,8 +28,17 @@ A message is one sentence that names the place, and ends with what the operator 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
+
+# Of ASCII and Latin-1, but for tab and line feed, and those that turn the direction of writing.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Return a text with escapes for control signs: names from a database may have some, and terminals obey them."""
+    return _CONTROL.sub(lambda sign: repr(sign[0])[1:-1], text)
 
 
 class InvalidatorError(Exception):
@@ -38,7 +47,7 @@ class InvalidatorError(Exception):
     exit_code: ClassVar[int] = 1
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message or type(self).__doc__)
+        super().__init__(visible(message or type(self).__doc__ or ""))
 
 
 class WrongSettings(InvalidatorError):

@@ -161,7 +161,7 @@ def configure(form: Form, level: str, descriptor: int | None = None) -> Output:
     if form == "json":
         shared.append(structlog.processors.JSONRenderer(_dumps))
     else:
-        shared += [console(), lambda _logger, _name, text: text.encode()]
+        shared += [_visible, console(), lambda _logger, _name, text: text.encode()]
     structlog.configure(
         processors=shared,
         wrapper_class=structlog.make_filtering_bound_logger(_number(level)),
@@ -189,6 +189,17 @@ def last_words(why: str, exit_code: int) -> None:
 def console() -> structlog.dev.ConsoleRenderer:
     """Return what makes text of an event, in colour on a terminal."""
     return structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty(), timestamp_key="ts")
+
+
+def _visible(_logger: Any, _name: str, event: Any) -> Any:
+    """Return an event, or a part of one, whose texts can do nothing to a terminal."""
+    if isinstance(event, str):
+        return errors.visible(event)
+    if isinstance(event, dict):
+        return {_visible(_logger, _name, name): _visible(_logger, _name, value) for name, value in event.items()}
+    if isinstance(event, list):
+        return [_visible(_logger, _name, value) for value in event]
+    return event
 
 
 def _dumps(value: Any, **_kwargs: Any) -> bytes:

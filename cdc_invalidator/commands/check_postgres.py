@@ -25,7 +25,6 @@ from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.mistakes import NAMED, mistakes, read_of_old, unknown_old
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, above, columns, given_tables, read_rights
-from cdc_invalidator.postgres.quoting import qualified
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
 from cdc_invalidator.postgres.snapshot import Snapshots
@@ -515,7 +514,7 @@ class _Database:
         nodes: Iterable[Mapping[str, Any]],
     ) -> None:
         table = Table(scan["Schema"], scan["Relation Name"])
-        (row,) = await rows(connection, _SIZE, {"table": qualified(table)})
+        (row,) = await rows(connection, _SIZE, {"table": str(table)})
         if row.size is None or row.size < LARGE_BYTES:
             return
         columns = _compared(scan["Alias"], nodes)

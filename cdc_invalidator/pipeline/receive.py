@@ -207,7 +207,7 @@ class Receive:
 
     def _count(self) -> None:
         for (table, op), count in self._invalidation.counted().items():
-            self._metrics.changes.labels(table, op).inc(count)
+            self._metrics.changes.labels(errors.visible(table), op).inc(count)
         self._metrics.backlog.set(self._backlog.weight)
         self._metrics.received_lsn.set(self._checkpoint.received_lsn)
 

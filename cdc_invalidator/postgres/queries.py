@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import psycopg
 
 from cdc_invalidator.postgres.connection import rows
-from cdc_invalidator.postgres.quoting import qualified
 from cdc_invalidator.rules.comparison import ColumnType
 from cdc_invalidator.rules.table import Table
 
@@ -91,7 +90,7 @@ async def compared_types(
 
 async def above(connection: psycopg.AsyncConnection[Any], table: Table) -> list[Table]:
     """Return the partitioned tables above a partition, by its name; see `ancestors`."""
-    found = await rows(connection, "SELECT to_regclass(%(table)s)::oid::bigint AS oid", {"table": qualified(table)})
+    found = await rows(connection, "SELECT to_regclass(%(table)s)::oid::bigint AS oid", {"table": str(table)})
     return await ancestors(connection, found[0].oid) if found[0].oid is not None else []
 
 

@@ -278,7 +278,7 @@ def name(dsn: str) -> str:
     parts: Mapping[str, Any] = psycopg.conninfo.conninfo_to_dict(dsn)
     hosts = str(parts.get("host") or parts.get("hostaddr") or "localhost").split(",")
     ports = str(parts.get("port") or 5432).split(",")
-    return ",".join(f"{host}:{ports[min(at, len(ports) - 1)]}" for at, host in enumerate(hosts))
+    return errors.visible(",".join(f"{host}:{ports[min(at, len(ports) - 1)]}" for at, host in enumerate(hosts)))
 
 
 def _of_one(read: Callable[[], str], wanted: str) -> str:

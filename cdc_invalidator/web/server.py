@@ -60,7 +60,7 @@ class Page:
 
 def text(status: int, sentence: str) -> Page:
     """Return a page of plain text."""
-    return Page(status, "text/plain; charset=utf-8", f"{sentence}\n".encode(errors="replace"))
+    return Page(status, "text/plain; charset=utf-8", f"{errors.visible(sentence)}\n".encode(errors="replace"))
 
 
 @contextmanager

@@ -238,3 +238,37 @@ def test_run_warns_of_the_old_name_of_a_setting_and_refuses_both_names_where_the
     assert refused.returncode == 2
     assert "CDC_POSTGRES_REPLICAS" in refused.stderr
     assert refused.stdout == ""
+
+
+def test_control_signs_in_a_name_reach_no_terminal_and_no_page(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    ugly = "th\x1b[31mi\\ng\x07"
+    named = f'public."{ugly}"'
+    path = rule_file(tmp_path, f"{{name: thing-changed, table: {json.dumps(named)}, bust: [thing]}}")
+    given = {"postgres_dsn": database, "rules": path, "slot": slot_name, "publication": slot_name}
+    said = []
+    for statement in (
+        "SELECT 1",  # it is not there
+        f'CREATE TABLE "{ugly}" (id int NOT NULL)',  # it has no identity
+        f'CREATE UNIQUE INDEX ON "{ugly}" (id)',
+    ):
+        execute(database, statement)
+        for words in (["check"], ["setup", "--print"], ["explain", "--table", named, "--op", "truncate"]):
+            ended = command(*words, **given, redis_url=redis_url)
+            said += [ended.stdout, ended.stderr]
+    execute(database, f'ALTER TABLE "{ugly}" REPLICA IDENTITY FULL')
+    printed = command("setup", "--print", **given)
+    said.append(printed.stdout)
+    statements = printed.stdout.splitlines()
+    assert statements[0].startswith(f'CREATE PUBLICATION "{slot_name}" FOR TABLE ONLY "public".U&"th\\+00001b[31mi')
+    execute(database, statements[0])
+    assert rows(database, "SELECT tablename FROM pg_publication_tables WHERE pubname = %s", slot_name) == [(ugly,)]
+    with RunningDaemon(dsn=database, redis_url=redis_url, rules=path, slot=slot_name, publication=slot_name) as daemon:
+        daemon.ready()
+        execute(database, f'INSERT INTO "{ugly}" VALUES (1)')
+        settled(database, redis_client, slot_name)
+        eventually(lambda: daemon.metric("cdc_invalidator_changes_total") == 1, "the change is counted")
+        said += [daemon.get(page)[1] for page in ("/metrics", "/status", "/readyz")]
+    assert [text for text in said if "\x1b" in text or "\x07" in text] == []
+    assert len([text for text in said if "x1b[31mi" in text]) > 5

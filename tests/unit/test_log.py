@@ -148,3 +148,18 @@ def test_structlog_writes_there_too(pipe: Pipe) -> None:
     pipe.output.write(json.dumps({"event": "started"}).encode() + b"\n")
 
     assert b"started" in pipe.read(20)
+
+
+def test_the_text_form_shows_control_signs_and_does_not_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    end, start = os.pipe()
+    try:
+        output = log.configure("console", "info", start)
+        structlog.get_logger().info("seen", table="a\x1b[31mb", tables=["\x9b1m"], how={"\x07": "\u202e"})
+        output.close()
+        line = os.read(end, 4096).decode()
+    finally:
+        structlog.reset_defaults()
+        os.close(end)
+    plain = line.removesuffix("\n")
+    assert plain.isprintable()
+    assert all(escape in plain for escape in (r"a\x1b[31mb", r"\x9b1m", r"\x07", r"\u202e"))

@@ -12,6 +12,7 @@ import asyncio
 import re
 import socket
 import ssl
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ class Node:
                 "and behind `?` only options that redis-py knows."
             ) from None
         self._follower: AbstractConnection | None = None
+        self._caught_up: deque[asyncio.Future[None]] = deque()
         # One round trip at a time, so that each caller gets its own replies.
         self._turn = asyncio.Lock()
 
@@ -208,7 +210,31 @@ class Node:
     async def _following(self, connection: Any) -> None:
         try:
             while True:
-                await connection.read_response(push_request=True)
+                if await connection.read_response(push_request=True) == b"PONG":
+                    noted = self._caught_up.popleft()
+                    if not noted.done():
+                        noted.set_result(None)
+        except (exceptions.RedisError, OSError) as error:
+            lost = failed("the connection", error)
+            for noted in self._caught_up:
+                if not noted.done():
+                    noted.set_exception(lost)
+            raise lost from error
+
+    async def catch_up(self) -> None:
+        """Wait until all writes are noted that came before the replies to what was asked so far; see `follow`.
+
+        Raises:
+            errors.RedisUnavailable: the connection is lost.
+        """
+        noted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self._timeout):
+                # The server tells of a write before it answers what it was asked later.
+                self._caught_up.append(noted)
+                assert self._follower is not None
+                await self._follower.send_packed_command(hiredis.pack_command(("PING",)), check_health=False)
+                await noted
         except (exceptions.RedisError, OSError) as error:
             raise failed("the connection", error) from error
 

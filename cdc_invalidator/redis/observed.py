@@ -88,11 +88,12 @@ class Observed(CacheServer):
         return await self._server.versions(counters)
 
     async def fingerprints(self, keys: Sequence[bytes]) -> list[Look]:
-        """See `CacheServer`."""
+        """See `CacheServer`; by then, all writes are told that came before."""
         await self._follow()
         looks = await self._server.fingerprints(keys)
         if keys:
             await self._follow()
+            await asyncio.gather(*(node.catch_up() for node in self._following))
             self._writes.heard()
         return looks
 

@@ -16,6 +16,9 @@ from manifests import DEPLOY
 from running import RunningDaemon, command, eventually, execute
 from sentinels import Sentinels
 
+from cdc_invalidator import errors
+from cdc_invalidator.redis.node import Node
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -291,3 +294,25 @@ def test_who_had_no_time_to_observe_does_not_report_that_nothing_is_stale(
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.endswith("the time was over before PostgreSQL and Redis had answered, give --for more.\n")
     assert command("observe", "--for", "soon", **given).returncode == 2
+
+
+async def test_who_has_caught_up_knows_all_writes_that_came_before(redis_url: str, redis_client: redis.Redis) -> None:
+    node = Node(redis_url)
+    noted: list[Any] = []
+    await node.connect()
+    following = await node.follow(("CLIENT TRACKING", "ON", "BCAST"), noted.append)
+    try:
+        # Nothing of the daemon runs meanwhile, as when it is busy for long.
+        for number in range(100):
+            redis_client.set(f"t:{number}", 0)
+        await node.catch_up()
+        assert {key for keys in noted for key in keys} == {b"t:%d" % number for number in range(100)}
+        clients: Any = redis_client.client_list()
+        (mine,) = (each for each in clients if each["resp"] == "3" and "t" in each["flags"])
+        redis_client.client_kill_filter(_id=mine["id"])
+        with pytest.raises(errors.RedisUnavailable):
+            await node.catch_up()
+    finally:
+        await node.close()
+        with pytest.raises(errors.RedisUnavailable):
+            await following

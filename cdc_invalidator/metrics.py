@@ -53,6 +53,8 @@ class Metrics:
         self.build_info = gauge("build_info", "Always 1, labelled with the version.", "version")
         self.build_info.labels(__version__).set(1)
 
+        self.observing = gauge("observing", "1 with CDC_MODE=observe: nothing is busted, and no watermark is written.")
+
         # The rules.
         self.rule_set = gauge("rule_set_info", "Always 1, labelled with the digest of the rules in force.", "digest")
         self.reloads = counter("reloads_total", "Reloads of the rule files.", "result")

@@ -90,6 +90,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         observe=observing,
     )
     rules = load_rules(given.rules, os.environ)
+    metrics.observing.set(observing)
     eventstream.check_rules(given.event_stream, rules)
     # Who observes writes nothing into Redis.
     kept = given.event_stream if not observing else ""

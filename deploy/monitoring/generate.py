@@ -90,6 +90,11 @@ BUSTED, EXISTED = total(rate("busted_keys_total", OF_CACHE)), total(rate("busted
 CHANGES = total(rate("changes_total"))
 
 
+def observed(results: str) -> str:
+    """Give how many changes a daemon that observes has judged so, by the rule that would have busted."""
+    return total(rise("observed_total", f'{OF_CACHE}, result=~"{results}"'), "rule", "cache")
+
+
 def lines(title: str, unit: str, *queries: Query, about: str = "", **defaults: Any) -> dict[str, Any]:
     """Give a panel of lines over time."""
     custom = {"drawStyle": "line", "fillOpacity": 10, "showPoints": "never", "spanNulls": False}
@@ -272,6 +277,32 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             Query(total(rate("busted_again_total"), "reason"), "{{slot}} transactions again: {{reason}}"),
             Query(total(rate("via_queries_total"), "rule"), "{{slot}} queries of {{rule}}"),
             Query(total(rate("messages_total", OF_CACHE), "cache"), "{{slot}} messages about {{cache}}"),
+        ),
+    ],
+    "Observed instead of busted (CDC_MODE=observe)": [
+        lines(
+            "Share of entries left stale",
+            "percentunit",
+            Query(f"{observed('stale')} / {observed('stale|mended')}", "{{slot}} {{rule}}: {{cache}}"),
+            max=1,
+            about="Of the entries that changes have met and that are judged: the rest, the application has mended.",
+        ),
+        lines(
+            "What changes have met",
+            "short",
+            Query(observed("stale"), "{{slot}} {{rule}}: {{cache}} left stale"),
+            Query(observed("mended"), "{{slot}} {{rule}}: {{cache}} mended by the application"),
+            Query(observed("absent"), "{{slot}} {{rule}}: {{cache}} absent"),
+            Query(observed("skipped|too_large"), "{{slot}} {{rule}}: {{cache}} not judged"),
+            about="With CDC_MODE=bust, the rule mends what is left stale.",
+        ),
+        lines(
+            "For how long entries were stale",
+            "s",
+            Query(
+                total(rise("observed_stale_seconds_total", OF_CACHE), "rule", "cache"), "{{slot}} {{rule}}: {{cache}}"
+            ),
+            about="The sum over the entries that are gone or filled anew since.",
         ),
     ],
     "Redis and PostgreSQL": [

@@ -1,4 +1,4 @@
-"""Rules and dashboard against a real Prometheus, which scrapes a leader and a standby at work.
+"""Rules and dashboard against a real Prometheus, which scrapes a leader and a standby at work, and one that observes.
 
 Everything that a panel or an alert may ask for happens first: reads that hit and miss, busts of all kinds, a sweep,
 reloads, lost connections, a change of leaders.
@@ -12,6 +12,7 @@ import math
 import re
 import signal
 import threading
+import time
 import urllib.request
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
@@ -47,6 +48,14 @@ rules:
       - team: {via: "SELECT team_id FROM members WHERE user_id = {id}"}
 """
 MORE_RULES = RULES.replace("ttl: 5m}\nrules:", "ttl: 5m}\n  later: {key: 'w:later', ttl_only: true, ttl: 5m}\nrules:")
+# What the daemon observes that busts nothing: the application never deletes these.
+OBSERVED_RULES = """
+version: 1
+caches:
+  name: {key: "w:name:{id}", ttl: 5m, given: true}
+rules:
+  - {name: name-changed, table: public.users, bust: [name]}
+"""
 USERS = 50
 
 DASHBOARD: dict[str, Any] = json.loads((MONITORING / "dashboard.json").read_text())
@@ -121,6 +130,9 @@ class Load:
             # What nobody has committed yet can't be in the cache.
             caches.at_least(2**62).user.get(id=number, load=load)
             client.set(f"w:team:{number % 5}", "cached")
+            if number == 0:
+                # Some entries are there, and stay as they are for long.
+                client.mset({f"w:name:{other}": time.monotonic() for other in range(0, USERS, 3)})
             if number % 2:
                 connection.execute("UPDATE users SET name = name || '.' WHERE id = %s", [number])
 
@@ -130,6 +142,7 @@ class Stage(NamedTuple):
 
     prometheus: Prometheus
     daemons: list[RunningDaemon]
+    observing: RunningDaemon
     load: Load
 
     def alerts(self) -> set[str]:
@@ -175,14 +188,21 @@ def stage(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Itera
             dsn=dsn, redis_url=url, rules=rules, slot="monitoring", postgres_standbys=dsn, verify_sample="1"
         )
 
+    def observing(url: str) -> RunningDaemon:
+        observed = folder / "observed.yaml"
+        observed.write_text(OBSERVED_RULES)
+        settings = {"mode": "observe", "observe_grace": "0.2"}
+        return RunningDaemon(dsn=dsn, redis_url=url, rules=observed, slot="observed", **settings)
+
     with (
         Valkey() as valkey,
         daemon(valkey.url) as first,
         daemon(valkey.url) as second,
-        Prometheus(folder, [first, second], port) as prometheus,
+        observing(valkey.url) as third,
+        Prometheus(folder, [first, second, third], port) as prometheus,
         Load(dsn, valkey.url, rules, port) as load,
     ):
-        yield played(Stage(prometheus, [first.ready(), second.ready()], load), dsn, valkey.url, rules)
+        yield played(Stage(prometheus, [first.ready(), second.ready()], third.ready(), load), dsn, valkey.url, rules)
     postgres.drop_database("monitoring")
 
 
@@ -245,7 +265,7 @@ def test_each_rule_can_be_evaluated(stage: Stage) -> None:
 
 
 def test_each_metric_that_is_named_is_served_by_a_running_daemon_or_reader(stage: Stage) -> None:
-    pages = [*(daemon.get("/metrics")[1] for daemon in stage.daemons), stage.load.metrics()]
+    pages = [*(daemon.get("/metrics")[1] for daemon in (*stage.daemons, stage.observing)), stage.load.metrics()]
     served = {re.split(r"[{ ]", line)[0] for page in pages for line in page.splitlines() if not line.startswith("#")}
     rules = (MONITORING / "rules.yml").read_text()
     named = set(re.findall(r"(?<![\w:])cdc_invalidator_\w+", rules))
@@ -257,7 +277,7 @@ def test_each_metric_that_is_named_is_served_by_a_running_daemon_or_reader(stage
 
 
 def test_promtool_has_nothing_against_the_metrics(stage: Stage) -> None:
-    for daemon in stage.daemons:
+    for daemon in (*stage.daemons, stage.observing):
         promtool("check", "metrics", given=daemon.get("/metrics")[1])
     promtool("check", "metrics", given=stage.load.metrics())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+from cdc_invalidator import errors
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.redis import available, fingerprint, node
 from cdc_invalidator.redis.node import Command, Node
@@ -32,12 +33,12 @@ async def of_observing(opened: Node, rules: RuleSet | None) -> list[Finding]:
         "CDC_MODE=bust before the daemon busts."
     )
     findings = [Finding(Severity.NOTE, "observing", REDIS, sentence)]
-    tracked, loaded = await opened.send([("CLIENT TRACKING", "OFF"), ("SCRIPT LOAD", fingerprint.FINGERPRINT)])
-    refused = [
-        word
-        for word, answer in (("+client|tracking", tracked), ("+script|load", loaded))
-        if isinstance(answer, Exception)
-    ]
+    untold = await _untold(opened)
+    if untold is not None and untold.code != "NOPERM":
+        return [*findings, Finding(Severity.ERROR, "redis_lacks_commands", REDIS, str(untold))]
+    (loaded,) = await opened.send([("SCRIPT LOAD", fingerprint.FINGERPRINT)])
+    refused = ["+client|tracking"] if untold is not None else []
+    refused += ["+script|load"] if isinstance(loaded, Exception) else []
     if refused:
         sentence = f"the ACL user of CDC_REDIS_URL may not observe; grant it {' '.join(refused)}."
         return [*findings, Finding(Severity.ERROR, "redis_rights", REDIS, sentence)]
@@ -45,6 +46,17 @@ async def of_observing(opened: Node, rules: RuleSet | None) -> list[Finding]:
     scripts.read_only = True
     await scripts.load(opened)
     return findings + [found for cache, key in _keys(rules) for found in await _of_keys(opened, scripts, cache, key)]
+
+
+async def _untold(opened: Node) -> errors.RedisUnavailable | None:
+    """Return why Redis does not tell of writes, ``None`` where it does."""
+    command = ("CLIENT TRACKING", "ON", "BCAST", "PREFIX", secrets.token_hex(16))
+    try:
+        following = await opened.follow(command, lambda _: None)
+    except errors.RedisUnavailable as error:
+        return error
+    await node.end(following)
+    return None
 
 
 def _keys(rules: RuleSet | None) -> list[tuple[Cache, Template]]:

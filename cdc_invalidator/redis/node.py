@@ -204,6 +204,13 @@ class Node:
                 await connection.send_command(*command[0].split(), *command[1:])
                 await connection.read_response()
         except (exceptions.RedisError, OSError) as error:
+            if code(error) == "ERR":
+                sentence = (
+                    f"Redis does not tell of writes ({_without_keys('ERR', error)}); CDC_MODE=observe needs CLIENT "
+                    "TRACKING and HELLO 3 of Redis 6.2 or later, or Valkey: "
+                    f"{replies.TABLE['NO_COMMAND'].remedy}."
+                )
+                raise errors.RedisUnavailable(sentence, code="NO_COMMAND", report=True) from error
             raise failed(str(command[0]), error) from error
         return asyncio.create_task(self._following(connection), name="follow")
 

@@ -652,6 +652,17 @@ def test_who_only_observes_needs_no_right_to_bust(setting: Setting, valkey: Valk
         administrator.execute_command("ACL", "DELUSER", name)
 
 
+@pytest.mark.parametrize("command", ["HELLO", "CLIENT"])
+def test_a_redis_that_does_not_tell_of_writes_can_not_be_observed(setting: Setting, command: str) -> None:
+    execute(setting.dsn, THINGS)
+    with Valkey(settings={"rename-command": f"{command} hidden"}) as limited:
+        checked = setting.check(THING, redis_url=limited.url, mode="observe")
+    (found,) = (each for each in checked.findings if each["severity"] == "error")
+    assert found["code"] == "redis_lacks_commands"
+    assert "CDC_MODE=observe needs CLIENT TRACKING and HELLO 3 of Redis 6.2 or later" in found["sentence"]
+    assert found["sentence"].endswith("or use another Redis.")
+
+
 def test_versions_on_a_redis_that_evicts_nothing_are_worth_a_note(setting: Setting) -> None:
     execute(setting.dsn, THINGS)
     versioned = "  thing: {key: 'app:env:thing:{id}:v{version}', version: 'app:env:thing:{id}:ver', ttl: 1m}\n"

@@ -15,8 +15,10 @@ from clusters import Cluster
 from manifests import DEPLOY
 from running import RunningDaemon, command, eventually, execute
 from sentinels import Sentinels
+from servers import redis_binaries
 
 from cdc_invalidator import errors
+from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.redis.node import Node
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ rules:
   - {name: page-changed, table: public.pages, bust: [page]}
 """
 ROWS = 200
+# What Redis before 7 takes in place of the rights in the README.
+OLDER = [("%R~", "~"), ("+evalsha_ro", "+evalsha")]
 
 
 @pytest.fixture(params=["single", "sentinel", "cluster"])
@@ -176,35 +180,72 @@ def test_a_daemon_that_busts_afterwards_sweeps_as_for_a_new_slot(
         assert re.fullmatch("no_watermark|missed_changes", daemon.seen("gap")["reason"])
 
 
+def rights(server: str = "valkey") -> list[str]:
+    """Return the rights of the README, as that server takes them."""
+    readme = (DEPLOY / "README.md").read_text()
+    (line,) = re.findall(r"^ACL SETUSER cdc-observe on >secret (.+)$", readme, re.MULTILINE)
+    for newer, older in OLDER if server == "redis-6.2" else ():
+        assert newer in line
+        line = line.replace(newer, older)
+    return ["on", ">secret", *line.replace("shop:", "t:").split()]
+
+
 @pytest.fixture
 def limited_url(redis_url: str, redis_client: redis.Redis, slot_name: str) -> Iterator[str]:
     """The URL of a user with the rights of the README; its name is the slot's."""
-    readme = (DEPLOY / "README.md").read_text()
-    (line,) = re.findall(r"^ACL SETUSER cdc-observe on >secret (.+)$", readme, re.MULTILINE)
     administrator: Any = redis_client
-    administrator.execute_command("ACL", "SETUSER", slot_name, "on", ">secret", *line.replace("shop:", "t:").split())
+    administrator.execute_command("ACL", "SETUSER", slot_name, *rights())
     yield redis_url.replace("://", f"://{slot_name}:secret@")
     administrator.execute_command("ACL", "DELUSER", slot_name)
 
 
+@pytest.fixture(params=redis_binaries().items(), ids=lambda found: str(found[0]))
+def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Give each Redis with its name, and a URL."""
+    name, binary = request.param
+    with Valkey(binary=binary) as started:
+        yield name, started.url
+
+
 def test_the_rights_of_the_readme_to_read_are_enough(
-    database: str, limited_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+    database: str, server: tuple[str, str], tmp_path: Path, slot_name: str
 ) -> None:
+    name, own = server
     create(database)
-    rules, settings = rules_of(tmp_path), {"mode": "observe", "observe_grace": "0.3"}
-    with redis.Redis.from_url(limited_url) as limited, pytest.raises(redis.exceptions.NoPermissionError):
-        limited.delete("t:{1}:thing")
-    # Whoever is told of this write late could not tell it from one behind the commit.
-    redis_client.set("t:{1}:thing", 0)
-    with RunningDaemon(dsn=database, redis_url=limited_url, rules=rules, slot=slot_name, **settings) as daemon:
-        observing(daemon)
-        execute(database, "UPDATE things SET n = 1 WHERE id = 1", "TRUNCATE pages")
-        daemon.seen("stale", cache="thing")
-        daemon.seen("observed", cache="page", action="sweep")
-        assert daemon.status()["observed"]["error"] is None
-        assert not daemon.named("redis_unavailable")
-        assert daemon.terminate() == 0
-    assert set(redis_client.scan_iter()) == {b"t:{1}:thing"}
+    url = own.replace("://", f"://{slot_name}:secret@")
+    settings = {"mode": "observe", "observe_grace": "0.3"}
+    with redis.Redis.from_url(own) as client:
+        administrator: Any = client
+        administrator.execute_command("ACL", "SETUSER", slot_name, *rights(name))
+        with redis.Redis.from_url(url) as limited, pytest.raises(redis.exceptions.NoPermissionError):
+            limited.delete("t:{1}:thing")
+        # Whoever is told of this write late could not tell it from one behind the commit.
+        client.set("t:{1}:thing", 0)
+        given: dict[str, Any] = {"redis_url": url, "rules": rules_of(tmp_path), "slot": slot_name, **settings}
+        checked = command("check", postgres_dsn=database, publication=slot_name, **given)
+        assert " error " not in checked.stdout, checked.stdout
+        with RunningDaemon(dsn=database, **given) as daemon:
+            observing(daemon)
+            execute(database, "UPDATE things SET n = 1 WHERE id = 1", "TRUNCATE pages")
+            daemon.seen("stale", cache="thing")
+            daemon.seen("observed", cache="page", action="sweep")
+            assert daemon.status()["observed"]["error"] is None
+            assert not daemon.named("redis_unavailable")
+            assert daemon.terminate() == 0
+        assert set(client.scan_iter()) == {b"t:{1}:thing"}
+
+
+def test_a_redis_that_does_not_tell_of_writes_is_refused(database: str, tmp_path: Path, slot_name: str) -> None:
+    create(database)
+    with (
+        Valkey(settings={"rename-command": "HELLO hidden"}) as limited,
+        RunningDaemon(
+            dsn=database, redis_url=limited.url, rules=rules_of(tmp_path), slot=slot_name, mode="observe"
+        ) as daemon,
+    ):
+        told = daemon.seen("slot_waits_for_redis")
+        assert "CDC_MODE=observe needs CLIENT TRACKING and HELLO 3 of Redis 6.2 or later" in told["error"]
+        assert daemon.get("/readyz")[0] != 200
 
 
 def test_what_is_stale_is_not_forgotten_with_a_connection_or_a_session(

@@ -10,6 +10,9 @@ from typing import Any
 
 from cdc_invalidator import errors
 
+# From this share on, the application is said not to delete the keys at all.
+NEARLY_ALL = 0.9
+
 
 def report(status: Mapping[str, Any]) -> dict[str, Any]:
     """Return the closing report as plain values, for JSON.
@@ -34,42 +37,77 @@ def report(status: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines of a closing report as text."""
-    yield f"observed for {_seconds(found['observed_s'])}"
+    """Yield the lines of a closing report as text: what was found, and under each finding what to do with it."""
+    yield f"observed for {_seconds(found['observed_s'])}; nothing was deleted"
     changed = [each for each in found["caches"] if each.get("changes")]
     if not changed:
-        yield "no change has met a rule"
+        yield "  -> no change has met a rule: nobody wrote, or the rules name other tables (see explain --table)"
     for each in changed:
         yield ""
-        yield f"cache {each['cache']}, rule {each['rule']}:"
-        yield f"  {each['changes']:,} keys changed, {each['there']:,} of them were there"
-        if each.get("stale"):
-            now = f"{each['stale']:,} were left stale ({each['stale_share']:.1%} of those judged)"
-            times = f"median {_seconds(each['stale_median_s'])}, longest {_seconds(each['stale_max_s'])}"
-            yield f"  {now}: {times}"
-        elif each.get("mended"):
-            yield f"  none was left stale: the application mended {each['mended']:,}"
-        if unknown := each.get("too_large", 0) + each.get("skipped", 0):
-            yield f"  {unknown:,} were not looked at"
+        yield f"cache {each['cache']}, rule {each['rule']}: {_many(each['changes'], 'change')}"
+        yield from _of_rule(each)
     for each in found["caches"]:
         if each.get("sweeps"):
-            yield f"cache {each['cache']} would have been swept {each['sweeps']:,} times"
+            yield ""
+            yield f"cache {each['cache']}: {_many(each['sweeps'], 'sweep')} would have deleted all its entries"
+            yield "  -> TRUNCATE sweeps, and changes that can't name their keys: see what check says of its rules"
     if found["worst"]:
         yield ""
-        yield f"stale for longest ({found['stale_now']:,} are stale now):"
+        yield f"stale for longest ({found['stale_now']:,} still are)"
     for each in found["worst"]:
         named = each.get("raw_keys") or each.get("key_hashes") or [each.get("key_prefix", "")]
         yield (
             f"  {_seconds(each['stale_s'])}  {named[0]}  cache {each['cache']}, rule {each['rule']}, xid {each['xid']}"
         )
-    if found["would_mend"]:
-        yield ""
-        yield "with CDC_MODE=bust, these rules mend them:"
-    for each in found["would_mend"]:
-        yield f"  {each['rule']} (cache {each['cache']}): {each['stale']:,}"
+    if found["worst"]:
+        hashed = "" if any("raw_keys" in each for each in found["worst"]) else "; CDC_LOG_KEYS=raw shows the keys"
+        yield f"  -> events named stale have the time of each: look there in your application's logs{hashed}"
     if found["error"]:
         yield ""
         yield f"not all could be looked at: {found['error']}"
+    yield ""
+    yield "next"
+    if found["would_mend"]:
+        yield "  cdc-invalidator run: these rules mend what is left stale"
+    elif changed:
+        yield "  cdc-invalidator observe: for longer, with all usual jobs; so far nothing is left stale"
+    for each in found["would_mend"]:
+        yield f"    {each['rule']} (cache {each['cache']}): {each['stale']:,}"
+    yield "  cdc-invalidator teardown: if you go no further; else the slot retains WAL"
+
+
+def _of_rule(figures: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was found of the changes of one rule and cache, and what to do with it."""
+    absent, mended, stale, large, skipped = (
+        figures.get(name, 0) for name in ("absent", "mended", "stale", "too_large", "skipped")
+    )
+    if absent:
+        yield f"  {absent:,} came when nothing was cached"
+    if mended:
+        yield f"  {mended:,} found an entry, and the application deleted or changed it"
+    if stale:
+        yield f"  {stale:,} left an entry stale: {figures['stale_share']:.1%} of those judged"
+        yield f"    for {_seconds(figures['stale_median_s'])} (median), {_seconds(figures['stale_max_s'])} at most"
+    if large:
+        yield f"  {large:,} not judged: the entry takes more than 256 KiB"
+    if skipped:
+        yield f"  {skipped:,} not judged: too many at once, or from a time without a connection"
+    if early := figures["there"] - mended - stale - large - skipped:
+        yield f"  {early:,} not judged: the time was over before"
+    if stale and figures["stale_share"] >= NEARLY_ALL:
+        yield "  -> the application does not delete these keys: the rule mends them"
+        yield "     (if the value does not depend on what changed, give the rule `columns` or `when`)"
+    elif stale:
+        yield "  -> some code path forgets these keys: the rule mends them"
+    elif mended:
+        yield "  -> the application does it by itself: the rule guards against what somebody will forget"
+    elif absent:
+        yield "  -> nobody caches these, or the application deletes them at once, or spells the key otherwise:"
+        yield "     compare with explain KEY for a key of your Redis"
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _seconds(seconds: float) -> str:

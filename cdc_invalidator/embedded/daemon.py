@@ -131,15 +131,25 @@ class DaemonProcess:
         if not self._child.alive:
             raise self._failure("has ended")
 
+    def status(self) -> dict[str, Any]:
+        """Return what /status shows; empty while it does not answer."""
+        page = self._page("/status")
+        return dict(json.loads(page)) if page is not None else {}
+
     def _ready(self) -> bool:
-        page = http.client.HTTPConnection(HOST, self.port, timeout=5)
+        return self._page("/readyz") is not None
+
+    def _page(self, path: str) -> bytes | None:
+        """Return a page, ``None`` unless all is well."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=5)
         try:
-            page.request("GET", "/readyz")
-            return page.getresponse().status == http.client.OK
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.read() if answer.status == http.client.OK else None
         except (OSError, http.client.HTTPException):
-            return False
+            return None
         finally:
-            page.close()
+            connection.close()
 
     def _failure(self, what: str) -> errors.InvalidatorError:
         return errors.InvalidatorError(f"The daemon {what}; its log ends with:\n{_tail(self._child.said())}")

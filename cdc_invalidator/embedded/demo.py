@@ -1,6 +1,7 @@
-"""``cdc-invalidator demo``: a shop with a cache, first without the daemon, then with it; counts stale entries.
+"""``cdc-invalidator demo``: a shop with a cache, first without busts, then with them; counts stale entries.
 
-PostgreSQL and Valkey come from wheels, and the daemon is a child process. The demo stops all that it starts, and
+While nothing is busted, a daemon observes, and tells which rules would have helped. PostgreSQL and Valkey come from
+wheels, and the daemon is a child process. The demo stops all that it starts, and
 leaves no file behind.
 """
 
@@ -22,7 +23,7 @@ from cdc_invalidator.embedded.process import HOST
 from cdc_invalidator.embedded.servers import Postgres, Valkey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
     from rich.console import Console
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 ENVIRONMENT: Final = "demo"  # ${APP_ENV} of the keys
 LIVE_SECONDS: Final = 0.25  # between two updates on a terminal
 LINE_SECONDS: Final = 1.0  # between two lines elsewhere
+GRACE_SECONDS: Final = 1.0  # after which the daemon that observes calls an entry stale
+JUDGED_SECONDS: Final = 10.0  # for how long to wait for its last verdicts
+OBSERVED_RULES: Final = 4  # that are shown, those that would have mended most
 
 
 def run(seconds: float, keep: bool) -> int:
@@ -63,13 +67,17 @@ def _show(console: Console, stack: contextlib.ExitStack, seconds: float, keep: b
     shop.create(dsn)
     phases = _PhaseRunner(console, dsn, valkey.url)
 
-    console.print(f"\n[bold]Without the daemon: a shop works for {seconds:g} s; nothing invalidates its cache[/bold]")
-    without = phases.run(seconds)
+    with _DemoDaemon(dsn, valkey.url, CDC_MODE="observe", CDC_OBSERVE_GRACE=str(GRACE_SECONDS)) as observer:
+        observer.wait_until_observing()
+        console.print(f"\n[bold]A shop works for {seconds:g} s; the daemon deletes nothing, it only observes[/bold]")
+        without = phases.run(seconds)
+        for line in _observed(observer.judged()):
+            console.print(line)
 
-    console.print("\nStarting the daemon. It missed the writes so far, so it empties the caches …")
+    console.print("\nNow the daemon busts. It missed the writes so far, so it empties the caches …")
     daemon = stack.enter_context(_DemoDaemon(dsn, valkey.url))
     daemon.wait_until_ready()
-    console.print(f"\n[bold]With the daemon: the same shop works for {seconds:g} s[/bold]")
+    console.print(f"\n[bold]The same shop works for {seconds:g} s; the daemon deletes what commits make stale[/bold]")
     with_daemon = phases.run(seconds, daemon)
 
     console.print()
@@ -129,10 +137,10 @@ class SeenBust(NamedTuple):
 
 
 class _DemoDaemon(DaemonProcess):
-    """The daemon of the demo; collects its busts."""
+    """The daemon of the demo; collects its busts. ``settings`` are more of its ``CDC_…`` variables."""
 
-    def __init__(self, dsn: str, url: str) -> None:
-        super().__init__(dsn, url, shop.rules_file(), {"APP_ENV": ENVIRONMENT})
+    def __init__(self, dsn: str, url: str, **settings: str) -> None:
+        super().__init__(dsn, url, shop.rules_file(), {"APP_ENV": ENVIRONMENT, **settings})
         self.busts: list[SeenBust] = []
 
     def check(self) -> None:
@@ -144,6 +152,41 @@ class _DemoDaemon(DaemonProcess):
         super().check()
         self.busts += [_bust(event) for event in self.events if event.get("event") == "bust"]
         self.events.clear()
+
+    def wait_until_observing(self) -> None:
+        """Wait until the daemon, which has CDC_MODE=observe, can judge what changes.
+
+        Raises:
+            errors.InvalidatorError: It has ended, or does not get there in time.
+        """
+        self.wait_until_ready()
+        self._wait_for_status(lambda found: found["observed_s"] is not None)
+
+    def judged(self) -> dict[str, Any]:
+        """Wait until it has judged all changes that it has seen; return what /status shows under ``observed``.
+
+        Raises:
+            errors.InvalidatorError: It has ended, or does not get there in time.
+        """
+        verdicts = ("mended", "stale", "too_large", "skipped")
+        return self._wait_for_status(
+            lambda found: all(
+                each["there"] == sum(each.get(name, 0) for name in verdicts)
+                for each in found["caches"]
+                if "changes" in each
+            )
+        )
+
+    def _wait_for_status(self, condition: Callable[[Mapping[str, Any]], bool]) -> dict[str, Any]:
+        deadline = time.monotonic() + JUDGED_SECONDS
+        while True:
+            self.check()
+            observed = self.status().get("observed")
+            if observed is not None and condition(observed):
+                return dict(observed)
+            if time.monotonic() > deadline:
+                raise errors.InvalidatorError(f"The daemon has not judged all changes after {JUDGED_SECONDS:g} s.")
+            time.sleep(0.05)
 
 
 def _bust(event: Mapping[str, Any]) -> SeenBust:
@@ -158,7 +201,7 @@ def _bust(event: Mapping[str, Any]) -> SeenBust:
     )
 
 
-# A phase: half of the demo, without the daemon or with it
+# A phase: half of the demo, without busts or with them
 
 
 @dataclass(slots=True)
@@ -331,13 +374,30 @@ def _stale(count: int, figures: Figures) -> str:
     return f"[bold {'red' if count else 'green'}]{count}[/] of {figures.audit.entries}"
 
 
+def _observed(found: Mapping[str, Any]) -> Iterator[str | Table]:
+    """Yield what a daemon tells that has observed: which rules would have helped, and how often."""
+    from rich.table import Table  # noqa: PLC0415 - an optional dependency
+
+    stale = sorted((each for each in found["caches"] if each.get("stale")), key=lambda each: -each["stale"])
+    table = Table(box=None, padding=(0, 2))
+    for name, side in (("rule", "left"), ("cache", "left"), ("changes", "right"), ("met an entry", "right")):
+        table.add_column(name, style="dim", header_style="dim", justify=side)  # type: ignore[arg-type]
+    table.add_column("left it stale", justify="right", header_style="dim")
+    for each in stale[:OBSERVED_RULES]:
+        table.add_row(each["rule"], each["cache"], str(each["changes"]), str(each["there"]), f"{each['stale']}")
+    yield "\nWhat it has observed, by the rule that would have helped:"
+    yield table
+    if more := stale[OBSERVED_RULES:]:
+        yield f"  [dim]and {len(more)} more, with {sum(each['stale'] for each in more)}[/dim]"
+
+
 def _result_table(without: Figures, with_daemon: Figures) -> Table:
     from rich.table import Table  # noqa: PLC0415 - an optional dependency
 
     table = Table()
     table.add_column("")
-    table.add_column("without the daemon", justify="right")
-    table.add_column("with the daemon", justify="right")
+    table.add_column("only observed", justify="right")
+    table.add_column("with busts", justify="right")
     both = (without, with_daemon)
     table.add_row("commits", *(str(each.counts.commits) for each in both))
     table.add_row("reads", *(str(each.counts.reads) for each in both))
@@ -355,11 +415,11 @@ def _verdict(without: Figures, with_daemon: Figures) -> str:
     stale = with_daemon.audit.stale
     if stale:
         by_cache = ", ".join(f"{cache} {count}" for cache, count in Counter(each.cache for each in stale).items())
-        return f"[bold red]{len(stale)} entries are stale with the daemon ({by_cache}): that is a bug.[/bold red]"
+        return f"[bold red]{len(stale)} entries are stale with busts ({by_cache}): that is a bug.[/bold red]"
     share = len(without.audit.stale) / max(without.audit.entries, 1)
     return (
-        f"Without the daemon, {share:.0%} of the cached entries differed from the database, and readers would have got "
-        "them until their TTL. With the daemon, none did. The hit rate is lower, because what changed is loaded again."
+        f"Without busts, {share:.0%} of the cached entries differed from the database, and readers would have got them "
+        "until their TTL. With busts, none did. The hit rate is lower, because what changed is loaded again."
     )
 
 

@@ -8,13 +8,17 @@ import subprocess
 import sys
 
 
-def test_the_demo_counts_stale_entries_without_the_daemon_and_none_with_it() -> None:
+def test_the_demo_observes_stale_entries_without_busts_and_counts_none_with_them() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cdc_invalidator", "demo", "--seconds", "2"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"stale entries in the cache\W+(\d+) of (\d+)\W+(\d+) of (\d+)", done.stdout)
     assert found, done.stdout
+    # By rule and cache: the changes, how many of them met an entry, and how many left it stale.
+    observed = re.findall(r"^ *([\w-]+) +([\w-]+) +(\d+) +(\d+) +(\d+) *$", done.stdout, re.MULTILINE)
+    assert observed, done.stdout
+    assert all(int(changes) >= int(met) >= int(stale) > 0 for _, _, changes, met, stale in observed)
     without, entries, with_daemon, others = map(int, found.groups())
     assert 0 < without <= entries
     assert with_daemon == 0

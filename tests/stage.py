@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import redis
-from running import RunningDaemon, execute, passed, settled, watermark
+from running import SECONDS, RunningDaemon, execute, passed, settled, watermark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,9 +44,14 @@ class Stage:
         """The client of its Redis, or one that is made now."""
         return redis.Redis.from_url(self.redis_url)
 
-    def settle(self) -> None:
+    def connect(self) -> AbstractContextManager[Any]:
+        """Return a client for a ``with`` block: `client`, or a new one where that may not reach its Redis any more."""
+        return nullcontext(self.client)
+
+    def settle(self, seconds: float = SECONDS) -> None:
         """Wait until the watermark has passed all that has been committed, and no gap is open."""
-        settled(self.dsn, self.client, self.slot)
+        with self.connect() as client:
+            settled(self.dsn, client, self.slot, seconds)
 
     def passed(self) -> None:
         """Wait until the watermark has passed all that has been committed, whatever gaps are open."""

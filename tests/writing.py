@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from running import AnyRedis
+
 RULES = """
 version: 1
 caches:
@@ -103,7 +105,7 @@ def left(client: redis.Redis) -> set[str]:
     return {key.decode() for key in client.keys("t:*")}  # type: ignore[union-attr]
 
 
-def assert_nothing_confirmed_too_early(dsn: str, client: redis.Redis, slot: str) -> None:
+def assert_nothing_confirmed_too_early(dsn: str, client: AnyRedis, slot: str) -> None:
     """What PostgreSQL may forget, Redis says it has had; asked in this order, since both only grow."""
     sent = confirmed(dsn, slot)
     assert int(watermark(client, slot).get(b"lsn", 0)) >= sent

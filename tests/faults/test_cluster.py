@@ -34,23 +34,19 @@ class ClusterStage(Stage):
         self.cluster = cluster
         self.app = reading.Application(self.dsn, cluster.client, writers=2, readers=4, settle=self.settle)
 
-    def begin(self) -> None:
-        self.daemon.ready()
-
     def end(self) -> None:
         """Judge nothing: tests do."""
 
-    def settle(self) -> None:
-        with contextlib.closing(self.cluster.client()) as client:
-            settled(self.dsn, client, self.daemon.slot)  # type: ignore[arg-type]
+    def connect(self) -> contextlib.closing[Any]:
+        return contextlib.closing(self.cluster.client())
 
     def assert_nothing_stale(self) -> None:
         self.app.stop()
-        with contextlib.closing(self.cluster.client()) as client:
-            settled(self.dsn, client, self.daemon.slot)  # type: ignore[arg-type]
+        self.settle()
+        with self.connect() as client:
             assert reading.stale(self.dsn, client) == {}
             assert reading.entries(client) > 0
-            assert_nothing_confirmed_too_early(self.dsn, client, self.daemon.slot)  # type: ignore[arg-type]
+            assert_nothing_confirmed_too_early(self.dsn, client, self.daemon.slot)
         assert self.app.hits > 0
         assert self.app.refused >= 0
         assert not self.daemon.errors
@@ -89,7 +85,7 @@ def test_a_master_fails_over_to_a_replica_that_has_not_had_the_last_busts(stage:
     victim = stage.cluster.masters()[0]
     replica = stage.cluster.replica_of(victim)
     with contextlib.closing(stage.cluster.client()) as client:
-        settled(stage.dsn, client, stage.daemon.slot)  # type: ignore[arg-type]
+        settled(stage.dsn, client, stage.daemon.slot)
     replica.pause()
     # What is sent to a frozen process waits in the kernel: it would be read after all.
     victim.ask("CLIENT", "KILL", "TYPE", "replica")
@@ -127,7 +123,7 @@ def test_keys_of_a_slot_that_stays_open_are_busted_on_either_side(
         contextlib.closing(cluster.client()) as client,
     ):
         daemon.ready()
-        settled(database, client, slot_name)  # type: ignore[arg-type]
+        settled(database, client, slot_name)
         here, there = "t:{7}:count", "t:{7}:ver"
         client.set(here, 0)
         client.set(there, 1)
@@ -137,13 +133,13 @@ def test_keys_of_a_slot_that_stays_open_are_busted_on_either_side(
         cluster.open_slot(slot, target)
         cluster.move_key(there, target)
         execute(database, "UPDATE counters SET n = 1 WHERE id = 7")
-        settled(database, client, slot_name)  # type: ignore[arg-type]
+        settled(database, client, slot_name)
         assert source.ask("CLUSTER", "COUNTKEYSINSLOT", slot) == 0
         assert int(client.get(there)) > 1  # type: ignore[arg-type]
         # A sweep finds them on both sides as well.
         client.set(there, 1)
         execute(database, "TRUNCATE counters")
-        settled(database, client, slot_name)  # type: ignore[arg-type]
+        settled(database, client, slot_name)
         assert int(client.get(there)) > 1  # type: ignore[arg-type]
         cluster.move_slots(slot, slot, target)
 
@@ -181,17 +177,17 @@ def test_keys_without_a_hash_tag_are_busted_and_the_operator_is_warned(
     ):
         daemon.ready()
         assert daemon.seen("no_hash_tag")["caches"] == ["count"]
-        settled(database, client, slot_name)  # type: ignore[arg-type]
+        settled(database, client, slot_name)
         for number in range(1, 31):
             client.set(f"t:{number}:count", 0)
             client.set(f"t:{number}:count:lock", "token")
         execute(database, "UPDATE counters SET n = n + 1 WHERE id <= 20")
-        settled(database, client, slot_name)  # type: ignore[arg-type]
+        settled(database, client, slot_name)
         left = {number for number in range(1, 31) if client.exists(f"t:{number}:count")}
         locks = {number for number in range(1, 31) if client.exists(f"t:{number}:count:lock")}
         assert left == locks == set(range(21, 31))
         execute(database, "TRUNCATE counters")
-        settled(database, client, slot_name)  # type: ignore[arg-type]
+        settled(database, client, slot_name)
         assert not any(client.exists(f"t:{number}:count", f"t:{number}:count:lock") for number in left)
 
 
@@ -207,7 +203,7 @@ def test_while_a_shard_is_down_the_watermark_stands_and_afterwards_goes_on(
         contextlib.closing(cluster.client()) as client,
     ):
         daemon.ready()
-        settled(database, client, slot_name)  # type: ignore[arg-type]
+        settled(database, client, slot_name)
         victim = cluster.master_of("t:{7}:count")
         client.set("t:{7}:count", 0)
         victim.pause()
@@ -215,7 +211,7 @@ def test_while_a_shard_is_down_the_watermark_stands_and_afterwards_goes_on(
         daemon.seen("redis_unavailable")
         victim.resume()
         eventually(lambda: not _exists(client, "t:{7}:count"), "it is busted when the shard is back")
-        settled(database, client, slot_name)  # type: ignore[arg-type]
+        settled(database, client, slot_name)
 
 
 def test_a_node_that_is_in_no_cluster_yet_is_waited_for(database: str, tmp_path: Path, slot_name: str) -> None:

@@ -60,10 +60,6 @@ class FailoverStage(Stage):
     def connect(self) -> redis.Redis:
         return redis.Redis.from_url(self._where(), socket_timeout=2)
 
-    def settle(self) -> None:
-        with self.connect() as client:
-            settled(self.dsn, client, self.daemon.slot)
-
     def assert_nothing_stale(self) -> None:
         self.app.stop()
         self.settle()

@@ -758,7 +758,7 @@ def test_a_commit_that_waits_for_its_standby_while_the_slot_is_made_is_swept_for
             _waited_for(second)
             next(show)
             second.commit()
-            daemon.ready()
+            daemon.streams()
             stage.gap("new_slot")
             # What a reader loads now is what was committed before.
             assert value(server.dsn, "SELECT n FROM things WHERE id = 1") == 0

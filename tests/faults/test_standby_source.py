@@ -34,13 +34,14 @@ def standby(request: pytest.FixtureRequest) -> Iterator[Standby]:
 
 
 def lead(daemon: RunningDaemon, primary: Postgres) -> None:
-    """Wait until it streams; a slot on a standby is made when the primary logs its running transactions."""
+    """Wait until it is ready; a slot on a standby is made when the primary logs its running transactions."""
 
-    def ready() -> bool:
+    def streams() -> bool:
         execute(primary.dsn, "SELECT pg_log_standby_snapshot()")
         return daemon.alive() and daemon.get("/readyz")[0] == 200
 
-    eventually(ready, "the daemon streams from the standby")
+    eventually(streams, "the daemon streams from the standby")
+    daemon.ready()
 
 
 def test_a_commit_that_the_standby_shows_first_is_busted_again_once_readers_of_the_primary_see_it(
@@ -55,7 +56,6 @@ def test_a_commit_that_the_standby_shows_first_is_busted_again_once_readers_of_t
         postgres_readers=primary.dsn,
     ) as daemon:
         lead(daemon, primary)
-        eventually(lambda: watermark(client, SLOT), "there is a watermark")
         client.set("t:thing:1", "old")
         with invisible_commits(primary.dsn):
             writer = threading.Thread(target=execute, args=[primary.dsn, "INSERT INTO things VALUES (1, 'new')"])

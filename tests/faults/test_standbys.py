@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
-import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Self
 
@@ -13,7 +12,7 @@ import psycopg
 import pytest
 import reading
 import redis
-from running import RunningDaemon, confirmed, eventually, execute, settled, wal_position, watermark
+from running import RunningDaemon, confirmed, eventually, execute, wal_position, watermark
 from stage import Stage
 from standby import Standby
 from writing import assert_nothing_confirmed_too_early
@@ -56,15 +55,8 @@ class StandbyStage(Stage):
         self.read_dsn = standby.dsn_for(daemon.slot)
         self.name = f"{HOST}:{standby.port}"
 
-    def begin(self) -> None:
-        self.daemon.ready()
-        settled(self.dsn, self.client, self.slot)
-
     def end(self) -> None:
         """Judge nothing: tests do."""
-
-    def settle(self, seconds: float = 60) -> None:
-        settled(self.dsn, self.client, self.slot, seconds)
 
     def application(self) -> reading.Application:
         return reading.Application(
@@ -179,7 +171,7 @@ def test_the_sweep_of_a_gap_is_repeated_after_the_replay(stage: StandbyStage) ->
     # Without a slot, this is missed: all that the gap's sweep can be for.
     execute(stage.dsn, "UPDATE counters SET n = 1 WHERE id = 1")
     stage.daemon.events.clear()
-    stage.daemon.start().ready()
+    stage.daemon.start().streams()
     stage.daemon.seen("gap", reason="new_slot")
     for cache in ("count", "page"):
         stage.daemon.seen("bust", action="sweep", reason="gap", cache=cache)
@@ -379,12 +371,16 @@ def test_a_server_that_is_no_standby_of_the_database_is_told_and_dropped(
             stage.settle()
 
 
-def test_a_standby_that_is_promoted_holds_up_nobody(stage: StandbyStage) -> None:
-    stage.standby.promote()
-    for number in range(1, 6):
-        execute(stage.dsn, f"UPDATE counters SET n = n + 1 WHERE id = {number}")
-        time.sleep(0)
-    stage.settle(90)
+def test_a_standby_that_is_promoted_holds_up_nobody(
+    dsn: str, standby: Standby, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
+) -> None:
+    with staged(dsn, standby, redis_url, redis_client, tmp_path, slot_name, standby_limit="1") as stage:
+        stage.awaited()
+        standby.promote()
+        for number in range(1, 6):
+            execute(dsn, f"UPDATE counters SET n = n + 1 WHERE id = {number}")
+        stage.settle()
+        stage.daemon.seen("standby_dropped", standby=stage.name)
 
 
 def test_a_daemon_killed_while_a_standby_lags_busts_again_after_its_restart(stage: StandbyStage) -> None:

@@ -985,13 +985,14 @@ def test_a_start_beside_a_long_transaction_waits_for_it_and_blocks_no_writer(
 ) -> None:
     execute(database, THINGS, OTHERS, ROWS.format("things"), ROWS.format("others"))
     rules = rule_file(tmp_path, THING, OTHER)
+    daemon = RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name)
     with (
-        RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon,
         psycopg.connect(database) as older,
+        older.cursor().execute("UPDATE things SET n = 1 WHERE id = 1"),
+        daemon,
         Application(database, "UPDATE things SET n = n + 1 WHERE id = 99", "INSERT INTO others VALUES (500, 1)",
                     "DELETE FROM others WHERE id = 500", "DELETE FROM things WHERE id = -1") as app,
     ):  # fmt: skip
-        older.execute("UPDATE things SET n = 1 WHERE id = 1")
         daemon.seen("setting_up")
         until = time.monotonic() + LONG_SECONDS
         eventually(
@@ -1018,9 +1019,9 @@ def test_a_start_that_waits_for_a_long_transaction_can_be_stopped(
     rules = rule_file(tmp_path, THING)
     with (
         psycopg.connect(database) as older,
+        older.cursor().execute("INSERT INTO things VALUES (1, 1)"),
         RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon,
     ):
-        older.execute("INSERT INTO things VALUES (1, 1)")
         eventually(lambda: len(daemon.named("setting_up")) == 2, "the slot is being made")
         daemon.send(signal.SIGTERM)
         assert daemon.wait(5) == 0

@@ -82,7 +82,7 @@ def test_a_daemon_killed_between_the_two_sweeps_of_a_gap_does_both_after_its_res
     reading.create(database)
     rules = reading.rules_file(tmp_path, RULES.replace("again_after: 1s", "again_after: 5s"))
     with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
-        daemon.ready()
+        daemon.streams()
         daemon.seen("bust", action="sweep", reason="gap")
         # A bust that comes after the sweep comes after a watermark as well, if there were one already.
         redis_client.set("t:{2}:count", 0)
@@ -93,7 +93,7 @@ def test_a_daemon_killed_between_the_two_sweeps_of_a_gap_does_both_after_its_res
         assert "count" not in claimed, "the gap is not closed before the second sweep"
         redis_client.set("t:{1}:count", 0)
         daemon.events.clear()
-        daemon.start().ready()
+        daemon.start().streams()
         daemon.seen("bust", action="sweep", reason="gap")
         assert not redis_client.exists("t:{1}:count")
         # A slow reader stores what it had loaded before.

@@ -214,7 +214,7 @@ def test_in_a_cluster_a_listener_at_any_node_is_told(database: str, tmp_path: Pa
         rules.write_text(RULES)
         with RunningDaemon(dsn=database, redis_url=cluster.url, rules=rules, slot=slot_name) as daemon:
             daemon.ready()
-            settled(database, client, slot_name)  # type: ignore[arg-type]
+            settled(database, client, slot_name)
             clients = [redis.Redis.from_url(node.url) for node in cluster.nodes]
             listeners = [Listener(each) for each in clients]
             execute(database, "INSERT INTO users VALUES (1, 0)", "INSERT INTO orders VALUES (1, '7', 0)")

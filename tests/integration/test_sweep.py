@@ -82,7 +82,7 @@ def test_the_pace_is_left_while_postgresql_keeps_too_much_wal_for_it(
         redis_client.mset({f"stranger:{number}:{n}": 1 for n in range(2000)})
     slow = {"sweep_rate": "100", "max_retained_wal": "4000000"}
     with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name, **slow) as daemon:
-        daemon.ready()
+        daemon.streams()
         # At this pace the sweeps would take ten minutes.
         eventually(lambda: daemon.metric("cdc_invalidator_sweeps_running") == 2, "the sweeps have begun")
         assert not daemon.named("sweeps_hurry")

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 import redis
-from running import RunningDaemon, confirmed, execute, settled, wal_position, watermark
+from running import RunningDaemon, confirmed, execute, wal_position
+from stage import Stage
+from writing import assert_nothing_confirmed_too_early
 
 from cdc_invalidator.embedded.servers import Postgres, Valkey, postgres_bin_dirs
 
@@ -70,16 +72,8 @@ def cache(request: pytest.FixtureRequest) -> Iterator[Valkey]:
         yield server
 
 
-class DataPath:
+class DataPath(Stage):
     """A database with the tables, a Redis database and a daemon between them."""
-
-    def __init__(self, dsn: str, client: redis.Redis, daemon: RunningDaemon) -> None:
-        self.dsn = dsn
-        self.client = client
-        self.daemon = daemon
-
-    def settle(self) -> None:
-        settled(self.dsn, self.client, self.daemon.slot)
 
     def after(self, cached: list[str], *statements: str) -> set[str]:
         """Cache these keys, run the statements, and give the keys that are left."""
@@ -90,10 +84,6 @@ class DataPath:
         self.settle()
         keys: Any = self.client.keys("t:*")
         return {key.decode() for key in keys}
-
-    def assert_nothing_confirmed_too_early(self) -> None:
-        sent = confirmed(self.dsn, self.daemon.slot)
-        assert int(watermark(self.client, self.daemon.slot)[b"lsn"]) >= sent
 
 
 @pytest.fixture
@@ -109,7 +99,7 @@ def data_path_of(tmp_path: Path, slot_name: str) -> Iterator[Callable[[Postgres,
             client = stack.enter_context(redis.Redis.from_url(valkey.url))
             client.flushall()
             daemon = RunningDaemon(dsn=dsn, redis_url=valkey.url, rules=rules, slot=slot_name)
-            return DataPath(dsn, client, stack.enter_context(daemon).ready())
+            return DataPath(stack.enter_context(daemon).ready(), client)
 
         yield make
 
@@ -162,7 +152,7 @@ def core(data_path: DataPath) -> None:
     assert int(bumped) > int(version)
     # In order to the end.
     position = wal_position(data_path.dsn)
-    data_path.assert_nothing_confirmed_too_early()
+    assert_nothing_confirmed_too_early(data_path.dsn, client, data_path.slot)
     assert data_path.daemon.terminate() == 0
     assert confirmed(data_path.dsn, data_path.daemon.slot) >= position - 200_000
     assert not data_path.daemon.errors

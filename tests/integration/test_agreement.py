@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import redis
 
-CHANGES = 10_000
+CHANGES = 2_000
 SEED = 5
 SCHEMA = """
 CREATE TABLE users (id int PRIMARY KEY, name text, plan text, team int, score float8, active bool);
@@ -134,7 +134,7 @@ def predicted(rule_set: RuleSet, table: str, op: str, old: Any, new: Any) -> Cou
     return found
 
 
-def test_explain_says_what_the_daemon_does_for_ten_thousand_random_changes(
+def test_explain_says_what_the_daemon_does_for_two_thousand_random_changes(
     database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str
 ) -> None:
     path = tmp_path / "rules.yaml"

@@ -286,7 +286,7 @@ def test_the_slot_of_an_idle_database_moves_on(
     position = wal_position(shop)
     eventually(lambda: confirmed(shop, slot_name) >= position, "the slot has moved past WAL that no rule reads")
     fields = watermark(redis_client, slot_name)
-    # How fresh it is, is known only from the second keepalive on.
+    # Since when all is in (as_of) is known a little later, once the position has passed an end of the WAL.
     assert set(fields) - {b"as_of"} == {b"lsn", b"at", b"system_id", b"timeline", b"rules", b"crash_free_since"}
     first = int(fields[b"at"])
     eventually(lambda: int(watermark(redis_client, slot_name)[b"at"]) > first, "the watermark's time moves")

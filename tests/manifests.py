@@ -34,6 +34,9 @@ KUBERNETES = ("1.29", "1.32", "1.37")
 WITHOUT_SCHEMA = ("PodMonitor", "PrometheusRule", "ServiceMonitor")
 OURS = "cdc-invalidator"
 
+# What stands in the ACL files for a password; Redis refuses it.
+ACL_PASSWORD = "#SHA256-OF-ITS-PASSWORD"
+
 _ENUMS = {
     "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
     "restartPolicy": {"Always", "OnFailure", "Never"},

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
 import redis
-from manifests import DEPLOY
+from manifests import ACL_PASSWORD, DEPLOY
 from running import RunningDaemon, command, eventually, execute, settled
 
 from cdc_invalidator.embedded.process import free_port
@@ -138,12 +139,20 @@ def test_the_acl_files_grant_what_the_readme_does() -> None:
     assert [f"user {line}\n" for line in granted] == files
 
 
+def test_a_server_refuses_the_acl_lines_as_long_as_nobody_has_chosen_a_password(redis_client: redis.Redis) -> None:
+    administrator: Any = redis_client
+    for name in ("redis.acl", "sentinel.acl", "init.acl", "observe.acl"):
+        with pytest.raises(redis.exceptions.ResponseError, match=ACL_PASSWORD):
+            administrator.execute_command("ACL", "SETUSER", *(DEPLOY / name).read_text().split()[1:])
+
+
 def test_a_server_loads_the_acl_file_and_the_daemon_lives_with_its_rights(
     database: str, slot_name: str, tmp_path: Path
 ) -> None:
     execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)")
     acl = tmp_path / "redis.acl"
-    acl.write_text((DEPLOY / "redis.acl").read_text().replace(ROLE, slot_name))
+    text = (DEPLOY / "redis.acl").read_text().replace(ROLE, slot_name)
+    acl.write_text(text.replace(ACL_PASSWORD, "#" + hashlib.sha256(b"secret").hexdigest()))
     with Valkey(settings={"aclfile": str(acl)}) as server, redis.Redis.from_url(server.url) as client:
         url = server.url.replace("://", "://cdc:secret@")
         with redis.Redis.from_url(url) as limited, pytest.raises(redis.exceptions.NoPermissionError):

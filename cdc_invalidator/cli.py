@@ -195,7 +195,10 @@ def observe(given: settings.Settings, duration: str, output: str) -> None:
         raise errors.WrongSettings(f"--for is wrong: {error}.") from None
     status = _start(dataclasses.replace(given, mode="observe"), seconds=seconds, log_to=sys.stderr.fileno())
     found = command.report(status)
-    click.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2) if output == "json" else "\n".join(command.lines(found)))
+    if output == "json":
+        click.echo(orjson.dumps(found, option=orjson.OPT_INDENT_2))
+    else:
+        _say("\n".join(command.lines(found)))
 
 
 @app.command()

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cdc_invalidator import errors
 from cdc_invalidator.discovery.families import Family, Kind, Parameter
 from cdc_invalidator.discovery.matching import Match, Sure
 from cdc_invalidator.discovery.schema import TableInfo
@@ -246,7 +247,7 @@ def _time(seconds: float) -> str:
 
 def _comment(sentence: str, margin: str = "", inner: str = "") -> list[str]:
     return textwrap.wrap(
-        sentence,
+        errors.visible(sentence),
         WIDTH,
         initial_indent=f"{margin}# {inner}",
         subsequent_indent=f"{margin}# {inner}",
@@ -327,4 +328,6 @@ def _label(name: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    # YAML takes no control signs, and what JSON leaves as it is may be one.
+    signs = json.dumps(text, ensure_ascii=False)
+    return "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in signs)

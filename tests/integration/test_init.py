@@ -175,6 +175,23 @@ def test_a_file_of_keys_does_instead_of_redis(given: dict[str, str], tmp_path: P
     assert Made(command("init", "--keys", str(path), **given)).rules.caches["user"].ttl == 60_000
 
 
+def test_control_signs_in_names_of_tables_and_keys_are_escaped_in_the_file(
+    database: str, slot_name: str, tmp_path: Path
+) -> None:
+    ugly = "us\x1b[31mers\x07\x7f\x9b"
+    execute(
+        database,
+        f'CREATE TABLE "{ugly}" (id int PRIMARY KEY, "na\x1bme" text)',
+        f"INSERT INTO \"{ugly}\" SELECT n, 'n' || n FROM generate_series(1, 50) n",
+    )
+    keys = tmp_path / "keys"
+    keys.write_text("".join(f"shop:{ugly}:{n}\nshop:{ugly}\x1b:x:{n}\n" for n in range(1, 51)))
+    ended = command("init", "--keys", str(keys), postgres_dsn=database, publication=slot_name)
+    assert ended.stderr == ""
+    assert ended.stdout.replace("\n", "").isprintable()
+    assert r"us\x1b[31mers" in Made(ended).text
+
+
 def test_a_dump_does_instead_of_redis(given: dict[str, str]) -> None:
     with Valkey() as server:
         for number in (0, 2):

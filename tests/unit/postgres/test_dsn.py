@@ -39,6 +39,7 @@ def told(dsn: str) -> str:
         "host=h password=a/b@c?d#e:f=g=&%h user='u'",
         r"password=a\ b host=/run/postgresql",
         "host=a,b port=1,2",
+        "host=h user=u password='h:5432/?Action=connect&DBUser=u&X-Amz-Signature=ab%2Fcd@#' sslmode=verify-full",
     ],
 )
 def test_what_libpq_reads_as_it_is_meant_is_taken(dsn: str) -> None:

@@ -220,8 +220,8 @@ def test_run_refuses_standbys_that_are_no_urls_or_are_named_twice(
     (line,) = refused.stderr.splitlines()
     assert "CDC_POSTGRES_STANDBYS" in line
     assert remedy in line
-    assert "topsecret" not in refused.stderr
-    assert refused.stdout == ""
+    assert "topsecret" not in refused.stderr + refused.stdout
+    assert [json.loads(each)["event"] for each in refused.stdout.splitlines()] == ["exit"]
 
 
 def test_run_warns_of_the_old_name_of_a_setting_and_refuses_both_names_where_they_differ(
@@ -230,14 +230,15 @@ def test_run_warns_of_the_old_name_of_a_setting_and_refuses_both_names_where_the
     given = {"postgres_dsn": database, "redis_url": redis_url, "slot": slot_name, "postgres_replicas": "no URL"}
     refused = command("run", rules=rule_file(tmp_path, THING), http_port=free_port(), **given)
     assert refused.returncode == 2
-    (warning,) = map(json.loads, refused.stdout.splitlines())
+    warning, last = map(json.loads, refused.stdout.splitlines())
+    assert last["event"] == "exit"
     assert (warning["event"], warning["level"]) == ("setting_renamed", "warning")
     assert "use CDC_POSTGRES_STANDBYS" in warning["error"]
     given["postgres_standbys"] = "another"
     refused = command("run", rules=rule_file(tmp_path, THING), http_port=free_port(), **given)
     assert refused.returncode == 2
     assert "CDC_POSTGRES_REPLICAS" in refused.stderr
-    assert refused.stdout == ""
+    assert [json.loads(each)["event"] for each in refused.stdout.splitlines()] == ["exit"]
 
 
 def test_control_signs_in_a_name_reach_no_terminal_and_no_page(

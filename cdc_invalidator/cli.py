@@ -403,11 +403,11 @@ def explain(
     """Show what busts a KEY, or what a change busts and why nothing else. Give --table and --op for a change."""
     import orjson
 
-    from cdc_invalidator.commands.explain import change_lines, explain_key, key_lines, read_change
+    from cdc_invalidator.commands.explain import change_lines, key_lines, read_change
 
     rules = _rules(given)
     if key is not None and table is None and op is None and old is None and new is None:
-        answer, lines = explain_key(rules, key, _hashed(given.log_hash_key)), key_lines
+        answer, lines = _explained_key(given.postgres_dsn, rules, key, _hashed(given.log_hash_key)), key_lines
         if given.event_stream and given.redis_url is not None:
             from cdc_invalidator.commands.explain_live import last_busts
 
@@ -429,6 +429,25 @@ def _hashed(secret: settings.Secret | None) -> Callable[[bytes], str] | None:
     from cdc_invalidator.log import KeyDisplay
 
     return KeyDisplay("hash", secret().encode()).hash if secret is not None else None
+
+
+def _explained_key(
+    dsn: settings.Secret | None, rules: RuleSet, key: str, hashed: Callable[[bytes], str] | None
+) -> dict[str, Any]:
+    from cdc_invalidator.commands.explain import explain_key
+
+    if dsn is None:
+        return explain_key(rules, key, hashed)
+    from cdc_invalidator.commands import explain_live
+
+    try:
+        known = _completed(explain_live.parameter_values(_postgres(dsn), rules))
+    except errors.WrongSettings:
+        raise
+    except errors.InvalidatorError as error:
+        # The rest of the answer stands.
+        return {**explain_key(rules, key, hashed), "types_error": str(error)}
+    return explain_key(rules, key, hashed, known)
 
 
 def _explained(dsn: settings.Secret | None, rules: RuleSet, change: Change) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import check_rules
+from cdc_invalidator.commands.column_texts import Columns
 from cdc_invalidator.commands.findings import Finding, in_order
 from cdc_invalidator.pipeline import eventstream
 from cdc_invalidator.redis.endpoint import Endpoint
@@ -30,7 +31,7 @@ def check_files(path: Path, environment: Mapping[str, str], redis: Endpoint | No
     rules, findings = _load(path, environment, event_stream)
     if rules is not None:
         cluster = redis is not None and redis.kind == "cluster"
-        findings += check_rules.offline(rules, check_rules.Columns(), cluster=cluster)
+        findings += check_rules.offline(rules, Columns(), cluster=cluster)
     return in_order(findings)
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from cdc_invalidator.commands.check_rules import Columns
+from cdc_invalidator.commands.column_texts import Columns
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.redis.node import Node
 from cdc_invalidator.rules import overlap

@@ -16,7 +16,8 @@ import psycopg
 from cdc_invalidator import errors
 from cdc_invalidator.commands import check_redis
 from cdc_invalidator.commands.check_joins import Reads, of_joins
-from cdc_invalidator.commands.check_rules import Columns, never, offline, query_lacks
+from cdc_invalidator.commands.check_rules import never, offline, query_lacks
+from cdc_invalidator.commands.column_texts import Columns, texts
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.derive import objection, statement
 from cdc_invalidator.postgres import remedies
@@ -31,10 +32,8 @@ from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Leaf, Survey
 from cdc_invalidator.redis.source import EndpointSource
-from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
-from cdc_invalidator.rules.overlap import Texts
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Param
 from cdc_invalidator.rules.wording import Place, nearest
@@ -108,11 +107,6 @@ async def _or_finding(look: Callable[[], Awaitable[list[Finding]]], place: str, 
 
 _DOCUMENTS = frozenset({17, 114, 142, 3802})  # bytea, json, xml, jsonb
 _NAME = 19
-_TEXTS: Mapping[int, Texts] = {
-    **dict.fromkeys((20, 21, 23, 26), overlap.NUMBER),
-    16: overlap.FLAG,
-    2950: overlap.UUID,
-}
 
 
 def _unbounded(column: ColumnInfo) -> bool:
@@ -120,10 +114,6 @@ def _unbounded(column: ColumnInfo) -> bool:
     if column.base_oid in _DOCUMENTS or column.base_category == "A":
         return True
     return column.base_category == "S" and column.base_modifier == -1 and column.base_oid != _NAME
-
-
-def _texts(oid: int, category: str = "S") -> Texts:
-    return _TEXTS.get(oid, overlap.TEXT if category == "S" else overlap.PART)
 
 
 class _Database:
@@ -415,17 +405,12 @@ class _Database:
                     column = known.get(name)
                     if column is None:
                         continue  # reported already
-                    self._learn(bust.cache, parameter, _texts(column.base_oid, column.base_category))
+                    self.columns.learn(bust.cache, parameter, texts(column.base_oid, column.base_category))
                     long = _unbounded(column) and not column.unique and not _hashed(bust.cache, parameter)
                     long = long and not bust.cache.given
                     if long and (bust.cache.name, parameter) not in named:
                         named.add((bust.cache.name, parameter))
                         self._findings.append(_of_unbounded(bust.cache, parameter, rule.table, name, column))
-
-    def _learn(self, cache: Cache, parameter: str, values: Texts) -> None:
-        """Store what values a parameter can have; if rules disagree, any text."""
-        known = self.columns.values.setdefault(cache.name, {})
-        known[parameter] = values if known.get(parameter, values) == values else overlap.TEXT
 
     async def _look_at_queries(self, connection: psycopg.AsyncConnection[Any], rules: RuleSet) -> None:
         for rule in rules.rules:
@@ -493,7 +478,7 @@ class _Database:
         given = {column.name: column.type_code for column in (cursor.description or [])[1:]}
         self._findings += query_lacks(rule, bust, given)
         for parameter, oid in given.items():
-            self._learn(bust.cache, parameter, _texts(oid))
+            self.columns.learn(bust.cache, parameter, texts(oid))
         with answered(connection):
             explained = await connection.execute(f"EXPLAIN (VERBOSE, FORMAT JSON) {query}".encode(), arguments)
             ((plans,),) = await explained.fetchall()

@@ -16,7 +16,7 @@ from typing import Any
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.commands import check_keyspace
 from cdc_invalidator.commands.check_observe import of_observing
-from cdc_invalidator.commands.check_rules import Columns
+from cdc_invalidator.commands.column_texts import Columns
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.pipeline.eventstream import FIELD
 from cdc_invalidator.pipeline.messages import Channel, nothing

@@ -10,9 +10,9 @@ asks for another key where a cache is `given`: to follow that would lose busts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from cdc_invalidator.commands.column_texts import Columns
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.condition import asked_columns, condition_of
@@ -26,20 +26,6 @@ from cdc_invalidator.rules.wording import nearest
 
 # How much alike two names of columns are if one may be meant by the other: `tenantId` and `tenant_id`.
 _ALIKE = 0.8
-
-
-@dataclass(slots=True)
-class Columns:
-    """What a database knows of the parameters' values; empty where none was asked.
-
-    ``values``: by cache and parameter, the texts that there can be.
-    """
-
-    values: dict[str, dict[str, Texts]] = field(default_factory=dict)
-
-    def of(self, cache: Cache) -> Mapping[str, Texts]:
-        """Return what is known of a cache's parameters."""
-        return self.values.get(cache.name, {})
 
 
 # ── The rules alone ──────────────────────────────────────────────────────────────────────────────────────────────────

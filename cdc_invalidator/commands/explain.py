@@ -12,8 +12,11 @@ from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
 from cdc_invalidator import errors
+from cdc_invalidator.commands.column_texts import Columns
 from cdc_invalidator.commands.simulate import Change, Verdict
+from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
+from cdc_invalidator.rules.overlap import Language
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX, split_suffix
 from cdc_invalidator.rules.table import Table, read_table
 from cdc_invalidator.rules.template import Param, Template
@@ -111,13 +114,17 @@ def _texts(params: Mapping[str, bytes]) -> dict[str, str]:
     return {name: value.decode("utf-8", "backslashreplace") for name, value in params.items()}
 
 
-def explain_key(rules: RuleSet, key: str, hashed: Callable[[bytes], str] | None = None) -> dict[str, Any]:
+def explain_key(
+    rules: RuleSet, key: str, hashed: Callable[[bytes], str] | None = None, columns: Columns | None = None
+) -> dict[str, Any]:
     """Tell of which caches the key is, and what busts them.
 
     Args:
         rules: the rule set.
         key: the key.
         hashed: gives the hash that events show of a key; ``None`` where the daemon's secret is not known.
+        columns: what the database says for certain of the parameters' values; a key that they can't make is not of a
+            cache. ``None`` where it was not asked.
 
     Raises:
         errors.InvalidatorError: it is of no cache.
@@ -125,11 +132,21 @@ def explain_key(rules: RuleSet, key: str, hashed: Callable[[bytes], str] | None 
     readings = read_key(rules, key)
     if not readings:
         raise errors.InvalidatorError(_of_no_cache(rules, key))
+    judged = [(reading, "" if columns is None else _refused(reading, key, columns)) for reading in readings]
+    if all(why for _, why in judged):
+        near = "; ".join(f"it looks like one of cache {reading.cache.name}, but {why}" for reading, why in judged)
+        raise errors.InvalidatorError(f"No cache has the key {shown(key)}: {near}.")
+    readings = [reading for reading, why in judged if not why]
     caches = [_told(rules, reading) for reading in readings]
     if hashed is not None:
         for cache, reading in zip(caches, readings, strict=True):
             cache["hashes"] = {name: hashed(name.encode("utf-8", "surrogateescape")) for name in _named(reading, key)}
-    return {"key": key, "caches": caches}
+    return {
+        "key": key,
+        "database": columns is not None,
+        "caches": caches,
+        "not_of": [{"cache": reading.cache.name, "why": why} for reading, why in judged if why],
+    }
 
 
 def _named(reading: Reading, key: str) -> list[str]:
@@ -139,6 +156,22 @@ def _named(reading: Reading, key: str) -> list[str]:
     if reading.what in {"key", "version"}:
         base = key
     return [base] if reading.of_version or version is None else [version]
+
+
+_CALLED = {overlap.NUMBER: "a whole number", overlap.UUID: "a UUID", overlap.FLAG: "a boolean"}
+
+
+def _refused(reading: Reading, key: str, columns: Columns) -> str:
+    """Return why the types of the columns don't let a cache have the key; empty if they do."""
+    known = columns.of(reading.cache)
+    values = {name: known.get(name, overlap.TEXT) for name in (*reading.template.params, overlap.REST)}
+    values |= {overlap.REST: overlap.ANYTHING, "version": overlap.TEXT}
+    text = key.encode("utf-8", "surrogateescape")
+    bare = text if reading.what in {"key", "version"} else split_suffix(text)[0]
+    if Language(reading.template, values).has(bare):
+        return ""
+    typed = [f"{name} is {_CALLED[of]} in the database" for name, of in values.items() if of in _CALLED]
+    return " and ".join(typed)
 
 
 class LastBusts:
@@ -317,6 +350,10 @@ def key_lines(told: Mapping[str, Any]) -> Iterator[str]:
         if cache["publish"] is not None:
             yield f"  each bust is told on the channel {cache['publish']}"
         yield from _last_lines(cache, told)
+    for other in told.get("not_of", ()):
+        yield f"not of cache {other['cache']}: {other['why']}"
+    if told.get("types_error"):
+        yield f"the types of the columns can't be told: {told['types_error']}"
 
 
 def _last_lines(cache: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[str]:

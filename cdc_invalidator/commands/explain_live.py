@@ -10,10 +10,13 @@ import structlog
 
 from cdc_invalidator import errors
 from cdc_invalidator.commands import catalog
+from cdc_invalidator.commands.column_texts import Columns, certain
 from cdc_invalidator.commands.event_stream import EventStreamReader
 from cdc_invalidator.commands.explain import LastBusts
 from cdc_invalidator.commands.simulate import Change, Verdict
+from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.dsn import DsnSource
+from cdc_invalidator.postgres.queries import columns
 from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.rules.model import RuleSet
 
@@ -46,6 +49,16 @@ async def last_busts(
         # The rest of the answer stands.
         last.fail(str(error))
     return last
+
+
+async def parameter_values(dsn: DsnSource, rules: RuleSet) -> Columns:
+    """Return what the types of the rules' columns say of the values in keys.
+
+    Raises:
+        errors.InvalidatorError: the database can't be asked.
+    """
+    async with await connect(dsn, "cdc-invalidator explain", {"default_transaction_read_only": "on"}) as connection:
+        return certain(rules, await columns(connection, rules.tables))
 
 
 async def verdicts(dsn: DsnSource, rules: RuleSet, change: Change) -> list[Verdict]:

@@ -76,6 +76,21 @@ def test_a_change_is_explained_without_a_server(rules: Path) -> None:
     assert lines[-1] == "1 bust in all"
 
 
+def test_the_database_knows_which_keys_its_columns_can_make(rules: Path, tables: str) -> None:
+    typed = told(rules, "t:user:42", postgres_dsn=tables)
+    assert [cache["cache"] for cache in typed["caches"]] == ["user"]
+    assert typed["database"] is True
+    refused = explain(rules, "t:user:ada", postgres_dsn=tables)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert "it looks like one of cache user, but id is a whole number in the database." in refused.stderr
+    # What a query gives is not known.
+    assert [cache["cache"] for cache in told(rules, "t:team:ada", postgres_dsn=tables)["caches"]] == ["team"]
+    # Without the database, the rest of the answer stands.
+    away = explain(rules, "t:user:ada", postgres_dsn="host=127.0.0.1 port=1 dbname=none")
+    assert away.returncode == 0
+    assert away.stdout.splitlines()[-1].startswith("the types of the columns can't be told: ")
+
+
 def test_the_database_answers_the_queries_and_knows_the_types(rules: Path, tables: str) -> None:
     answer = told(rules, *INSERT, postgres_dsn=tables)
     assert busts(answer) == ["t:user:42", "t:team:7", "t:team:9"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cdc_invalidator.commands.check_keyspace import Sample, of_sweeps, shape
-from cdc_invalidator.commands.check_rules import Columns
+from cdc_invalidator.commands.column_texts import Columns
 from cdc_invalidator.commands.findings import Finding, Severity
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.load import parse_rules

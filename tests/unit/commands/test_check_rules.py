@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import command
 
-from cdc_invalidator.commands.check_rules import Columns, offline
+from cdc_invalidator.commands.check_rules import offline
+from cdc_invalidator.commands.column_texts import Columns
 from cdc_invalidator.commands.findings import Finding, Severity, in_order, report, table
 from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.load import parse_rules

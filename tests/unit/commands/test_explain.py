@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cdc_invalidator import errors
+from cdc_invalidator.commands.column_texts import Columns
 from cdc_invalidator.commands.explain import (
     LastBusts,
     change_lines,
@@ -23,6 +24,7 @@ from cdc_invalidator.commands.explain import (
     read_key,
 )
 from cdc_invalidator.commands.simulate import Change, simulate
+from cdc_invalidator.rules import overlap
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
@@ -102,6 +104,33 @@ def test_what_stands_beside_a_key_is_told_in_words(key: str, told: str) -> None:
 def test_a_key_that_two_caches_may_have_is_told_of_both_the_likeliest_first() -> None:
     text = 'version: 1\ncaches: {any: {key: "k:{rest}"}, user: {key: "k:user:{id}"}}'
     assert [reading.cache.name for reading in read_key(parse(text), "k:user:42")] == ["user", "any"]
+
+
+TYPED = """version: 1
+caches:
+  user: {key: "k:user:{id}"}
+  orders: {key: "k:user:{user_id}:orders"}
+  other: {key: "k:{name}:{rest}"}
+rules: [{name: r, table: public.users, bust: [user]}]"""
+
+
+def test_a_key_that_the_types_of_columns_cannot_make_is_not_of_the_cache_and_that_is_said() -> None:
+    types = Columns({"user": {"id": overlap.NUMBER}, "orders": {"user_id": overlap.NUMBER}})
+
+    def caches(key: str) -> list[str]:
+        return [told["cache"] for told in explain_key(parse(TYPED), key, columns=types)["caches"]]
+
+    assert caches("k:user:7:orders") == ["orders", "other"]
+    assert caches("k:user:7:orders:lock") == ["orders", "other"]
+    assert caches("k:user:-7") == ["user", "other"]
+    lines = list(key_lines(explain_key(parse(TYPED), "k:user:7:orders", columns=types)))
+    assert lines[-1] == "not of cache user: id is a whole number in the database"
+    only = parse(TYPED.replace('  other: {key: "k:{name}:{rest}"}\n', ""))
+    with pytest.raises(errors.InvalidatorError, match="but id is a whole number in the database"):
+        explain_key(only, "k:user:ada", columns=types)
+    # Not asked, or not known: any text.
+    assert len(explain_key(parse(TYPED), "k:user:7:orders")["caches"]) == 3
+    assert len(explain_key(parse(TYPED), "k:user:7:orders", columns=Columns())["caches"]) == 3
 
 
 def test_the_condition_on_the_rows_that_bust_a_key_is_told() -> None:

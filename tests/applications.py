@@ -10,7 +10,7 @@ import random
 import re
 import string
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import psycopg
 from psycopg import sql
 
 ROWS: Final = 60
+_ZBASE32: Final = "ybndrfg8ejkmcpqxot1uwisza345h769"
 _WORDS: Final = [
     "amber",
     "birch",
@@ -36,7 +37,10 @@ _WORDS: Final = [
 
 @dataclass(frozen=True)
 class KeyFamily:
-    """``key``: the template, with the columns of ``table``; ``others``: tables that make it stale too."""
+    """``key``: the template, with the columns of ``table``; ``others``: tables that make it stale too.
+
+    ``<email|sha1>``: a digest of a column; ``<name|lower>``: in lower case.
+    """
 
     key: str
     table: str = ""
@@ -49,7 +53,10 @@ class KeyFamily:
 
 @dataclass(frozen=True)
 class Application:
-    """``tables``: by name, the columns with their types; ``id`` types: ``key``; a reference: ``-> table``."""
+    """``tables``: by name, the columns with their types; ``id`` types: ``key``; a reference: ``-> table``.
+
+    ``=> table`` is a reference without a foreign key.
+    """
 
     name: str
     id_type: str
@@ -59,6 +66,8 @@ class Application:
 
 
 def _value(kind: str, column: str, rng: random.Random, number: int) -> Any:
+    if kind == "text" and column in {"id", "userid"}:
+        return "".join(rng.choice(_ZBASE32) for _ in range(26))
     if kind == "uuid":
         return str(uuid.UUID(int=rng.getrandbits(128), version=4))
     if kind == "bigint":
@@ -73,6 +82,10 @@ def _value(kind: str, column: str, rng: random.Random, number: int) -> Any:
         )
     if column == "domain":
         return f"{rng.choice(_WORDS)}{number}.example"
+    if kind == "boolean":
+        return rng.random() < 0.5
+    if column == "api_key":
+        return "".join(rng.choice(string.ascii_letters + string.digits) for _ in range(32))
     if column in {"value", "credentials_id", "provision_device_key", "token"}:
         return "".join(rng.choice(string.ascii_letters + string.digits) for _ in range(20))
     if column in {"name", "title"}:
@@ -98,9 +111,10 @@ def make(application: Application, dsn: str, seed: int = 7) -> Space:
             columns = [each.split(None, 1) for each in text.split(", ")]
             parts: list[sql.Composable] = []
             for name, kind in columns:
-                target = kind.partition("-> ")[2]
+                target = kind.partition("> ")[2]
                 typed = application.id_type if target or kind in {"key", "ref"} else kind
-                reference = sql.SQL(" REFERENCES {} (id)").format(sql.Identifier(target)) if target else sql.SQL("")
+                bound = kind.startswith("->")
+                reference = sql.SQL(" REFERENCES {} (id)").format(sql.Identifier(target)) if bound else sql.SQL("")
                 own = " PRIMARY KEY" if kind == "key" else ""
                 parts.append(sql.SQL("{} {}{}").format(sql.Identifier(name), sql.SQL(typed + own), reference))
             if key:
@@ -111,13 +125,15 @@ def make(application: Application, dsn: str, seed: int = 7) -> Space:
             for number in range(ROWS):
                 row = {}
                 for name, kind in columns:
-                    target = kind.partition("-> ")[2]
+                    target = kind.partition("> ")[2]
                     if target:
                         row[name] = rng.choice(rows[target][:7] if target == "tenant" else rows[target])["id"]
                     else:
                         typed = application.id_type if kind in {"key", "ref"} else kind
                         row[name] = _value(typed, name, rng, number)
-                rows[table].append(row)
+                same = [name for name in key.strip("()").split(", ") if name]
+                if not same or all(any(row[name] != other[name] for name in same) for other in rows[table]):
+                    rows[table].append(row)
             with connection.cursor() as cursor:
                 cursor.executemany(
                     sql.SQL("INSERT INTO {} VALUES ({})").format(
@@ -135,13 +151,18 @@ def _keys(
     made = []
     for row in rows.get(family.table, [{"id": number} for number in range(ROWS if "<" in family.key else 1)]):
         key = re.sub(r"<(\w+)\.(\w+)>", lambda found: str(rng.choice(rows[found[1]])[found[2]]), family.key)
-        for name in re.findall(r"<(\w+)>", key):
-            value = rng.choice(application.constants[name]) if name in application.constants else row[name]
-            key = key.replace(f"<{name}>", str(value))
+        for name, form in re.findall(r"<(\w+)(\|\w+)?>", key):
+            value = str(rng.choice(application.constants[name]) if name in application.constants else row[name])
+            value = _FORMS[form](value)
+            key = key.replace(f"<{name}{form}>", value)
         made.append(key)
     return list(dict.fromkeys(made))
 
 
+_FORMS: Final[Mapping[str, Callable[[str], str]]] = {
+    "": str,
+    "|sha1": lambda text: hashlib.sha1(text.encode()).hexdigest(),
+}
 DIGEST: Final = hashlib.md5(b"settings").hexdigest()
 
 THINGSBOARD: Final = Application(
@@ -333,5 +354,92 @@ CLASSIC: Final = Application(
         KeyFamily("app:session:<session_key>", "django_session"),
         KeyFamily("app:rate_limit:<users.id>:posts", "", ()),
         KeyFamily("app:lock:order:<id>"),
+    ],
+)
+
+# Zulip with Django's cache in Redis: small numbers as ids, and digests of what a column holds.
+ZULIP: Final = Application(
+    "zulip",
+    "int",
+    {
+        "zerver_realm": "id key, string_id text, name text, first_visible_message_id int",
+        "zerver_recipient": "id key, type_id int, type int",
+        "zerver_userprofile": "id key, realm_id -> zerver_realm, email text, full_name text, api_key text, "
+        "is_active boolean, is_bot boolean",
+        "zerver_subscription": "id key, user_profile_id -> zerver_userprofile, recipient_id -> zerver_recipient",
+        "zerver_stream": "id key, realm_id -> zerver_realm, name text, description text",
+        "zerver_alertword": "id key, realm_id -> zerver_realm, user_profile_id -> zerver_userprofile, word text",
+        "zerver_message": "id key, sender_id -> zerver_userprofile, content text",
+        "zerver_reaction": "id key, message_id -> zerver_message, user_profile_id -> zerver_userprofile, "
+        "emoji_name text",
+        "zerver_submessage": "id key, message_id -> zerver_message, content text",
+    },
+    [
+        KeyFamily(":1:display_recipient_dict:<id>", "zerver_recipient", ("zerver_subscription", "zerver_userprofile")),
+        KeyFamily(":1:user_profile_by_email:<email|sha1>", "zerver_userprofile", ("zerver_realm",)),
+        KeyFamily(":1:user_profile:<email|sha1>:<realm_id>", "zerver_userprofile", ("zerver_realm",)),
+        KeyFamily(":1:bot_profile:<email|sha1>", "zerver_userprofile", ("zerver_realm",)),
+        KeyFamily(":1:user_profile_by_id:<id>", "zerver_userprofile", ("zerver_realm",)),
+        KeyFamily(":1:user_profile_by_api_key:<api_key>", "zerver_userprofile", ("zerver_realm",)),
+        KeyFamily(":1:realm_user_dicts:<realm_id>", "zerver_userprofile", ("zerver_realm",)),
+        KeyFamily(":1:active_user_ids:<realm_id>", "zerver_userprofile", ("zerver_realm",)),
+        KeyFamily(":1:bot_dicts_in_realm:<realm_id>", "zerver_userprofile", ("zerver_realm",)),
+        KeyFamily(":1:stream_by_realm_and_name:<realm_id>:<name|sha1>", "zerver_stream"),
+        KeyFamily(":1:realm_alert_words:<string_id>", "zerver_realm", ("zerver_alertword",)),
+        KeyFamily(":1:realm_first_visible_message_id:<string_id>", "zerver_realm"),
+        KeyFamily(":1:message_dict:<id>", "zerver_message", ("zerver_reaction", "zerver_submessage")),
+    ],
+)
+
+# Without foreign keys, and with random texts as ids.
+MATTERMOST: Final = Application(
+    "mattermost",
+    "text",
+    {
+        "schemes": "id key, defaultchanneluserrole text",
+        "teams": "id key, name text, schemeid => schemes, deleteat int",
+        "users": "id key, username text, deleteat int",
+        "roles": "id key, name text, permissions text",
+        "teammembers": "teamid => teams, userid => users, deleteat int, PRIMARY KEY (teamid, userid)",
+        "channels": "id key, teamid => teams, name text, displayname text, schemeid => schemes, deleteat int",
+        "channelmembers": "channelid => channels, userid => users, roles text, notifyprops text, "
+        "PRIMARY KEY (channelid, userid)",
+        "bots": "userid => users, description text, PRIMARY KEY (userid)",
+        "posts": "id key, channelid => channels, message text, type text, ispinned boolean, deleteat int",
+        "reactions": "userid => users, postid => posts, emojiname text, PRIMARY KEY (postid, userid, emojiname)",
+        "fileinfo": "id key, postid => posts, name text, size int, deleteat int",
+        "incomingwebhooks": "id key, displayname text, deleteat int",
+        "emoji": "id key, name text, deleteat int",
+        "termsofservice": "id key, text text, createat int",
+    },
+    [
+        KeyFamily("Reaction:<postid>", "reactions"),
+        KeyFamily("Role:<name>", "roles"),
+        KeyFamily("Scheme:<id>", "schemes"),
+        KeyFamily("FileInfo:<postid>", "fileinfo"),
+        KeyFamily("FileInfo:<postid>_deleted", "fileinfo"),
+        KeyFamily("FileInfo:storage_usage", "", ("fileinfo",)),
+        KeyFamily("FileInfo:storage_usage_deleted", "", ("fileinfo",)),
+        KeyFamily("Webhook:<id>", "incomingwebhooks"),
+        KeyFamily("EmojiById:<id>", "emoji"),
+        KeyFamily("EmojiByName:<name>", "emoji"),
+        KeyFamily("ChannelPinnedPostsCounts:<id>", "channels", ("posts",)),
+        KeyFamily("ChannelMemberCounts:<id>", "channels", ("channelmembers", "users")),
+        KeyFamily("ChannelGuestsCount:<id>", "channels", ("channelmembers", "users")),
+        KeyFamily("channelById:<id>", "channels"),
+        KeyFamily("ChannelByName:<teamid><name>", "channels"),
+        KeyFamily("ChannelMembersForUser:<id>", "users", ("channelmembers", "channels")),
+        KeyFamily("ChannelMembersForUser:<id>_deleted", "users", ("channelmembers", "channels")),
+        KeyFamily("ChannnelMembersNotifyProps:<channelid>", "channelmembers"),
+        KeyFamily("LastPost:<channelid>30", "posts"),
+        KeyFamily("LastPost:<channelid>60", "posts"),
+        KeyFamily("LastPostTime:<channelid>", "posts"),
+        KeyFamily("PostsUsage:posts_usage", "", ("posts",)),
+        KeyFamily("TermsOfService:<id>", "termsofservice"),
+        KeyFamily("TermsOfService:latest", "", ("termsofservice",)),
+        KeyFamily("AllUserProfiles:ALL", "", ("users", "bots")),
+        KeyFamily("UserProfileByIds:<id>", "users", ("bots",)),
+        KeyFamily("ProfilesInChannel:<channelid>", "channelmembers", ("users", "bots")),
+        KeyFamily("Team:<id>", "users", ("teammembers", "teams")),
     ],
 )

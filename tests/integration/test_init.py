@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 import redis
-from applications import CLASSIC, MASTODON, OUTLINE, THINGSBOARD, Application, Space, make
+from applications import CLASSIC, MASTODON, MATTERMOST, OUTLINE, THINGSBOARD, ZULIP, Application, Space, make
 from clusters import Cluster
 from manifests import ACL_PASSWORD, DEPLOY
 from running import command, execute
@@ -367,7 +367,7 @@ class Judged:
 
 @pytest.mark.parametrize(
     ("application", "found", "matched"),
-    [(THINGSBOARD, 38, 32), (MASTODON, 16, 7), (OUTLINE, 8, 0), (CLASSIC, 22, 14)],
+    [(THINGSBOARD, 38, 32), (MASTODON, 16, 7), (OUTLINE, 8, 0), (CLASSIC, 22, 14), (ZULIP, 0, 0), (MATTERMOST, 0, 0)],
     ids=lambda each: getattr(each, "name", ""),
 )
 def test_of_a_real_application_most_families_are_found_and_no_rule_is_wrong(

@@ -10,14 +10,14 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import psycopg
 
 from cdc_invalidator import errors
-from cdc_invalidator.discovery import catalog, dumpfile, families, keyfile, matching, rulefile, sampling
+from cdc_invalidator.discovery import catalog, dumpfile, enumerations, families, keyfile, matching, rulefile, sampling
 from cdc_invalidator.discovery.words import Vocabulary
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import connect
@@ -70,6 +70,7 @@ async def draft(dsn: DsnSource, publication: str, source: Source) -> str:
         found = families.group(
             sampled.samples, Vocabulary(names), lambda key: bool(_OURS.fullmatch(key)) or key == event_stream
         )
+        found = replace(found, families=enumerations.fold(found.families, tables))
         asked = matching.questions(found.families, tables)
         with _progress("looking up values") as tell:
             done = iter(range(1, len(asked) + 1))

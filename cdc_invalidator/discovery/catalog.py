@@ -13,8 +13,8 @@ import psycopg
 
 from cdc_invalidator import errors
 from cdc_invalidator.discovery.families import UUID, Family
-from cdc_invalidator.discovery.matching import usable_values
-from cdc_invalidator.discovery.schema import Category, Column, Question, TableInfo
+from cdc_invalidator.discovery.matching import usable_pairs, usable_values
+from cdc_invalidator.discovery.schema import Category, Column, PairQuestion, Question, TableInfo
 from cdc_invalidator.postgres.connection import rows
 from cdc_invalidator.postgres.quoting import identifier, qualified
 from cdc_invalidator.rules.table import Table
@@ -32,6 +32,8 @@ LIMITS = {
 SMALL_PAGES = 128
 # Tables that are looked at; a database with more is one of many schemas, and CDC_POSTGRES_DSN can name one by options.
 MOST_TABLES = 5000
+# A column with more values than this is not one of a few.
+FEW_VALUES = 30
 
 _FITS: Mapping[Category, Callable[[str], bool]] = {
     Category.NUMBER: lambda value: value.isascii() and value.isdecimal() and len(value) < 19,
@@ -48,14 +50,21 @@ async def read_tables(connection: psycopg.AsyncConnection[Any]) -> list[TableInf
     references: dict[tuple[Table, str], Table] = {}
     for row in await rows(connection, _REFERENCES):
         references[Table(row.schema, row.name), row.column] = Table(row.to_schema, row.to_name)
+    values = {
+        (Table(row.schema, row.name), row.column): frozenset(row.values)
+        for row in await rows(connection, _VALUES, {"few": FEW_VALUES})
+    }
+    indexes: dict[Table, list[tuple[str, str]]] = {}
+    for row in await rows(connection, _INDEXES):
+        indexes.setdefault(Table(row.schema, row.name), []).append((row.first, row.second))
     for row in await rows(connection, _TABLES, {"small": SMALL_PAGES, "most": MOST_TABLES}):
         table = Table(row.schema, row.name)
         columns = tuple(
-            Column(name, Category(category), askable)
+            Column(name, Category(category), askable, values.get((table, name), frozenset()))
             for name, category, askable in zip(row.columns, row.categories, row.askable, strict=True)
         )
-        of_table = {name: references[table, name] for name, _, _ in columns if (table, name) in references}
-        found[table] = TableInfo(table, columns, tuple(row.key), of_table)
+        of_table = {each.name: references[table, each.name] for each in columns if (table, each.name) in references}
+        found[table] = TableInfo(table, columns, tuple(row.key), of_table, tuple(indexes.get(table, ())))
     return list(found.values())
 
 
@@ -63,16 +72,23 @@ async def look_up(
     connection: psycopg.AsyncConnection[Any],
     families: Sequence[Family],
     schema: Sequence[TableInfo],
-    questions: Sequence[Question],
+    questions: Sequence[Question | PairQuestion],
     tell: Callable[[], None],
-) -> dict[Question, float]:
+) -> dict[Question | PairQuestion, float]:
     """Ask for the sampled values of parameters; what takes too long, or is not allowed, has no answer.
 
     ``tell`` is called after each question.
     """
     categories = {(info.table, column.name): column.category for info in schema for column in info.columns}
-    answers: dict[Question, float] = {}
+    answers: dict[Question | PairQuestion, float] = {}
     for question in questions:
+        if isinstance(question, PairQuestion):
+            pairs = usable_pairs(families[question.family], question.parameters)
+            found = await _held_pairs(connection, question, categories, pairs)
+            if found is not None and pairs:
+                answers[question] = found / len(pairs)
+            tell()
+            continue
         values = usable_values(families[question.family].parameters[question.parameter].values)
         category = categories[question.table, question.column]
         # What the type can't be is not there.
@@ -84,13 +100,38 @@ async def look_up(
     return answers
 
 
+async def _held_pairs(
+    connection: psycopg.AsyncConnection[Any],
+    question: PairQuestion,
+    categories: Mapping[tuple[Table, str], Category],
+    pairs: list[tuple[str, str]],
+) -> int | None:
+    kinds = [categories[question.table, column] for column in question.columns]
+    # What the types can't be is not there; values of other types are compared as they are printed.
+    tests = [_FITS[kind] if kind in _TYPES else _FITS[Category.TEXT] for kind in kinds]
+    fitting = [pair for pair in pairs if all(test(value) for test, value in zip(tests, pair, strict=True))]
+    names = [identifier(column).replace("%", "%%") for column in question.columns]
+    compared = [
+        f"{name} = given.{given}::{_TYPES[kind]}" if kind in _TYPES else f"{name}::text = given.{given}"
+        for name, given, kind in zip(names, ("one", "other"), kinds, strict=True)
+    ]
+    query = _HELD_PAIRS.format(table=qualified(question.table).replace("%", "%%"), condition=" AND ".join(compared))
+    one, other = [pair[0] for pair in fitting], [pair[1] for pair in fitting]
+    return await _counted(connection, query, {"one": one, "other": other})
+
+
 async def _held(
     connection: psycopg.AsyncConnection[Any], question: Question, category: Category, values: list[str]
 ) -> int | None:
     table, column = (name.replace("%", "%%") for name in (qualified(question.table), identifier(question.column)))
     query = _HELD.format(type=_TYPES[category], table=table, column=column)
+    return await _counted(connection, query, {"values": values})
+
+
+async def _counted(connection: psycopg.AsyncConnection[Any], query: str, given: Mapping[str, list[str]]) -> int | None:
+    """Return the number that a query counts; ``None`` if it takes too long, or is not allowed."""
     try:
-        ((held,),) = await rows(connection, query, {"values": values})
+        ((held,),) = await rows(connection, query, given)
     except errors.InvalidatorError as error:
         if connection.broken:
             raise
@@ -109,6 +150,39 @@ _HELD = """
 SELECT count(found.one) FROM unnest(%(values)s::text[]) AS given (text)
 LEFT JOIN LATERAL (SELECT 1 AS one FROM {table} WHERE {column} = given.text::{type} LIMIT 1) AS found ON true
 """
+
+_HELD_PAIRS = """
+SELECT count(found.one) FROM unnest(%(one)s::text[], %(other)s::text[]) AS given (one, other)
+LEFT JOIN LATERAL (SELECT 1 AS one FROM {table} WHERE {condition} LIMIT 1) AS found ON true
+"""
+
+_OF_USERS = "n.nspname <> 'information_schema' AND n.nspname NOT LIKE 'pg\\_%%'"
+
+# All values of columns that have only a few: the labels of an enum, or what ANALYZE has seen of a text.
+_VALUES = f"""
+SELECT n.nspname AS schema, c.relname AS name, a.attname AS column, coalesce(
+  (SELECT array_agg(e.enumlabel::text) FROM pg_enum e WHERE e.enumtypid = t.oid),
+  s.most_common_vals::text::text[]) AS values
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+JOIN pg_type t ON t.oid = a.atttypid AND t.typcategory IN ('E', 'S')
+LEFT JOIN pg_stats s ON s.schemaname = n.nspname AND s.tablename = c.relname AND s.attname = a.attname
+  AND s.inherited = (c.relkind = 'p') AND t.typcategory = 'S' AND s.most_common_vals IS NOT NULL
+  AND CASE WHEN s.n_distinct < 0 THEN -s.n_distinct * c.reltuples ELSE s.n_distinct END
+    BETWEEN 1 AND least(%(few)s, cardinality(s.most_common_freqs), c.reltuples / 4)
+WHERE c.oid >= 16384 AND c.relkind IN ('r', 'p') AND NOT c.relispartition AND {_OF_USERS}
+  AND (t.typcategory = 'E' OR s.most_common_vals IS NOT NULL)
+"""  # noqa: S608  a constant
+
+_INDEXES = f"""
+SELECT n.nspname AS schema, c.relname AS name, one.attname AS first, other.attname AS second
+FROM pg_index i JOIN pg_class ic ON ic.oid = i.indexrelid JOIN pg_am am ON am.oid = ic.relam AND am.amname = 'btree'
+JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+JOIN pg_attribute one ON one.attrelid = c.oid AND one.attnum = i.indkey[0]
+JOIN pg_attribute other ON other.attrelid = c.oid AND other.attnum = i.indkey[1]
+WHERE c.oid >= 16384 AND i.indisvalid AND i.indpred IS NULL AND i.indnkeyatts >= 2 AND {_OF_USERS}
+  AND has_column_privilege(c.oid, one.attnum, 'SELECT') AND has_column_privilege(c.oid, other.attnum, 'SELECT')
+"""  # noqa: S608  a constant
 
 _REFERENCES = """
 SELECT n.nspname AS schema, c.relname AS name, a.attname AS column, tn.nspname AS to_schema, tc.relname AS to_name

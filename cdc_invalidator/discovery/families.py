@@ -84,7 +84,7 @@ class Family:
 
     ``parts``: literals and parameters in turn; ``keys``: how many were seen; ``types``: how many, by Redis type;
     ``ttls``: the shortest and the longest remaining time in seconds of those that have one; ``endless``: how many have
-    none.
+    none; ``rows``: of some keys, the values of all parameters.
     """
 
     parts: tuple[str | Parameter, ...]
@@ -92,6 +92,7 @@ class Family:
     types: tuple[tuple[str, int], ...] = ()
     ttls: tuple[float, float] | None = None
     endless: int = 0
+    rows: tuple[tuple[str, ...], ...] = ()
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -511,6 +512,7 @@ def _family(same: list[_Leaf]) -> Family:
         parts.append(Parameter(kinds.pop() if len(kinds) == 1 else Kind.TEXT, tuple(every[::step][:SAMPLES])))
         number += 1
     samples = [key.sample for key in keys]
+    step = max(1, len(keys) // SAMPLES)
     types = Counter(sample.type for sample in samples if sample.type)
     ttls = [sample.ttl for sample in samples if sample.ttl is not None]
     return Family(
@@ -520,4 +522,5 @@ def _family(same: list[_Leaf]) -> Family:
         (min(ttls), max(ttls)) if ttls else None,
         # Of a key that went meanwhile, nothing is known.
         sum(sample.ttl is None and bool(sample.type) for sample in samples),
+        tuple(key.values for key in keys[::step][:SAMPLES]) if number > 1 else (),
     )

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import permutations
 from typing import NamedTuple
 
 from cdc_invalidator.discovery.families import UUID, Family, Kind, Parameter
-from cdc_invalidator.discovery.schema import Category, Column, Question, Shares, TableInfo
+from cdc_invalidator.discovery.schema import Category, Column, PairQuestion, Question, Shares, TableInfo
 from cdc_invalidator.discovery.words import singular, words
 from cdc_invalidator.rules.table import Table
 
@@ -144,15 +145,16 @@ def _singulars(text: str) -> tuple[str, ...]:
 # ── Questions ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def questions(families: Sequence[Family], schema: Sequence[TableInfo]) -> list[Question]:
+def questions(families: Sequence[Family], schema: Sequence[TableInfo]) -> list[Question | PairQuestion]:
     """Return what to ask about values: of each parameter, the columns that may hold it, those with fitting names first.
 
     There are at most `COLUMNS_A_PARAMETER` of one parameter, and `QUESTIONS` in all.
     """
-    asked: list[Question] = []
+    asked: list[Question | PairQuestion] = []
     for number, family in enumerate(families):
         chunks = _chunks(family)
         tables = sorted(schema, key=lambda info: -_named(chunks, info)[0])
+        asked += _pairs(number, family, [info for info in tables if _named(chunks, info)[0] >= 2.5])
         for at, parameter in enumerate(family.parameters):
             if not usable_values(parameter.values):
                 continue
@@ -164,6 +166,42 @@ def questions(families: Sequence[Family], schema: Sequence[TableInfo]) -> list[Q
             ]
             asked += wanted[:COLUMNS_A_PARAMETER]
     return asked[:QUESTIONS]
+
+
+def _pairs(number: int, family: Family, tables: Sequence[TableInfo]) -> list[PairQuestion]:
+    """Return which two columns of an index may hold the values of two parameters, whichever of them is the first."""
+    counted = [at for at, each in enumerate(family.parameters) if each.kind != Kind.VERSION]
+    asked = []
+    for info in tables:
+        columns = {column.name: column for column in info.columns}
+        for names in dict.fromkeys(info.indexes):
+            asked += [
+                PairQuestion(number, (one, other), info.table, names)
+                for one, other in permutations(counted, 2)
+                if all(
+                    _fits(family.parameters[at], columns[name]) for at, name in zip((one, other), names, strict=True)
+                )
+            ]
+    return asked[:COLUMNS_A_PARAMETER]
+
+
+def _fits(parameter: Parameter, column: Column) -> bool:
+    """Whether a column can hold the values of a parameter, by its type or since it has only these."""
+    return column.category in _categories(parameter) or _enumerated(parameter, column)
+
+
+def _enumerated(parameter: Parameter, column: Column) -> bool:
+    """Whether all values are words, and among the few of a column; a single one would say nothing."""
+    return parameter.kind == Kind.TEXT and len(parameter.values) > 1 and column.values.issuperset(parameter.values)
+
+
+def usable_pairs(family: Family, parameters: tuple[int, int]) -> list[tuple[str, str]]:
+    """Return the pairs of values that are looked up."""
+    one, other = parameters
+    pairs = dict.fromkeys((row[one], row[other]) for row in family.rows)
+    sound = [pair for pair in pairs if len(usable_values(pair)) == 2]
+    step = max(1, len(sound) // VALUES)
+    return sound[::step][:VALUES]
 
 
 def _categories(parameter: Parameter) -> tuple[Category, ...]:
@@ -396,7 +434,7 @@ def _columns(
     parameters = [at for at, each in enumerate(family.parameters) if each.kind != Kind.VERSION]
     for at in parameters:
         kind = family.parameters[at].kind
-        fitting = [column for column in info.columns if column.category in _categories(family.parameters[at])]
+        fitting = [column for column in info.columns if _fits(family.parameters[at], column)]
         counted = len(usable_values(family.parameters[at].values)) >= ENOUGH
         found = {
             column.name: shares[question]
@@ -413,11 +451,30 @@ def _columns(
             candidate = _choice(family, at, column, chunks, own, info, others, found)
             if candidate is not None:
                 choices.append((candidate.score, at, candidate))
+    choices += [(choice.score, at, choice) for at, choice in _by_pairs(number, family, info, shares)]
     assigned: dict[int, _Choice] = {}
     for _, at, choice in sorted(choices, key=lambda each: (-each[0], each[1])):
         if at not in assigned and choice.column not in {each.column for each in assigned.values()}:
             assigned[at] = choice
     return assigned, ()
+
+
+def _by_pairs(number: int, family: Family, info: TableInfo, shares: Shares) -> Iterator[tuple[int, _Choice]]:
+    """Yield the columns of an index that hold two parameters together, where no other columns do."""
+    found = {
+        question: share
+        for question, share in shares.items()
+        if isinstance(question, PairQuestion) and (question.family, question.table) == (number, info.table)
+    }
+    if not found:
+        return
+    best = max(found, key=found.__getitem__)
+    rivals = [share for question, share in found.items() if question != best and share > 0.5 * found[best]]
+    if found[best] < 0.8 or rivals or len(usable_pairs(family, best.parameters)) < ENOUGH:
+        return
+    reason = f"{' and '.join(best.columns)} hold {found[best]:.0%} of the pairs that were looked up"
+    for at, column in zip(best.parameters, best.columns, strict=True):
+        yield at, _Choice(column, 3.0, reason)
 
 
 def _choice(
@@ -433,6 +490,8 @@ def _choice(
     share = found.get(column.name)
     if share is not None and share < 0.5:
         return None
+    if _enumerated(family.parameters[at], column):
+        return _Choice(column.name, 2.5, f"{column.name} has such values")
     kind = family.parameters[at].kind
     name = words(column.name)
     score, reason = 0.0, ""

@@ -284,6 +284,33 @@ def test_a_table_that_can_not_be_published_gets_no_rule_but_the_sql_that_helps(
     assert "visits" in made.text
 
 
+def test_keys_of_an_index_and_of_few_values_get_their_columns(database: str, slot_name: str, tmp_path: Path) -> None:
+    execute(
+        database,
+        "CREATE TYPE state AS ENUM ('open', 'paid', 'sent', 'lost')",
+        "CREATE TABLE parcels (id int PRIMARY KEY, tenant_id int, weight int, status state, lane text)",
+        "CREATE INDEX ON parcels (tenant_id, status)",
+        "CREATE INDEX ON parcels (weight, status)",
+        "INSERT INTO parcels SELECT n, n % 23, 900 - n, (ARRAY['open', 'paid', 'sent'])[1 + n % 3]::state, "
+        "(ARRAY['north', 'south'])[1 + n % 2] FROM generate_series(1, 600) AS n",
+        "ALTER TABLE parcels REPLICA IDENTITY FULL",
+        "ANALYZE parcels",
+    )
+    states = ("open", "paid", "sent")
+    keys = [f"app:parcels:{tenant}:{state}" for tenant in range(23) for state in states]
+    keys += [f"app:parcels:lane:{lane}:{n}" for lane in ("north", "south") for n in range(1, 40)]
+    path = tmp_path / "keys.txt"
+    path.write_text("".join(f"{key}\tstring\t60\n" for key in keys))
+    made = Made(command("init", "--keys", str(path), postgres_dsn=database, publication=slot_name))
+    (bust,) = made.busts()
+    assert bust == (
+        "public.parcels",
+        "app:parcels:{tenant_id}:{status}",
+        (("status", "status"), ("tenant_id", "tenant_id")),
+    )
+    assert "app:parcels:lane:{lane}:{" in made.text
+
+
 def test_data_does_not_show_in_the_file(database: str, slot_name: str, tmp_path: Path) -> None:
     execute(
         database,

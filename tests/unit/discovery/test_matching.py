@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from cdc_invalidator.discovery.families import Kind, Sample, group
+from cdc_invalidator.discovery.enumerations import fold
+from cdc_invalidator.discovery.families import Family, Kind, Sample, group
 from cdc_invalidator.discovery.matching import (
     COLUMNS_A_PARAMETER,
     QUESTIONS,
@@ -15,10 +16,11 @@ from cdc_invalidator.discovery.matching import (
     Sure,
     match,
     questions,
+    usable_pairs,
     usable_values,
     versions,
 )
-from cdc_invalidator.discovery.schema import Category, Column, Question, TableInfo
+from cdc_invalidator.discovery.schema import Category, Column, PairQuestion, Question, TableInfo
 from cdc_invalidator.discovery.words import Vocabulary
 from cdc_invalidator.rules.table import Table
 
@@ -51,7 +53,11 @@ def matches(
     names = [name for info in schema for name in (info.table.name, *(column.name for column in info.columns))]
     families = group([Sample(key.encode(), kind, ttl) for key in keys], Vocabulary(names)).families
     asked = questions(families, schema)
-    shares = {question: share for question in asked if (share := answer(question)) is not None}
+    shares: dict[Question | PairQuestion, float] = {
+        question: share
+        for question in asked
+        if isinstance(question, Question) and (share := answer(question)) is not None
+    }
     return match(families, schema, shares)
 
 
@@ -164,6 +170,7 @@ def test_questions_are_bounded_and_the_likeliest_come_first() -> None:
     assert len(asked) <= QUESTIONS
     of_parameter: dict[tuple[int, int], list[Question]] = {}
     for each in asked:
+        assert isinstance(each, Question)
         of_parameter.setdefault((each.family, each.parameter), []).append(each)
     assert max(map(len, of_parameter.values())) == COLUMNS_A_PARAMETER
     for (family, parameter), some in of_parameter.items():
@@ -173,3 +180,65 @@ def test_questions_are_bounded_and_the_likeliest_come_first() -> None:
 
 def test_values_that_a_column_can_not_hold_are_not_looked_up() -> None:
     assert usable_values(["", "a\0b", "x" * 600, "\udcff", "good"]) == ["good"]
+
+
+# Values of columns that have few, and pairs of columns
+
+STATES = ("open", "paid", "sent")
+PARCELS = TableInfo(
+    Table("public", "parcels"),
+    (
+        Column("id", NUMBER, askable=True),
+        Column("tenant_id", NUMBER, askable=True),
+        Column("weight", NUMBER, askable=False),
+        Column("status", Category.OTHER, askable=False, values=frozenset({*STATES, "lost"})),
+    ),
+    ("id",),
+    {},
+    (("tenant_id", "status"),),
+)
+
+
+def folded(keys: list[str], schema: list[TableInfo]) -> tuple[Family, ...]:
+    return fold(group([Sample(key.encode(), "string", 60.0) for key in keys], Vocabulary(["parcels"])).families, schema)
+
+
+def test_words_that_are_values_of_one_column_are_one_parameter() -> None:
+    keys = [f"parcels:{n}:{STATES[n % 3]}" for n in NUMBERS] + [f"parcels:{n}:notes" for n in NUMBERS]
+    one, other = folded(keys, [PARCELS])
+    assert {one.shape, other.shape} == {"parcels:\0:\0", "parcels:\0:notes"}
+    whole = one if one.shape.count("\0") == 2 else other
+    assert (whole.keys, whole.types, whole.endless) == (40, (("string", 40),), 0)
+    assert set(whole.parameters[1].values) == set(STATES)
+    assert {(number, state) for number, state in whole.rows} <= {(str(n), STATES[n % 3]) for n in NUMBERS}
+    # Where no table is named, where there is one value only, or where it is a part of a word, it is a word.
+    for others in (
+        [f"boxes:{n}:{STATES[n % 3]}" for n in NUMBERS],
+        [f"parcels:{n}:paid" for n in NUMBERS],
+        [f"parcels:{n}:{STATES[n % 3]}ly" for n in NUMBERS],
+    ):
+        before = group([Sample(key.encode(), "string", 60.0) for key in others], Vocabulary(["parcels"])).families
+        assert fold(before, [PARCELS]) == before
+
+
+def matched_pair(share: float, rival: float) -> Match:
+    families = folded([f"parcels:{n}:{STATES[n % 3]}" for n in NUMBERS], [PARCELS])
+    asked = questions(families, [PARCELS])
+    pairs = [question for question in asked if isinstance(question, PairQuestion)]
+    assert [question.columns for question in pairs] == [("tenant_id", "status")]
+    alone: dict[Question | PairQuestion, float] = {
+        question: 1.0 for question in asked if isinstance(question, Question)
+    }
+    assert len(usable_pairs(families[0], pairs[0].parameters)) == 40
+    (found,) = match(
+        families, [PARCELS], alone | {pairs[0]: share, pairs[0]._replace(columns=("weight", "status")): rival}
+    )
+    return found
+
+
+def test_the_columns_of_an_index_that_hold_the_pairs_are_those_of_the_key() -> None:
+    sure = matched_pair(1.0, 0.2)
+    assert (sure.table, sure.maps, sure.sure) == (PARCELS.table, ({0: "tenant_id", 1: "status"},), Sure.CERTAIN)
+    # Without that, a small number is in every column.
+    assert matched_pair(0.5, 0.2).sure == Sure.GUESS
+    assert matched_pair(1.0, 0.9).sure == Sure.GUESS

@@ -41,6 +41,13 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda sign: repr(sign[0])[1:-1], text)
 
 
+def visible_json(text: bytes) -> bytes:
+    """Return a JSON text with escapes for control signs beyond ASCII, which JSON may hold as they are."""
+    if text.isascii():
+        return text
+    return _CONTROL.sub(lambda sign: f"\\u{ord(sign[0]):04x}", text.decode()).encode()
+
+
 class InvalidatorError(Exception):
     """Something that cdc-invalidator cannot work around went wrong; look at the log lines before this one."""
 

@@ -203,7 +203,7 @@ def _visible(_logger: Any, _name: str, event: Any) -> Any:
 
 
 def _dumps(value: Any, **_kwargs: Any) -> bytes:
-    return orjson.dumps(value, default=str)
+    return errors.visible_json(orjson.dumps(value, default=str))
 
 
 def _number(level: str) -> int:

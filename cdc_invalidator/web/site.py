@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import orjson
 
+from cdc_invalidator import errors
 from cdc_invalidator.web.exposition import Exposition
 from cdc_invalidator.web.pulse import Pulse
 from cdc_invalidator.web.server import Page, Request, text
@@ -52,4 +53,4 @@ class Site:
         body = orjson.dumps(
             answer.status | {"as_of": as_of, "old": old}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
         )
-        return Page(200, "application/json", body)
+        return Page(200, "application/json", errors.visible_json(body))

@@ -197,8 +197,10 @@ def test_a_refused_password_of_postgres_is_told_once_and_tried_until_the_secret_
     volume.put(cdc_postgres_dsn=as_role(database, role, OLD))
     daemon = started().ready()
     settled(database, redis_client, daemon.slot)
+    standing_by = started().ready()
     rotate(database, role)
     error = daemon.seen("login_refused")
+    standing_by.seen("login_refused")
     assert "password authentication failed" in error["error"]
     assert error["error"].endswith("put the right user and password into CDC_POSTGRES_DSN.")
     tried = daemon.metric("cdc_invalidator_postgres_errors_total")
@@ -209,9 +211,11 @@ def test_a_refused_password_of_postgres_is_told_once_and_tried_until_the_secret_
     assert daemon.get("/livez")[0] == 200
     volume.put(cdc_postgres_dsn=as_role(database, role, NEW))
     daemon.ready()
+    standing_by.ready()
     execute(database, "INSERT INTO things VALUES (1, 'new')")
-    assert_all_is_well(database, redis_client, daemon)
+    assert_all_is_well(database, redis_client, daemon, standing_by)
     assert daemon.status()["last_error"] is None
+    assert standing_by.status()["last_error"] is None
 
 
 def test_a_refused_password_of_redis_is_told_once_and_tried_until_the_secret_is_right(

@@ -150,7 +150,7 @@ def test_structlog_writes_there_too(pipe: Pipe) -> None:
     assert b"started" in pipe.read(20)
 
 
-def test_the_text_form_shows_control_signs_and_does_not_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_form_shows_control_signs_and_does_not_send_them() -> None:
     end, start = os.pipe()
     try:
         output = log.configure("console", "info", start)
@@ -163,3 +163,18 @@ def test_the_text_form_shows_control_signs_and_does_not_send_them(monkeypatch: p
     plain = line.removesuffix("\n")
     assert plain.isprintable()
     assert all(escape in plain for escape in (r"a\x1b[31mb", r"\x9b1m", r"\x07", r"\u202e"))
+
+
+def test_the_json_form_shows_control_signs_too_and_is_read_as_it_was() -> None:
+    end, start = os.pipe()
+    table = "Gr\u00f6\u00dfe\x1b\x9b1m\u202e"
+    try:
+        output = log.configure("json", "info", start)
+        structlog.get_logger().info("seen", table=table)
+        output.close()
+        line = os.read(end, 4096).decode()
+    finally:
+        structlog.reset_defaults()
+        os.close(end)
+    assert line.removesuffix("\n").isprintable()
+    assert json.loads(line)["table"] == table

@@ -312,6 +312,7 @@ class Daemon:
             (opened.apply.redis.trouble if opened else None)
             or (session.trouble if session else None)
             or self._denied()
+            or (session.slow_query if session else None)
             or self._events.trouble
             or self._trouble
             or (tables.trouble if tables else None)

@@ -146,17 +146,18 @@ class Session:
         self._suspicious = suspicious
         self._strict = strict
         self._former_walsender = former_walsender
+        self.backlog = Backlog()
         self._queries = Queries(
             options.postgres_dsn,
             asked=lambda rule: metrics.queries.labels(rule).inc(),
             failed=lambda rule: metrics.rule_errors.labels(rule).inc(),
+            wake=self.backlog.wake,
         )
         self._tasks: list[asyncio.Task[Any]] = []
         # Closed in reverse order: the stream first.
         self._connections = ExitStack()
         self._connections.callback(self._queries.close)
         self._connections.callback(standbys.close)
-        self.backlog = Backlog()
         # Rules of which a condition gave up a row that was too long for it.
         self._gave_up: set[str] = set()
         # Why the slot is not made yet, or what hangs.
@@ -222,6 +223,11 @@ class Session:
             _log.warning("not_drained", error="Not all was busted in time; the next start receives the rest again.")
         await self._farewell(opened.replication, opened.checkpoint, receiving)
 
+    @property
+    def slow_query(self) -> Trouble | None:
+        """A `via` query that is too slow to be asked, if there is one."""
+        return self._queries.trouble
+
     def _condition_gave_up(self, rule: str) -> None:
         """Count a row that a rule's condition is not asked for, since its values are too long; tell the first one."""
         self._metrics.rule_errors.labels(rule).inc()
@@ -272,7 +278,7 @@ class Session:
         slot = Slot(connection, options.slot)
         publication = Publication(connection, options.publication)
         spelling = await Spelling.read(connection, options.postgres_dsn)
-        self._queries.spelling = spelling.values
+        self._queries.spell(spelling.values)
         tables = Tables(connection, publication, spelling, self._rules, strict=self._strict)
         self.tables = tables
         new_slot = await self._have_slot(slot, tables)

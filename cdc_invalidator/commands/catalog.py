@@ -39,9 +39,9 @@ async def ask(dsn: DsnSource, rules: RuleSet, change: Change) -> list[Played]:
         old, new = await _texts(connection, change, change.old), await _texts(connection, change, change.new)
     played = play(rules, replace(change, old=old, new=new, types=types), shape)
     queries = Queries(dsn)
-    queries.spelling = spelling
+    queries.spell(spelling)
     try:
-        await queries.derive(batch for each in played for batch in each.batches)
+        await queries.derive(("first", batch, None) for each in played for batch in each.batches)
     finally:
         queries.close()
     return played

@@ -19,7 +19,7 @@ from cdc_invalidator.commands.check_joins import Reads, of_joins
 from cdc_invalidator.commands.check_rules import never, offline, query_lacks
 from cdc_invalidator.commands.column_texts import Columns, texts
 from cdc_invalidator.commands.findings import Finding, Severity
-from cdc_invalidator.pipeline.derive import objection, statement
+from cdc_invalidator.pipeline.ask import objection, statement
 from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
 from cdc_invalidator.postgres.dsn import DsnSource

@@ -248,7 +248,7 @@ class Apply:
             self._debounce.hold(taken, now)
             xids = self._debounce.xids(now)
             taken += self._debounce.due(now, await self._postgres.hidden(xids) if xids else ())
-        return self._gaps.take() + taken
+        return self._gaps.take() + taken + self._postgres.queries.late()
 
     async def _bust(self, server: CacheServer) -> None:
         """Bust what was taken, in one flush, and begin what that leads to."""
@@ -260,7 +260,9 @@ class Apply:
         batches = [batch for batch, _ in taken]
         # A query sees only what is visible; for hidden transactions it is asked later.
         await self._postgres.queries.derive(
-            batch for batch in batches if not isinstance(batch, PlainBatch) and batch.xid not in hidden
+            (batch.bust, batch, ticket)
+            for batch, ticket in taken
+            if not isinstance(batch, PlainBatch) and batch.xid not in hidden
         )
         events, reply = await self._flush.bust(server, batches, self._inspection.choose)
         self._flush.log_later(events, reply, self._continuity.replay_until)
@@ -273,7 +275,7 @@ class Apply:
                 # Its sweeps and follow-ups begin when readers see it.
                 self._follow_ups.until_visible(batch, ticket, now)
             else:
-                self._follow_ups.begin(batch, ticket, "gap" if isinstance(ticket, GapTicket) else "first", now)
+                self._follow_ups.begin(batch, ticket, "gap" if isinstance(ticket, GapTicket) else batch.bust, now)
             self._resolve(ticket)
         self._inspection.swept(
             target.cache.name

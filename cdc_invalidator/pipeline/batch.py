@@ -78,7 +78,8 @@ class TargetBusts:
     ``keys``: what the target's template gives. ``bumps``: versions' keys, of a cache with ``bump_over``. ``derived``:
     what the rows of the target's query gave when it was asked last. ``searches``: prefixes, under which all keys (or
     versions) of the cache are busted. ``unanswered``: the query knew no key for an old row, so it is swept or searched.
-    ``asked``: of the sweep or search that was begun last for it, whether it goes on.
+    ``asked``: of the sweep or search that was begun last for it, whether it goes on. ``answered``: what the query gives
+    came late and is there, so that the next bust need not ask.
     """
 
     keys: dict[bytes, None] = field(default_factory=dict)
@@ -90,6 +91,7 @@ class TargetBusts:
     reason: str = "change"
     unanswered: bool = False
     asked: Lasting | None = None
+    answered: bool = False
 
     @property
     def reason_beyond_keys(self) -> str:
@@ -137,7 +139,8 @@ class Batch:
 
     ``commit_lsn`` and ``committed_at`` (µs since 2000) are of its commit record. ``end_lsn`` is set on the last batch
     of a transaction only: with it, the transaction is done. ``whole``: the batch that this one is a part of; the two
-    share what they bust. ``counted``: what `Recent` has counted for it; 0 when it is not remembered.
+    share what they bust. ``counted``: what `Recent` has counted for it; 0 when it is not remembered. ``bust``: which
+    one it is when it comes to be busted: first, or why it is done again.
     """
 
     commit_lsn: int
@@ -148,6 +151,7 @@ class Batch:
     weight: int = 0
     whole: Batch | None = None
     counted: int = 0
+    bust: str = "first"
 
     def of(self, target: Target) -> TargetBusts:
         """Return what the batch does to this target; it is made at first use."""
@@ -217,6 +221,19 @@ class Batch:
         elif not busts.sweep and prefix not in busts.searches:
             busts.searches[prefix] = None
             self.grow(1)
+
+    def leave_all_unanswered(self, target: Target) -> None:
+        """Bust all that the target's query might have named, because it was not answered."""
+        for question in map(Question.split, list(self.busts[target].keys)):
+            self.leave_unanswered(target, question)
+
+    def split(self, target: Target, bust: str) -> Batch:
+        """Take what one target busts out of the batch; return it as a batch of its own."""
+        part = Batch(self.commit_lsn, self.committed_at, self.xid, whole=self.whole, bust=bust)
+        busts = part.busts[target] = self.busts.pop(target)
+        part.weight = len(busts.keys) + len(busts.bumps)
+        self.weight -= part.weight
+        return part
 
     def bump(self, target: Target, versions: Iterable[bytes]) -> None:
         """Trade the single keys of a target with ``bump_over`` for bumps of versions."""

@@ -1,288 +1,229 @@
-"""The edge to the `via` queries: from the columns of changed rows to the keys that the queries' rows name.
-
-All changes of one flush are one query for each rule: the arguments go in as arrays, and the rule's query stands behind
-a LATERAL join. It runs on an ordinary connection that can only read, with a limit of time.
-
-A query that fails is tried once more, on a new connection, unless it has used up its time; then its cache is swept.
+"""The edge to the `via` queries: what they are asked for batches, and what becomes of the answers.
 
 A query sees the present, in which a row that the answer needs may be gone: deleted with the changed row, or later, in a
-backlog. So where the question of an old row has no answer, its parent's prefix is searched, or the cache is swept.
+backlog. So where the question of an old row has no answer, its parent's prefix is searched, or the cache is swept. The
+same is done with all questions of a query that fails, or that is not answered in time.
+
+The rule that holds here: no query holds up the busts of other caches. What a query names that is not answered at once
+becomes a batch of its own, which is busted when the answer is there; its ticket stays unresolved until then.
 """
 
 from __future__ import annotations
 
-import re
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, field
 
-import psycopg
 import structlog
-from psycopg.rows import tuple_row
 
 from cdc_invalidator import errors
-from cdc_invalidator.pipeline.batch import Batch, Target, TargetBusts
-from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
+from cdc_invalidator.pipeline.ask import QUERY_SECONDS, Answer, Asker, TooSlow
+from cdc_invalidator.pipeline.batch import Batch, Target
+from cdc_invalidator.pipeline.checkpoint import Ticket
 from cdc_invalidator.postgres.dsn import DsnSource
-from cdc_invalidator.postgres.queries import columns
-from cdc_invalidator.rules.model import Query
-from cdc_invalidator.rules.packed import Question, split_arguments
-from cdc_invalidator.rules.table import read_table
-from cdc_invalidator.rules.template import Param
+from cdc_invalidator.rules.packed import Question
+from cdc_invalidator.trouble import Trouble
 
 _log = structlog.get_logger()
 
-QUERY_SECONDS = 10
-# Rows of one query for one flush, each of which may be a key; with more, the cache is swept.
-MOST_ROWS = 50_000
-# What a query must not be able to do, and how long it may take. Where a policy would hide rows from it, it fails, and
-# its cache is swept: without, it would give too few keys and say nothing.
-_LIMITS = {
-    "default_transaction_read_only": "on",
-    "statement_timeout": f"{QUERY_SECONDS}s",
-    "jit": "off",
-    "row_security": "off",
-}
+# How long the other busts of a moment wait for a query.
+PATIENCE_SECONDS = 0.2
+# Queries that may run behind the busts, each on a connection of its own; beyond, the busts wait for the next one.
+MOST_LATE = 3
+# Questions that wait for a query that is asked already; beyond, its cache is busted without them.
+MOST_WAITING = 10_000
+# A query that has used up its time so often in a row is not asked for a while.
+SLOW_TIMES = 3
+PAUSE_SECONDS = 60.0
 
 
 def _ignore(_rule: str) -> None:
     """Count nothing."""
 
 
+@dataclass(slots=True)
+class _Late:
+    """A query that was not answered at once.
+
+    ``parts``: the batches that need its answer; ``waiting``: those that came since, for which it is asked next.
+    """
+
+    asking: asyncio.Task[Answer]
+    parts: list[tuple[Batch, Ticket]]
+    waiting: list[tuple[Batch, Ticket]] = field(default_factory=list)
+    questions: int = 0
+
+
+@dataclass(slots=True)
+class _Slow:
+    """A query that has used up its time, ``times`` in a row; until ``rests_until`` (monotonic) it is not asked."""
+
+    times: int = 0
+    rests_until: float = 0.0
+    trouble: Trouble | None = None
+
+
 class Queries:
-    """One connection for all queries of a rule set.
+    """All queries of a rule set.
 
     Args:
         dsn: where they run.
         asked: is told the rule whose query is asked.
-        failed: is told the rule whose query has failed twice.
+        failed: is told the rule whose query has failed twice, or is not asked because it is too slow.
+        wake: is called when a late answer is there.
     """
 
     def __init__(
-        self, dsn: DsnSource, *, asked: Callable[[str], None] = _ignore, failed: Callable[[str], None] = _ignore
+        self,
+        dsn: DsnSource,
+        *,
+        asked: Callable[[str], None] = _ignore,
+        failed: Callable[[str], None] = _ignore,
+        wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._dsn = dsn
-        # The settings that values are spelled with; set it before the first query.
-        self.spelling: Mapping[str, str] = {}
-        self._asked = asked
+        self._asker = Asker(dsn, asked)
         self._failed = failed
-        self._connection: psycopg.AsyncConnection[Any] | None = None
-        # The process id of its backend.
-        self._pid = 0
-        # By table: its columns' types.
-        self._types: dict[str, Mapping[str, str]] = {}
+        self._wake = wake
+        self._late: dict[Target, _Late] = {}
+        self._slow: dict[Target, _Slow] = {}
+
+    def spell(self, settings: Mapping[str, str]) -> None:
+        """Have values spelled with these settings; before the first query."""
+        self._asker.spelling = settings
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """The query that is not asked because it is too slow, if there is one."""
+        return next((slow.trouble for slow in self._slow.values() if slow.trouble is not None), None)
 
     def close(self) -> None:
-        """Drop the connection at once."""
-        if self._connection is not None:
-            self._connection.pgconn.finish()
-            self._connection = None
+        """Drop the connections at once, and whatever is still asked."""
+        # Connections first: a task cancelled in the middle of a query would wait for the server.
+        self._asker.close()
+        for late in self._late.values():
+            late.asking.cancel()
+        self._late.clear()
 
-    async def derive(self, batches: Iterable[Batch]) -> None:
-        """Put what the queries give into the batches, as ``derived`` or ``bumps``, or sweep where one fails.
+    async def derive(self, taken: Iterable[tuple[str, Batch, Ticket | None]]) -> None:
+        """Put what the queries give into batches, as ``derived`` or ``bumps``; widen where one fails.
 
-        What an earlier call gave stays: it is busted again.
+        What an earlier call gave stays: it is busted again. What is not answered at once is taken out of its batch, and
+        comes back from `late`.
+
+        Args:
+            taken: which bust it is, see `Batch.bust`; the batch; its ticket, or ``None`` to wait for each answer.
         """
-        asked: dict[Target, list[tuple[Batch, TargetBusts]]] = {}
-        for batch in batches:
-            for target, busts in batch.busts.items():
-                if target.query is not None and busts.keys and not busts.sweep:
-                    asked.setdefault(target, []).append((batch, busts))
-        for target, all_busts in asked.items():
-            arguments = list(
-                dict.fromkeys(Question.split(key).arguments for _, busts in all_busts for key in busts.keys)
-            )
-            try:
-                found = await self._ask_twice(target, arguments)
-            except errors.InvalidatorError as error:
-                self._failed(target.rule)
-                _log.error("query_failed", rule=target.rule, cache=target.cache.name, error=self._told(target, error))
-                for _, busts in all_busts:
-                    busts.sweep = True
-                continue
-            for batch, busts in all_busts:
-                before = len(busts.derived) + len(busts.bumps)
-                _take(target, batch, found)
-                batch.grow(len(busts.derived) + len(busts.bumps) - before)
+        asked: dict[Target, list[tuple[str, Batch, Ticket | None]]] = {}
+        for each in taken:
+            for target, busts in each[1].busts.items():
+                if busts.answered:
+                    busts.answered = False
+                elif target.query is not None and busts.keys and not busts.sweep:
+                    asked.setdefault(target, []).append(each)
+        for target, batches in asked.items():
+            await self._derive(target, batches)
 
-    def _told(self, target: Target, error: errors.InvalidatorError) -> str:
-        """Return an error in words that name the rule where its query is to blame."""
-        query = target.query
-        assert query is not None
-        found = objection(query, self._types.get(target.table, {}), error)
-        if found is None:
-            return str(error)
-        return f"{query.place}: the `via` query of rule {target.rule} for cache {target.cache.name} fails: {found}."
-
-    async def _ask_twice(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
-        began = time.monotonic()
-        try:
-            return await self._ask(target, arguments)
-        except errors.WrongRules:
-            # That is no better the second time.
-            raise
-        except errors.InvalidatorError as error:
-            if time.monotonic() - began >= QUERY_SECONDS:
-                # Nor is this, and all busts wait for it.
-                await self._abandon()
-                raise
-            _log.warning("query_retried", rule=target.rule, cache=target.cache.name, error=self._told(target, error))
-            self.close()
-            self._types.pop(target.table, None)
-            return await self._ask(target, arguments)
-
-    async def _abandon(self) -> None:
-        """Drop the connection, and end the query that may still run there: it may have lifted its own limit."""
-        if self._connection is None:
+    async def _derive(self, target: Target, batches: Sequence[tuple[str, Batch, Ticket | None]]) -> None:
+        late = self._late.get(target)
+        if self._rests(target) or (late is not None and late.questions > MOST_WAITING):
+            self._failed(target.rule)
+            for _, batch, _ in batches:
+                batch.leave_all_unanswered(target)
             return
-        pid = self._pid
-        self.close()
-        with suppress(errors.Retryable):
-            connection = await connect(self._dsn, "cdc-invalidator queries")
-            try:
-                await rows(connection, "SELECT pg_terminate_backend(%(pid)s)", {"pid": pid})
-            finally:
-                connection.pgconn.finish()
+        if late is not None:
+            late.waiting += _split(target, batches)
+            late.questions += sum(len(batch.busts[target].keys) for batch, _ in late.waiting[-len(batches) :])
+            return
+        asking = self._ask(target, [batch for _, batch, _ in batches])
+        hurried = len(self._late) < MOST_LATE and all(ticket is not None for _, _, ticket in batches)
+        try:
+            await asyncio.wait({asking}, timeout=PATIENCE_SECONDS if hurried else None)
+        except asyncio.CancelledError:
+            asking.cancel()
+            raise
+        if asking.done():
+            self._answer(target, [batch for _, batch, _ in batches], asking)
+        else:
+            self._put_off(target, asking, _split(target, batches))
 
-    async def _ask(self, target: Target, arguments: Sequence[bytes]) -> dict[bytes, list[bytes]]:
-        """Return, for each of the arguments (packed values), the keys that the query's rows name."""
-        if self._connection is None:
-            connection = await connect(self._dsn, "cdc-invalidator queries", {**_LIMITS, **self.spelling})
-            self._connection, self._pid = connection, connection.pgconn.backend_pid
-        query = target.query
-        assert query is not None
-        assert target.bust is not None
-        changed = [split_arguments(argument) for argument in arguments]
-        types = await self._types_of(self._connection, target.table)
-        self._asked(target.rule)
-        given: list[Any] = [[_text(row[at]) for row in changed] for at in range(len(query.columns))]
-        with answered(self._connection, QUERY_SECONDS + 1):
-            # Not by name: a query may give a column what name it likes.
-            cursor = self._connection.cursor(row_factory=tuple_row)
-            await cursor.execute(statement(query, types).encode(), given or [len(changed)])
-        names = [column.name for column in (cursor.description or [])[1:]]
-        mapped = list(target.bust.given)
-        wanted = set(target.cache.bust_template.params)
-        lacking = wanted - set(names) - set(mapped)
-        if lacking:
-            raise _wrong(target, f"gives no {', '.join(sorted(lacking))}; name a column so, or give it in the mapping")
-        found: dict[bytes, list[bytes]] = {}
-        result = cursor.pgresult
-        assert result is not None
-        if result.ntuples > MOST_ROWS:
-            raise _wrong(target, f"gives more than {MOST_ROWS:,} rows at once, so its cache is swept; narrow it down")
-        for number in range(result.ntuples):
-            values = {name: result.get_value(number, 1 + at) for at, name in enumerate(names)}
-            argument = int(result.get_value(number, 0) or 0) - 1
-            # Not strict: without any argument, there is one empty text of them.
-            values |= dict(zip(mapped, changed[argument][len(query.columns) :], strict=False))
-            key = target.cache.bust_template.render({name: values[name] for name in wanted})
-            if key is not None:
-                found.setdefault(arguments[argument], []).append(key)
-        return found
+    def late(self) -> list[tuple[Batch, Ticket]]:
+        """Return the batches of which the late answers have come, with them; ask for those that wait for the next."""
+        ready: list[tuple[Batch, Ticket]] = []
+        for target, late in list(self._late.items()):
+            if not late.asking.done():
+                continue
+            del self._late[target]
+            self._answer(target, [batch for batch, _ in late.parts], late.asking)
+            ready += late.parts
+            if late.waiting and self._rests(target):
+                self._failed(target.rule)
+                for batch, _ in late.waiting:
+                    batch.leave_all_unanswered(target)
+                ready += late.waiting
+            elif late.waiting:
+                self._put_off(target, self._ask(target, [batch for batch, _ in late.waiting]), late.waiting)
+        for batch, _ in ready:
+            for busts in batch.busts.values():
+                busts.answered = True
+        return ready
 
-    async def _types_of(self, connection: psycopg.AsyncConnection[Any], table: str) -> Mapping[str, str]:
-        types = self._types.get(table)
-        if types is None:
-            named = read_table(table)
-            found = await columns(connection, [named])
-            # Without lengths: a cast to a length that is not the column's any more would cut values.
-            types = self._types[table] = {column.name: column.bare_type for column in found.get(named, ())}
-        return types
+    def _put_off(self, target: Target, asking: asyncio.Task[Answer], parts: list[tuple[Batch, Ticket]]) -> None:
+        self._late[target] = _Late(asking, parts)
+        asking.add_done_callback(lambda _: self._wake())
 
+    def _ask(self, target: Target, batches: Iterable[Batch]) -> asyncio.Task[Answer]:
+        arguments = dict.fromkeys(
+            Question.split(key).arguments for batch in batches for key in batch.busts[target].keys
+        )
+        return asyncio.create_task(self._asker.ask_twice(target, list(arguments)), name="query")
 
-def statement(query: Query, types: Mapping[str, str]) -> str:
-    """Return the SQL that runs a query for many changes at once.
+    def _answer(self, target: Target, batches: Sequence[Batch], asking: asyncio.Task[Answer]) -> None:
+        try:
+            found = asking.result()
+        except errors.InvalidatorError as error:
+            told = self._asker.told(target, error)
+            self._failed(target.rule)
+            _log.error("query_failed", rule=target.rule, cache=target.cache.name, error=told)
+            if isinstance(error, TooSlow):
+                self._was_slow(target)
+            for batch in batches:
+                batch.leave_all_unanswered(target)
+            return
+        self._slow.pop(target, None)
+        for batch in batches:
+            busts = batch.busts[target]
+            before = len(busts.derived) + len(busts.bumps)
+            _take(target, batch, found)
+            batch.grow(len(busts.derived) + len(busts.bumps) - before)
 
-    Its parameters are arrays of text, one for each of the query's columns; without columns, how many changes there are.
-    The first column of its rows is the number of the change, from 1.
-    """
-    inner = "".join(_bound(query, types, part).replace("%", "%%") for part in query.parts).rstrip()
-    source, columns = "generate_series(1, %s)", "n"
-    if query.columns:
-        source = f"unnest({', '.join('%s::text[]' for _ in query.columns)}) WITH ORDINALITY"
-        columns = ", ".join([*(f"c{number}" for number in range(len(query.columns))), "n"])
-    # What is pasted is the rule file's own SQL; values are bound.
-    return _AROUND.format(source=source, columns=columns, inner=inner, limit=MOST_ROWS + 1)
+    def _was_slow(self, target: Target) -> None:
+        slow = self._slow.setdefault(target, _Slow())
+        slow.times += 1
+        if slow.times < SLOW_TIMES:
+            return
+        slow.rests_until = time.monotonic() + PAUSE_SECONDS
+        text = (
+            f"The `via` query of rule {target.rule} for cache {target.cache.name} has not been answered within "
+            f"{QUERY_SECONDS:g} s, {slow.times} times in a row; each change sweeps what it may have named, and it is "
+            f"asked again after {PAUSE_SECONDS:g} s; give it an index, or narrow it down."
+        )
+        slow.trouble = Trouble.now(text, slow.trouble)
+        _log.warning("query_rests", rule=target.rule, cache=target.cache.name, error=text)
 
-
-def _bound(query: Query, types: Mapping[str, str], part: str | Param) -> str:
-    """Return a part of a query as PostgreSQL gets it."""
-    if isinstance(part, str):
-        return part
-    return f"(cdc_row.c{query.columns.index(part.name)}::{types.get(part.name, 'text')})"
-
-
-def objection(query: Query, types: Mapping[str, str], error: errors.InvalidatorError, *, ahead: str = "") -> str | None:
-    """Return what PostgreSQL objects to in a query, where in its text, and a remedy.
-
-    Args:
-        query: the query.
-        types: what `statement` was made with.
-        error: what `answered` has raised.
-        ahead: what was sent before `statement`.
-
-    Returns:
-        ``None`` if the query is not to blame, but the server, the connection or a policy.
-    """
-    cause = error.__cause__
-    state = (getattr(cause, "sqlstate", None) or "") if isinstance(cause, psycopg.Error) else ""
-    if not isinstance(cause, psycopg.Error) or "row-level security" in str(cause):
-        return None
-    if state == "57014":
-        return f"{first_line(cause)}; it may take {QUERY_SECONDS} s: give it an index, or narrow it down"
-    if not state.startswith(_OF_QUERY):
-        return None
-    remedy = "grant it to the role of CDC_POSTGRES_DSN" if state == "42501" else "correct it"
-    return f"{first_line(cause)}{_near(query, types, cause.diag.statement_position, ahead)}; {remedy}"
+    def _rests(self, target: Target) -> bool:
+        slow = self._slow.get(target)
+        return slow is not None and time.monotonic() < slow.rests_until
 
 
-# Classes of SQLSTATE for which a statement is to blame.
-_OF_QUERY = ("0A", "20", "21", "22", "23", "25006", "2F", "34", "38", "39", "42", "54", "P0")
-# How much of a query is shown from where the error is.
-_SHOWN = 40
-
-
-def _near(query: Query, types: Mapping[str, str], position: str | None, ahead: str) -> str:
-    """Return where in a query an error is, of which PostgreSQL gives the place in the whole statement, from 1."""
-    if position is None:
-        return ""
-    number = 0
-
-    def sent(place: re.Match[str]) -> str:
-        nonlocal number
-        number += place[0] == "%s"
-        return "%" if place[0] == "%%" else f"${number}"
-
-    before = ahead + re.sub("%[%s]", sent, statement(query, types).partition(_BEFORE)[0]) + _BEFORE
-    at, left = 0, int(position) - 1 - len(before)
-    for part in query.parts:
-        written = part if isinstance(part, str) else f"{{{part.name}}}"
-        length = len(_bound(query, types, part))
-        if left < length:
-            at += left if isinstance(part, str) else 0
-            break
-        at, left = at + len(written), left - length
-    found = query.text[max(0, at) : max(0, at) + _SHOWN].split("\n", 1)[0].rstrip()
-    return f", at `{found}`" if left >= 0 and found else ""
-
-
-# What stands before the rule's own query.
-_BEFORE = ", LATERAL (\n"
-_AROUND = "SELECT cdc_row.n, cdc_found.* FROM {source} AS cdc_row({columns})%s{inner}\n) AS cdc_found LIMIT {limit}"
-_AROUND %= _BEFORE
-
-
-def _wrong(target: Target, what: str) -> errors.WrongRules:
-    return errors.WrongRules([errors.Problem(*target.cache.place, f"the query of rule {target.rule} {what}")])
-
-
-def _text(value: bytes | None) -> str | None:
-    try:
-        return None if value is None else value.decode()
-    except UnicodeDecodeError as error:
-        raise errors.WrongMessage("A row holds text that is not UTF-8, which no query can be asked for.") from error
+def _split(target: Target, batches: Iterable[tuple[str, Batch, Ticket | None]]) -> list[tuple[Batch, Ticket]]:
+    """Take what one target busts out of batches; return it as batches of its own."""
+    parts = []
+    for bust, batch, ticket in batches:
+        assert ticket is not None
+        ticket.parts += 1
+        parts.append((batch.split(target, bust), ticket))
+    return parts
 
 
 def _take(target: Target, batch: Batch, found: Mapping[bytes, Sequence[bytes]]) -> None:

@@ -126,7 +126,7 @@ class FollowUps:
             return
         self._early_backoff.reset()
         batches = [waiting.batch for _, waiting in self._due]
-        await self._postgres.queries.derive(batches)
+        await self._postgres.queries.derive((reason, each.batch, each.ticket) for reason, each in self._due)
         for batch in batches:
             self._grown(batch)
         events, reply = await self._flush.bust(server, batches)

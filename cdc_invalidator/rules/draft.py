@@ -20,7 +20,7 @@ from cdc_invalidator.rules.duration import LONGEST_AGAIN, TOO_LONG
 from cdc_invalidator.rules.format import LONGEST_CONDITION, CacheEntry, RuleEntry, TestEntry, entries, sound
 from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test
 from cdc_invalidator.rules.packed import pair
-from cdc_invalidator.rules.sql import reads_no_table
+from cdc_invalidator.rules.sql import not_only_a_select, reads_no_table
 from cdc_invalidator.rules.template import FILTERS, Param, Template, TemplateError
 from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
@@ -295,6 +295,9 @@ def _query(document: Document, loc: Loc, text: str) -> Query | None:
             quoted = "" if quoted == piece else quoted or piece
         parts.append("" if piece == ";" and not quoted else piece)
     if len(document.problems) > before:
+        return None
+    if unsound := not_only_a_select(parts):
+        document.complain(loc, f"a `via` query may be one SELECT that only reads, and this {unsound}")
         return None
     columns = tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Param)))
     return Query(tuple(parts), columns, place=document.place(loc))

@@ -34,7 +34,8 @@ class Impatient(RunningDaemon):
         "postgres.replication.SILENCE_SECONDS": 8.0,
         "watch.HUSH_SECONDS": 4.0,
         "session.OUTLIVE_SECONDS": 4.0,
-        "pipeline.derive.QUERY_SECONDS": 3.0,
+        "pipeline.ask.QUERY_SECONDS": 3.0,
+        "pipeline.derive.PAUSE_SECONDS": 15.0,
     }
 
 
@@ -52,11 +53,16 @@ rules:
 """
 
 
-# It lifts its own limit, and then never ends.
-ENDLESS = (
-    "SELECT {id} AS id, CASE current_setting('statement_timeout') WHEN '0' THEN pg_sleep(600)::text"
-    " ELSE set_config('statement_timeout', '0', false) END"
-)
+# It does not care that it is cancelled.
+STUBBORN = """
+CREATE FUNCTION endless(id int) RETURNS int LANGUAGE plpgsql AS $$
+BEGIN
+  LOOP
+    BEGIN PERFORM pg_sleep(600); EXCEPTION WHEN query_canceled THEN NULL; END;
+  END LOOP;
+END $$
+"""
+ENDLESS = "SELECT endless({id}) AS id"
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,7 @@ def dsn(own: Postgres, slot_name: str) -> Iterator[str]:
     dsn = own.create_database(slot_name)
     create(dsn)
     execute(dsn, "CREATE TABLE questions (id int PRIMARY KEY)")
+    execute(dsn, STUBBORN)
     yield dsn
     own.drop_database(slot_name)
 
@@ -170,7 +177,7 @@ def test_a_query_that_never_ends_sweeps_its_cache_and_holds_up_the_others_only_f
         settled(dsn, redis_client, slot_name)
         execute(dsn, "INSERT INTO questions VALUES (1)")
         settled(dsn, redis_client, slot_name)
-        stopped: Any = frozen(backend(dsn, "cdc-invalidator queries")) if query.endswith("AS id") else None
+        stopped: Any = frozen(backend(dsn, "cdc-invalidator queries")) if query != ENDLESS else None
         redis_client.mset({"t:asked:9": "cached", "t:thing:9": "cached"})
         try:
             if stopped:
@@ -185,6 +192,71 @@ def test_a_query_that_never_ends_sweeps_its_cache_and_holds_up_the_others_only_f
                 stopped.__exit__(None, None, None)
         eventually(lambda: not sleeping(dsn), "nothing of it runs on the server any more")
         assert not daemon.named("session_lost")
+        assert_all_is_well(dsn, redis_client, daemon)
+
+
+SLOW = """
+version: 1
+caches:
+  thing: {key: "t:thing:{id}", ttl: 5m}
+  slow: {key: "t:slow:{id}", ttl: 5m}
+  quick: {key: "t:quick:{id}", ttl: 5m}
+rules:
+  - name: slow
+    table: public.questions
+    bust: [slow: {via: "SELECT sluggish({id}) AS id"}, quick: {via: "SELECT {id} AS id"}, thing]
+  - {name: thing-changed, table: public.things, bust: [thing]}
+"""
+# As slow as the table says.
+SLUGGISH = """
+CREATE TABLE pace (seconds float);
+INSERT INTO pace VALUES (0);
+CREATE FUNCTION sluggish(id int) RETURNS int LANGUAGE plpgsql AS $$
+BEGIN PERFORM pg_sleep((SELECT seconds FROM pace)); RETURN id; END $$
+"""
+
+
+def test_a_slow_query_holds_up_no_other_cache_and_rests_when_it_is_always_slow(
+    dsn: str, tmp_path: Path, redis_url: str, redis_client: redis.Redis, slot_name: str
+) -> None:
+    (tmp_path / "rules.yaml").write_text(SLOW)
+    execute(dsn, SLUGGISH)
+    with Impatient(dsn=dsn, redis_url=redis_url, rules=tmp_path, slot=slot_name) as daemon:
+        daemon.ready()
+        execute(dsn, "INSERT INTO questions VALUES (1)")
+        settled(dsn, redis_client, slot_name)
+        # It sleeps for less than its time: what it names goes late, and nothing else does.
+        execute(dsn, "UPDATE pace SET seconds = 2.5")
+        redis_client.mset({f"t:{cache}:{number}": "old" for cache in ("slow", "quick", "thing") for number in (1, 2)})
+        execute(dsn, "UPDATE questions SET id = id", "INSERT INTO questions VALUES (2)")
+        eventually(lambda: left(redis_client) <= {"t:slow:1", "t:slow:2"}, "the other caches are busted")
+        assert left(redis_client) == {"t:slow:1", "t:slow:2"}
+        eventually(lambda: left(redis_client) == set(), "what it names is busted when it answers", LONG)
+        settled(dsn, redis_client, slot_name)
+        assert not daemon.named("query_failed")
+        # It never answers in time: after some times it is not asked any more.
+        execute(dsn, "UPDATE pace SET seconds = 600")
+        for times in (1, 2, 3):
+            redis_client.mset({"t:slow:1": "old", "t:quick:1": "old"})
+            execute(dsn, "UPDATE questions SET id = id WHERE id = 1")
+            eventually(lambda: left(redis_client) == set(), "both are busted", LONG)
+            settled(dsn, redis_client, slot_name)
+            assert len(daemon.named("query_failed")) == times
+        assert daemon.named("query_rests", rule="slow", cache="slow")
+        assert "rule slow for cache slow" in daemon.status()["last_error"]
+        before = daemon.metric("cdc_invalidator_rule_errors_total", rule="slow")
+        redis_client.set("t:slow:1", "old")
+        execute(dsn, "UPDATE questions SET id = id WHERE id = 1", "UPDATE pace SET seconds = 0")
+        eventually(lambda: left(redis_client) == set(), "it is busted without the query", LONG)
+        assert len(daemon.named("query_failed")) == 3
+        assert daemon.metric("cdc_invalidator_rule_errors_total", rule="slow") == before + 1
+
+        def asked_again() -> bool:
+            execute(dsn, "UPDATE questions SET id = id WHERE id = 1")
+            settled(dsn, redis_client, slot_name)
+            return daemon.status()["last_error"] is None
+
+        eventually(asked_again, "it is asked again, and answers", LONG)
         assert_all_is_well(dsn, redis_client, daemon)
 
 

@@ -24,7 +24,7 @@ from cdc_invalidator.pipeline import apply, record, redis_connection
 from cdc_invalidator.pipeline.apply import Apply
 from cdc_invalidator.pipeline.backlog import BATCH, Backlog
 from cdc_invalidator.pipeline.batch import Batch, BustEvent, PlainBatch, Target
-from cdc_invalidator.pipeline.checkpoint import Checkpoint
+from cdc_invalidator.pipeline.checkpoint import Checkpoint, Ticket
 from cdc_invalidator.pipeline.continuity import Kept
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.followup import PostgresView
@@ -84,7 +84,7 @@ class World:
         self.written = b""
         output: Any = Mock(full=False, stuck=False, dropped=0, failure=None, mark=0, written=0, write=self._write)
         events = Events(metrics, KeyDisplay("hash"), EventLog(output, "json", "info"))
-        queries: Any = Mock(derive=AsyncMock())
+        queries: Any = Mock(derive=AsyncMock(), late=list)
         server: Any = lambda: Server(self)  # noqa: E731
         self.apply = Apply(
             server,
@@ -279,8 +279,8 @@ def test_what_a_query_gives_once_its_transaction_is_visible_is_counted_as_rememb
     monkeypatch.setattr(Backlog, "wait", AsyncMock())
     world = World(standby=False)
 
-    async def derive(batches: Iterable[Batch]) -> None:
-        for batch in batches:
+    async def derive(taken: Iterable[tuple[str, Batch, Ticket]]) -> None:
+        for _, batch, _ in taken:
             batch.grow(60_000)
 
     queries: Any = world.apply._postgres.queries

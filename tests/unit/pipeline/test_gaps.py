@@ -130,7 +130,7 @@ class World:
         metrics = Metrics(CollectorRegistry())
         events = Events(metrics, KeyDisplay("hash"), EventLog(Mock(full=False, failure=None), "json", "info"))
         standbys: Any = self.standby
-        queries: Any = Mock(derive=AsyncMock())
+        queries: Any = Mock(derive=AsyncMock(), late=list)
         server: Any = lambda: Server(self)  # noqa: E731
         self.apply = Apply(
             server,

@@ -25,7 +25,7 @@ from cdc_invalidator.pipeline.batch import Target
 from cdc_invalidator.postgres.connection import connect, first_line, rows
 from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.queries import columns
-from cdc_invalidator.postgres.reading import Reading, array
+from cdc_invalidator.postgres.reading import Reading, TooLargeError, array
 from cdc_invalidator.rules.model import Query
 from cdc_invalidator.rules.packed import split_arguments
 from cdc_invalidator.rules.table import read_table
@@ -95,7 +95,7 @@ class Asker:
         began = time.monotonic()
         try:
             return await self._ask(target, arguments)
-        except errors.WrongRules:
+        except (errors.WrongRules, TooLargeError):
             # That is no better the second time.
             raise
         except errors.InvalidatorError as error:

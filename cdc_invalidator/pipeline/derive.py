@@ -95,7 +95,7 @@ class Queries:
     @property
     def trouble(self) -> Trouble | None:
         """The query that is not asked because it is too slow, if there is one."""
-        return next((slow.trouble for slow in self._slow.values() if slow.trouble is not None), None)
+        return next((slow.trouble for target, slow in self._slow.items() if self._rests(target)), None)
 
     def close(self) -> None:
         """Drop the connections at once, and whatever is still asked."""

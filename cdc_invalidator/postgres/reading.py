@@ -7,6 +7,9 @@ own pipeline does the same at twice the CPU.
 
 from __future__ import annotations
 
+import array as arrays
+import fcntl
+import termios
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +17,16 @@ import psycopg
 from psycopg import pq
 from psycopg.errors import error_from_result
 
+from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import answered, ready
 
+# Of one query; memory holds its rows several times.
+MOST_BYTES = 64_000_000
 _BEGIN, _END = b"BEGIN TRANSACTION READ ONLY", b"ROLLBACK"
+
+
+class TooLargeError(errors.InvalidatorError):
+    """The rows of a query are too large; select fewer, or shorter values."""
 
 
 class Reading:
@@ -45,6 +55,7 @@ class Reading:
             seconds: after which the connection is cut.
 
         Raises:
+            TooLargeError: its rows are.
             errors.InvalidatorError: it fails, or is not answered in time.
         """
         with answered(self.connection, seconds):
@@ -69,10 +80,16 @@ class Reading:
         while pgconn.flush():
             await ready(pgconn.socket, writable=True)
             pgconn.consume_input()
-        rows, ended = None, False
+        rows, ended, size = None, False, 0
         while True:
             while pgconn.is_busy():
                 await ready(pgconn.socket)
+                size += _waiting(pgconn.socket)
+                if size > MOST_BYTES:
+                    raise TooLargeError(
+                        f"The rows of a query are larger than {MOST_BYTES // 1_000_000} MB, so its cache is swept; "
+                        "select fewer, or shorter values."
+                    )
                 pgconn.consume_input()
             result = pgconn.get_result()
             if result is None:
@@ -89,6 +106,13 @@ class Reading:
                 rows = result
             elif result.status != pq.ExecStatus.COMMAND_OK:
                 raise error_from_result(result, encoding="utf-8")
+
+
+def _waiting(descriptor: int) -> int:
+    """Return how many bytes a socket has received that nobody has read."""
+    found = arrays.array("i", [0])
+    fcntl.ioctl(descriptor, termios.FIONREAD, found)
+    return found[0]
 
 
 def array(values: Sequence[bytes | None]) -> bytes:

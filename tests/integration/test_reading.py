@@ -12,6 +12,7 @@ from cdc_invalidator import errors
 from cdc_invalidator.embedded.servers import Postgres, postgres_bin_dirs
 from cdc_invalidator.pipeline.ask import Asker
 from cdc_invalidator.pipeline.batch import Target
+from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.reading import array
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.packed import join_arguments
@@ -73,7 +74,7 @@ class Questions:
     """Asks queries one after the other on one connection."""
 
     def __init__(self, dsn: str) -> None:
-        self.asker = Asker(dsn, lambda _: None)
+        self.asker = Asker(DsnSource.fixed(dsn), lambda _: None)
 
     async def ask(self, query: str, *values: bytes | None) -> list[bytes]:
         arguments = [join_arguments([value]) for value in values or (b"7",)]
@@ -112,6 +113,12 @@ async def test_a_query_works_again_after_one_that_failed(questions: Questions) -
     assert "division by zero" in await questions.refused("SELECT 1 / ({id} - 7) AS key")
     assert await questions.ask("SELECT {id} + 1 AS key") == [b"t:thing:8"]
     assert await questions.ask("SELECT {id} + 1 AS key", b"8", b"1") == [b"t:thing:9", b"t:thing:2"]
+
+
+async def test_rows_that_are_too_large_end_before_they_fill_the_memory(questions: Questions) -> None:
+    query = "SELECT repeat('x', 1000000) AS key FROM generate_series(1, {rows})"
+    assert "larger than 64 MB" in await questions.refused(query.format(rows=100))
+    assert len(await questions.ask(query.format(rows=2))) == 2
 
 
 async def test_values_arrive_as_they_are(questions: Questions) -> None:

@@ -331,16 +331,28 @@ def _named(chunks: Sequence[_Chunk], info: TableInfo) -> tuple[float, int]:
 
 def _same(name: tuple[str, ...], info: TableInfo) -> float:
     table = info.words
-    if name == table:
+    if _joined(name, table) == len(name):
         return 3.0
-    if len(table) > 1 and name == table[1:]:
-        return 2.5  # custom_emojis, tb_user
-    if name[: len(table)] == table:
-        known = {word for column in info.columns for word in words(column.name)}
-        return 2.5 if set(name[len(table) :]) <= known | _FORMS else 1.0
+    # custom_emojis, tb_user: an adjective, or the prefix of an application.
+    short = table[1:]
+    if short and _joined(name, short) == len(name):
+        return 2.5
+    known = {word for column in info.columns for word in words(column.name)} | _FORMS
+    for called in filter(None, (table, short)):
+        begun = _joined(name, called)
+        if begun and set(name[begun:]) <= known:
+            return 2.5
+    if _joined(name, table):
+        return 1.0
     if len(name) < len(table) and table[: len(name)] == name:
         return 1.5  # attribute_kv
     return 1.0 if name[-len(table) :] == table else 0.5 if set(table) <= set(name) else 0.0
+
+
+def _joined(name: tuple[str, ...], table: tuple[str, ...]) -> int:
+    """Return how many words a name begins with that are the table's, which may write them as one: `userprofile`."""
+    called = "".join(table)
+    return next((count for count in range(1, len(name) + 1) if "".join(name[:count]) == called), 0)
 
 
 def _idea(

@@ -242,3 +242,17 @@ def test_the_columns_of_an_index_that_hold_the_pairs_are_those_of_the_key() -> N
     # Without that, a small number is in every column.
     assert matched_pair(0.5, 0.2).sure == Sure.GUESS
     assert matched_pair(1.0, 0.9).sure == Sure.GUESS
+
+
+def test_a_table_that_writes_two_words_as_one_or_has_a_prefix_is_named_by_both() -> None:
+    people = table("zerver_userprofile", id=NUMBER, realm_id=NUMBER, api_key=TEXT)
+    messages = table("zerver_message", id=NUMBER, content=TEXT)
+    keys = [f"cache:user_profile_by_id:{n}" for n in NUMBERS] + [f"cache:message_dict:{n}" for n in NUMBERS]
+    found = {each.family.shape: each for each in matches(keys, [people, messages])}
+    profile, message = found["cache:user_profile_by_id:\0"], found["cache:message_dict:\0"]
+    assert (profile.table, profile.maps, profile.sure >= Sure.LIKELY) == (people.table, ({0: "id"},), True)
+    assert (message.table, message.maps, message.sure >= Sure.LIKELY) == (messages.table, ({0: "id"},), True)
+    # Two of its words among others are no name: the users of a realm are not the realm.
+    realms = table("zerver_realm", id=NUMBER, name=TEXT)
+    (other,) = matches([f"cache:realm_user_dicts:{n}" for n in NUMBERS], [people, realms])
+    assert other.sure < Sure.LIKELY

@@ -7,7 +7,7 @@ A single such word stays a literal, since nothing says that the key would be ano
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cdc_invalidator.discovery.families import SAMPLES, Family, Kind, Parameter
 from cdc_invalidator.discovery.schema import TableInfo
@@ -23,7 +23,11 @@ def fold(families: Sequence[Family], schema: Sequence[TableInfo]) -> tuple[Famil
         families: as `families.group` returns them.
         schema: the tables.
     """
-    tables = [info for info in schema if any(column.values for column in info.columns)]
+    tables: dict[tuple[str, ...], list[TableInfo]] = defaultdict(list)
+    for info in schema:
+        if any(column.values for column in info.columns):
+            for name in filter(None, {info.words, info.words[1:]}):
+                tables[name].append(info)
     alike: dict[tuple[str, tuple[str, str]], dict[int, tuple[int, int, str]]] = defaultdict(dict)
     for number, family in enumerate(families):
         for shape, column, place in _places(family, tables):
@@ -39,13 +43,13 @@ def fold(families: Sequence[Family], schema: Sequence[TableInfo]) -> tuple[Famil
     return tuple(sorted([*kept, *folded.values()], key=lambda family: (-family.keys, family.shape)))
 
 
-def _places(family: Family, tables: Sequence[TableInfo]) -> Iterator[tuple[str, tuple[str, str], tuple[int, int, str]]]:
+def _places(
+    family: Family, tables: Mapping[tuple[str, ...], Sequence[TableInfo]]
+) -> Iterator[tuple[str, tuple[str, str], tuple[int, int, str]]]:
     """Yield the words of a family that are values: its shape without it, the column, and where the word stands."""
     literals = [part for part in family.parts if isinstance(part, str)]
     said = {words(chunk) for literal in literals for chunk in literal.replace("/", ":").split(":")}
-    for info in tables:
-        if info.words not in said and info.words[1:] not in said - {()}:
-            continue
+    for info in {info.table: info for name in said for info in tables.get(name, ())}.values():
         for column in info.columns:
             for value in column.values:
                 for at, part in enumerate(family.parts):

@@ -203,8 +203,13 @@ class AsyncCache(Generic[T]):
 
         Args:
             items: mappings of the parameters; bare values for a cache with one parameter.
-            load: takes the missing items, each once; returns their values in order, or a mapping from items.
+            load: takes the missing items, each once; returns their values in order, or a mapping from items as they
+                were given: what is missing there does not exist.
             max_staleness: as for `get`.
+
+        Raises:
+            TypeError: an item is not of this cache; or the loader's answer has another length, or a key that was not
+                asked for.
         """
         contract, link = self._contract, self._link
         found = handle.group(contract, items)

@@ -171,11 +171,20 @@ def in_order(items: Sequence[Any], answer: Any) -> Sequence[Any]:
     """Return what a loader of many returned, in the order of the items.
 
     Raises:
-        TypeError: it is neither a mapping nor a sequence of the same length.
+        TypeError: it is neither a mapping from items to values nor a sequence of the same length.
     """
     if isinstance(answer, Mapping):
         if any(isinstance(item, Mapping) for item in items):
             raise TypeError("a loader that is given mappings gives a list of values, in the same order")
+        # Else a loader that is asked for text and answers with UUIDs would say of each row that there is none.
+        asked = set(items)
+        foreign = [key for key in answer if key not in asked]
+        if foreign:
+            raise TypeError(
+                f"a loader that is asked for items of type {_types(items)} gives a mapping with a key of type "
+                f"{_types(foreign)} that was not asked for; use the items as keys, as they were given, or give a list "
+                "of values in the same order"
+            )
         return [answer.get(item) for item in items]
     if isinstance(answer, (str, bytes)) or not isinstance(answer, Sequence) or len(answer) != len(items):
         raise TypeError(
@@ -183,6 +192,10 @@ def in_order(items: Sequence[Any], answer: Any) -> Sequence[Any]:
             "or a mapping"
         )
     return answer
+
+
+def _types(values: Iterable[Any]) -> str:
+    return " or ".join(sorted({type(value).__name__ for value in values}))
 
 
 class Cached:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -408,6 +409,23 @@ def test_many_of_a_cache_with_two_parameters_are_mappings(caches: Any) -> None:
         caches.team_members.get_many([{"id": 3, "kind": "x"}], load=lambda _: [1, 2])
     with pytest.raises(TypeError, match="give mappings of them"):
         caches.team_members.get_many([3], load=load)
+
+
+def test_an_answer_to_what_was_not_asked_is_refused_and_nothing_is_stored(
+    caches: Any, redis_client: redis.Redis
+) -> None:
+    """Rows by UUID, asked for by text as it comes from a URL: none of them "does not exist"."""
+    wanted = [uuid.uuid4() for _ in range(3)]
+    rows = dict.fromkeys(wanted, "Ada")
+    with pytest.raises(TypeError, match="asked for items of type str gives a mapping with a key of type UUID that"):
+        caches.known.get_many([str(each) for each in wanted], load=lambda _: rows)
+    assert not redis_client.keys("*")
+    with pytest.raises(TypeError, match="of type UUID that was not asked for; use the items as keys, as they were"):
+        caches.known.get_many(wanted[:1], load=lambda _: rows)
+    with pytest.raises(TypeError, match="asked for items of type NoneType gives a mapping with a key of type UUID"):
+        caches.known.get_many([None], load=lambda _: rows)
+    assert not redis_client.keys("*")
+    assert caches.known.get_many(wanted, load=lambda _: rows) == ["Ada"] * 3
 
 
 def test_one_of_many_that_a_bust_overtakes_is_dropped_alone(caches: Any, bust: Any, count: Counts) -> None:

@@ -4,6 +4,8 @@
 
 - An entry is kept only if no message for its key came between asking Redis for it and keeping it. Reply and message
   travel on different connections, so either may come first; a later message removes the entry again.
+- What this process itself has changed in Redis is dropped as soon as Redis has answered, as by a message: else its next
+  read could be of the value before, until the message is there.
 - Nothing is served unless the connection of the messages has answered a ping that was sent less than ``patience``
   seconds ago: by then all earlier messages have arrived. So no value is older than Redis's by more than that.
 """

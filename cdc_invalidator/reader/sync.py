@@ -92,6 +92,11 @@ class Link:
                 pipeline.execute_command(*command, NEVER_DECODE=True)
             return list(pipeline.execute(raise_on_error=False))
 
+    def forget(self, entry: Entry) -> None:
+        """Drop what the process's own memory has of an entry that the process has changed in Redis just now."""
+        if self.local is not None:
+            self.local.invalidate([entry.key])
+
     def run(self, steps: Steps[R], load: Loader) -> R:
         """Do what the steps ask for, and return their result."""
         try:
@@ -304,7 +309,10 @@ class Cache(Generic[T]):
         try:
             yield write
         finally:
-            write.close()
+            try:
+                write.close()
+            finally:
+                link.forget(entry)
 
     def invalidate(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> bool:
         """Bust a key now rather than when the daemon does; False if Redis failed. Call it after the commit."""
@@ -314,7 +322,10 @@ class Cache(Generic[T]):
         except NoKey as no:
             self._contract.metrics.bypasses(no.reason)
             return False
-        return self._link.run(self._contract.invalidate(entry), _nothing)
+        try:
+            return self._link.run(self._contract.invalidate(entry), _nothing)
+        finally:
+            self._link.forget(entry)
 
 
 class Write(Generic[T]):
@@ -329,7 +340,12 @@ class Write(Generic[T]):
     def set(self, value: T | None) -> bool:
         """Store the value that was committed; False if it was not stored."""
         entry, self._entry = self._entry, None
-        return entry is not None and self._link.run(self._contract.put(entry, value, self._began), _nothing)
+        if entry is None:
+            return False
+        try:
+            return self._link.run(self._contract.put(entry, value, self._began), _nothing)
+        finally:
+            self._link.forget(entry)
 
     def close(self) -> None:
         """Give the lease back, if nothing was set."""
@@ -426,7 +442,8 @@ class Caches:
         """Keep entries of some caches in this process's memory as well, as long as this is entered.
 
         Redis reports changes on a separate connection; when that is silent for two seconds, nothing is served from
-        memory. Reads that ask for a freshness always go to Redis.
+        memory. What this process itself invalidates or writes through is dropped at once. Reads that ask for a
+        freshness always go to Redis.
 
         Args:
             names: the caches; none of them may have a version.

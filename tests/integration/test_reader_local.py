@@ -14,6 +14,7 @@ from running import eventually
 
 from cdc_invalidator.embedded.process import HOST
 from cdc_invalidator.embedded.servers import Valkey
+from cdc_invalidator.reader import tracking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,6 +133,35 @@ def test_when_the_messages_stop_nothing_is_served_from_memory(
             eventually(lambda: hits.read(load) == ("Barbara", False), "the end of the connection is noticed")
             proxy.mend()
             eventually(lambda: hits.read(load) == ("Barbara", True), "it is kept again")
+
+
+@pytest.mark.parametrize("how", ["invalidate", "set", "not set"])
+def test_a_process_does_not_read_from_memory_what_it_has_just_changed(
+    how: str,
+    reads: Reads,
+    redis_url: str,
+    redis_client: redis.Redis,
+    tmp_path: Path,
+    registry: CollectorRegistry,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caches = reads.caches(rules_file(tmp_path), redis_url, registry=registry)
+    hits = Hits(caches, registry)
+    load = Loader({1: "old"})
+    # Redis's messages come late, so they can't be what takes the old value out.
+    monkeypatch.setattr(tracking, "_keys", lambda _message: [])
+    with caches.local("user"):
+        eventually(lambda: hits.read(load) == ("old", True), "it is kept")
+        load.rows[1] = "new"
+        if how == "invalidate":
+            assert caches.user.invalidate(id=1) is True
+        else:
+            with caches.user.writing(id=1) as write:
+                if how == "set":
+                    assert write.set("new") is True
+                else:
+                    redis_client.unlink("t:user:{1}")
+        assert hits.read(load) == ("new", False)
 
 
 def test_what_can_not_be_kept_is_told(reads: Reads, redis_url: str, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.postgres.standbys import Standbys
+from cdc_invalidator.redis.fitness import Fitness
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
@@ -58,6 +59,7 @@ class Daemon:
         standbys: the standbys that busts wait for.
         source: the rule file, or the directory of rule files, that ``rules`` were read from.
         inspection: looks at what was busted, or would have been.
+        fitness: whether Redis takes busts, while this daemon stands by.
     """
 
     def __init__(
@@ -70,11 +72,13 @@ class Daemon:
         standbys: Standbys,
         source: Path,
         inspection: Inspection,
+        fitness: Fitness,
     ) -> None:
         self._options = options
         self._open_server = open_server
         self._rules = rules
         self._metrics = metrics
+        self._fitness = fitness
         metrics.retained_wal_limit.set(options.max_retained_wal)
         self._events = events
         self._stop = asyncio.Event()
@@ -187,6 +191,7 @@ class Daemon:
             self._events,
             self._be,
             self._lead,
+            fitness=self._fitness,
             recent=self._recent,
             standbys=self._standbys,
             inspection=self._inspection,
@@ -203,6 +208,9 @@ class Daemon:
             # Daemons on standby must not hold a walsender: there are few of them.
             await self._close(session)
             await self._pause(STANDBY_SECONDS)
+        except errors.HandedOver as error:
+            self._hand_over(error)
+            await self._close(session)
         except errors.PositionGivenUp as error:
             self._be("connecting")
             self._trouble = Trouble.now(str(error), self._trouble)
@@ -243,6 +251,18 @@ class Daemon:
             _log.warning("session_lost", error=str(error), retry_in_s=round(delay, 2))
         elif self._refusals.tell(str(error)):
             _log.error("login_refused", error=str(error), retry_in_s=round(delay, 2))
+
+    def _hand_over(self, error: errors.HandedOver) -> None:
+        """Note why, for as long as Redis has not answered again, and stand by."""
+        assert self._opened is not None
+        apply, progress = self._opened.apply, self._opened.progress
+        blocked = apply.blocked(0.0)
+        assert blocked is not None
+        self._fitness.gave_way(blocked, worked=progress.since - progress.began >= self._options.handover_seconds)
+        self._metrics.handovers.labels("slow" if apply.redis.trouble is None else "lost").inc()
+        self._be("standby")
+        self._opened = None
+        _log.warning("handed_over", error=f"{error} {blocked.text}", since=blocked.at)
 
     def _skipped(self, error: errors.InvalidatorError) -> errors.PositionSkipped | None:
         """Return why to skip what comes next in the stream, if that has failed often enough."""
@@ -285,16 +305,26 @@ class Daemon:
             self._refusals.reset()
         self._role = role
         self._metrics.leader.set(role == "leader")
+        self._metrics.can_lead.set(role == "leader")
 
     def _unready(self) -> str | None:
-        """Return why busts can't work, here or with the leader; a Redis that is away for a while does not count."""
+        """Return why busts don't work here, or would not if this daemon led."""
         if self._role == "connecting":
             return str(self._first_trouble() or "it is connecting")
-        trouble = self._session.trouble if self._session is not None else None
-        if self._opened is not None and self._opened.apply.redis.refused:
-            trouble = self._opened.apply.redis.trouble or trouble
-        trouble = trouble or self._denied()
+        session, opened = self._session, self._opened
+        trouble = (
+            self._blocked()
+            or (opened.apply.redis.trouble if opened and opened.apply.redis.refused else None)
+            or (session.trouble if session else None)
+            or self._denied()
+        )
         return str(trouble) if trouble is not None else None
+
+    def _blocked(self) -> Trouble | None:
+        """Return why this daemon gets on with no bust, or could not if it led."""
+        if self._role == "standby":
+            return self._fitness.trouble
+        return self._opened.apply.blocked(self._options.handover_seconds) if self._opened else None
 
     def _denied(self) -> Trouble | None:
         denied = self._opened.apply.denied if self._opened is not None else {}
@@ -310,6 +340,7 @@ class Daemon:
         tables = session.tables if session else None
         return (
             (opened.apply.redis.trouble if opened else None)
+            or self._blocked()
             or (session.trouble if session else None)
             or self._denied()
             or (session.slow_query if session else None)

@@ -18,6 +18,7 @@
         ├── PositionGivenUp                  the slot is of no use any more: drop it, and sweep
         │   └── PositionSkipped              only what comes next is: move the slot behind it, and sweep
         ├── SlotInUse                        another daemon leads
+        ├── HandedOver                       Redis takes no busts from here, and another daemon could lead
         ├── Untold                           busts went untold: they are received again
         ├── Superseded                       Redis holds a later watermark than ours: another daemon leads
         ├── WatermarkTaken                   another PostgreSQL's daemon writes the watermark
@@ -154,6 +155,10 @@ class PositionGivenUp(Retryable):
 
 class PositionSkipped(PositionGivenUp):
     """What comes next in the stream never gets through: the slot is moved behind it, and the caches are swept."""
+
+
+class HandedOver(Retryable):
+    """Redis takes no busts from here, and another daemon says that it takes its own: the slot is left to that one."""
 
 
 class Untold(Retryable):

@@ -72,6 +72,22 @@ class Metrics:
         self.transactions = counter("transactions_total", "Transactions received.")
         self.backlog = gauge("backlog_keys", "Keys to bust that Redis has not acknowledged yet.")
         self.leader = gauge("leader", "1 while this daemon streams from the slot, 0 while it is on standby.")
+        self.can_lead = gauge(
+            "can_lead", "1 while this daemon gets on as the leader, or stands by and Redis takes what it asks."
+        )
+        self.handovers = counter(
+            "handovers_total",
+            "Times that this daemon led and left the slot to another one, since Redis failed (lost) or did not answer "
+            "in time (slow).",
+            "reason",
+        )
+        for reason in ("lost", "slow"):
+            self.handovers.labels(reason)
+        self.blocked = reported(
+            "gauge",
+            "blocked_seconds",
+            "For how long no turn of busts and watermark has ended, whatever it waits for; 0 while they end.",
+        )
         self.received_lsn = gauge("received_lsn", "LSN up to which the stream is received.")
         self.confirmed_lsn = gauge("confirmed_lsn", "LSN confirmed to PostgreSQL.")
         self.slot_active = reported("gauge", "slot_active", "1 while a session streams from the slot.")

@@ -29,10 +29,12 @@ from cdc_invalidator.pipeline.followup import PostgresView
 from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.invalidation import Invalidation
 from cdc_invalidator.pipeline.manual import ManualBusts
+from cdc_invalidator.pipeline.progress import Progress
 from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.dsn import DsnSource
+from cdc_invalidator.postgres.offers import Offers
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.replication import Replication
 from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
@@ -40,6 +42,7 @@ from cdc_invalidator.postgres.snapshot import Horizon, Snapshots
 from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.postgres.tables import Tables
+from cdc_invalidator.redis.fitness import Fitness
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.source import EndpointSource
@@ -52,6 +55,14 @@ _log = structlog.get_logger()
 
 # How often a daemon on standby checks whether the leader is gone.
 STANDBY_SECONDS = 0.25
+# How old what another daemon says of itself may be; how often a leader looks whether its busts get on, and after how
+# many seconds without it shows that they don't.
+OFFER_SECONDS = 8.0
+PROGRESS_SECONDS = 0.5
+HELD_UP_SECONDS = 2.0
+# How long a leader that is held up has for one more attempt, once another daemon says that Redis answers it: Redis may
+# have come back for all.
+LAST_ATTEMPT_SECONDS = 2.0
 # How long the walsender may take to notice that we are gone, before the slot can be dropped.
 GIVE_UP_SECONDS = 10.0
 # How long the walsender of our last session may take to end.
@@ -80,6 +91,7 @@ class SessionOptions:
     publication: str
     sweeps: SweepOptions
     max_retained_wal: int
+    handover_seconds: float
     observe: bool
 
 
@@ -88,6 +100,7 @@ class Opened:
     """All that is open once the slot is ours."""
 
     slot: Slot
+    offers: Offers
     publication: Publication
     tables: Tables
     snapshots: Snapshots
@@ -95,6 +108,11 @@ class Opened:
     system_id: str
     checkpoint: Checkpoint
     apply: Apply
+
+    @property
+    def progress(self) -> Progress:
+        """Whether the busts get on."""
+        return self.apply.progress
 
 
 class Session:
@@ -108,6 +126,7 @@ class Session:
         events: where busts are recorded.
         be: is called with the role while this daemon does not lead.
         lead: is called with all that is open, once the slot is ours.
+        fitness: whether Redis takes busts, while this daemon stands by; kept across sessions.
         recent: the busts applied lately; kept across sessions.
         standbys: the standbys that busts wait for.
         inspection: looks at what was busted, or would have been; kept across sessions.
@@ -126,6 +145,7 @@ class Session:
         be: Callable[[Role], None],
         lead: Callable[[Opened], None],
         *,
+        fitness: Fitness,
         recent: Recent,
         standbys: Standbys,
         inspection: Inspection,
@@ -140,6 +160,7 @@ class Session:
         self._events = events
         self._be = be
         self._lead = lead
+        self._fitness = fitness
         self._recent = recent
         self._standbys = standbys
         self._inspection = inspection
@@ -186,6 +207,7 @@ class Session:
             opened.apply,
             replication=opened.replication,
             tell=self._tell,
+            relief=lambda: self._relief(opened.offers),
             max_retained_wal=self._options.max_retained_wal,
             metrics=self._metrics,
         )
@@ -208,10 +230,15 @@ class Session:
         watching = self._start(watch.run(), "watch")
         alarm = self._start(watch.alarm(), "alarm")
         following = self._start(self._follow(opened), "standbys")
+        giving_way = self._start(self._give_way(opened), "give way")
         done, _ = await asyncio.wait(
-            {receiving, applying, confirming, watching, alarm, following, stopping},
+            {receiving, applying, confirming, watching, alarm, following, giving_way, stopping},
             return_when=asyncio.FIRST_COMPLETED,
         )
+        if giving_way in done:
+            # The slot is ours until then: of our busts, only those that are on their way may follow the next leader's.
+            applying.cancel()
+            await asyncio.wait({applying}, timeout=DRAIN_SECONDS)
         for task in done:
             task.result()
         receiving.cancel()
@@ -238,6 +265,34 @@ class Session:
                 rule=rule,
                 error="A row is too long for a `when` or `where` of the rule, and so counts; compare shorter columns.",
             )
+
+    async def _give_way(self, opened: Opened) -> None:
+        """Watch whether the busts get on; leave the slot to a daemon that could lead if Redis takes none of ours.
+
+        It must have found so well after our last turn: where Redis is away for all, nobody does.
+
+        Raises:
+            errors.HandedOver: the slot is to be left.
+        """
+        patience = self._options.handover_seconds
+        relieved_at: float | None = None
+        while True:
+            await asyncio.sleep(PROGRESS_SECONDS)
+            seconds = opened.progress.blocked_for
+            held_up = seconds > HELD_UP_SECONDS
+            self._metrics.blocked.set(seconds if held_up else 0.0)
+            self._metrics.can_lead.set(seconds < patience)
+            if not held_up or not opened.apply.without_redis:
+                relieved_at = None
+                continue
+            ago, now = await opened.offers.newest(), time.monotonic()
+            if ago is None or ago > min(OFFER_SECONDS, seconds - HELD_UP_SECONDS):
+                relieved_at = None
+            elif relieved_at is None:
+                relieved_at = now
+                opened.apply.redis.try_now()
+            elif seconds > patience and now - relieved_at > LAST_ATTEMPT_SECONDS:
+                raise errors.HandedOver
 
     def _tell(self, error: str | None) -> None:
         if error is not None and self.trouble is None:
@@ -279,15 +334,18 @@ class Session:
         publication = Publication(connection, options.publication)
         spelling = await Spelling.read(connection, options.postgres_dsn)
         self._queries.spell(spelling.values)
+        offers = Offers(connection, options.slot, "observe" if options.observe else "bust")
         tables = Tables(connection, publication, spelling, self._rules, strict=self._strict)
         self.tables = tables
-        new_slot = await self._have_slot(slot, tables)
+        new_slot = await self._have_slot(slot, tables, offers)
         replication = await Replication.open(options.postgres_dsn, spelling.values)
         self._connections.callback(replication.close)
         system = await replication.identify()
         snapshots, hidden, horizon = await self._visibility(system.system_id)
         await replication.start(options.slot, options.publication)
         # From here on the slot is ours: nobody else moves it.
+        await offers.say(None)
+        self._fitness.leads()
         state = await slot.state()
         if state is None:
             raise errors.PostgresUnavailable(f"Slot {options.slot} is gone; it is made anew.")
@@ -315,6 +373,7 @@ class Session:
         )
         opened = Opened(
             slot=slot,
+            offers=offers,
             publication=publication,
             tables=tables,
             snapshots=snapshots,
@@ -328,8 +387,8 @@ class Session:
         _log.info("streaming", slot=options.slot, start=lsn.text(state.confirmed), timeline=system.timeline)
         return opened
 
-    async def _have_slot(self, slot: Slot, tables: Tables) -> bool:
-        """Wait until nobody streams from the slot, and create it if needed; return whether it is new."""
+    async def _have_slot(self, slot: Slot, tables: Tables, offers: Offers) -> bool:
+        """Wait until the slot is ours to take, and create it if needed; return whether it is new."""
         server = await slot.server()
         self._know_readers(server)
         # A slot of somebody else is refused before anything is made.
@@ -338,13 +397,14 @@ class Session:
             had_publication = await tables.publish()
             state = await slot.state()
             show(state, self._metrics)
-            if state is None or not state.active:
+            active = state is not None and state.active
+            if not active and await self._may_lead(offers):
                 break
             # When it is our turn, this survey may be hours old: make a new one then.
-            if state.active_pid == self._former_walsender:
+            if active and state is not None and state.active_pid == self._former_walsender:
                 await self._outlive(slot)
             else:
-                await self._stand_by(slot)
+                await self._stand_by(slot, offers)
         statements = slot.statements(state, server, new_publication=not had_publication)
         if statements:
             # A slot holds WAL back: don't create it before we know that we can stream, and Redis takes the busts.
@@ -440,14 +500,37 @@ class Session:
 
         return readers, hidden, horizon
 
-    async def _stand_by(self, slot: Slot) -> None:
+    async def _may_lead(self, offers: Offers) -> bool:
+        """Return whether to take a slot that is free.
+
+        Who does not know that its Redis takes busts leaves it to a daemon that knows.
+        """
+        return self._fitness.found_at is not None or not await self._relief(offers)
+
+    async def _relief(self, offers: Offers) -> bool:
+        """Return whether another daemon has said lately that it could lead."""
+        ago = await offers.newest()
+        return ago is not None and ago < OFFER_SECONDS
+
+    async def _stand_by(self, slot: Slot, offers: Offers) -> None:
+        """Wait until the slot is ours to take; meanwhile let the others know whether this daemon could lead."""
         self._be("standby")
-        while True:
-            await asyncio.sleep(STANDBY_SECONDS)
-            state = await slot.state()
-            show(state, self._metrics)
-            if state is None or not state.active:
-                return
+        probing = self._start(self._fitness.run(), "probe")
+        try:
+            while True:
+                await asyncio.sleep(STANDBY_SECONDS)
+                if probing.done():
+                    probing.result()
+                state = await slot.state()
+                show(state, self._metrics)
+                found_at = self._fitness.found_at
+                self._metrics.can_lead.set(found_at is not None)
+                await offers.say(found_at)
+                if (state is None or not state.active) and await self._may_lead(offers):
+                    return
+        finally:
+            probing.cancel()
+            await asyncio.wait({probing})
 
     async def _redis_there(self, system_id: str) -> None:
         """Wait until Redis can take the busts.

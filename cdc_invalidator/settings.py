@@ -198,6 +198,12 @@ class Settings(Stream):
         "the caches are swept later.",
         Size(1 << 30),
     )
+    handover_seconds: float = _setting(
+        "For how many seconds a leader may get no bust through to Redis before it leaves the slot to a daemon that "
+        "stands by and could. /readyz and last_error say so after the same time.",
+        5.0,
+        ge=3,
+    )
     on_gap: Literal["sweep", "warn"] = _setting(
         "What to do when changes may have been missed: sweep the caches, or only warn.", "sweep"
     )

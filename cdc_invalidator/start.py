@@ -25,6 +25,7 @@ from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.standbys import Standbys
+from cdc_invalidator.redis.fitness import Fitness
 from cdc_invalidator.redis.observed import Observed
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.source import EndpointSource
@@ -87,6 +88,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         publication=given.publication,
         sweeps=SweepOptions(gaps=given.on_gap == "sweep" and not observing, rate=given.sweep_rate),
         max_retained_wal=given.max_retained_wal,
+        handover_seconds=given.handover_seconds,
         observe=observing,
     )
     rules = load_rules(given.rules, os.environ)
@@ -99,6 +101,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     event_log = log.EventLog(output, given.log_format, given.log_level)
     events = Events(metrics, display, event_log, stream=stream, observing=observing, logged=given.log_busts)
     open_server: Callable[[], CacheServer] = partial(cache_server, redis, given.watermark_name)
+    fitness = Fitness(partial(_probed, open_server, read_only=observing), patience=given.handover_seconds)
     inspection: Inspection
     if observing:
         templates = [each for cache in rules.caches.values() for each in (cache.key, cache.version) if each]
@@ -108,7 +111,14 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         open_server = partial(_observed, open_server, given.watermark_name, writes)
     else:
         inspection = Verify(given.verify_sample, given.observe_grace, metrics=metrics, events=events)
-    return Daemon(options, open_server, rules, metrics, events, standbys, given.rules, inspection)
+    return Daemon(options, open_server, rules, metrics, events, standbys, given.rules, inspection, fitness)
+
+
+def _probed(open_server: Callable[[], CacheServer], *, read_only: bool) -> CacheServer:
+    server = open_server()
+    # Who observes may not write.
+    server.scripts.read_only = read_only
+    return server
 
 
 def _observed(open_server: Callable[[], CacheServer], watermark: str, writes: Writes) -> CacheServer:

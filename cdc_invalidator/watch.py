@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from cdc_invalidator import errors
 from cdc_invalidator.metrics import Metrics
@@ -29,6 +29,7 @@ HUSH_SECONDS = 10.0
 AWAY_SECONDS = 2.0
 HELD_SECONDS = 3.0
 LONG_HELD_SECONDS = 75.0
+RELIEF_SECONDS = 30.0
 SHRINK_SECONDS = 60.0
 
 
@@ -42,6 +43,7 @@ class Watch:
         apply: is told what to sweep, and when to hurry.
         replication: our stream.
         tell: is called with what hangs, and with ``None`` once nothing does.
+        relief: asks whether another daemon has said lately that it could lead.
         max_retained_wal: bytes of WAL that the slot may hold.
         metrics: what to count.
     """
@@ -55,6 +57,7 @@ class Watch:
         *,
         replication: Replication,
         tell: Callable[[str | None], None],
+        relief: Callable[[], Awaitable[bool]],
         max_retained_wal: int,
         metrics: Metrics,
     ) -> None:
@@ -64,6 +67,7 @@ class Watch:
         self._apply = apply
         self._replication = replication
         self._tell = tell
+        self._relief = relief
         self._max_retained_wal = max_retained_wal
         self._metrics = metrics
         self._looked_at = time.monotonic()
@@ -114,16 +118,21 @@ class Watch:
             # Our walsender is gone, even if our connection does not know yet; another daemon may lead by now.
             raise errors.PostgresUnavailable(f"Slot {self._slot.name} is not ours any more.")
         show(state, self._metrics)
-        self._bound(state)
+        away = self._apply.redis.away_since is not None
+        self._bound(state, relief=away and await self._relief())
         activity = await self._slot.activity()
         self._metrics.database_commits.set(activity.commits)
         self._metrics.database_rollbacks.set(activity.rollbacks)
 
-    def _bound(self, state: SlotState) -> None:
+    def _bound(self, state: SlotState, *, relief: bool = False) -> None:
         """Keep the WAL that the slot retains below the limit, whoever is to blame.
 
         What holds the position back and can be put off is let go; if that does not help, the position is given up. A
         daemon that works off a backlog is given time: the oldest of what it has taken is done within seconds.
+
+        Args:
+            state: the slot.
+            relief: Redis is away for us, and another daemon could lead.
 
         Raises:
             errors.PositionGivenUp: the message says what holds it.
@@ -138,7 +147,9 @@ class Watch:
             self._least = None
             return
         away = self._apply.redis.away_since
-        if away is not None and now - away > AWAY_SECONDS:
+        # Before it is dropped, it is left to a daemon that can work it off; that takes some seconds.
+        most_away = RELIEF_SECONDS if relief else AWAY_SECONDS
+        if away is not None and now - away > most_away:
             raise errors.PositionGivenUp
         held = now - self._held_since if oldest is not None else 0.0
         if held > HELD_SECONDS and not self._apply.let_go() and held > LONG_HELD_SECONDS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from cdc_invalidator import errors
@@ -26,6 +27,7 @@ from cdc_invalidator.pipeline.gaps import Gaps, GapTicket
 from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.lineage import Lineage
 from cdc_invalidator.pipeline.messages import Messages
+from cdc_invalidator.pipeline.progress import Progress
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.pipeline.redis_connection import RedisConnection
 from cdc_invalidator.pipeline.sweep import SweepOptions, Sweeps
@@ -69,6 +71,14 @@ class Apply:
         inspection: Inspection,
     ) -> None:
         self.redis = RedisConnection(open_server, metrics)
+        self.progress = Progress()
+        # Who asks PostgreSQL does not wait for Redis meanwhile.
+        postgres = replace(
+            postgres,
+            hidden=self.progress.of_postgres(postgres.hidden),
+            horizon=self.progress.of_postgres(postgres.horizon),
+            reached=self.progress.of_postgres(postgres.reached),
+        )
         self.record = WatermarkRecord(checkpoint, metrics)
         self._postgres = postgres
         self._backlog = backlog
@@ -176,6 +186,29 @@ class Apply:
     def _denied(self, denied: Mapping[str, errors.RedisUnavailable]) -> None:
         self._gaps.deny(denied, time.monotonic())
 
+    def blocked(self, patience: float) -> Trouble | None:
+        """Return what holds up the busts, if it has done so for that many seconds."""
+        seconds = self.progress.blocked_for
+        if seconds < patience:
+            return None
+        asked, waits_for = self._postgres.queries.asked_now, self.progress.waits_for
+        if asked is not None:
+            text = f"Busts wait for the `via` query of {asked}: give it an index, or narrow it down."
+        elif waits_for == "postgres":
+            text = "Busts wait for PostgreSQL to say what readers see; look for its sessions in pg_stat_activity."
+        elif waits_for == "output":
+            text = "Busts wait for who reads standard output; look at the log driver."
+        elif self.redis.trouble is not None:
+            text = self.redis.trouble.text
+        else:
+            text = "Redis answers too slowly; check CDC_REDIS_URL and the server."
+        return Trouble.now(text, ago=seconds)
+
+    @property
+    def without_redis(self) -> bool:
+        """Whether it is Redis that the busts wait for."""
+        return self._postgres.queries.asked_now is None and self.progress.waits_for == "redis"
+
     def finish(self) -> None:
         """Let `run` end as soon as everything from the backlog is in Redis."""
         self._finishing = True
@@ -194,7 +227,8 @@ class Apply:
     async def _turn(self) -> None:
         try:
             server = self.redis.server or await self._connect()
-            await self._events.room()
+            with self.progress.waiting("output"):
+                await self._events.room()
             if self._continuity.must_reapply:
                 await self._reapply(server)
             if not self._taken:
@@ -219,6 +253,7 @@ class Apply:
             await self.redis.lost(error)
             return
         self.redis.works()
+        self.progress.turned()
         await self._backlog.wait(self._patience())
 
     async def _connect(self) -> CacheServer:

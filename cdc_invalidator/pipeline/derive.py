@@ -85,6 +85,8 @@ class Queries:
         self._asker = Asker(dsn, asked)
         self._failed = failed
         self._wake = wake
+        # Of which rule and cache the query is that a turn waits for.
+        self.asked_now: str | None = None
         self._late: dict[Target, _Late] = {}
         self._slow: dict[Target, _Slow] = {}
 
@@ -137,11 +139,14 @@ class Queries:
             return
         asking = self._ask(target, [batch for _, batch, _ in batches])
         hurried = len(self._late) < MOST_LATE and all(ticket is not None for _, _, ticket in batches)
+        self.asked_now = f"rule {target.rule} for cache {target.cache.name}"
         try:
             await asyncio.wait({asking}, timeout=PATIENCE_SECONDS if hurried else None)
         except asyncio.CancelledError:
             asking.cancel()
             raise
+        finally:
+            self.asked_now = None
         if asking.done():
             self._answer(target, [batch for _, batch, _ in batches], asking)
         else:

@@ -19,6 +19,7 @@ from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.trouble import Trouble
+from cdc_invalidator.waiting import within
 
 _log = structlog.get_logger()
 
@@ -39,6 +40,7 @@ class RedisConnection:
         # Since the last turn that went well.
         self.trouble: Trouble | None = None
         self.away_since: float | None = None
+        self._now = asyncio.Event()
         # Whether only an operator can help.
         self.refused = False
         self._refusals = Refusals()
@@ -83,7 +85,12 @@ class RedisConnection:
         if replies.of(error.code).does is not replies.Does.LOGIN or self._refusals.tell(str(error)):
             log = _log.error if error.report else _log.warning
             log("redis_unavailable", error=str(error), code=error.code, retry_in_s=round(delay, 2))
-        await asyncio.sleep(delay)
+        self._now.clear()
+        await within(delay, self._now)
+
+    def try_now(self) -> None:
+        """Let the next attempt wait no longer."""
+        self._now.set()
 
     async def close(self) -> None:
         """Drop the connection, if there is one."""

@@ -31,6 +31,7 @@ from cdc_invalidator.redis.scripts import watermark_id, watermark_written
 from cdc_invalidator.redis.server import (
     INFO,
     NO_GRACES,
+    PROBE_SUFFIX,
     SCAN_COUNT,
     BustReply,
     CacheServer,
@@ -282,6 +283,17 @@ class Cluster(CacheServer):
         if self._why_lost is not None:
             raise self._why_lost
 
+    async def probe(self) -> None:
+        """See `CacheServer`."""
+        self._check()
+        if self.scripts.read_only:
+            await _all(opened.ask(("PING",)) for opened in self._nodes.values())
+            return
+        assert self._view is not None
+        public = self.watermark_key
+        keys = [key + PROBE_SUFFIX for key in self._tagged({owner for owner in self._view.owners if owner}).values()]
+        await self._ask([*((key, ("UNLINK", key)) for key in keys), (public, ("HMGET", public, "lsn"))])
+
     async def bust(
         self,
         deletes: Sequence[Sequence[bytes]],
@@ -421,20 +433,26 @@ class Cluster(CacheServer):
     def _find_watermark_keys(self) -> list[bytes]:
         view, public = self._view, self.watermark_key
         assert view is not None
-        without = {owner for owner in view.owners if owner} - {self._owner(public)}
+        found = self._tagged({owner for owner in view.owners if owner} - {self._owner(public)})
+        return [*(found[owner] for owner in sorted(found)), public]
+
+    def _tagged(self, without: set[Address]) -> dict[Address, bytes]:
+        """Return a key for each of these nodes: the watermark's with the first hash tag in a slot of the node."""
+        view = self._view
+        assert view is not None
         found: dict[Address, bytes] = {}
         number = 0
         while without:
-            # The first hash tag in a slot of the node: the same each time, as long as slots stay. A slot on the move
-            # may have left its watermark at the other end; if all are on the move, any will do.
-            key = b"%b:{%d}" % (public, number)
+            # The same each time, as long as slots stay. A slot on the move may have left its watermark at the other
+            # end; if all are on the move, any will do.
+            key = b"%b:{%d}" % (self.watermark_key, number)
             hash_slot, number = key_slot(key), number + 1
             owner = view.owners[hash_slot]
             if owner in without and (hash_slot not in view.moving or number > 2 * len(view.owners)):
                 assert owner is not None
                 found[owner] = key
                 without.remove(owner)
-        return [*(found[owner] for owner in sorted(found)), public]
+        return found
 
 
 _epoch = attrgetter("epoch")

@@ -69,6 +69,10 @@ class Observed(CacheServer):
         await asyncio.gather(*self._following.values(), return_exceptions=True)
         await self._server.close()
 
+    async def probe(self) -> None:
+        """See `CacheServer`."""
+        await self._server.probe()
+
     async def bust(
         self,
         deletes: Sequence[Sequence[bytes]],

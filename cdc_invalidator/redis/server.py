@@ -26,6 +26,9 @@ SCAN_COUNT = 1000
 INFO = ("keyspace_hits", "keyspace_misses", "evicted_keys", "expired_keys", "used_memory")
 NO_GRACES: Mapping[bytes, int] = {}
 
+# Behind the watermark's key: where `CacheServer.probe` deletes what there never is.
+PROBE_SUFFIX = b":probe"
+
 Cursor = Any
 """Where a search for keys stands; ``None`` is its beginning and its end."""
 
@@ -71,6 +74,13 @@ class CacheServer(ABC):
     @abstractmethod
     async def close(self) -> None:
         """Drop the connections; what was sent and not answered may or may not have been done."""
+
+    @abstractmethod
+    async def probe(self) -> None:
+        """Make sure that each server would take busts now, and change nothing.
+
+        With scripts that only read, only that each answers.
+        """
 
     @abstractmethod
     async def bust(

@@ -14,6 +14,7 @@ from cdc_invalidator.redis.scripts import is_watermark, other_data, watermark_id
 from cdc_invalidator.redis.server import (
     KEYS_A_COMMAND,
     NO_GRACES,
+    PROBE_SUFFIX,
     SCAN_COUNT,
     BustReply,
     CacheServer,
@@ -79,6 +80,14 @@ class Single(CacheServer):
             await self._close()
         if self._node is not None:
             await self._node.close()
+
+    async def probe(self) -> None:
+        """See `CacheServer`."""
+        if self.scripts.read_only:
+            await self._ask(("PING",))
+        else:
+            # A server that is read-only, or can't save, refuses the first; one that holds something else, the second.
+            await self._ask(("UNLINK", self.watermark_key + PROBE_SUFFIX), ("HMGET", self.watermark_key, "lsn", "at"))
 
     async def bust(
         self,

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 import redis
 from manifests import ACL_PASSWORD, DEPLOY
+from proxy import Proxy
 from running import RunningDaemon, command, eventually, execute, settled
 
 from cdc_invalidator.embedded.process import free_port
@@ -165,3 +166,29 @@ def test_a_server_loads_the_acl_file_and_the_daemon_lives_with_its_rights(
             settled(database, client, slot_name)
             assert daemon.terminate() == 0
             assert not daemon.named("redis_unavailable")
+
+
+def test_with_these_rights_a_leader_that_redis_does_not_hear_hands_over(
+    dsn: str, database: str, slot_name: str, tmp_path: Path
+) -> None:
+    acl = tmp_path / "redis.acl"
+    text = (DEPLOY / "redis.acl").read_text().replace(ROLE, slot_name)
+    acl.write_text(text.replace(ACL_PASSWORD, "#" + hashlib.sha256(b"secret").hexdigest()))
+    with (
+        Valkey(settings={"aclfile": str(acl)}) as server,
+        Proxy(server.port) as way,
+        redis.Redis.from_url(server.url) as client,
+    ):
+        url = server.url.replace("://", "://cdc:secret@")
+        given = {"dsn": dsn, "rules": RULES, "slot": slot_name, "handover_seconds": "3"}
+        cut_off = url.replace(f":{server.port}", f":{way.port}")
+        with RunningDaemon(redis_url=cut_off, **given) as first:  # type: ignore[arg-type]
+            first.ready()
+            with RunningDaemon(redis_url=url, **given) as second:  # type: ignore[arg-type]
+                second.ready()
+                way.refuse()
+                client.set("shop:prod:user:1", "stale")
+                execute(database, "INSERT INTO users VALUES (1, 'Ada')")
+                eventually(lambda: not client.exists("shop:prod:user:1"), "the key is busted")
+                assert second.status()["role"] == "leader"
+                assert not second.named("redis_unavailable")

@@ -14,6 +14,8 @@ from stage import Stage
 from writing import assert_nothing_confirmed_too_early
 
 from cdc_invalidator.embedded.process import HOST
+from cdc_invalidator.redis.source import EndpointSource
+from cdc_invalidator.redis.topology import cache_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -270,3 +272,15 @@ def _exists(client: Any, key: str) -> bool:
         return bool(client.exists(key))
     except Exception:  # noqa: BLE001  the cluster is not whole yet
         return True
+
+
+async def test_a_probe_asks_each_master_for_a_write(cluster: Cluster) -> None:
+    server = cache_server(EndpointSource.fixed(cluster.url), "slot")
+    await server.connect()
+    await server.probe()
+    for node in server.nodes:
+        (stats,) = await node.ask(("INFO", "commandstats"))
+        assert b"cmdstat_unlink:calls=1," in stats
+    server.scripts.read_only = True
+    await server.probe()
+    await server.close()

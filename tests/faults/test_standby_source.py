@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+from proxy import Proxy
 from running import RunningDaemon, command, eventually, execute, wal_position, watermark
 from standby import Standby
 from writing import create, invisible_commits, rules_file
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import redis
+
+    from cdc_invalidator.embedded.servers import Valkey
 
 # Before 16, a standby can't decode.
 VERSIONS = [version for version in sorted(postgres_bin_dirs()) if version >= 16]
@@ -109,3 +112,21 @@ def test_a_text_that_can_t_be_read_is_refused_without_its_words(tmp_path: Path, 
     assert refused.returncode == 2
     assert "CDC_POSTGRES_READERS can't be read" in refused.stdout + refused.stderr
     assert "secret" not in refused.stdout + refused.stderr
+
+
+@pytest.mark.parametrize("standby", VERSIONS[-1:], indirect=True)
+def test_a_leader_on_a_standby_hands_over_as_on_the_primary(
+    standby: Standby, valkey: Valkey, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    given = {"dsn": standby.dsn, "rules": rules_file(tmp_path), "slot": SLOT, "postgres_readers": standby.primary.dsn}
+    with Proxy(valkey.port) as way:
+        url = redis_url.replace(f":{valkey.port}", f":{way.port}")
+        with RunningDaemon(redis_url=url, handover_seconds="3", **given) as first:  # type: ignore[arg-type]
+            lead(first, standby.primary)
+            with RunningDaemon(redis_url=redis_url, handover_seconds="3", **given) as second:  # type: ignore[arg-type]
+                second.ready()
+                way.refuse()
+                eventually(lambda: second.status().get("role") == "leader", "the other one leads")
+                redis_client.set("t:thing:1", "stale")
+                execute(standby.primary.dsn, "INSERT INTO things VALUES (1, 'new')")
+                eventually(lambda: not redis_client.exists("t:thing:1"), "the key is busted")

@@ -306,3 +306,23 @@ async def test_the_watermark_reads_back_and_a_foreign_hash_does_not(
 def test_a_url_that_can_not_be_used_is_refused(url: str) -> None:
     with pytest.raises(errors.WrongSettings, match="CDC_REDIS_URL"):
         cache_at(url)
+
+
+async def test_a_probe_leaves_nothing_and_fails_where_a_bust_would(own_valkey: Valkey) -> None:
+    server = cache_at(own_valkey.url)
+    await server.connect()
+    with redis.Redis.from_url(own_valkey.url) as client:
+        await server.probe()
+        assert client.dbsize() == 0
+        client.config_set("min-replicas-to-write", 1)
+        with pytest.raises(errors.RedisUnavailable, match="NOREPLICAS"):
+            await server.probe()
+        # Who only observes writes nothing.
+        server.scripts.read_only = True
+        await server.probe()
+        server.scripts.read_only = False
+        client.config_set("min-replicas-to-write", 0)
+        client.set("cdc:slot:watermark", "something else")
+        with pytest.raises(errors.RedisUnavailable, match="WRONGTYPE"):
+            await server.probe()
+    await server.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from stage import Stage
 from writing import assert_nothing_confirmed_too_early
 
 from cdc_invalidator.embedded.servers import Postgres, Valkey, postgres_bin_dirs
+from cdc_invalidator.postgres.connection import connect, rows
+from cdc_invalidator.postgres.dsn import DsnSource
+from cdc_invalidator.postgres.offers import Offers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -173,3 +177,33 @@ def test_the_core_of_the_data_path_on_every_redis(
     postgres: Postgres, cache: Valkey, data_path_of: Callable[..., DataPath]
 ) -> None:
     core(data_path_of(postgres, cache))
+
+
+async def test_what_a_daemon_says_of_itself_the_other_ones_of_its_slot_read_without_any_right(
+    versioned: Postgres, slot_name: str
+) -> None:
+    dsn = versioned.create_database(slot_name)
+    execute(dsn, f"CREATE ROLE {slot_name} LOGIN PASSWORD 'pw'")
+    await hear_each_other(dsn, versioned.dsn_for(slot_name, user=slot_name, password="pw"))
+    versioned.drop_database(slot_name)
+    execute(versioned.dsn, f"DROP ROLE {slot_name}")
+
+
+async def hear_each_other(dsn: str, other_dsn: str) -> None:
+    name, slot = "cdc-invalidator catalogs", "s" * 63
+    here, there = [await connect(DsnSource.fixed(each), name) for each in (dsn, other_dsn)]
+    ours, theirs = Offers(here, slot, "bust"), Offers(there, slot, "bust")
+    assert await ours.newest() is None
+    await theirs.say(time.monotonic())
+    assert 0 <= (await ours.newest() or 0) < 10
+    assert await theirs.newest() is None, "nobody hears himself"
+    assert await Offers(here, "s" * 62 + "t", "bust").newest() is None, "another slot"
+    assert await Offers(here, slot, "observe").newest() is None
+    await theirs.say(time.monotonic() - 60)
+    assert 60 <= (await ours.newest() or 0) < 70
+    await theirs.say(None)
+    assert await ours.newest() is None
+    ((shown,),) = await rows(there, "SHOW application_name")
+    assert shown == name
+    for connection in (here, there):
+        connection.pgconn.finish()

@@ -24,6 +24,7 @@ class Looking:
         self.apply: Any = Mock(**{"let_go.return_value": set()})
         self.apply.redis.away_since = None
         parts: Any = Mock()
+        self.relief = False
         self.watch = watch.Watch(
             parts,
             parts,
@@ -31,6 +32,7 @@ class Looking:
             self.apply,
             replication=parts,
             tell=parts,
+            relief=parts,
             max_retained_wal=10 * MB,
             metrics=parts,
         )
@@ -39,7 +41,9 @@ class Looking:
         """Look for so long, while so many MB are retained."""
         until = self.now + seconds
         while self.now < until:
-            self.watch._bound(SlotState(True, 1, 0, "reserved", int(retained * MB), False, int(unconfirmed * MB)))
+            self.watch._bound(
+                SlotState(True, 1, 0, "reserved", int(retained * MB), False, int(unconfirmed * MB)), relief=self.relief
+            )
             self.now += 3.0
 
 
@@ -64,6 +68,15 @@ def test_redis_away_gives_it_up(looking: Looking) -> None:
 
     with pytest.raises(errors.PositionGivenUp, match="Redis is away"):
         looking.look(3, 11)
+
+
+def test_redis_away_for_us_alone_gives_it_up_only_if_nobody_takes_over(looking: Looking) -> None:
+    looking.relief = True
+    looking.apply.redis.away_since = looking.now
+    looking.look(watch.RELIEF_SECONDS, 11)
+
+    with pytest.raises(errors.PositionGivenUp, match="Redis is away"):
+        looking.look(6, 11)
 
 
 def test_what_can_be_let_go_is(looking: Looking) -> None:

@@ -1,8 +1,8 @@
 """What the daemon writes: JSON lines or text on standard output.
 
 A reader of the output who dawdles holds up nobody: lines are written by a thread of their own. Only the busts wait,
-once much is unwritten, but not for a reader who takes nothing at all: then lines are dropped. The rule that holds here:
-whoever confirms a position knows from `Output.written` whether its lines are with the kernel; a dropped line never is.
+once much is unwritten, and only for seconds: then lines are dropped. The rule that holds here: whoever confirms a
+position knows from `Output.written` whether its lines are with the kernel; a dropped line never is.
 
 No raw key, row value, password or DSN secret is written unless `KeyDisplay` was told to show keys.
 """
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -32,7 +32,11 @@ from cdc_invalidator.trouble import Trouble
 
 # Bytes that may wait to be written before the busts wait.
 UNWRITTEN = 8 << 20
-# So long nobody must have taken anything before the busts go on untold.
+# So long they wait at a time; then they go on, and their lines are dropped until half of that is written.
+MOST_WAIT_SECONDS = 3.0
+# If more lines than these were dropped, they are lost: to bust all that again would hold up what is new.
+MOST_UNTOLD = 200_000
+# So long nobody must have taken anything before that is told.
 STUCK_SECONDS = 10.0
 BYTES_A_WRITE = 1 << 18
 LAST_WORDS_SECONDS = 1.0
@@ -64,6 +68,8 @@ class Output:
         # How many lines were dropped, and what had been taken before the first of them.
         self.dropped = 0
         self._dropped_at: int | None = None
+        # Dropped before, and not to be waited for. Marks go on behind them.
+        self._forgotten = 0
         self.failure: OSError | None = None
         threading.Thread(target=self._run, name="output", daemon=True).start()
 
@@ -71,6 +77,11 @@ class Output:
     def full(self) -> bool:
         """Whether so much is unwritten that whoever can wait should."""
         return self._bytes_taken - self._bytes_written > UNWRITTEN
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the half of what may be unwritten is free again."""
+        return self._bytes_taken - self._bytes_written <= UNWRITTEN // 2
 
     @property
     def stuck(self) -> bool:
@@ -85,12 +96,13 @@ class Output:
     @property
     def mark(self) -> int:
         """Where the lines end that are taken by now: `written` reaches it when all of them are with the kernel."""
-        return self._bytes_taken + self.dropped
+        return self._bytes_taken + self._forgotten + self.dropped
 
     @property
     def written(self) -> int:
         """How far lines are with the kernel, without a gap; see `mark`."""
-        return self._bytes_written if self._dropped_at is None else min(self._bytes_written, self._dropped_at)
+        written = self._bytes_written if self._dropped_at is None else min(self._bytes_written, self._dropped_at)
+        return written + self._forgotten
 
     def write(self, line: bytes) -> int:
         """Take a line."""
@@ -112,6 +124,7 @@ class Output:
     def forget_dropped(self) -> int:
         """Return how many lines were dropped, and count anew; nobody waits for them any more."""
         dropped, self.dropped, self._dropped_at = self.dropped, 0, None
+        self._forgotten += dropped
         return dropped
 
     def flush(self) -> None:
@@ -217,15 +230,22 @@ class EventLog:
         output: what `configure` gave.
         form: how lines look.
         level: nothing is written above ``info``.
+        dropped: is told how many lines are dropped each time.
     """
 
-    def __init__(self, output: Output, form: Form, level: str) -> None:
+    def __init__(
+        self, output: Output, form: Form, level: str, *, dropped: Callable[[int], None] = lambda _lines: None
+    ) -> None:
         self._output = output
         self._log = structlog.get_logger()
         self.direct = form == "json"
         self._least = _number(level)
         # Set while PostgreSQL keeps more WAL than it may: then no position waits for a reader.
         self.hurry = False
+        self._dropped = dropped
+        # Since when busts have waited in vain for room; `None` once there is some.
+        self._late_since: float | None = None
+        self._late = False
         self._lost = 0
 
     def write(self, events: Iterable[Event], event: str = "bust", level: Level = "info") -> None:
@@ -237,7 +257,7 @@ class EventLog:
             return
         for shared, own in events:
             if self._drops:
-                self._output.drop(1)
+                self._drop(1)
                 continue
             self._log.log(_number(level), event, **shared, **own)
 
@@ -261,9 +281,13 @@ class EventLog:
             return
         if self._drops:
             # Not before: to count lines takes 0.1 µs for each, an eighth of what it takes to render it.
-            self._output.drop(text.count(b"\n"))
+            self._drop(text.count(b"\n"))
         else:
             self._output.write(text)
+
+    def _drop(self, lines: int) -> None:
+        self._output.drop(lines)
+        self._dropped(lines)
 
     @property
     def _drops(self) -> bool:
@@ -272,7 +296,7 @@ class EventLog:
         What is received again is told in order.
         """
         output = self._output
-        return bool(output.dropped) or (output.full and (self.hurry or output.stuck))
+        return bool(output.dropped) or self._late or (output.full and self.hurry)
 
     @property
     def mark(self) -> int:
@@ -287,30 +311,41 @@ class EventLog:
     @property
     def trouble(self) -> Trouble | None:
         """What an operator should know of the output."""
-        if not self._output.stuck:
-            return None
-        return Trouble.now(
-            "Nobody has read standard output for a while: busts go on, and are told when somebody reads again, unless "
-            "the slot holds more than CDC_MAX_RETAINED_WAL; look at the log driver.",
-            ago=self._output.silent_for,
-        )
+        output = self._output
+        if self._late and self._late_since is not None:
+            return Trouble.now(
+                f"Standard output is not read, or too slowly: busts go on, and {output.dropped + self._lost:,} lines "
+                "were dropped. They are told when it is read again, unless they are too many; look at the log driver.",
+                ago=time.monotonic() - self._late_since,
+            )
+        if output.stuck:
+            return Trouble.now(
+                "Nobody has read standard output for a while: busts go on, and are told when somebody reads again, "
+                "unless the slot holds more than CDC_MAX_RETAINED_WAL; look at the log driver.",
+                ago=output.silent_for,
+            )
+        return None
 
     async def room(self) -> None:
-        """Wait while too much is unwritten, unless nobody reads at all or the WAL does not allow it.
+        """Wait while too much is unwritten, for seconds at most; not at all if the WAL does not allow it.
 
         Raises:
             errors.OutputLost: standard output was closed.
             errors.Untold: somebody reads again, and lines were dropped.
         """
         output = self._output
-        while output.full and not (output.stuck or self.hurry) and output.failure is None:  # noqa: ASYNC110  a thread empties it
+        began = time.monotonic()
+        while output.full and not (self._late or self.hurry) and output.failure is None:
             await asyncio.sleep(0.05)
+            if time.monotonic() - began > MOST_WAIT_SECONDS and output.full:
+                self._late, self._late_since = True, began
         if output.failure is not None:
             raise errors.OutputLost
-        if output.dropped and self.hurry:
+        if output.dropped and (self.hurry or output.dropped > MOST_UNTOLD):
             self._lost += output.forget_dropped()
-        if output.full or output.stuck:
+        if output.stuck or not output.has_room:
             return
+        self._late, self._late_since = False, None
         if output.dropped:
             raise errors.Untold
         if self._lost:
@@ -318,8 +353,8 @@ class EventLog:
             self._log.error(
                 "events_lost",
                 lines=lost,
-                error="Nobody read standard output, and the slot held more than CDC_MAX_RETAINED_WAL, so that so many "
-                "events were not written; their busts are done.",
+                error="Nobody read standard output in time, so that so many events were not written; their busts are "
+                "done.",
             )
 
     def begin_stream(self) -> None:

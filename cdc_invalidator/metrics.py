@@ -184,6 +184,11 @@ class Metrics:
             "via_queries_total", "Runs of via queries; one run covers all changes of a flush.", "rule"
         )
 
+        self.events_dropped = counter(
+            "events_dropped_total",
+            "Lines of events that were dropped because nobody read standard output in time; they are told later, "
+            "unless events_lost says so.",
+        )
         self.event_stream_refused = counter(
             "event_stream_refused_total", "Events that Redis did not add to the event stream."
         )

@@ -98,7 +98,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     kept = given.event_stream if not observing else ""
     stream = EventStream(kept, given.event_stream_length, metrics) if kept else None
     display = log.KeyDisplay(given.log_keys, given.log_hash_key().encode() if given.log_hash_key else None)
-    event_log = log.EventLog(output, given.log_format, given.log_level)
+    event_log = log.EventLog(output, given.log_format, given.log_level, dropped=metrics.events_dropped.inc)
     events = Events(metrics, display, event_log, stream=stream, observing=observing, logged=given.log_busts)
     open_server: Callable[[], CacheServer] = partial(cache_server, redis, given.watermark_name)
     fitness = Fitness(partial(_probed, open_server, read_only=observing), patience=given.handover_seconds)

@@ -85,7 +85,7 @@ class RedisConnection:
         if replies.of(error.code).does is not replies.Does.LOGIN or self._refusals.tell(str(error)):
             log = _log.error if error.report else _log.warning
             log("redis_unavailable", error=str(error), code=error.code, retry_in_s=round(delay, 2))
-        self._now.clear()
+        self._now = asyncio.Event()
         await within(delay, self._now)
 
     def try_now(self) -> None:

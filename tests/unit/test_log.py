@@ -27,7 +27,8 @@ class Pipe:
     def __init__(self) -> None:
         self.end, start = os.pipe()
         self.output = log.Output(start)
-        self.events = log.EventLog(self.output, "json", "info")
+        self.dropped: list[int] = []
+        self.events = log.EventLog(self.output, "json", "info", dropped=self.dropped.append)
 
     def read(self, count: int) -> bytes:
         data = b""
@@ -39,6 +40,7 @@ class Pipe:
 @pytest.fixture
 def pipe(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
     monkeypatch.setattr(log, "STUCK_SECONDS", 0.2)
+    monkeypatch.setattr(log, "MOST_WAIT_SECONDS", 0.3)
     monkeypatch.setattr(log, "UNWRITTEN", 50 * len(LINE))
     pipe = Pipe()
     yield pipe
@@ -71,7 +73,8 @@ def test_lines_are_told_once_they_are_with_the_kernel(pipe: Pipe) -> None:
     assert pipe.events.trouble is None
 
 
-async def test_busts_wait_for_a_reader_who_dawdles(pipe: Pipe) -> None:
+async def test_busts_wait_for_a_reader_who_dawdles(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "MOST_WAIT_SECONDS", 20.0)
     mark = fill(pipe)
     waiting = asyncio.create_task(pipe.events.room())
     for _ in range(MANY - 60):
@@ -92,9 +95,8 @@ async def test_for_a_reader_who_takes_nothing_they_wait_only_so_long_and_what_is
     pipe.events.write_text(LINE + LINE)
     mark = pipe.events.mark
 
-    assert pipe.output.stuck
-    assert pipe.output.dropped == 2
-    assert "standard output" in str(pipe.events.trouble)
+    assert sum(pipe.dropped) == pipe.output.dropped == 2
+    assert "standard output" in str(pipe.events.trouble).lower()
     assert len(await asyncio.to_thread(pipe.read, MANY * len(LINE))) == MANY * len(LINE)
     await asyncio.to_thread(until, lambda: not pipe.output.stuck)
     assert not pipe.events.told(mark)
@@ -109,6 +111,54 @@ async def test_for_a_reader_who_takes_nothing_they_wait_only_so_long_and_what_is
     await pipe.events.room()
     pipe.events.write_text(LINE)
     await asyncio.to_thread(until, lambda: pipe.events.told(pipe.events.mark))
+
+
+async def test_for_a_reader_who_takes_too_little_they_wait_only_so_long_too(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "STUCK_SECONDS", 20.0)
+    mark = fill(pipe)
+    over = asyncio.Event()
+
+    async def read_slowly() -> None:
+        while not over.is_set():
+            os.read(pipe.end, len(LINE))
+            await asyncio.sleep(0.02)
+
+    reading = asyncio.create_task(read_slowly())
+    began = time.monotonic()
+    await pipe.events.room()
+    assert 0.3 <= time.monotonic() - began < 10
+    assert not pipe.output.stuck
+    pipe.events.write_text(LINE)
+    began = time.monotonic()
+    # From then on, they don't wait at all.
+    await pipe.events.room()
+    assert time.monotonic() - began < 0.1
+    assert "standard output" in str(pipe.events.trouble).lower()
+    assert not pipe.events.told(mark)
+    over.set()
+    await reading
+    assert sum(pipe.dropped) == 1
+
+
+async def test_lines_that_are_too_many_to_be_told_later_are_lost_and_hold_no_position(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "MOST_UNTOLD", 3)
+    fill(pipe)
+    await pipe.events.room()
+    for _ in range(4):
+        pipe.events.write_text(LINE)
+    mark = pipe.events.mark
+    await pipe.events.room()
+    assert not pipe.events.told(mark)
+    await asyncio.to_thread(pipe.read, MANY * len(LINE))
+    await asyncio.to_thread(until, lambda: pipe.events.told(mark))
+    with structlog.testing.capture_logs() as said:
+        await pipe.events.room()
+    assert [(line["event"], line["lines"]) for line in said] == [("events_lost", 4)]
+    assert pipe.events.trouble is None
 
 
 async def test_with_too_much_wal_nothing_waits_and_what_was_lost_is_counted(pipe: Pipe) -> None:

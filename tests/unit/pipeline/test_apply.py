@@ -239,6 +239,7 @@ def test_no_watermark_passes_a_transaction_that_was_not_busted_while_readers_saw
         patch.setattr(apply, "FLUSH_WEIGHT", 18)
         patch.setattr(Backlog, "wait", AsyncMock())
         patch.setattr(asyncio, "sleep", AsyncMock())
+        patch.setattr(redis_connection, "within", AsyncMock())
         world = World(standby=standby)
         for step, given_with in [*steps, ("show", 100), ("replay", None), *[("turn", None)] * 10, ("drain", None)]:
             if step in {"plain", "batches"}:

@@ -128,7 +128,9 @@ class World:
         self.checkpoint = Checkpoint(start)
         self.backlog = Backlog()
         metrics = Metrics(CollectorRegistry())
-        events = Events(metrics, KeyDisplay("hash"), EventLog(Mock(full=False, failure=None), "json", "info"))
+        events = Events(
+            metrics, KeyDisplay("hash"), EventLog(Mock(full=False, dropped=0, failure=None), "json", "info")
+        )
         standbys: Any = self.standby
         queries: Any = Mock(derive=AsyncMock(), late=list)
         server: Any = lambda: Server(self)  # noqa: E731
@@ -338,6 +340,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gaps, "FIRST_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(Backlog, "wait", AsyncMock())
     monkeypatch.setattr(asyncio, "sleep", AsyncMock())
+    monkeypatch.setattr(redis_connection, "within", AsyncMock())
 
 
 _rows = st.integers(0, KEYS - 1)

@@ -229,6 +229,9 @@ class RunningDaemon:
 
     def metric(self, name: str, **labels: str) -> float:
         """Give the sum of a metric's samples with these labels; 0 if there is none."""
+        # The metrics come from a thread of their own; what the bust loop has been told by now, it counts before it says
+        # how it is.
+        self.get("/status")
         total = 0.0
         for line in self.get("/metrics")[1].splitlines():
             sample, _, value = line.rpartition(" ")

@@ -22,6 +22,7 @@ CHANGES = (
     (r"\basyncio\.Semaphore", "threading.Semaphore"),
     (r"^import asyncio$", "import threading"),
     (r"\bredis\.asyncio\b", "redis"),
+    (r"\baown_view\b", "own_view"),
     (r"Awaitable\[(T \| None|Many\[T\])\] \| ", ""),
     (r"Awaitable\[(Sequence\[Any\])\]", r"\1"),
     (r"\basync (?=def |with |for )", ""),

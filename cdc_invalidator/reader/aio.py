@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 from redis import exceptions
 from redis.asyncio.cluster import RedisCluster
 
-from cdc_invalidator.reader import handle
+from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.contract import MISS, Command, Contract, Entry, Load, Send, Steps, Unavailable
 from cdc_invalidator.reader.freshness import Demand
@@ -36,8 +36,10 @@ Loader = Callable[[Sequence[Entry]], Awaitable[Sequence[Any]]]
 class Link:
     """A client, and the breaker before it."""
 
-    def __init__(self, client: Any, breaker: Breaker, texts: Mapping[bytes, str]) -> None:
+    def __init__(self, client: Any, breaker: Breaker, texts: Mapping[bytes, str], connection: Any = None) -> None:
         handle.advise(client)
+        # Of the database; it is asked where a read names none.
+        self.connection = transactions.usual(connection)
         self.execute = client.execute_command
         self.breaker = breaker
         self._turns = asyncio.Semaphore(handle.turns(client))
@@ -143,6 +145,7 @@ class AsyncCache(Generic[T]):
         *,
         load: Callable[..., Awaitable[T | None] | T | None],
         max_staleness: float | None = None,
+        connection: Any = None,
         **named: Any,
     ) -> T | None:
         """Return the value, from the cache or from the loader.
@@ -151,10 +154,12 @@ class AsyncCache(Generic[T]):
             params: the parameters, if not by name.
             load: returns the value for the parameters.
             max_staleness: bypass the cache unless all commits older than this many seconds have been busted.
+            connection: of the database, which the loader uses: inside a transaction that has written or keeps a
+                snapshot, the cache is neither read nor filled. By default that of `from_rules`.
             named: the parameters.
 
         Raises:
-            TypeError: the parameters are not those of the cache.
+            TypeError: the parameters are not those of the cache, or the connection can't be asked.
         """
         given = named if params is None else params
         contract, link = self._contract, self._link
@@ -164,6 +169,11 @@ class AsyncCache(Generic[T]):
         except NoKey as no:
             entry = Entry(given, given, b"")
             await link.run(contract.beside([entry], no.reason), _each(load))
+            return entry.value  # type: ignore[no-any-return]
+        if connection is None:
+            connection = link.connection
+        if connection is not None and await transactions.aown_view(connection):
+            await link.run(contract.beside([entry], "transaction"), _each(load))
             return entry.value  # type: ignore[no-any-return]
         first = None
         if self._quick and max_staleness is None and not link.breaker.failures:
@@ -201,6 +211,7 @@ class AsyncCache(Generic[T]):
         *,
         load: Callable[[list[Any]], Awaitable[Many[T]] | Many[T]],
         max_staleness: float | None = None,
+        connection: Any = None,
     ) -> list[T | None]:
         """Return the values of many keys: one look at the cache, and one call of the loader for all that is missing.
 
@@ -211,6 +222,7 @@ class AsyncCache(Generic[T]):
             load: takes the missing items, each once; returns their values in order, or a mapping from items as they
                 were given: what is missing there does not exist.
             max_staleness: as for `get`.
+            connection: as for `get`.
 
         Raises:
             TypeError: an item is not of this cache; or the loader's answer has another length, or a key that was not
@@ -225,7 +237,11 @@ class AsyncCache(Generic[T]):
 
         for reason, entries in found.beside.items():
             await link.run(contract.beside(entries, reason), loader)
-        if found.entries:
+        if connection is None:
+            connection = link.connection
+        if found.entries and connection is not None and await transactions.aown_view(connection):
+            await link.run(contract.beside(found.entries, "transaction"), loader)
+        elif found.entries:
             await link.run(contract.read(found.entries, handle.demanded(self._demand, max_staleness)), loader)
         return [entry.value for entry in found.order]
 
@@ -249,7 +265,8 @@ class AsyncCache(Generic[T]):
 
         Args:
             function: its arguments are the parameters.
-            ignore: arguments that are no part of the key, such as a session.
+            ignore: arguments that are no part of the key, such as a session; a connection among them is asked, as that
+                of `get` is.
             params: from a parameter to the argument, where their names differ.
 
         Raises:
@@ -263,7 +280,8 @@ class AsyncCache(Generic[T]):
         of_call = handle.Cached(function, self._contract.keys.names, ignore, params)
 
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return await self.get(of_call(args, kwargs), load=lambda **_: function(*args, **kwargs))
+            given, connection = of_call(args, kwargs)
+            return await self.get(given, load=lambda **_: function(*args, **kwargs), connection=connection)
 
         return handle.dressed(wrapper, function)
 
@@ -274,6 +292,7 @@ class AsyncCache(Generic[T]):
         load: Callable[..., Awaitable[T | None] | T | None],
         rate: float = 50.0,
         limit: int | None = None,
+        connection: Any = None,
     ) -> int:
         """Load what is not in the cache, one after the other, and return how many values were stored.
 
@@ -284,7 +303,13 @@ class AsyncCache(Generic[T]):
             load: as for `get`.
             rate: loads a second, at most.
             limit: loads, at most.
+            connection: as for `get`.
         """
+        if connection is None:
+            connection = self._link.connection
+        if connection is not None and await transactions.aown_view(connection):
+            self._contract.metrics.bypasses("transaction")
+            return 0
         return await self._link.run(
             self._contract.warm(handle.keyed(self._contract, items), rate=rate, limit=limit), _each(load)
         )
@@ -391,6 +416,7 @@ class AsyncCaches:
         slot: str = "cdc_invalidator",
         watermark: str = "",
         standby: str = "",
+        connection: Any = None,
         env: Mapping[str, str] | None = None,
         options: Options[Any] | None = None,
         breaker: Breaker | None = None,
@@ -405,6 +431,8 @@ class AsyncCaches:
             slot: the daemon's ``CDC_SLOT``, which names the watermark unless ``watermark`` does.
             watermark: the daemon's ``CDC_WATERMARK``, if that is set.
             standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.
+            connection: that loaders use, or a function that returns it, where reads name none; Django's connections are
+                asked without being named. See `transactions`.
             env: the environment of key templates; the process's by default.
             options: how caches are read, unless `AsyncCache.using` says otherwise.
             breaker: detects that Redis is gone.
@@ -412,11 +440,12 @@ class AsyncCaches:
 
         Raises:
             errors.WrongRules: all mistakes of all files.
+            TypeError: the connection can't be asked.
         """
         world = handle.world(watermark or slot, standby, cluster=isinstance(redis, RedisCluster))
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
-        return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts))
+        return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts, connection))
 
     def __getitem__(self, name: str) -> AsyncCache[Any]:
         found = self._handles.get(name)

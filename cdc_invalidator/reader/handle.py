@@ -20,6 +20,7 @@ from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.transactions import is_connection
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.wording import nearest
@@ -219,6 +220,7 @@ class Cached:
         params: Mapping[str, str] | None,
     ) -> None:
         self._signature = inspect.signature(function)
+        self._ignored = tuple(ignore)
         self._arguments = {name: (params or {}).get(name, name) for name in names}
         has = self._signature.parameters
         missing = [argument for argument in self._arguments.values() if argument not in has]
@@ -231,11 +233,13 @@ class Cached:
                 f'be served for all of its values; make it one, or write ignore=["{extra[0]}"]'
             )
 
-    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the parameters of a call."""
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Return the parameters of a call, and the connection among its other arguments, if there is one."""
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return {name: bound.arguments[argument] for name, argument in self._arguments.items()}
+        given = bound.arguments
+        connection = next((given[name] for name in self._ignored if is_connection(given.get(name))), None)
+        return {name: given[argument] for name, argument in self._arguments.items()}, connection
 
 
 def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:

@@ -52,15 +52,25 @@ settings.configure(
     DATABASES={"default": {
         "ENGINE": "django.db.backends.postgresql", "HOST": given["host"], "PORT": given["port"],
         "NAME": given["dbname"], "USER": given["user"], "PASSWORD": given.get("password"),
+        "ATOMIC_REQUESTS": True,
     }},
 )
 import django
 django.setup()
+from django.http import HttpResponse
 from django.test import Client
 import view
+from shop.models import User
 
-urlpatterns = [path("users/<int:id>", view.user)]
-client = Client()
+def renamed(request, id):
+    User.objects.filter(pk=id).update(name="rolled back")
+    raise RuntimeError(view.user(request, id).content.decode())
+
+def handler500(request):
+    return HttpResponse('{"failed": %s}' % sys.exc_info()[1])
+
+urlpatterns = [path("users/<int:id>", view.user), path("users/renamed/<int:id>", renamed)]
+client = Client(raise_request_exception=False)
 for line in sys.stdin:
     print(client.get(f"/users/{line.strip()}").content.decode(), flush=True)
 """
@@ -82,7 +92,7 @@ class View:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def shows(self, number: int) -> Any:
+    def shows(self, number: int | str) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(f"{number}\n")
@@ -130,6 +140,24 @@ def test_a_view_of_the_readme_shows_what_is_written(
         assert redis_client.exists("shop:prod:user:42", "shop:prod:user:43") == 0
         assert view.shows(42) == {"id": 42, "name": "Grace"}
         assert view.shows(43) == {"id": 43, "name": "Edsger"}
+
+
+def test_a_django_request_that_fails_leaves_nothing_of_what_it_wrote(
+    database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    (tmp_path / "rules.yaml").write_text(RULES)
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "__init__.py").touch()
+    (tmp_path / "shop" / "models.py").write_text(MODELS)
+    (tmp_path / "view.py").write_text(blocks()[1])
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)", "INSERT INTO users VALUES (42, 'Ada')")
+    with application(tmp_path, DJANGO, database, redis_url) as view:
+        assert view.shows("renamed/42") == {"failed": {"id": 42, "name": "rolled back"}}, "it reads its own write"
+        assert not redis_client.keys("*")
+        assert view.shows(42) == {"id": 42, "name": "Ada"}
+        assert redis_client.exists("shop:prod:user:42")
+        assert view.shows("renamed/42") == {"failed": {"id": 42, "name": "rolled back"}}, "whatever the cache has"
+        assert view.shows(42) == {"id": 42, "name": "Ada"}
 
 
 def test_a_writer_of_the_readme_reads_its_own_write(

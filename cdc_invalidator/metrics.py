@@ -222,6 +222,13 @@ class Metrics:
         self.redis_misses = reported(
             "counter", "redis_keyspace_misses_total", "Misses (keyspace_misses in INFO of Redis)."
         )
+        self.redis_own_hits = counter(
+            "redis_own_hits_total", "Those of redis_keyspace_hits_total that are the daemon's own reads."
+        )
+        self.redis_own_misses = counter(
+            "redis_own_misses_total",
+            "Those of redis_keyspace_misses_total that are the daemon's own reads: bumps of versions that nobody has.",
+        )
         self.redis_evicted = reported(
             "counter", "redis_evicted_keys_total", "Evicted keys (evicted_keys in INFO of Redis)."
         )
@@ -234,6 +241,12 @@ class Metrics:
         """Count a gap and note its time: a gap at the start is counted before anybody has seen the counter at 0."""
         self._gaps.labels(reason).inc()
         self._gap_at.labels(reason).set_to_current_time()
+
+    def looked_up(self, found: tuple[int, int]) -> None:
+        """Count the daemon's own hits and misses."""
+        hits, misses = found
+        self.redis_own_hits.inc(hits)
+        self.redis_own_misses.inc(misses)
 
     def rules(self, digest: str, names: Iterable[str]) -> None:
         """Show which rules are in force; count their errors from 0, so that the first one shows as an increase."""

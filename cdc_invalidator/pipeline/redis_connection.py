@@ -97,4 +97,5 @@ class RedisConnection:
         self._metrics.redis_up.set(0)
         if self.server is not None:
             server, self.server = self.server, None
+            self._metrics.looked_up(server.lookups.take())
             await server.close()

@@ -122,6 +122,7 @@ class Cluster(CacheServer):
         await opened.connect()
         await require_commands(opened)
         await self.scripts.load(opened)
+        opened.answered = self.lookups.count
 
     @property
     def nodes(self) -> list[Node]:

@@ -1,4 +1,4 @@
-"""What INFO says of the servers, as metrics: hits, misses, evictions, memory.
+"""What INFO says of the servers, as metrics: hits, misses (and which of them are our own), evictions, memory.
 
 The rule that holds here: an ACL that refuses INFO costs only these figures and one line in the log.
 """
@@ -44,6 +44,8 @@ class InfoMetrics:
                 _log.warning("info_refused", error="Redis refuses INFO; grant it to see hits, misses and memory.")
             self._refused = True
             return
+        # Now, so that figures of one moment are compared.
+        self._metrics.looked_up(server.lookups.take())
         self._metrics.redis_hits.set(info["keyspace_hits"])
         self._metrics.redis_misses.set(info["keyspace_misses"])
         self._metrics.redis_evicted.set(info["evicted_keys"])

@@ -78,6 +78,8 @@ class Node:
             ) from None
         self._follower: AbstractConnection | None = None
         self._caught_up: deque[asyncio.Future[None]] = deque()
+        # Is told of each round trip.
+        self.answered: Callable[[Sequence[Command], Sequence[Any]], None] | None = None
         # One round trip at a time, so that each caller gets its own replies.
         self._turn = asyncio.Lock()
 
@@ -179,6 +181,8 @@ class Node:
             # The next caller must not get the replies of an interrupted round trip.
             await self.close()
             raise
+        if self.answered is not None:
+            self.answered(commands, answers)
         return answers
 
     async def follow(self, command: Command, note: Callable[[Sequence[bytes] | None], None]) -> asyncio.Task[None]:

@@ -35,6 +35,7 @@ class Observed(CacheServer):
         self._writes = writes
         self._following: dict[Node, asyncio.Task[None]] = {}
         self._server = server
+        self.lookups = server.lookups
         server.scripts.read_only = True
 
     async def connect(self) -> None:

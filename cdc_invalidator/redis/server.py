@@ -15,6 +15,7 @@ from typing import Any
 from cdc_invalidator import errors
 from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.fingerprint import Look
+from cdc_invalidator.redis.lookups import Lookups
 from cdc_invalidator.redis.node import Command, Node, failed
 from cdc_invalidator.redis.scripts import ScriptDigests
 from cdc_invalidator.redis.watermark import Watermark
@@ -61,6 +62,8 @@ class CacheServer(ABC):
     def __init__(self, watermark: str) -> None:
         self.watermark_key = f"cdc:{watermark}:watermark".encode()
         self.scripts = ScriptDigests()
+        # What our own commands add to the hits and misses of INFO.
+        self.lookups = Lookups()
 
     @abstractmethod
     async def connect(self) -> None:

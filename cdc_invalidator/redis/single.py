@@ -68,6 +68,7 @@ class Single(CacheServer):
         self._node = await self._find()
         await require_commands(self._node)
         await self.scripts.load(self._node)
+        self._node.answered = self.lookups.count
 
     @property
     def nodes(self) -> list[Node]:

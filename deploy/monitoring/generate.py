@@ -85,7 +85,11 @@ def load_time(share: float) -> str:
 
 
 SERVED = " + ".join(read(f"{kind}_total") for kind in ("hits", "negative_hits", "l1_hits"))
-HITS, MISSES = total(rate("redis_keyspace_hits_total")), total(rate("redis_keyspace_misses_total"))
+# What the daemons read themselves is not the application's.
+HITS, MISSES = (
+    f"clamp_min({total(rate(f'redis_keyspace_{kind}_total'))} - {total(rate(f'redis_own_{kind}_total'))}, 0)"
+    for kind in ("hits", "misses")
+)
 BUSTED, EXISTED = total(rate("busted_keys_total", OF_CACHE)), total(rate("busted_keys_existed_total", OF_CACHE))
 CHANGES = total(rate("changes_total"))
 

@@ -32,6 +32,7 @@ from cdc_invalidator.pipeline.recent import CAPACITY, Recent
 from cdc_invalidator.pipeline.sweep import SweepOptions
 from cdc_invalidator.pipeline.verify import Verify
 from cdc_invalidator.postgres.snapshot import Horizon
+from cdc_invalidator.redis.lookups import Lookups
 from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark
 from cdc_invalidator.rules.load import parse_rules
@@ -178,6 +179,7 @@ class Server:
     watermarked = True
 
     def __init__(self, world: World) -> None:
+        self.lookups = Lookups()
         self._world = world
         self._opened = world.opened
 

@@ -104,11 +104,10 @@ class Metrics:
         )
         self.postgres_connects = counter("postgres_connects_total", "PostgreSQL sessions that started to stream.")
         self.watches = counter("watches_total", "Checks of the slot, the publication and the tables of the rules.")
-        self.database_commits = reported(
-            "counter", "database_commits_total", "Commits in the database (xact_commit in pg_stat_database)."
-        )
-        self.database_rollbacks = reported(
-            "counter", "database_rollbacks_total", "Rollbacks in the database (xact_rollback in pg_stat_database)."
+        self.rows_written = reported(
+            "counter",
+            "database_rows_written_total",
+            "Rows inserted, updated and deleted in the database (pg_stat_database), whether rules match or not.",
         )
 
         # The busts.

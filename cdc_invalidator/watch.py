@@ -120,9 +120,7 @@ class Watch:
         show(state, self._metrics)
         away = self._apply.redis.away_since is not None
         self._bound(state, relief=away and await self._relief())
-        activity = await self._slot.activity()
-        self._metrics.database_commits.set(activity.commits)
-        self._metrics.database_rollbacks.set(activity.rollbacks)
+        self._metrics.rows_written.set(await self._slot.rows_written())
 
     def _bound(self, state: SlotState, *, relief: bool = False) -> None:
         """Keep the WAL that the slot retains below the limit, whoever is to blame.

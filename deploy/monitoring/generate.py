@@ -173,8 +173,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "Writes",
             "cps",
             Query(CHANGES, "{{slot}} changes matched"),
-            Query(total(rate("database_commits_total")), "{{slot}} commits, the whole database"),
-            about="All commits of the database: readers' and the daemon's own are among them.",
+            Query(total(rate("database_rows_written_total")), "{{slot}} rows written, the whole database"),
         ),
         lines("Keys busted a change", "short", Query(f"{BUSTED} / {CHANGES}", "{{slot}}")),
         lines("Share of busted keys that were there", "percentunit", Query(f"{EXISTED} / {BUSTED}", "{{slot}}"), max=1),
@@ -323,12 +322,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             Query(total(rate("redis_evicted_keys_total")), "{{slot}} evicted"),
             Query(total(rate("redis_expired_keys_total")), "{{slot}} expired"),
             Query(EXISTED, "{{slot}} busted keys that were there"),
-        ),
-        lines(
-            "The database's transactions",
-            "cps",
-            Query(total(rate("database_commits_total")), "{{slot}} commits"),
-            Query(total(rate("database_rollbacks_total")), "{{slot}} rollbacks"),
         ),
         lines(
             "Servers reached",

@@ -1,4 +1,4 @@
-"""The hit rate of the application's reads, as the metrics tell it: what the daemon itself reads is not among them."""
+"""What the metrics tell of the servers' own figures: the daemon's share is not taken for the application's."""
 
 from __future__ import annotations
 
@@ -26,10 +26,14 @@ rules:
 READS = 2000
 
 
-class Daemon(RunningDaemon):
-    """Asks for INFO often."""
+# The same, and another table.
+MORE_RULES = RULES + "  - {name: team-changed, table: public.teams, bust: [user]}\n"
 
-    deadlines: ClassVar[Mapping[str, float]] = {"redis.info.INFO_SECONDS": 0.1}
+
+class Daemon(RunningDaemon):
+    """Looks at the servers often."""
+
+    deadlines: ClassVar[Mapping[str, float]] = {"redis.info.INFO_SECONDS": 0.1, "watch.WATCH_SECONDS": 0.1}
 
     def reads_of_others(self) -> tuple[float, float]:
         """Give the hits and misses that are not the daemon's own."""
@@ -77,3 +81,35 @@ def test_reads_that_all_hit_show_as_hits_whatever_is_busted(
             lambda: daemon.reads_of_others()[0] - hits >= READS and daemon.reads_of_others()[1] - misses <= 5,
             f"{READS} hits beside a few looks at the watermark; it is {daemon.reads_of_others()}, was {known}",
         )
+
+
+def test_a_new_session_looks_like_no_burst_of_writes(
+    database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path
+) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(RULES)
+    execute(
+        database,
+        "CREATE TABLE users (id int PRIMARY KEY, name text)",
+        "CREATE TABLE teams (id int PRIMARY KEY)",
+        "INSERT INTO users VALUES (1, '')",
+    )
+    with Daemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name) as daemon:
+
+        def looked() -> float:
+            looks = daemon.metric("cdc_invalidator_watches_total") + 2
+            eventually(lambda: daemon.metric("cdc_invalidator_watches_total") >= looks, "it has looked twice")
+            return daemon.metric("cdc_invalidator_database_rows_written_total")
+
+        daemon.ready()
+        before = looked()
+        # One transaction each, which the walsender decodes.
+        execute(database, *["UPDATE users SET name = name || '.'"] * 500)
+        settled(database, redis_client, slot_name)
+        eventually(lambda: looked() >= before + 500, "the writes are counted")
+        known = looked()
+        rules.write_text(MORE_RULES)
+        eventually(lambda: daemon.metric("cdc_invalidator_postgres_connects_total") == 2, "it streams anew")
+        settled(database, redis_client, slot_name)
+        # Some rows of catalogs are written for the publication.
+        assert known <= looked() < known + 100

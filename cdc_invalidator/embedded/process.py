@@ -1,7 +1,7 @@
 """Child processes that never outlive this one, and what they need: folders, ports, an unprivileged user.
 
 All folders are inside one scratch folder, which is removed when this process ends. If this process is killed, a
-guardian stops each child.
+guardian stops each child and removes that folder, which may lie in memory.
 
 PostgreSQL refuses to run as root, so root starts it as uid 65534, without creating a user.
 """
@@ -105,8 +105,15 @@ def free_port() -> int:
 
 
 # Reads a pipe that only this process writes to. When it ends, this process is gone, and the child must go too.
-# CONT, because the child may be paused.
-_GUARDIAN: Final = 'cat >/dev/null; kill -"$2" "$1"; kill -CONT "$1"'
+# CONT, because the child may be paused. It is given ten seconds.
+_GUARDIAN: Final = """
+cat >/dev/null
+kill -"$2" "$1"
+kill -CONT "$1"
+n=0
+while [ $n -lt 100 ] && kill -0 "$1"; do sleep 0.1; n=$((n + 1)); done
+rm -rf "$3"
+"""
 
 
 def plain_environment() -> dict[str, str]:
@@ -150,7 +157,7 @@ class ChildProcess:
                 **user,
             )
         self._guardian = subprocess.Popen(  # noqa: S603
-            ["/bin/sh", "-c", _GUARDIAN, "guardian", str(self.pid), orphaned],
+            ["/bin/sh", "-c", _GUARDIAN, "guardian", str(self.pid), orphaned, str(scratch())],
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

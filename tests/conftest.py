@@ -5,6 +5,7 @@ A missing server skips the test on a developer's machine, and fails it where CI 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import secrets
@@ -58,6 +59,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return len(os.sched_getaffinity(0)) * 3 // 2 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def pytest_collection_finish() -> None:
+    """Let the collector of garbage leave alone what thousands of collected tests consist of."""
+    gc.collect()
+    gc.freeze()
+
+
 def _available(make: Callable[[], Server]) -> Server:
     """Make a server, or skip; in CI nothing is skipped."""
     try:
@@ -104,6 +111,14 @@ def redis_client(redis_url: str) -> Iterator[redis.Redis]:
     """A client of the same database as redis_url; replies are bytes."""
     with redis.Redis.from_url(redis_url) as client:
         yield client
+
+
+@pytest.fixture
+def rules(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A rule file with the module's RULES."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(request.module.RULES)
+    return path
 
 
 @pytest.fixture

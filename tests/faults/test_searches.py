@@ -29,13 +29,6 @@ SLOW = {"sweep_rate": "1000"}
 
 
 @pytest.fixture
-def rules(tmp_path: Path) -> Path:
-    path = tmp_path / "rules.yaml"
-    path.write_text(RULES)
-    return path
-
-
-@pytest.fixture
 def valkey() -> Iterator[Valkey]:
     with Valkey(settings={"enable-debug-command": "yes"}) as valkey:
         yield valkey

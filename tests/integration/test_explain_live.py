@@ -29,13 +29,6 @@ rules:
 
 
 @pytest.fixture
-def rules(tmp_path: Path) -> Path:
-    path = tmp_path / "rules.yaml"
-    path.write_text(RULES)
-    return path
-
-
-@pytest.fixture
 def tables(database: str) -> str:
     execute(
         database,

@@ -66,13 +66,6 @@ SCHEMA = [
 
 
 @pytest.fixture
-def rules(tmp_path: Path) -> Path:
-    path = tmp_path / "rules.yaml"
-    path.write_text(RULES)
-    return path
-
-
-@pytest.fixture
 def shop(database: str) -> str:
     execute(database, *SCHEMA)
     return database

@@ -29,13 +29,6 @@ rules:
 
 
 @pytest.fixture
-def rules(tmp_path: Path) -> Path:
-    path = tmp_path / "rules.yaml"
-    path.write_text(RULES)
-    return path
-
-
-@pytest.fixture
 def daemon(
     database: str, redis_url: str, redis_client: redis.Redis, rules: Path, slot_name: str
 ) -> Iterator[RunningDaemon]:

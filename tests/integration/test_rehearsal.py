@@ -101,13 +101,6 @@ def schema(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def rules(tmp_path: Path) -> Path:
-    path = tmp_path / "rules.yaml"
-    path.write_text(RULES)
-    return path
-
-
 def test_tests_that_pass_are_counted_and_no_server_is_needed(tmp_path: Path, rules: Path) -> None:
     assert run_tests(rules).stdout == "9 passed, 0 failed\n"
     rules.write_text(DESIGN)

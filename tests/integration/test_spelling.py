@@ -41,13 +41,6 @@ UPDATE = "UPDATE days SET note = note || '.'"
 
 
 @pytest.fixture
-def rules(tmp_path: Path) -> Path:
-    path = tmp_path / "rules.yaml"
-    path.write_text(RULES)
-    return path
-
-
-@pytest.fixture
 def role(database: str, postgres: Postgres, slot_name: str) -> Iterator[str]:
     """The connection string of a role that the daemon has for itself."""
     execute(

@@ -29,11 +29,13 @@ from cdc_invalidator.redis.fitness import Fitness
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.reload import Reload
 from cdc_invalidator.rules.model import RuleSet
+from cdc_invalidator.rules.table import Table
 from cdc_invalidator.session import STANDBY_SECONDS, Opened, Role, Session, SessionOptions
 from cdc_invalidator.trouble import Trouble
 from cdc_invalidator.waiting import within
 from cdc_invalidator.web import server
 from cdc_invalidator.web.exposition import Exposition
+from cdc_invalidator.web.page import StatusPage, View
 from cdc_invalidator.web.pulse import Answer, Pulse
 from cdc_invalidator.web.site import Site
 
@@ -60,6 +62,7 @@ class Daemon:
         source: the rule file, or the directory of rule files, that ``rules`` were read from.
         inspection: looks at what was busted, or would have been.
         fitness: whether Redis takes busts, while this daemon stands by.
+        page: the page for people; ``None`` if there is none.
     """
 
     def __init__(
@@ -73,7 +76,9 @@ class Daemon:
         source: Path,
         inspection: Inspection,
         fitness: Fitness,
+        page: StatusPage | None = None,
     ) -> None:
+        self._page = page
         self._options = options
         self._open_server = open_server
         self._rules = rules
@@ -122,12 +127,10 @@ class Daemon:
             errors.ServerRefuses: a server refuses for good. One that has let us in once, and refuses user or password
                 now, is asked again with the connection string of then.
         """
-        slot, metrics = self._options.slot, self._metrics
-        exposition = Exposition(lambda openmetrics: metrics.render(slot, openmetrics=openmetrics))
         with (
             _signals(self._ask_to_stop, self._reload.ask),
             Pulse(self._look) as pulse,
-            server.serve(Site(pulse, exposition).get, http_host, http_port) as port,
+            self._serve(pulse, http_host, http_port) as port,
         ):
             _log.info("started", http_port=port, slot=self._options.slot, rules=self._rules.digest)
             self._check_hash_tags()
@@ -145,6 +148,14 @@ class Daemon:
                 reloading.cancel()
                 await asyncio.wait({reloading})
         _log.info("stopped")
+
+    @contextmanager
+    def _serve(self, pulse: Pulse, host: str, port: int) -> Iterator[int]:
+        slot, metrics = self._options.slot, self._metrics
+        exposition = Exposition(lambda openmetrics: metrics.render(slot, openmetrics=openmetrics))
+        site = Site(pulse, exposition, self._page, self.view)
+        with server.serve(site.get, host, port, site.run) as found:
+            yield found
 
     def _ask_to_stop(self) -> None:
         if self._stop.is_set():
@@ -388,6 +399,44 @@ class Daemon:
             },
             "last_error": trouble.text if trouble else None,
             "last_error_since": trouble.at if trouble else None,
+        }
+
+    def view(self) -> View:
+        """Return what the page shows besides; see `web.page.NOTHING` for its form."""
+        options, metrics, rules = self._options, self._metrics, self._rules
+        session, opened = self._session, self._opened
+        apply = opened.apply if opened and self._role == "leader" else None
+        tables = session.tables if session else None
+        retained = metrics.retained_wal.value
+        return {
+            "postgres": options.postgres_dsn.place,
+            "postgres_up": bool(metrics.postgres_up.value),
+            "redis": options.redis.place,
+            "redis_up": bool(metrics.redis_up.value),
+            "retained": retained,
+            "retained_limit": options.max_retained_wal,
+            "standbys": ", ".join(name for (name,), _ in metrics.standby_awaited.items()),
+            "caches": list(rules.kept),
+            "rules": rules,
+            "swept": apply.left_out if apply else {},
+            "denied": list(apply.denied) if apply else [],
+            "unpublished": [self._unseen(table) for table in tables.unseen] if tables else [],
+            "remedies": [
+                {"sentence": each.sentence, "sql": each.sql, "or_sql": each.or_sql} for each in tables.remedies()
+            ]
+            if tables and tables.unseen
+            else [],
+            "sweeps": apply.sweeps if apply else [],
+        }
+
+    def _unseen(self, table: Table) -> dict[str, Any]:
+        of_table = [rule for rule in self._rules.rules if rule.table == table]
+        tables = self._session.tables if self._session else None
+        missing = tables is not None and table in tables.survey.unknown
+        return {
+            "table": str(table),
+            "why": "does not exist" if missing else "exists, but is not published",
+            "caches": sorted({bust.cache.name for rule in of_table for bust in rule.busts}),
         }
 
 

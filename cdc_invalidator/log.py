@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
 
 import orjson
@@ -39,6 +40,12 @@ MOST_UNTOLD = 200_000
 # So long nobody must have taken anything before that is told.
 STUCK_SECONDS = 10.0
 BYTES_A_WRITE = 1 << 18
+# What the journal keeps: events, and of busts the last lines of the last flushes, each as long as some lines with many
+# keys are.
+JOURNAL_EVENTS = 60
+JOURNAL_FLUSHES = 10
+JOURNAL_BYTES = 1 << 15
+TURNING_POINTS = frozenset({"started", "role", "streaming", "reloaded", "reload_unchanged", "gap", "cache_granted"})
 LAST_WORDS_SECONDS = 1.0
 
 Form = Literal["json", "console"]
@@ -157,8 +164,68 @@ class Output:
                 self._emptied.set()
 
 
-def configure(form: Form, level: str, descriptor: int | None = None) -> Output:
+class Journal:
+    """The last lines, for those who look at the page: busts, and what else happened. Any thread may read it."""
+
+    def __init__(self) -> None:
+        self._busts: deque[bytes] = deque(maxlen=JOURNAL_FLUSHES)
+        self._happened: deque[dict[str, Any]] = deque(maxlen=JOURNAL_EVENTS)
+
+    def take(self, text: bytes, level: Level) -> None:
+        """Keep what `EventLog` writes: lines of busts if their level is ``info``."""
+        if level == "info":
+            # Of many, as much as fits: it costs next to nothing, and nobody reads more.
+            self._busts.append(text if len(text) <= JOURNAL_BYTES else text[-JOURNAL_BYTES:])
+            return
+        for line in text.splitlines():
+            self.happened(orjson.loads(line))
+
+    def happened(self, event: dict[str, Any]) -> None:
+        """Keep an event, if it is of those that are asked for the morning after."""
+        if event["level"] not in {"warning", "error", "critical"} and event["event"] not in TURNING_POINTS:
+            return
+        last: dict[str, Any] = self._happened[-1] if self._happened else {"event": None}
+        if (event["event"], event.get("error")) == (last["event"], last.get("error")):
+            # One that is told again and again must not drive the others out.
+            times, since = last.get("times", 1) + 1, last.get("since", last["ts"])
+            self._happened[-1] = event | {"times": times, "since": since}
+        else:
+            self._happened.append(event)
+
+    def process(self, _logger: Any, _name: str, event: Any) -> Any:
+        """Keep what structlog logs, as one of its processors."""
+        if event["event"] in {"bust", "observed"}:
+            self.take(_dumps(event) + b"\n", "info")
+        else:
+            self.happened(dict(event))
+        return event
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, the newest last."""
+        return list(self._happened)
+
+    def busts(self, most: int) -> list[dict[str, Any]]:
+        """Return the last busts as their events, the newest first."""
+        found: list[dict[str, Any]] = []
+        for text in reversed(list(self._busts)):
+            # The first line may have been cut.
+            whole = text if len(text) < JOURNAL_BYTES else text.partition(b"\n")[2]
+            for line in reversed(whole.splitlines()):
+                found.append(orjson.loads(line))
+                if len(found) == most:
+                    return found
+        return found
+
+
+def configure(form: Form, level: str, descriptor: int | None = None, journal: Journal | None = None) -> Output:
     """Set structlog up for the process: one line an event on a file descriptor; ``None``: on standard output.
+
+    Args:
+        form: how lines look.
+        level: the lowest that is written.
+        descriptor: where to.
+        journal: what keeps the last lines, also of lower levels.
 
     Raises:
         errors.WrongSettings: there is no standard output.
@@ -171,13 +238,17 @@ def configure(form: Form, level: str, descriptor: int | None = None) -> Output:
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
         structlog.processors.format_exc_info,
     ]
+    least = _number(level)
+    if journal is not None:
+        shared += [journal.process, partial(_drop_below, least)]
+        least = min(least, logging.INFO)
     if form == "json":
         shared.append(structlog.processors.JSONRenderer(_dumps))
     else:
         shared += [_visible, console(), lambda _logger, _name, text: text.encode()]
     structlog.configure(
         processors=shared,
-        wrapper_class=structlog.make_filtering_bound_logger(_number(level)),
+        wrapper_class=structlog.make_filtering_bound_logger(least),
         logger_factory=structlog.BytesLoggerFactory(output),  # type: ignore[arg-type]  # it writes and flushes
         cache_logger_on_first_use=True,
     )
@@ -197,6 +268,12 @@ def last_words(why: str, exit_code: int) -> None:
         descriptor = sys.stdout.fileno()
         if select.select([], [descriptor], [], LAST_WORDS_SECONDS)[1]:
             os.write(descriptor, orjson.dumps(line, option=orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE))
+
+
+def _drop_below(least: int, _logger: Any, _name: str, event: Any) -> Any:
+    if _number(event["level"]) < least:
+        raise structlog.DropEvent
+    return event
 
 
 def console() -> structlog.dev.ConsoleRenderer:
@@ -230,13 +307,21 @@ class EventLog:
         output: what `configure` gave.
         form: how lines look.
         level: nothing is written above ``info``.
+        journal: what keeps the last lines, whatever the level is; ``None`` for nothing.
         dropped: is told how many lines are dropped each time.
     """
 
     def __init__(
-        self, output: Output, form: Form, level: str, *, dropped: Callable[[int], None] = lambda _lines: None
+        self,
+        output: Output,
+        form: Form,
+        level: str,
+        journal: Journal | None = None,
+        *,
+        dropped: Callable[[int], None] = lambda _lines: None,
     ) -> None:
         self._output = output
+        self._journal = journal
         self._log = structlog.get_logger()
         self.direct = form == "json"
         self._least = _number(level)
@@ -250,10 +335,10 @@ class EventLog:
 
     def write(self, events: Iterable[Event], event: str = "bust", level: Level = "info") -> None:
         """Write events of that name."""
-        if _number(level) < self._least:
-            return
-        if self.direct:
+        if self.direct and (self._journal is not None or _number(level) >= self._least):
             self.write_text(self.render(events, event, level), level)
+            return
+        if _number(level) < self._least:
             return
         for shared, own in events:
             if self._drops:
@@ -277,7 +362,11 @@ class EventLog:
 
     def write_text(self, text: bytes, level: Level = "info") -> None:
         """Write events that are rendered as JSON lines already."""
-        if not text or _number(level) < self._least:
+        if not text:
+            return
+        if self._journal is not None:
+            self._journal.take(text, level)
+        if _number(level) < self._least:
             return
         if self._drops:
             # Not before: to count lines takes 0.1 µs for each, an eighth of what it takes to render it.

@@ -101,6 +101,12 @@ class Family(Collector):
         """Set its one series to the Unix time."""
         self.labels().set_to_current_time()
 
+    @property
+    def value(self) -> float | None:
+        """The figure of its one series; ``None`` if it is not shown."""
+        series = self._series.get(())
+        return series.value if series is not None else None
+
     def clear(self) -> None:
         """Show nothing of what was known, until somebody knows again."""
         self._series = {}
@@ -150,9 +156,12 @@ class Histogram(Collector):
         self._bounds = [*(repr(float(bound)) for bound in bounds), "+Inf"]
         # By the label's value: its text, the counts and the sum.
         self._series: dict[str, tuple[str, list[int], float]] = {}
+        # Unix time of the last observation, by the label's value.
+        self.last: dict[str, float] = {}
 
     def observe(self, value: str, counts: Sequence[int], total: float) -> None:
         """Add observations: how many fall into each bucket, and their sum."""
+        self.last[value] = time.time()
         known = self._series.get(value)
         if known is None:
             self._series[value] = (label(self._label, value), list(counts), total)

@@ -174,8 +174,9 @@ class Settings(Stream):
     sweep_rate: int = _setting(
         "Most keys per second that sweeps and searches scan; 0: as many as the server can deliver.", 0, ge=0
     )
-    http_host: str = _setting("Address to serve /metrics, /livez, /readyz and /status on.", "0.0.0.0")  # noqa: S104  a Pod's probes come from outside
+    http_host: str = _setting("Address to serve /metrics, /livez, /readyz, /status and the page on.", "0.0.0.0")  # noqa: S104  a Pod's probes come from outside
     http_port: int = _setting("Port to serve these pages on; 0 takes a free one.", 9479, ge=0, le=65535)
+    page: bool = _setting("Serve a page for people at /: what is wrong, and what the caches do.", True)
     log_format: Literal["json", "console"] = _setting("Log format: one JSON object per line, or text.", "json")
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "Lowest level to log. Bust events are info; warning silences them.", "info"
@@ -254,6 +255,8 @@ class Setting(NamedTuple):
             return ""
         if self.type is Size:
             return f"{self.default >> 30}GiB"
+        if self.type is bool:
+            return str(self.default).lower()
         return f"{self.default:g}" if self.type is float else str(self.default)
 
 

@@ -32,7 +32,9 @@ from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.writes import Writes
 from cdc_invalidator.rules.load import load_rules
+from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.session import SessionOptions
+from cdc_invalidator.web.page import StatusPage
 
 # While another thread works, such as that of the pages, the loop that busts waits for the interpreter at most so long.
 # Python's default is ten times as much, several times for each bust.
@@ -55,10 +57,11 @@ def run(given: settings.Settings, *, seconds: float | None = None, log_to: int |
         errors.InvalidatorError: see `Daemon.run`.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
-    output = log.configure(given.log_format, given.log_level, log_to)
+    journal = log.Journal() if given.page else None
+    output = log.configure(given.log_format, given.log_level, log_to, journal)
     for sentence in settings.renamed(given):
         structlog.get_logger().warning("setting_renamed", error=sentence)
-    daemon = _daemon(given, output)
+    daemon = _daemon(given, output, journal)
     # What is loaded by now stays, so the collector need not look at it again. It did not look before, either: imports
     # leave hardly a cycle.
     gc.freeze()
@@ -70,7 +73,14 @@ def run(given: settings.Settings, *, seconds: float | None = None, log_to: int |
     return daemon.status()
 
 
-def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
+def _explain(rules: RuleSet, key: str) -> dict[str, Any]:
+    # Most daemons are never asked.
+    from cdc_invalidator.commands.explain import explain_key  # noqa: PLC0415
+
+    return explain_key(rules, key)
+
+
+def _daemon(given: settings.Settings, output: log.Output, journal: log.Journal | None) -> Daemon:
     metrics = Metrics(CollectorRegistry())
     # Addresses that can't be used are reported before a server is touched.
     redis = EndpointSource(given.redis_url)
@@ -98,7 +108,7 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
     kept = given.event_stream if not observing else ""
     stream = EventStream(kept, given.event_stream_length, metrics) if kept else None
     display = log.KeyDisplay(given.log_keys, given.log_hash_key().encode() if given.log_hash_key else None)
-    event_log = log.EventLog(output, given.log_format, given.log_level, dropped=metrics.events_dropped.inc)
+    event_log = log.EventLog(output, given.log_format, given.log_level, journal, dropped=metrics.events_dropped.inc)
     events = Events(metrics, display, event_log, stream=stream, observing=observing, logged=given.log_busts)
     open_server: Callable[[], CacheServer] = partial(cache_server, redis, given.watermark_name)
     fitness = Fitness(partial(_probed, open_server, read_only=observing), patience=given.handover_seconds)
@@ -111,7 +121,8 @@ def _daemon(given: settings.Settings, output: log.Output) -> Daemon:
         open_server = partial(_observed, open_server, given.watermark_name, writes)
     else:
         inspection = Verify(given.verify_sample, given.observe_grace, metrics=metrics, events=events)
-    return Daemon(options, open_server, rules, metrics, events, standbys, given.rules, inspection, fitness)
+    page = StatusPage(metrics, journal, display, _explain) if journal is not None else None
+    return Daemon(options, open_server, rules, metrics, events, standbys, given.rules, inspection, fitness, page)
 
 
 def _probed(open_server: Callable[[], CacheServer], *, read_only: bool) -> CacheServer:

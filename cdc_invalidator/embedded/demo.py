@@ -78,6 +78,7 @@ def _show(console: Console, stack: contextlib.ExitStack, seconds: float, keep: b
     daemon = stack.enter_context(_DemoDaemon(dsn, valkey.url))
     daemon.wait_until_ready()
     console.print(f"\n[bold]The same shop works for {seconds:g} s; the daemon deletes what commits make stale[/bold]")
+    console.print(f"Its page meanwhile: http://{HOST}:{daemon.port}/", soft_wrap=True)
     with_daemon = phases.run(seconds, daemon)
 
     console.print()
@@ -434,7 +435,7 @@ def _stay(console: Console, daemon: _DemoDaemon, postgres: Postgres, dsn: str, u
         "\n[bold]All stays up until Ctrl-C. The shop is idle: change a row, and see its busts here.[/bold]",
         f"  {psql} '{dsn}'",
         f"  redis-cli -u {url}",
-        f"  curl http://{HOST}:{daemon.port}/metrics",
+        f"  the daemon's page: http://{HOST}:{daemon.port}/",
         "  try: UPDATE users SET name = 'Grace' WHERE id = 42;\n",
     ):
         console.print(line, soft_wrap=True)

@@ -144,6 +144,16 @@ class Apply:
         return self._gaps.sweeping
 
     @property
+    def left_out(self) -> dict[str, str]:
+        """The caches that the watermark leaves out because of a gap, and the reason."""
+        return self._gaps.reasons
+
+    @property
+    def sweeps(self) -> list[dict[str, Any]]:
+        """How far the running sweeps and searches are, see `Sweeps.progress`."""
+        return self._follow_ups.sweeps.progress
+
+    @property
     def searches(self) -> dict[str, Any]:
         """What /status shows of searches."""
         return self._follow_ups.sweeps.status

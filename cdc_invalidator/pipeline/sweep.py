@@ -147,6 +147,8 @@ class Pass(ABC):
         # Taken out of it.
         self.denied: list[Denied] = []
         self.scanned = 0
+        # How many keys there are in Redis; looked at now and then.
+        self.all_keys: int | None = None
         self.began_at = self.logged_at = 0.0
         self.restart()
 
@@ -160,6 +162,7 @@ class Pass(ABC):
     def restart(self) -> None:
         """Begin again: a cursor means nothing to another server."""
         self.begun = False
+        self.passes = 1
         self._cursor: Cursor = None
         self._patterns: list[bytes] = []
 
@@ -182,6 +185,8 @@ class Pass(ABC):
             pattern = self._begin()
             locked = any(asked.cache.version is None for asked in self.asked.values())
             self._patterns = [pattern + LOCK_SUFFIX, pattern] if locked else [pattern]
+            self.passes = len(self._patterns)
+            self.all_keys = await server.size()
         of_locks = len(self._patterns) == 2
         try:
             cursor, keys = await server.scan(self._cursor, self._patterns[0], count)
@@ -209,12 +214,13 @@ class Pass(ABC):
     async def log_progress(self, server: CacheServer) -> None:
         """Log how far it is."""
         self.logged_at = time.monotonic()
+        self.all_keys = await server.size()
         _log.info(
             f"{self.action}_progress",
             **self.shown(),
             passes_left=len(self._patterns),
             scanned=self.scanned,
-            all_keys=await server.size(),
+            all_keys=self.all_keys,
             keys=sum(asked.keys for asked in self.asked.values()),
             existed=sum(asked.existed for asked in self.asked.values()),
         )
@@ -595,6 +601,24 @@ class Sweeps:
             "caches": sorted({name for search in self.searches for name in search.asked}),
             "scanned": sum(search.scanned for search in self.searches),
         }
+
+    @property
+    def progress(self) -> list[dict[str, Any]]:
+        """How far those are that run.
+
+        ``scanned``: of ``passes`` times ``all_keys``, which is ``None`` at first; ``busted``: keys busted so far.
+        """
+        return [
+            {
+                "what": each.action,
+                "caches": sorted(each.asked),
+                "passes": each.passes,
+                "scanned": each.scanned,
+                "all_keys": each.all_keys,
+                "busted": sum(asked.keys for asked in each.asked.values()),
+            }
+            for each in self._running.values()
+        ]
 
     def show(self) -> None:
         """Show in the metrics what runs and waits."""

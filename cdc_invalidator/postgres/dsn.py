@@ -84,7 +84,10 @@ class DsnSource:
     def __init__(self, read: Callable[[], str], setting: str = "CDC_POSTGRES_DSN") -> None:
         self._read = read
         self.setting = setting
-        check_dsn(read(), setting)
+        dsn = read()
+        check_dsn(dsn, setting)
+        # Where it led when it was last read, for people.
+        self.place = place(dsn)
 
     @classmethod
     def fixed(cls, dsn: str, setting: str = "CDC_POSTGRES_DSN") -> Self:
@@ -102,6 +105,7 @@ class DsnSource:
             check_dsn(dsn, self.setting)
         except errors.WrongSettings as error:
             raise errors.PostgresUnavailable(str(error)) from None
+        self.place = place(dsn)
         return dsn
 
 
@@ -159,6 +163,18 @@ def _check_pairs(dsn: str, setting: str) -> None:
         f"{setting} can't be read in one way only; give each name once, and write a password with other signs than "
         r"letters and digits as password='…', with \' and \\ for ' and \ in it."
     )
+
+
+def place(dsn: str) -> str:
+    """Return where a connection string leads, for people: host, port and database, and nothing else of it."""
+    try:
+        given = psycopg.conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        return ""
+    hosts = str(given.get("host") or given.get("hostaddr") or "localhost").split(",")
+    ports = str(given.get("port") or "5432").split(",")
+    places = [f"{host}:{ports[at if at < len(ports) else -1] or 5432}" for at, host in enumerate(hosts)]
+    return f"{', '.join(places)}, database {given.get('dbname') or given.get('user') or ''}"
 
 
 def _check_parameters(rest: str, setting: str) -> None:

@@ -13,6 +13,7 @@ import psycopg
 import structlog
 
 from cdc_invalidator import errors
+from cdc_invalidator.errors import Problem
 from cdc_invalidator.postgres.mistakes import mistakes
 from cdc_invalidator.postgres.publication import Publication, run_statements
 from cdc_invalidator.postgres.spelling import Spelling
@@ -58,6 +59,7 @@ class Tables:
         self._rules = rules
         self._strict = strict
         self._survey: Survey | None = None
+        self._remedies: tuple[Survey, list[Problem]] | None = None
         self._digested: tuple[Survey, dict[str, str]] | None = None
         # The set-up statements that can't be run, each with the reason.
         self._undone: dict[str, Trouble] = {}
@@ -80,6 +82,18 @@ class Tables:
             return None
         texts = dict.fromkeys(each.text for each in self._undone.values())
         return Trouble(" ".join(texts), min(each.since for each in self._undone.values()))
+
+    def remedies(self) -> list[Problem]:
+        """Return what an administrator can do so that all tables of rules are published; the same until one changes."""
+        survey = self.survey
+        if self._remedies is None or self._remedies[0] is not survey:
+            found = mistakes(survey, self._rules)
+            statements = self._publication.statements(survey)
+            if statements:
+                sentence = "The daemon's role can't do this; run it as the owner of the tables and the publication."
+                found.append(Problem("", 0, 0, sentence, sql=tuple(statements)))
+            self._remedies = survey, found
+        return self._remedies[1]
 
     def digests(self) -> dict[str, str]:
         """Return, for each cache that is kept, the digest of its rules and tables for the watermark."""

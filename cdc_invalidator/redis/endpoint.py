@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal, Self
-from urllib.parse import parse_qsl, quote, unquote, urlencode
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from cdc_invalidator import errors
 
@@ -119,6 +119,18 @@ class Endpoint:
             _path=f"/{database}" if database else "",
             _query=tuple(parse_qsl(query)),
         )
+
+    @property
+    def place(self) -> str:
+        """Where it is, for people, and nothing else of it."""
+        if self.kind != "server":
+            service = f" of service {self.service}" if self.service else ""
+            return f"{self.kind}{service} at {', '.join(map(str, self.addresses))}"
+        parts = urlsplit(self.url)
+        if parts.scheme == "unix":
+            return f"socket {parts.path}"
+        database = parts.path.strip("/") or "0"
+        return f"{Address(parts.hostname or 'localhost', parts.port or 6379)}, database {database}"
 
     def at(self, address: Address) -> str:
         """Return the driver's URL of a server that holds caches, at this address."""

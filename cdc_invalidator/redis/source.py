@@ -22,7 +22,10 @@ class EndpointSource:
 
     def __init__(self, read: Callable[[], str]) -> None:
         self._read = read
-        self.kind = self._checked().kind
+        endpoint = self._checked()
+        self.kind = endpoint.kind
+        # Where it led when it was last read, for people.
+        self.place = endpoint.place
 
     @classmethod
     def fixed(cls, url: str) -> Self:
@@ -42,6 +45,7 @@ class EndpointSource:
         if endpoint.kind != self.kind:
             sentence = "CDC_REDIS_URL names another kind of Redis than at the start; restart the daemon."
             raise errors.RedisUnavailable(sentence, code="SETTING", report=True)
+        self.place = endpoint.place
         return endpoint
 
     def _checked(self) -> Endpoint:

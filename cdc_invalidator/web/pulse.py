@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 # How often the loop notes that it turns, and what it would answer.
 BEAT_SECONDS = 1.0
@@ -18,6 +18,8 @@ BEAT_SECONDS = 1.0
 ANSWER_SECONDS = 1.0
 # A loop that has not turned for so long hangs.
 HANGS_SECONDS = 10.0
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +62,29 @@ class Pulse:
         seconds = time.monotonic() - self._turned_at
         if seconds < HANGS_SECONDS:
             return None
-        return f"the loop that busts has not turned for {seconds:.0f} s; the daemon hangs and must be started anew"
+        return f"The daemon hangs: the loop that busts has not turned for {seconds:.0f} s; start it anew."
 
-    async def ask(self) -> tuple[Answer, bool]:
-        """Return what the daemon says now, and False; or what it said last, and True. Another loop may ask."""
+    async def call(self, question: Callable[[], Value]) -> Value | None:
+        """Return what a function gives in the daemon's loop; ``None`` if it does not come to it."""
         asking = asyncio.get_running_loop()
-        answered: asyncio.Future[Answer] = asking.create_future()
+        answered: asyncio.Future[Value] = asking.create_future()
 
-        def answer() -> None:
-            self._answer = self._look()
-            asking.call_soon_threadsafe(tell, self._answer)
-
-        def tell(said: Answer) -> None:
+        def tell(said: Value) -> None:
             if not answered.done():
                 answered.set_result(said)
 
         try:
-            self._loop.call_soon_threadsafe(answer)
+            self._loop.call_soon_threadsafe(lambda: asking.call_soon_threadsafe(tell, question()))
             async with asyncio.timeout(ANSWER_SECONDS):
-                return await answered, False
+                return await answered
         except (TimeoutError, RuntimeError):
             # A loop that is closed says so by a RuntimeError.
+            return None
+
+    async def ask(self) -> tuple[Answer, bool]:
+        """Return what the daemon says now, and False; or what it said last, and True. Another loop may ask."""
+        said = await self.call(self._look)
+        if said is None:
             return self._answer, True
+        self._answer = said
+        return said, False

@@ -11,7 +11,7 @@ import asyncio
 import resource
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,11 +64,17 @@ def text(status: int, sentence: str) -> Page:
 
 
 @contextmanager
-def serve(get: Callable[[Request], Awaitable[Page]], host: str, port: int) -> Iterator[int]:
+def serve(
+    get: Callable[[Request], Awaitable[Page]],
+    host: str,
+    port: int,
+    beside: Callable[[], Coroutine[None, None, None]] | None = None,
+) -> Iterator[int]:
     """Serve pages while the context lasts, and give the port.
 
     Args:
         get: answers a request; it runs in the server's own event loop.
+        beside: what goes on in that loop all the time; ``None`` for nothing.
         host: an address or name of this machine; empty for all addresses.
         port: 0 for any free one.
 
@@ -82,7 +88,7 @@ def serve(get: Callable[[Request], Awaitable[Page]], host: str, port: int) -> It
             raise errors.WrongSettings(
                 f"The pages can't be served on {host}:{port} ({error.strerror}); set CDC_HTTP_HOST and CDC_HTTP_PORT."
             ) from error
-        server = _Server(get, sockets)
+        server = _Server(get, sockets, beside)
         thread = threading.Thread(target=server.run, name="http", daemon=True)
         thread.start()
         try:
@@ -101,8 +107,14 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 class _Server:
-    def __init__(self, get: Callable[[Request], Awaitable[Page]], sockets: list[socket.socket]) -> None:
+    def __init__(
+        self,
+        get: Callable[[Request], Awaitable[Page]],
+        sockets: list[socket.socket],
+        beside: Callable[[], Coroutine[None, None, None]] | None,
+    ) -> None:
         self._get = get
+        self._beside = beside
         self._sockets = sockets
         self._loop = asyncio.new_event_loop()
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -128,9 +140,10 @@ class _Server:
             self._loop.call_soon_threadsafe(self._stopping.set)
 
     async def _serve(self) -> None:
-        accepting = [asyncio.create_task(self._accept(each)) for each in self._sockets]
+        working = [asyncio.create_task(self._accept(each)) for each in self._sockets]
+        working += [asyncio.create_task(self._beside())] if self._beside is not None else []
         await self._stopping.wait()
-        tasks = [*accepting, *self._asking, *self._answered]
+        tasks = [*working, *self._asking, *self._answered]
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=CLOSE_SECONDS / 2)

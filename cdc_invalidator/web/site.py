@@ -1,13 +1,15 @@
-"""Which page answers which path: /livez, /readyz, /status, /metrics."""
+"""Which page answers which path: /livez, /readyz, /status and /metrics for programs, and / for people."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import orjson
 
 from cdc_invalidator import errors
 from cdc_invalidator.web.exposition import Exposition
+from cdc_invalidator.web.page import NOTHING, PATHS, StatusPage, View
 from cdc_invalidator.web.pulse import Pulse
 from cdc_invalidator.web.server import Page, Request, text
 
@@ -18,11 +20,26 @@ class Site:
     Args:
         pulse: tells how the daemon is.
         exposition: answers scrapes.
+        page: the page for people; ``None`` if there is none.
+        look: makes what it shows, in the daemon's loop.
     """
 
-    def __init__(self, pulse: Pulse, exposition: Exposition) -> None:
+    def __init__(
+        self,
+        pulse: Pulse,
+        exposition: Exposition,
+        page: StatusPage | None = None,
+        look: Callable[[], View] = lambda: NOTHING,
+    ) -> None:
         self._pulse = pulse
         self._exposition = exposition
+        self._page = page
+        self._look = look
+
+    async def run(self) -> None:
+        """Do what goes on while nobody asks, until cancelled."""
+        if self._page is not None:
+            await self._page.run(self._pulse, self._look)
 
     async def get(self, request: Request) -> Page:
         """Answer a request."""
@@ -35,6 +52,8 @@ class Site:
                 return await self._ready()
             case "/status":
                 return await self._status()
+            case path if path in PATHS and self._page is not None:
+                return await self._page.get(request, self._pulse, self._look)
         return text(404, "not found; try /metrics, /livez, /readyz or /status")
 
     def _live(self) -> Page:

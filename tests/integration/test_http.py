@@ -86,7 +86,7 @@ def lives_on(daemon: RunningDaemon) -> None:
         (get("/metrics"), 200, b"# HELP"),
         (get("/status"), 200, b"{"),
         (b"GET /livez HTTP/1.0\r\n\r\n", 200, b"ok"),
-        (get("/"), 404, b"not found"),
+        (get("/"), 200, b"<!doctype html>"),
         (get("//livez"), 404, b"not found"),
         (get("/../../etc/passwd"), 404, b"not found"),
         (get("/%00%ff"), 404, b"not found"),

@@ -228,3 +228,53 @@ def test_the_json_form_shows_control_signs_too_and_is_read_as_it_was() -> None:
         os.close(end)
     assert line.removesuffix("\n").isprintable()
     assert json.loads(line)["table"] == table
+
+
+def test_the_journal_keeps_what_happened_whatever_the_level_and_tells_a_repetition_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    journal = log.Journal()
+    end, start = os.pipe()
+    output = log.configure("json", "error", start, journal)
+    try:
+        logger = structlog.get_logger()
+        logger.info("role", role="leader")
+        logger.info("sweep_progress", scanned=5)
+        for attempt in range(3):
+            logger.warning("redis_unavailable", error="It is away.", retry_in_s=attempt)
+        logger.warning("redis_unavailable", error="It is full.")
+        logger.error("reload_failed", error="A mistake.")
+        output.close()
+        assert [json.loads(line)["event"] for line in os.read(end, 65536).splitlines()] == ["reload_failed"]
+    finally:
+        structlog.reset_defaults()
+        os.close(end)
+    told = [(event["event"], event.get("error"), event.get("times")) for event in journal.events]
+    assert told == [
+        ("role", None, None),
+        ("redis_unavailable", "It is away.", 3),
+        ("redis_unavailable", "It is full.", None),
+        ("reload_failed", "A mistake.", None),
+    ]
+    assert journal.events[1]["retry_in_s"] == 2
+    assert journal.events[1]["since"] < journal.events[1]["ts"]
+
+
+def test_the_journal_keeps_the_last_busts_in_bounded_memory() -> None:
+    journal = log.Journal()
+    end, start = os.pipe()
+    output = log.Output(start)
+    events = log.EventLog(output, "json", "warning", journal)
+    for number in range(1000):
+        events.write(
+            [({"cache": "user"}, {"keys": number, "key_hashes": ["0123456789abcdef"] * (5 if number > 994 else 50)})]
+            * 40
+        )
+    events.write([({"reason": "new_slot"}, {"swept": True})], "gap", "warning")
+    output.close()
+    os.close(end)
+    assert [event["keys"] for event in journal.busts(50)] == [999] * 40 + [998] * 10
+    assert [event["event"] for event in journal.events] == ["gap"]
+    assert sum(map(len, journal._busts)) <= log.JOURNAL_FLUSHES * log.JOURNAL_BYTES
+    # Every one is whole, however many were cut.
+    assert all(event["cache"] == "user" for event in journal.busts(10_000))

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cdc_invalidator import errors
-from cdc_invalidator.postgres.dsn import check_dsn
+from cdc_invalidator.postgres.dsn import check_dsn, place
 from cdc_invalidator.postgres.standbys import name
 
 
@@ -178,3 +178,16 @@ def test_any_password_is_taken_encoded_and_never_shown_raw(password: str, query:
         said = "".join(traceback.format_exception(wrong))
     assert "Zq" not in said
     assert "qZ" not in said
+
+
+@pytest.mark.parametrize(
+    ("dsn", "shown"),
+    [
+        ("postgresql://app:secret@db/shop", "db:5432, database shop"),
+        ("postgresql://app:secret@a:1,b:2/shop", "a:1, b:2, database shop"),
+        ("host=db user=app password=secret", "db:5432, database app"),
+        ("postgresql:///shop", "localhost:5432, database shop"),
+    ],
+)
+def test_a_place_is_where_it_leads_and_nothing_else(dsn: str, shown: str) -> None:
+    assert place(dsn) == shown

@@ -319,3 +319,17 @@ def test_any_text_is_an_endpoint_or_wrong_settings_and_shows_no_password(scheme:
         except errors.WrongSettings as wrong:
             shown.append(log_of(wrong))
     assert not any(PASSWORD in text for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://cdc:secret@cache/3", "cache:6379, database 3"),
+        ("rediss://:sec%40ret@[::1]:7000", "[::1]:7000, database 0"),
+        ("unix:///run/redis.sock?db=1&password=secret", "socket /run/redis.sock"),
+        ("redis+sentinel://u:secret@a,b:1/main/2?sentinel_password=secret", "sentinel of service main at a:26379, b:1"),
+        ("redis+cluster://u:secret@a:1", "cluster at a:1"),
+    ],
+)
+def test_a_place_is_where_it_leads_and_nothing_else(url: str, shown: str) -> None:
+    assert Endpoint.parse(url).place == shown

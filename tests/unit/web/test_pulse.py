@@ -90,7 +90,7 @@ def test_a_loop_that_hangs_is_told_and_its_last_answer_is_marked_as_old(monkeypa
             for path in ("/livez", "/readyz"):
                 page = await get(site, path)
                 assert page.status == 503
-                assert b"the loop that busts has not turned for" in page.body
+                assert b"The daemon hangs: the loop that busts has not turned for" in page.body
         finally:
             daemon.go_on.set()
 

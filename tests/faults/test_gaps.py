@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pair
 import psycopg
 import pytest
 import redis
@@ -28,22 +29,7 @@ from cdc_invalidator.embedded.servers import Postgres, Valkey, postgres_bin_dirs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-RULES = """
-version: 1
-caches:
-  thing: {key: "t:thing:{id}", ttl: 5m}
-  other: {key: "t:other:{id}", ttl: 5m}
-rules:
-  - {name: thing-changed, table: public.things, bust: [thing]}
-  - {name: other-changed, table: public.others, bust: [other]}
-"""
-SCHEMA = (
-    "CREATE TABLE things (id int PRIMARY KEY, n int)",
-    "CREATE TABLE others (id int PRIMARY KEY, n int)",
-    "CREATE TABLE junk (n int)",
-    "INSERT INTO things SELECT n, 0 FROM generate_series(1, 99) n",
-    "INSERT INTO others SELECT n, 0 FROM generate_series(1, 99) n",
-)
+SCHEMA = (*pair.SCHEMA, "CREATE TABLE junk (n int)")
 # A sweep over so many strangers takes a second or two.
 STRANGERS = 1_000_000
 
@@ -115,7 +101,7 @@ class GapStage(Stage):
 def staged(dsn: str, redis_url: str, folder: Path, slot: str, **settings: str) -> Iterator[GapStage]:
     execute(dsn, *SCHEMA)
     rules = folder / "rules.yaml"
-    rules.write_text(RULES)
+    rules.write_text(pair.RULES)
     with GapStage.playing(dsn, redis_url, rules, slot, **settings) as stage:
         yield stage
 
@@ -575,7 +561,7 @@ def test_busts_acknowledged_while_a_long_sweep_holds_the_watermark_back_survive_
 def test_only_caches_whose_rules_are_new_or_changed_are_swept(stage: GapStage) -> None:
     stage.stop()
     stage.cache("t:thing:98", "t:thing:99", "t:other:99", "t:both:99")
-    rules = RULES.replace("  other:", '  both: {key: "t:both:{id}", ttl: 5m}\n  other:')
+    rules = pair.RULES.replace("  other:", '  both: {key: "t:both:{id}", ttl: 5m}\n  other:')
     stage.rules.write_text(rules.replace("bust: [thing]", "old_row: sweep, bust: [thing, both]"))
     stage.start()
     stage.gap("rules_changed", "both", "thing")
@@ -600,7 +586,7 @@ def test_with_on_gap_warn_a_gap_is_reported_once_and_nothing_is_swept(
 ) -> None:
     execute(database, *SCHEMA)
     rules = tmp_path / "rules.yaml"
-    rules.write_text(RULES)
+    rules.write_text(pair.RULES)
     with RunningDaemon(dsn=database, redis_url=redis_url, rules=rules, slot=slot_name, on_gap="warn") as daemon:
         stage = GapStage(daemon)
         daemon.ready()
@@ -743,7 +729,7 @@ def test_a_commit_that_waits_for_its_standby_while_the_slot_is_made_is_swept_for
     with Postgres(settings={"synchronous_standby_names": "nobody", "synchronous_commit": "local"}) as server:
         execute(server.dsn, *SCHEMA)
         rules = tmp_path / "rules.yaml"
-        rules.write_text(RULES)
+        rules.write_text(pair.RULES)
         with (
             RunningDaemon(dsn=server.dsn, redis_url=redis_url, rules=rules, slot=slot_name) as daemon,
             psycopg.connect(server.dsn) as first,

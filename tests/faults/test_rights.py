@@ -6,6 +6,7 @@ import contextlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import pair
 import psycopg
 import pytest
 import redis
@@ -19,22 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-RULES = """
-version: 1
-caches:
-  thing: {key: "t:thing:{id}", ttl: 5m}
-  other: {key: "t:other:{id}", ttl: 5m}
-  rate: {key: "rates:{currency}", ttl: 5m, ttl_only: true}
-rules:
-  - {name: thing-changed, table: public.things, bust: [thing]}
-  - {name: other-changed, table: public.others, bust: [other]}
-"""
-SCHEMA = (
-    "CREATE TABLE things (id int PRIMARY KEY, n int)",
-    "CREATE TABLE others (id int PRIMARY KEY, n int)",
-    "INSERT INTO things SELECT n, 0 FROM generate_series(1, 9) n",
-    "INSERT INTO others SELECT n, 0 FROM generate_series(1, 9) n",
-)
+RULES = pair.RULES.replace("rules:\n", '  rate: {key: "rates:{currency}", ttl: 5m, ttl_only: true}\nrules:\n')
 # The rights of deploy/README.md, but for the keys.
 COMMANDS = (
     "+unlink",
@@ -85,7 +71,7 @@ class RightsStage(Stage):
 def staged(
     dsn: str, valkey: Valkey, folder: Path, slot: str, *keys: str, kind: type[RightsStage] = RightsStage
 ) -> Iterator[RightsStage]:
-    execute(dsn, *SCHEMA)
+    execute(dsn, *pair.SCHEMA)
     path = folder / "rules.yaml"
     path.write_text(RULES)
     with redis.Redis.from_url(valkey.url) as client:
@@ -246,7 +232,7 @@ def test_without_a_command_sweeps_or_all_busts_wait_and_the_position_moves(
 def test_one_node_of_a_cluster_that_denies_a_cache_holds_back_that_cache_only(
     database: str, tmp_path: Path, slot_name: str
 ) -> None:
-    execute(database, *SCHEMA)
+    execute(database, *pair.SCHEMA)
     path = tmp_path / "rules.yaml"
     path.write_text(RULES)
     with Cluster() as cluster, contextlib.closing(cluster.client()) as client:

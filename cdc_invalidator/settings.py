@@ -226,6 +226,8 @@ class Settings(Stream):
         return self.watermark or self.slot
 
 
+# What stands for passwords in the files of deploy/.
+PLACEHOLDER = "change-me"
 # What Kubernetes sets CDC_HTTP_PORT to if there is a Service cdc-http in the namespace.
 _SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://[0-9a-fA-F.:\[\]]+")
 Kind = TypeVar("Kind")
@@ -303,6 +305,10 @@ def load(kind: type[Kind], flags: Mapping[str, str | None]) -> Kind:
     values = _under_new_names(texts)
     for name, setting in fields(kind).items():
         if setting.type is Secret and name in values:
+            if PLACEHOLDER in values[name]:
+                raise errors.WrongSettings(
+                    f"{variable(name)} has the password of the example, which everybody knows; put in your own."
+                )
             values[name] = _secret(names.get(name, name), values[name], given)
     return kind(**values)
 

@@ -1,12 +1,16 @@
 -- What an administrator runs once, on the primary, in the application's database:
---   CDC_PASSWORD=… psql --single-transaction --set=ON_ERROR_STOP=1 --dbname=shop --file=deploy/postgresql.sql
--- First put in your tables. wal_level must be logical, which takes a restart.
+--   psql --single-transaction --set=ON_ERROR_STOP=1 --dbname=shop --file=deploy/postgresql.sql
+-- First put in a password and your tables. wal_level must be logical, which takes a restart.
 
--- psql 14 and later. Without a password there, CREATE ROLE fails: no role comes to be whose password anybody knows.
-\getenv password CDC_PASSWORD
+-- No role shall have a password that everybody knows.
+DO $$ BEGIN
+  IF 'change-me' = 'change-' || 'me' THEN
+    RAISE EXCEPTION 'put a password into this file, in place of each change-%', 'me';
+  END IF;
+END $$;
 
 -- REPLICATION lets the role read the WAL of every database: guard its password as you do the superuser's.
-CREATE ROLE cdc_invalidator LOGIN REPLICATION PASSWORD :'password' CONNECTION LIMIT 50;
+CREATE ROLE cdc_invalidator LOGIN REPLICATION PASSWORD 'change-me' CONNECTION LIMIT 50;
 
 -- A leader that is frozen or cut off loses the slot to a standby after this time; the default is 60 s.
 ALTER ROLE cdc_invalidator SET wal_sender_timeout = '10s';

@@ -34,9 +34,6 @@ KUBERNETES = ("1.29", "1.32", "1.37")
 WITHOUT_SCHEMA = ("PodMonitor", "PrometheusRule", "ServiceMonitor")
 OURS = "cdc-invalidator"
 
-# What stands in the ACL files for a password; Redis refuses it.
-ACL_PASSWORD = "#SHA256-OF-ITS-PASSWORD"
-
 _ENUMS = {
     "imagePullPolicy": {"Always", "IfNotPresent", "Never"},
     "restartPolicy": {"Always", "OnFailure", "Never"},
@@ -330,7 +327,7 @@ def _settings(pod: Pod, container: dict[str, Any], documents: list[Document]) ->
         for path, files in shown.items():
             Path(folder + path).mkdir(parents=True)
             for file, text in files.items():
-                Path(folder + path, file).write_text(text)
+                Path(folder + path, file).write_text(text.replace(settings.PLACEHOLDER, "chosen"))
         environment = {name: value for name, value in os.environ.items() if not name.startswith(settings.PREFIX)}
         environment |= given | {"CDC_SECRETS_DIR": folder + secrets, "CDC_RULES": folder + rule_files}
         with mock.patch.dict(os.environ, environment, clear=True):

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from manifests import DEPLOY
 from prometheus import promtool
+from psycopg.conninfo import conninfo_to_dict
 from running import RunningDaemon, execute, settled
 from tools import tool
 
@@ -77,7 +78,7 @@ def test_every_file_that_the_compose_file_mounts_is_there_and_no_port_is_open_to
 
 
 def test_the_tables_of_the_compose_file_are_those_of_its_rules(
-    postgres: Postgres, database: str, redis_url: str, redis_client: redis.Redis, slot_name: str
+    postgres: Postgres, database: str, redis_url: str, redis_client: redis.Redis, slot_name: str, tmp_path: Path
 ) -> None:
     psql: list[str | Path] = [
         postgres.bin_dir / "psql",
@@ -87,14 +88,27 @@ def test_the_tables_of_the_compose_file_are_those_of_its_rules(
         database,
     ]
     subprocess.run(psql, check=True)
-    with RunningDaemon(dsn=database, redis_url=redis_url, rules=COMPOSE / "rules", slot=slot_name) as daemon:
+    # As the image of PostgreSQL runs it, but for the role's name: it belongs to the whole server.
+    script = tmp_path / "postgresql.sql"
+    script.write_text((DEPLOY / "postgresql.sql").read_text().replace("cdc_invalidator", slot_name))
+    parts = conninfo_to_dict(database)
+    environment = {f"PG{name.upper()}": str(parts[name]) for name in ("host", "port", "password")}
+    environment |= {"POSTGRES_USER": str(parts["user"]), "POSTGRES_DB": str(parts["dbname"]), "CDC_PASSWORD": "local"}
+    path = f"{postgres.bin_dir}:{os.environ['PATH']}"
+    subprocess.run(["sh", COMPOSE / "role.sh", script], env=os.environ | environment | {"PATH": path}, check=True)
+    dsn = postgres.dsn_for(str(parts["dbname"]), user=slot_name, password="local")
+    with RunningDaemon(dsn=dsn, redis_url=redis_url, rules=COMPOSE / "rules", slot=slot_name) as daemon:
         daemon.ready()
         settled(database, redis_client, slot_name)
         redis_client.set("shop:prod:user:7", "cached")
         execute(database, "UPDATE users SET name = 'Ada' WHERE id = 7")
         settled(database, redis_client, slot_name)
         assert not redis_client.exists("shop:prod:user:7")
+        assert daemon.terminate() == 0
         assert not daemon.errors
+    ended = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{slot_name}'"
+    execute(database, ended, f"REASSIGN OWNED BY {slot_name} TO CURRENT_USER", f"DROP OWNED BY {slot_name}")
+    execute(database, f"DROP ROLE {slot_name}")
 
 
 def test_prometheus_takes_its_configuration(services: dict[str, Any], tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import reading
 import redis
 import writing
 from clusters import Cluster
-from manifests import ACL_PASSWORD
 from running import RunningDaemon, eventually, execute, settled, watermark
 from sentinels import Sentinels
 from servers import redis_binaries
@@ -148,7 +147,7 @@ def acl_line(name: str) -> list[str]:
     """Read an ACL line of deploy/README.md: the words after ACL SETUSER."""
     found = re.search(rf"^ACL SETUSER {name} (.+)$", README.read_text(), re.MULTILINE)
     assert found, f"deploy/README.md has no ACL line for {name}"
-    return found[1].replace(ACL_PASSWORD, ">secret").split()
+    return found[1].split()
 
 
 def grant(node: Any, name: str, slot: str, *more: str) -> None:

@@ -67,3 +67,18 @@ def test_a_port_that_a_service_of_kubernetes_set_is_told_with_what_was_read(read
 def test_no_other_value_is_shown() -> None:
     with pytest.raises(errors.WrongSettings, match=r"^(?!.*hunter2)"):
         load(http_port="hunter2", standby_limit="tcp://hunter2")
+
+
+def test_the_password_of_the_example_is_refused_wherever_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    example = Path(__file__).parents[2] / "deploy/kustomize/example/standalone/secret"
+    monkeypatch.setenv("CDC_SECRETS_DIR", str(example))
+    monkeypatch.setenv("CDC_RULES", str(tmp_path))
+    for name in ("CDC_POSTGRES_DSN", "CDC_REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(errors.WrongSettings, match="CDC_POSTGRES_DSN has the password of the example"):
+        settings.load(settings.Settings, {})
+    monkeypatch.setenv("CDC_POSTGRES_DSN", "postgresql://cdc_invalidator:chosen@host/shop")
+    with pytest.raises(errors.WrongSettings, match="CDC_REDIS_URL has the password of the example"):
+        settings.load(settings.Settings, {})

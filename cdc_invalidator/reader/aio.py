@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext, suppress
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
@@ -15,9 +15,10 @@ from redis.asyncio.cluster import RedisCluster
 
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.breaker import Breaker
-from cdc_invalidator.reader.contract import MISS, Command, Contract, Entry, Load, Send, Steps, Unavailable
+from cdc_invalidator.reader.contract import MISS, Command, Contract, Entry, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NoKey
+from cdc_invalidator.reader.leases import AsyncKeeper
 from cdc_invalidator.reader.local import Local
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.tracking import AsyncFollower
@@ -46,6 +47,7 @@ class Link:
         self.client = client
         self.local: Local | None = None
         self._texts = texts
+        self.keeper = AsyncKeeper(self.send)
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one go and return their replies, errors in their places.
@@ -107,7 +109,10 @@ class Link:
                     if isinstance(effect, Send):
                         outcome = await self.send(effect.commands)
                     elif isinstance(effect, Load):
-                        outcome = await load(effect.entries)
+                        with self.keeper.holding(effect.renewal):
+                            outcome = await load(effect.entries)
+                    elif isinstance(effect, Wait):
+                        await _happened(effect.event, effect.seconds)
                     else:
                         await asyncio.sleep(effect.seconds)
                 except BaseException as error:  # noqa: BLE001  the steps raise it again, once they have given back leases
@@ -329,9 +334,11 @@ class AsyncCache(Generic[T]):
             contract.metrics.bypasses(no.reason)
             yield AsyncWrite(contract, link, None)
             return
-        write = AsyncWrite(contract, link, entry if await link.run(contract.seize(entry), _nothing) else None)
+        held = await link.run(contract.seize(entry), _nothing)
+        write = AsyncWrite(contract, link, entry if held else None)
         try:
-            yield write
+            with link.keeper.holding(contract.renewal([entry])) if held else nullcontext():
+                yield write
         finally:
             try:
                 await write.close()
@@ -391,6 +398,12 @@ async def _nothing(_entries: Sequence[Entry]) -> Sequence[Any]:
     return ()
 
 
+async def _happened(event: asyncio.Event, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+
+
 async def _awaited(value: Any) -> Any:
     return await value if isawaitable(value) else value
 
@@ -442,7 +455,7 @@ class AsyncCaches:
             errors.WrongRules: all mistakes of all files.
             TypeError: the connection can't be asked.
         """
-        world = handle.world(watermark or slot, standby, cluster=isinstance(redis, RedisCluster))
+        world = handle.world(watermark or slot, standby, cluster=isinstance(redis, RedisCluster), event=asyncio.Event)
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
         return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts, connection))

@@ -4,8 +4,9 @@ Both shells, `sync` and `aio`, drive the same generators. A generator yields one
 
 - `Send`: commands for Redis, in one round trip. It is sent the replies; an error reply is an exception in its place.
   `Unavailable` is thrown in when there is no answer at all.
-- `Load`: the values of some entries, from the database. It is sent the values in order. An exception of the program's
-  loader is thrown in, and raised again once the leases are given back.
+- `Load`: the values of some entries, from the database, while their leases are renewed. It is sent the values in order.
+  An exception of the program's loader is thrown in, and raised again once the leases are given back.
+- `Wait`: for what another reader of this process loads, some seconds at most.
 - `Sleep`: seconds to wait.
 
 The rules that hold here: whatever Redis does, a read is answered, if need be from the database; and only the script
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from cdc_invalidator.reader.envelope import Envelope, Times
+from cdc_invalidator.reader.flights import Flight, Flights, copies
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NUL, Keys
 from cdc_invalidator.reader.keyspace import KeySpace
@@ -74,6 +76,8 @@ class Entry:
     guess = b""  # the remembered version that was used for the look
     value: Any = None
     done = False
+    flight: Flight | None = None  # the load that others of this process may wait for, if it is ours
+    flight_key: Any = None
     refresh = False  # load it whatever is there, which can't be read or is too old
 
     def __init__(
@@ -98,10 +102,26 @@ class Send(NamedTuple):
     commands: Sequence[Command]
 
 
+class Renewal(NamedTuple):
+    """Commands that renew leases: each so many seconds, and for so many seconds at most."""
+
+    commands: Sequence[Command]
+    every: float
+    limit: float
+
+
 class Load(NamedTuple):
-    """Entries whose values are to be loaded."""
+    """Entries whose values are to be loaded, and how their leases are renewed meanwhile, if they are held."""
 
     entries: Sequence[Entry]
+    renewal: Renewal | None = None
+
+
+class Wait(NamedTuple):
+    """An event that another reader of this process sets, and how many seconds to wait for it."""
+
+    event: Any
+    seconds: float
 
 
 class Sleep(NamedTuple):
@@ -110,7 +130,7 @@ class Sleep(NamedTuple):
     seconds: float
 
 
-Effect: TypeAlias = Send | Load | Sleep
+Effect: TypeAlias = Send | Load | Wait | Sleep
 Steps: TypeAlias = Generator[Effect, Any, T]
 
 
@@ -148,6 +168,7 @@ class World:
     tokens: Tokens = field(default_factory=Tokens)
     clocks: Clocks = field(default_factory=Clocks)
     cluster: bool = False
+    flights: Flights = field(default_factory=Flights)
 
 
 class Contract(Generic[T]):
@@ -183,6 +204,8 @@ class Contract(Generic[T]):
         self._envelope = Envelope(options.schema)
         self._header = self._envelope.header
         self._loads = options.serializer.loads
+        # Readers share a load only if they read values in the same way.
+        self._form = (options.schema, id(options.serializer))
         self._lease = max(1, int(options.lease * 1000))
         self._ttl, self._jitter = cache.ttl, cache.jitter
         self._versioned = cache.version is not None
@@ -321,6 +344,12 @@ class Contract(Generic[T]):
                 yield from self._miss(missing, first if self._versioned else None, demand)
         except Unavailable as gone:
             yield from self.beside(entries, gone.reason)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            # It may have been cancelled while a lease was on its way here.
+            yield from self._release([entry for entry in entries if entry.token])
+            raise
 
     def _look(self, entries: Sequence[Entry], demand: Demand) -> Steps[tuple[str, Sequence[Any]]]:
         """Look for all entries; return why none may be served from the cache (empty if they may), and the replies."""
@@ -408,18 +437,107 @@ class Contract(Generic[T]):
     def _miss(self, missing: Sequence[Entry], first: Sequence[Any] | None, demand: Demand) -> Steps[None]:
         """Load what nobody else loads, and wait for the rest.
 
+        What this reader loads is done before it waits for others of this process, so no two wait for each other.
+
         Args:
             missing: entries that are not there.
             first: with a version, what their looks gave, which have taken leases.
             demand: how old an entry may be of a cache that nothing busts.
         """
+        flights, clocks = self.world.flights, self.world.clocks
+        leases = self._leases(missing, first)
+        counted = False
+        while missing:
+            states = leases or [None] * len(missing)
+            led, joined = [], []
+            for entry, state in zip(missing, states, strict=True):
+                granted = type(state) is int and bool(state)
+                # Who may be given an old value asks for it, rather than wait.
+                if entry.stale and not granted:
+                    led.append((entry, state))
+                    continue
+                key = (entry.key, self._form, demand)
+                flight, new = flights.board(key, clocks.steady(), self.options.longest_load, replace=granted)
+                if new:
+                    entry.flight, entry.flight_key = flight, key
+                    led.append((entry, state))
+                else:
+                    joined.append((entry, flight, flight.looks))
+            if joined and not counted:
+                self.metrics.waits(len(joined))
+                counted = True
+            missing = []
+            if led:
+                own = [entry for entry, _ in led]
+                try:
+                    missing += yield from self._lead(own, leases and [state for _, state in led], demand)
+                finally:
+                    for entry in own:
+                        self._land(entry)
+            missing += yield from self._join(joined)
+            leases = None
+
+    def _join(self, joined: Sequence[tuple[Entry, Flight, int]]) -> Steps[list[Entry]]:
+        """Wait for what others of this process load, and return the entries that must be read again."""
+        again: list[Entry] = []
+        alone: dict[str, list[Entry]] = {}
+        for entry, flight, looks in joined:
+            while not flight.over and (remaining := flight.until - self.world.clocks.steady()) > 0:
+                yield Wait(flight.landed, remaining)
+            if flight.error is not None:
+                raise flight.error
+            if not flight.over:
+                alone.setdefault("waited", []).append(entry)
+                continue
+            # With a version that is not known, nobody knows whether the lease was for the current one.
+            known = NUL not in entry.key
+            word, value = flight.value(joined=looks, known=known)
+            if word == "take":
+                entry.found(value)
+            elif word == "alone":
+                alone.setdefault("unserializable", []).append(entry)
+            else:
+                again.append(entry)
+        for reason, entries in alone.items():
+            yield from self.beside(entries, reason)
+        return again
+
+    def _replaced(self, entry: Entry) -> bool:
+        return entry.flight is not None and self.world.flights.replaced(entry.flight_key, entry.flight)
+
+    def _begin(self, entries: Iterable[Entry]) -> None:
+        """Note that a look or a load begins."""
+        for entry in entries:
+            if entry.flight is not None:
+                entry.flight.looks += 1
+
+    def _close(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            if entry.flight is not None:
+                self.world.flights.close(entry.flight_key, entry.flight)
+
+    def _land(self, entry: Entry, payload: bytes | None = None, *, fenced: bool = False) -> None:
+        """Give those that wait the entry's value, if there is one, and let nobody wait any longer."""
+        flight = entry.flight
+        if flight is None or flight.over:
+            return
+        self._close([entry])
+        flight.land(copies(entry.value, payload, self._loads) if entry.done else None, fenced=fenced)
+
+    def _lead(self, led: Sequence[Entry], replies: list[Any] | None, demand: Demand) -> Steps[list[Entry]]:
+        """Load what no other process loads, and wait for the rest.
+
+        Returns:
+            entries that another reader of this process loads, or of which no old value is there: it may wait for that.
+        """
         clocks = self.world.clocks
         deadline = clocks.steady() + self.options.wait
         pause, waited = FIRST_PAUSE, False
-        waiting = list(missing)
-        replies = self._leases(waiting, first)
+        waiting: Sequence[Entry] = led
+        again: list[Entry] = []
         while True:
             if replies is None:
+                self._begin(waiting)
                 replies = yield from self._take(waiting)
             mine, others = [], []
             for entry, reply in zip(waiting, replies, strict=True):
@@ -427,19 +545,28 @@ class Contract(Generic[T]):
                     yield from self.beside([entry], self._refused(reply))
                 elif self._granted(entry, reply):
                     mine.append(entry)
-                elif not self._served(entry, reply, demand):
+                elif self._served(entry, reply, demand):
+                    self._land(entry)
+                elif entry.stale:
+                    entry.stale = False
+                    again.append(entry)
+                else:
                     others.append(entry)
             if mine:
                 yield from self._load(mine)
+            # Another reader of this process may have been given the lease.
+            moved = {entry for entry in others if self._replaced(entry)}
+            again += moved
+            others = [entry for entry in others if entry not in moved]
             if not others:
-                return
+                return again
             if not waited:
                 self.metrics.waits(len(others))
                 waited = True
             remaining = deadline - clocks.steady()
             if remaining <= 0:
                 yield from self.beside(others, "waited")
-                return
+                return again
             yield Sleep(min(remaining, pause * (0.5 + clocks.chance())))
             pause = min(2 * pause, LONGEST_PAUSE)
             waiting, replies = others, None
@@ -520,11 +647,13 @@ class Contract(Generic[T]):
         """Load entries whose leases are held, store them, and return how many were stored."""
         clocks = self.world.clocks
         began, started = clocks.wall(), clocks.steady()
+        self._begin(mine)
         try:
-            values = yield Load(mine)
+            values = yield Load(mine, self.renewal(mine))
         except GeneratorExit:
             raise
-        except BaseException:
+        except BaseException as error:
+            self._failed(mine, error)
             yield from self._release(mine)
             raise
         took = clocks.steady() - started
@@ -535,24 +664,41 @@ class Contract(Generic[T]):
 
     def _store(self, mine: Sequence[Entry], began: float, took: float) -> Steps[int]:
         """Store loaded values, as far as their leases are still held, and return how many were."""
-        commands = [self._storing(entry, began, took) for entry in mine]
-        replies = yield Send(commands)
-        stored = 0
-        for command, reply in zip(commands, replies, strict=True):
-            if isinstance(reply, Exception):
-                self.metrics.bypasses(self._refused(reply))
-            elif command[1] == self.world.scripts.fill:
-                stored += reply == 1
-                (self.metrics.fills if reply == 1 else self.metrics.dropped_fills)()
+        payloads = [self._payload(entry.value) for entry in mine]
+        commands = [self._storing(entry, payload, began, took) for entry, payload in zip(mine, payloads, strict=True)]
+        self._close(mine)
+        stored, refused = 0, []
+        try:
+            replies = yield Send(commands)
+            for entry, payload, command, reply in zip(mine, payloads, commands, replies, strict=True):
+                if isinstance(reply, Exception):
+                    self.metrics.bypasses(self._refused(reply))
+                    refused.append(entry)
+                    continue
+                entry.token = b""
+                self._land(entry, payload, fenced=reply == 1)
+                if command[1] == self.world.scripts.fill:
+                    stored += reply == 1
+                    (self.metrics.fills if reply == 1 else self.metrics.dropped_fills)()
+        finally:
+            for entry, payload in zip(mine, payloads, strict=True):
+                self._land(entry, payload)
+        if refused:
+            # Redis may be full; a lease can be given back nevertheless.
+            yield from self._release(refused)
         return stored
 
-    def _storing(self, entry: Entry, began: float, took: float) -> Command:
+    def _storing(self, entry: Entry, payload: bytes | None, began: float, took: float) -> Command:
         """Return the command that stores a value, or that gives back the lease if nothing is to be stored."""
         scripts, clocks, cache = self.world.scripts, self.world.clocks, self.cache
         lock = self._lock(entry)
         ttl = self._ttl if entry.value is not None else cache.negative_ttl
-        payload = self._payload(entry.value) if ttl is not None else None
-        if self.space is not None and payload is not None and not self.space.admits(entry.rest, clocks.steady()):
+        if (
+            self.space is not None
+            and payload is not None
+            and ttl is not None
+            and not self.space.admits(entry.rest, clocks.steady())
+        ):
             self.metrics.bypasses("max_keys")
             payload = None
         if payload is None or ttl is None:
@@ -574,12 +720,32 @@ class Contract(Generic[T]):
             return None
         return payload or None
 
+    def renewal(self, mine: Iterable[Entry]) -> Renewal:
+        """Return what keeps the leases of entries alive."""
+        renew = self.world.scripts.renew
+        commands = [("EVALSHA", renew, 1, self._lock(entry), entry.lease, self._lease) for entry in mine]
+        return Renewal(commands, self._lease / 3000, self.options.longest_load)
+
     def _release(self, mine: Sequence[Entry]) -> Steps[None]:
-        scripts = self.world.scripts
+        """Give leases back; where it is not known whether one was granted, by the token alone."""
+        release = self.world.scripts.release
+        # Where the version is not known, nor is the lock; the lease runs out.
+        known = [entry for entry in mine if NUL not in entry.key]
+        commands = [("EVALSHA", release, 1, self._lock(entry), entry.lease or entry.token + b":") for entry in known]
+        for entry in mine:
+            entry.token = entry.lease = b""
         try:
-            yield Send([("EVALSHA", scripts.release, 1, self._lock(entry), entry.lease) for entry in mine])
+            if commands:
+                yield Send(commands)
         except Unavailable:
             return  # the leases run out
+
+    def _failed(self, entries: Iterable[Entry], error: BaseException) -> None:
+        """Tell those that wait that the load failed."""
+        for entry in entries:
+            if entry.flight is not None:
+                self._close([entry])
+                entry.flight.fail(error)
 
     def beside(self, entries: Iterable[Entry], reason: str) -> Steps[None]:
         """Load, without storing, what has no value yet."""
@@ -588,10 +754,21 @@ class Contract(Generic[T]):
             return
         self.metrics.bypasses(reason, len(undone))
         started = self.world.clocks.steady()
-        values = yield Load(undone)
+        # Whoever has joined by now did so before this load.
+        self._close(undone)
+        self._begin(undone)
+        try:
+            values = yield Load(undone)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            self._failed(undone, error)
+            raise
         self.metrics.load_seconds(self.world.clocks.steady() - started)
         for entry, value in zip(undone, values, strict=True):
             entry.found(value)
+            if entry.flight is not None and not entry.flight.over:
+                self._land(entry, self._payload(value))
 
     def _refused(self, error: Exception) -> str:
         """Return the reason for metrics, and log now and then what Redis refuses: an operator must fix it."""
@@ -672,6 +849,11 @@ class Contract(Generic[T]):
         except Unavailable as gone:
             self.metrics.bypasses(gone.reason)
             return False
+        except GeneratorExit:
+            raise
+        except BaseException:
+            yield from self._release([entry])
+            raise
         if isinstance(reply, Exception):
             self.metrics.bypasses(self._refused(reply))
             return False

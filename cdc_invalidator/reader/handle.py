@@ -16,6 +16,7 @@ from redis.backoff import NoBackoff
 
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.contract import Contract, Entry, World
+from cdc_invalidator.reader.flights import Flights
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
@@ -296,9 +297,9 @@ def unknown_scripts(
     }
 
 
-def world(watermark: str, standby: str, *, cluster: bool) -> World:
-    """Make what caches share."""
-    return World(Feed(watermark, standby), cluster=cluster)
+def world(watermark: str, standby: str, *, cluster: bool, event: Callable[[], Any]) -> World:
+    """Make what caches share; ``event``: makes an event of the shell."""
+    return World(Feed(watermark, standby), cluster=cluster, flights=Flights(event))
 
 
 def metrics_for(registry: Any) -> Metrics | None:

@@ -37,8 +37,10 @@ class Options(Generic[T]):
     """How a cache is read; times are in seconds.
 
     ``serializer``: how values are stored. ``schema``: raise it when stored values change their shape: entries with
-    another number are misses. ``lease``: how long a loader may take; after that its value is not stored, and another
-    reader may load. ``wait``: how long a read waits for another reader's load before it loads without storing.
+    another number are misses. ``lease``: how long a process that dies keeps others from storing; while a load runs, its
+    lease is renewed. A load that blocks the event loop for longer is not stored. ``longest_load``: for how long leases
+    are renewed, and reads wait for a load of the same process; after that, a value is not stored. ``wait``: how long a
+    read waits for a load of another process before it loads without storing.
     ``early``: refresh by chance before the `ttl` ends, the likelier the nearer the end and the longer a load takes; 1.0
     is a good value, 0 is off. ``max_staleness``: bypass the cache unless all commits older than this have been busted;
     the daemon's time is some seconds behind, so take 5 or more.
@@ -46,7 +48,8 @@ class Options(Generic[T]):
 
     serializer: Serializer[T] = JSON
     schema: int = 1
-    lease: float = 10.0
+    lease: float = 3.0
+    longest_load: float = 60.0
     wait: float = 2.0
     early: float = 0.0
     max_staleness: float | None = None
@@ -56,7 +59,7 @@ class Options(Generic[T]):
             raise ValueError(f"`schema` is {self.schema}; count from 0")
         if self.lease <= 0:
             raise ValueError(f"`lease` is {self.lease} s; a load needs some time")
-        for name in ("wait", "early", "max_staleness"):
+        for name in ("longest_load", "wait", "early", "max_staleness"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` is {value}; it can't be negative")

@@ -88,9 +88,18 @@ redis.call('UNLINK', KEYS[1])
 return 1
 """
 
-# KEYS: the lock. ARGV: token:number. Gives the lease back, if it is still held: nothing is stored.
+# KEYS: the lock. ARGV: token:number, milliseconds. Extends the lease, if it is still held. Returns 1 if it is, else 0.
+RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+# KEYS: the lock. ARGV: token:number, or token: of a TAKE whose answer is not known. Gives the lease back, if it is
+# still held: nothing is stored. Returns 1 if it was held, else 0.
 RELEASE = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('UNLINK', KEYS[1]) end
+local held = redis.call('GET', KEYS[1])
+if held and string.sub(held, 1, #ARGV[1]) == ARGV[1] then return redis.call('UNLINK', KEYS[1]) end
 return 0
 """
 
@@ -108,7 +117,10 @@ class FillScripts:
     version: bytes = field(default_factory=lambda: _digest(VERSION))
     seize: bytes = field(default_factory=lambda: _digest(SEIZE))
     fill: bytes = field(default_factory=lambda: _digest(FILL))
+    renew: bytes = field(default_factory=lambda: _digest(RENEW))
     release: bytes = field(default_factory=lambda: _digest(RELEASE))
     texts: dict[bytes, str] = field(
-        default_factory=lambda: {_digest(text): text for text in (TAKE, VERSIONED, VERSION, SEIZE, FILL, RELEASE)}
+        default_factory=lambda: {
+            _digest(text): text for text in (TAKE, VERSIONED, VERSION, SEIZE, FILL, RENEW, RELEASE)
+        }
     )

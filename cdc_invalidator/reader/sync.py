@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from redis import exceptions
@@ -17,9 +17,10 @@ from redis.cluster import RedisCluster
 
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.breaker import Breaker
-from cdc_invalidator.reader.contract import MISS, Command, Contract, Entry, Load, Send, Steps, Unavailable
+from cdc_invalidator.reader.contract import MISS, Command, Contract, Entry, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NoKey
+from cdc_invalidator.reader.leases import Keeper
 from cdc_invalidator.reader.local import Local
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.tracking import Follower
@@ -48,6 +49,7 @@ class Link:
         self.client = client
         self.local: Local | None = None
         self._texts = texts
+        self.keeper = Keeper(self.send)
 
     def send(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one go and return their replies, errors in their places.
@@ -109,7 +111,10 @@ class Link:
                     if isinstance(effect, Send):
                         outcome = self.send(effect.commands)
                     elif isinstance(effect, Load):
-                        outcome = load(effect.entries)
+                        with self.keeper.holding(effect.renewal):
+                            outcome = load(effect.entries)
+                    elif isinstance(effect, Wait):
+                        effect.event.wait(effect.seconds)
                     else:
                         time.sleep(effect.seconds)
                 except BaseException as error:  # noqa: BLE001  the steps raise it again, once they have given back leases
@@ -330,9 +335,11 @@ class Cache(Generic[T]):
             contract.metrics.bypasses(no.reason)
             yield Write(contract, link, None)
             return
-        write = Write(contract, link, entry if link.run(contract.seize(entry), _nothing) else None)
+        held = link.run(contract.seize(entry), _nothing)
+        write = Write(contract, link, entry if held else None)
         try:
-            yield write
+            with link.keeper.holding(contract.renewal([entry])) if held else nullcontext():
+                yield write
         finally:
             try:
                 write.close()
@@ -439,7 +446,7 @@ class Caches:
             errors.WrongRules: all mistakes of all files.
             TypeError: the connection can't be asked.
         """
-        world = handle.world(watermark or slot, standby, cluster=isinstance(redis, RedisCluster))
+        world = handle.world(watermark or slot, standby, cluster=isinstance(redis, RedisCluster), event=threading.Event)
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
         return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts, connection))

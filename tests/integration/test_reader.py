@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import decimal
 import threading
 import time
 import uuid
@@ -18,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from readers import Loader, Reads, rules_file
 from redis.backoff import ExponentialBackoff
 
+from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import AsyncCaches, Caches
 from cdc_invalidator.redis import server as cache
 from cdc_invalidator.redis import topology
@@ -193,6 +195,180 @@ def test_a_hot_key_that_expires_under_500_readers_is_loaded_once(
         got = reads.wait(all_at_once())
     assert got == ["Ada"] * 500
     assert load.asked == [1, 1], "the first time, and once for all 500"
+
+
+def at_once(reads: Reads, caches: Any, count: int, load: Any, **params: Any) -> list[Any]:
+    """Read a key of the cache `user` by many readers of one process, and give their values, or what they raised."""
+    got: list[Any] = []
+    if reads.kind == "sync":
+
+        def read() -> None:
+            try:
+                got.append(caches.get(load=load, **params))
+            except LookupError as error:
+                got.append(error)
+
+        threads = [threading.Thread(target=read) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return got
+
+    async def loading(**given: Any) -> Any:
+        return await asyncio.to_thread(load, **given)
+
+    async def all_at_once() -> list[Any]:
+        reading = (caches._of.get(load=loading, **params) for _ in range(count))
+        return await asyncio.gather(*reading, return_exceptions=True)
+
+    return list(reads.wait(all_at_once()))
+
+
+class Bound:
+    """A value that belongs to the session that loaded it."""
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("value", [None, {"price": decimal.Decimal("9.90"), "tags": {b"x"}}], ids=["no row", "decimal"])
+def test_readers_of_what_is_not_stored_share_a_load(
+    name: str, value: Any, reads: Reads, caches: Any, redis_client: redis.Redis
+) -> None:
+    load = Loader({1: value}, before=lambda: time.sleep(0.3))
+    got = at_once(reads, caches[name], 40, load, id=1)
+    assert got == [value] * 40
+    assert len(load.asked) <= 2, "a reader may come as the load ends"
+    assert value is None or len({id(each) for each in got}) > 40 - len(load.asked), "each has a copy of its own"
+    assert not redis_client.keys("*:lock")
+
+
+def test_a_failure_is_shared_too(reads: Reads, caches: Any, redis_client: redis.Redis) -> None:
+    asked = []
+
+    def fail(id: int) -> None:  # noqa: A002
+        asked.append(id)
+        time.sleep(0.3)
+        raise LookupError(id)
+
+    got = at_once(reads, caches.user, 40, fail, id=1)
+    assert [type(each) for each in got] == [LookupError] * 40
+    assert len(asked) <= 2
+    assert not redis_client.keys("*:lock")
+    assert caches.user.get(id=1, load=Loader({1: "Ada"})) == "Ada"
+
+
+def test_what_can_not_be_copied_is_loaded_by_each_reader_at_the_same_time(reads: Reads, caches: Any) -> None:
+    def load(id: int) -> Bound:  # noqa: A002
+        time.sleep(0.3)
+        return Bound()
+
+    started = time.monotonic()
+    got = at_once(reads, caches.user, 8, load, id=1)
+    assert len({id(each) for each in got}) == 8
+    assert time.monotonic() - started < 8 * 0.3, "not one after the other"
+
+
+def test_a_load_that_takes_longer_than_lease_and_wait_is_one_load_and_is_stored(
+    reads: Reads, caches: Any, redis_client: redis.Redis, redis_url: str, tmp_path: Path, count: Counts
+) -> None:
+    """Another process sees the lease all the time, too."""
+    other = Caches.from_rules(rules_file(tmp_path), redis.Redis.from_url(redis_url, socket_timeout=20))
+    own, their = Loader({1: "Ada"}, before=lambda: time.sleep(1.5)), Loader({1: "Ada"})
+    reader = threading.Thread(target=lambda: other.user.using(wait=100.0).get(id=1, load=their))
+    brief = caches.user.using(lease=0.4, wait=0.1)
+    threading.Timer(0.7, reader.start).start()
+    assert at_once(reads, brief, 40, own, id=1) == ["Ada"] * 40
+    reader.join()
+    assert (len(own.asked), their.asked) == (1, [])
+    assert count("fills_total") == 1
+    assert not redis_client.keys("*:lock")
+
+
+def test_a_value_that_a_bust_overtakes_is_not_given_to_readers_that_came_after_the_bust(
+    reads: Reads, caches: Any, bust: Any
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def held_up() -> None:
+        started.set()
+        assert go_on.wait(60)
+
+    load = Loader({1: "old"}, before=held_up)
+    first = threading.Thread(target=lambda: caches.user.get(id=1, load=load))
+    first.start()
+    assert started.wait(60)
+    load.rows[1] = "new"
+    bust("user")
+    load.before = lambda: None
+    got: list[Any] = []
+    second = threading.Thread(target=lambda: got.append(caches.user.get(id=1, load=load)))
+    second.start()
+    second.join(0.2)
+    go_on.set()
+    second.join()
+    first.join()
+    assert got == ["new"]
+
+
+def test_a_write_that_takes_longer_than_the_lease_is_stored(caches: Any) -> None:
+    with caches.user.using(lease=0.2).writing(id=1) as write:
+        time.sleep(0.5)
+        assert write.set("new") is True
+
+
+def test_a_full_redis_keeps_no_lease(reads: Reads, tmp_path: Path) -> None:
+    with Valkey() as valkey, redis.Redis.from_url(valkey.url) as direct:
+        caches = reads.caches(rules_file(tmp_path), valkey.url)
+        direct.config_set("maxmemory-policy", "noeviction")
+
+        def fill_up() -> None:
+            direct.config_set("maxmemory", 1)
+
+        load = Loader({1: "Ada"}, before=fill_up)
+        assert caches.user.get(id=1, load=load) == "Ada"
+        assert not direct.keys("*")
+
+
+async def test_a_read_that_is_cancelled_while_it_takes_the_lease_leaves_none(
+    redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url, socket_timeout=20) as client:
+        caches = AsyncCaches.from_rules(rules_file(tmp_path), client)
+        send, taken = caches._link.send, asyncio.Event()
+
+        async def held_up(commands: Any) -> Any:
+            replies = await send(commands)
+            if redis_client.exists("t:user:{1}:lock"):
+                taken.set()
+                await asyncio.sleep(1000)  # the answer is on its way
+            return replies
+
+        caches._link.send = held_up  # type: ignore[method-assign]
+        reading = asyncio.create_task(caches.user.get(id=1, load=Loader({1: "Ada"})))
+        await taken.wait()
+        reading.cancel()
+        await asyncio.wait({reading})
+        assert reading.cancelled()
+        assert not redis_client.keys("*:lock")
+
+
+async def test_readers_of_a_load_that_is_cancelled_load_themselves(redis_url: str, tmp_path: Path) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url, socket_timeout=20) as client:
+        caches = AsyncCaches.from_rules(rules_file(tmp_path), client)
+        asked: list[int] = []
+        loading = asyncio.Event()
+
+        async def load(id: int) -> str:  # noqa: A002
+            asked.append(id)
+            loading.set()
+            await asyncio.sleep(1000 if len(asked) == 1 else 0)
+            return "Ada"
+
+        first, *others = (asyncio.create_task(caches.user.get(id=1, load=load)) for _ in range(20))
+        await loading.wait()
+        first.cancel()
+        assert await asyncio.gather(*others) == ["Ada"] * 19
+        assert len(asked) == 2
 
 
 @pytest.mark.parametrize("name", CACHES)

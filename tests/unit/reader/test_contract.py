@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdc_invalidator.reader.contract import Clocks, Contract, Entry, Load, Send, Sleep, Unavailable, World
+from cdc_invalidator.reader.contract import (
+    Clocks,
+    Contract,
+    Entry,
+    Load,
+    Renewal,
+    Send,
+    Sleep,
+    Unavailable,
+    Wait,
+    World,
+)
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.metrics import no_metrics
 from cdc_invalidator.reader.options import Options
@@ -39,6 +50,7 @@ class Model:
             world.scripts.take: self._take,
             world.scripts.versioned: self._versioned,
             world.scripts.fill: self._fill,
+            world.scripts.renew: self._renew,
             world.scripts.release: self._release,
             world.scripts.seize: self._seize,
         }
@@ -97,7 +109,10 @@ class Model:
         return 1
 
     def _release(self, keys: list[bytes], args: list[Any]) -> int:
-        return int(self.data.get(keys[0]) == args[0] and self.data.pop(keys[0]) is not None)
+        return int(self.data.get(keys[0], b"").startswith(args[0]) and self.data.pop(keys[0]) is not None)
+
+    def _renew(self, keys: list[bytes], args: list[Any]) -> int:
+        return int(self.data.get(keys[0]) == args[0])
 
     # What the daemon does.
 
@@ -143,6 +158,9 @@ def drive(steps: Generator[Any, Any, Any], model: Model, load: Callable[[Entry],
                 case Sleep(seconds):
                     times.now += seconds
                     effect = steps.send(None)
+                case Wait(_, seconds):
+                    times.now += seconds
+                    effect = steps.send(None)
     except StopIteration:
         return wanted
 
@@ -177,6 +195,10 @@ class Reader:
                     self._effect = self._steps.send([self._row()] * len(entries))
                 case Sleep(seconds):
                     self._times.now += seconds
+                    self._effect = self._steps.send(None)
+                case Wait(event, seconds):
+                    if not event.is_set():
+                        self._times.now += min(seconds, 10.0)
                     self._effect = self._steps.send(None)
         except StopIteration:
             self.done = True
@@ -253,8 +275,9 @@ def test_a_miss_is_a_look_a_lease_a_load_and_a_fill() -> None:
     scripts = contract.world.scripts
     assert look == Send([("GET", b"t:user:1")])
     token = take.commands[0][5]
-    assert take == Send([("EVALSHA", scripts.take, 2, b"t:user:1:lock", b"t:user:1", token, 10_000, b"cdc1 1 ")])
-    assert load == Load([entry])
+    assert take == Send([("EVALSHA", scripts.take, 2, b"t:user:1:lock", b"t:user:1", token, 3_000, b"cdc1 1 ")])
+    renewal = [("EVALSHA", scripts.renew, 1, b"t:user:1:lock", b"%b:%d" % (token, model.clock), 3_000)]
+    assert load == Load([entry], Renewal(renewal, 1.0, 60.0))
     stored = b'cdc1 1 0000001000000 0000001300000 0000000\n"Ada"'
     lease = b"%b:%d" % (token, model.clock)
     assert fill == Send([("EVALSHA", scripts.fill, 2, b"t:user:1:lock", b"t:user:1", lease, stored, 300_000)])

@@ -221,6 +221,7 @@ class Metrics:
         self.redis_misses = reported(
             "counter", "redis_keyspace_misses_total", "Misses (keyspace_misses in INFO of Redis)."
         )
+        self._own_hits = self._own_misses = 0
         self.redis_own_hits = counter(
             "redis_own_hits_total", "Those of redis_keyspace_hits_total that are the daemon's own reads."
         )
@@ -242,10 +243,16 @@ class Metrics:
         self._gap_at.labels(reason).set_to_current_time()
 
     def looked_up(self, found: tuple[int, int]) -> None:
-        """Count the daemon's own hits and misses."""
-        hits, misses = found
-        self.redis_own_hits.inc(hits)
-        self.redis_own_misses.inc(misses)
+        """Note the daemon's own hits and misses. They show when INFO is shown next, so that both are of one moment."""
+        self._own_hits += found[0]
+        self._own_misses += found[1]
+
+    def show_lookups(self, hits: int, misses: int) -> None:
+        """Show all hits and misses, as INFO has them, and which of them are the daemon's own."""
+        self.redis_hits.set(hits)
+        self.redis_misses.set(misses)
+        self.redis_own_hits.set(self._own_hits)
+        self.redis_own_misses.set(self._own_misses)
 
     def rules(self, digest: str, names: Iterable[str]) -> None:
         """Show which rules are in force; count their errors from 0, so that the first one shows as an increase."""

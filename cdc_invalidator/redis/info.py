@@ -44,10 +44,8 @@ class InfoMetrics:
                 _log.warning("info_refused", error="Redis refuses INFO; grant it to see hits, misses and memory.")
             self._refused = True
             return
-        # Now, so that figures of one moment are compared.
         self._metrics.looked_up(server.lookups.take())
-        self._metrics.redis_hits.set(info["keyspace_hits"])
-        self._metrics.redis_misses.set(info["keyspace_misses"])
+        self._metrics.show_lookups(info["keyspace_hits"], info["keyspace_misses"])
         self._metrics.redis_evicted.set(info["evicted_keys"])
         self._metrics.redis_expired.set(info["expired_keys"])
         self._metrics.redis_memory.set(info["used_memory"])

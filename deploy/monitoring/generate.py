@@ -6,9 +6,12 @@ Run it after a change of either: ``python deploy/monitoring/generate.py``. A tes
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 FOLDER = Path(__file__).parent
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -22,17 +25,22 @@ OF_PROCESS = 'namespace=~"$namespace", job=~"$job"'
 # Applications know no slot, and are another job.
 OF_READERS = 'namespace=~"$namespace", cache=~"$cache"'
 
-GUIDE = """
-**Fewer hits: why?** Read from left to right.
-
-| busted keys that were there | writes | keys busted a change | then it is |
-| --- | --- | --- | --- |
-| more | more | as before | a **traffic shift**: the application writes more |
-| more | as before | more | a **busting bug**: a rule busts more than it should, or sweeps (see *Busts*, *Sweeps*) |
-| as before | as before | as before | not the busts: evictions, expiries, a cold cache, other keys |
-
+WHY = """
+| writes | busted keys that were there, a write | then it is |
+| --- | --- | --- |
+| more | as before | a **traffic shift**: the application writes more |
+| as before | more | a **busting bug**: a rule busts more than it should, or sweeps (*Busted keys by rule*, *Sweeps*) |
+| as before | as before | not the busts: evictions, expiries, a cold cache, other keys |
+"""
+GUIDE = f"""
+**Fewer hits: why?** The panel *Traffic shift or busting bug?* shows each figure in times of its average of the day
+before; 2 is twice as much. Where writes and busted keys a write both rise, look at the second: it has no other cause.
+A reload (blue line) that adds a table adds its writes as well.
+{WHY}
 Old data in production, and a share of busted keys that were there near 0: the rule's **keys have drifted** from the
 application's.
+
+**An alert fires:** its section in `deploy/README.md`, under *Alerts*, says what it means, where to look and what to do.
 """
 
 
@@ -52,6 +60,12 @@ def rate(metric: str, of: str = OURS) -> str:
 def rise(metric: str, of: str = OURS) -> str:
     """Give by how much a counter rose."""
     return f"increase(cdc_invalidator_{metric}{{{of}}}[$__rate_interval])"
+
+
+def first_rise(metric: str, of: str = OURS) -> str:
+    """Give by how much a counter rose whose series begin when they are first counted: from 0, which nobody saw."""
+    series = f"cdc_invalidator_{metric}{{{of}}}"
+    return f"(({series} unless last_over_time({series}[1h] offset $__rate_interval)) or {rise(metric, of)})"
 
 
 def gauge(metric: str, of: str = OURS) -> str:
@@ -99,9 +113,74 @@ def observed(results: str) -> str:
     return total(rise("observed_total", f'{OF_CACHE}, result=~"{results}"'), "rule", "cache")
 
 
-def lines(title: str, unit: str, *queries: Query, about: str = "", **defaults: Any) -> dict[str, Any]:
-    """Give a panel of lines over time."""
+def usual(record: str) -> str:
+    """Give a recorded rate's average of the day before; of a daemon that is younger than that, of its time."""
+    series = f"slot:cdc_invalidator_{record}:rate5m{{{OURS}}}"
+    return f"(avg_over_time({series}[1d] offset 30m) or avg_over_time({series}[1d]))"
+
+
+def recorded(record: str) -> str:
+    """Give a rate of the last five minutes that rules.yml records."""
+    return f"slot:cdc_invalidator_{record}:rate5m{{{OURS}}}"
+
+
+ALERTS: dict[str, dict[str, Any]] = {
+    rule["alert"]: rule
+    for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"]
+    for rule in group["rules"]
+    if "alert" in rule
+}
+COLORS = {"critical": "red", "warning": "orange"}
+
+
+def limits(alert: str) -> dict[str, Any]:
+    """Give the colours of a figure: green, and that of the alert from its limit on."""
+    rule = ALERTS[alert]
+    text = rule["expr"]
+    found = re.search(r"> ([\d.]+) \* avg_over_time", text) or re.search(r"(?:>|==) ([\d.]+)", text)
+    assert found, f"{alert} has no limit"
+    # Figures that count things are above 0 from 1 on.
+    limit = float(found[1]) or 1
+    steps = [{"color": "green", "value": None}, {"color": COLORS[rule["labels"]["severity"]], "value": limit}]
+    return {"mode": "absolute", "steps": steps}
+
+
+def says(alert: str) -> str:
+    """Give an alert's summary for all series: labels have columns of their own."""
+    text = ALERTS[alert]["annotations"]["summary"]
+    text = re.sub(r"{{ if .*? }}(.*?){{ else }}.*?{{ end }}", r"\1", text)
+    text = re.sub(r"{{ with .*? }}.*?{{ end }}", "", text)
+    text = re.sub(r"\b(Rule|Cache|Daemon) {{ .*? }}", r"This \1", text).replace("This R", "This r")
+    text = text.replace("This C", "This c").replace("This D", "This d")
+    text = re.sub(r"\b(slot|cache|standby|daemon|rule) {{ .*? }}", r"this \1", text)
+    text = re.sub(r" \((?:this slot|{{ .*? }})\)", "", text)
+    return text.replace("{{ $labels.error }}", "an error").replace("{{ $labels.wal_status }}", "unreserved or lost")
+
+
+def remedy(alert: str) -> str:
+    """Give the beginning of what the runbook says to do about an alert, as plain text."""
+    runbook = (FOLDER.parent / "README.md").read_text()
+    section = runbook.partition(f"\n### {alert}\n")[2].partition("\n### ")[0]
+    text = section.partition("**Do:**")[2].partition("\n\n|")[0].removesuffix("Find\nthe cause:")
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(text.split())).removeprefix("- ")
+    text = text.replace(": - ", ": ").replace("`", "")
+    text = text[:1].upper() + text[1:]
+    sentences = re.split(r"(?<=\.) (?:- )?", text)
+    while len(sentences) > 1 and len(" ".join(sentences)) > MOST_REMEDY:
+        sentences.pop()
+    return " ".join(sentences)
+
+
+MOST_REMEDY = 240
+
+
+def lines(title: str, unit: str, *queries: Query, about: str = "", alert: str = "", **defaults: Any) -> dict[str, Any]:
+    """Give a panel of lines over time; ``alert``: the limit of this one is drawn as well."""
     custom = {"drawStyle": "line", "fillOpacity": 10, "showPoints": "never", "spanNulls": False}
+    custom |= defaults.pop("custom", {})
+    if alert:
+        custom["thresholdsStyle"] = {"mode": "dashed"}
+        defaults["thresholds"] = limits(alert)
     right = [
         {
             "matcher": {"id": "byFrameRefID", "options": chr(ord("A") + at)},
@@ -132,11 +211,98 @@ def states(title: str, query: Query, names: dict[str, tuple[str, str]], about: s
     )
 
 
-def table(title: str, *queries: Query, about: str = "") -> dict[str, Any]:
+def stat(
+    title: str,
+    unit: str,
+    query: Query,
+    *,
+    alert: str = "",
+    names: dict[str, tuple[str, str]] | None = None,
+    about: str = "",
+    unknown: str = "unknown",
+) -> dict[str, Any]:
+    """Give a panel of how things are now, with colours from an alert's limit, or by the names of values."""
+    mapped = {value: {"text": text, "color": color} for value, (text, color) in (names or {}).items()}
+    defaults: dict[str, Any] = {
+        "noValue": unknown,
+        "thresholds": limits(alert) if alert else {"mode": "absolute", "steps": [{"color": "text", "value": None}]},
+        "mappings": [{"type": "value", "options": mapped}] if mapped else [],
+    }
+    options = {
+        "colorMode": "background",
+        "graphMode": "none",
+        "justifyMode": "center",
+        "textMode": "auto",
+        "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+    }
+    panel = _panel("stat", title, unit, (query,), about, defaults, [], options)
+    panel["targets"][0] |= {"instant": True, "range": False}
+    return panel
+
+
+def alerts(title: str, about: str) -> dict[str, Any]:
+    """Give a table of the alerts that fire or are about to: what is wrong, since when, and what to do."""
+    chosen = f'alertname=~"CdcInvalidator.*", {OURS}'
+    # The value is when it began.
+    since = f"ALERTS{{{chosen}}} * ignoring(alertstate) group_left() (1000 * ALERTS_FOR_STATE{{{chosen}}})"
+    told = f'label_replace(label_replace({since}, "what", "$1", "alertname", "(.*)"), "do", "$1", "alertname", "(.*)")'
+    states = {"firing": {"text": "firing", "color": "red"}, "pending": {"text": "soon", "color": "orange"}}
+
+    def column(name: str, mapped: dict[str, Any], **properties: Any) -> dict[str, Any]:
+        mapping = [{"id": "mappings", "value": [{"type": "value", "options": mapped}]}] if mapped else []
+        return {
+            "matcher": {"id": "byName", "options": name},
+            "properties": mapping + [{"id": key, "value": value} for key, value in properties.items()],
+        }
+
+    wrapped = {"type": "auto", "wrapText": True}
+    colored = {"type": "color-background"}
+    columns = ("alertstate", "what", "Value", "do")
+    overrides = [
+        column("alertstate", states, **{"custom.cellOptions": colored, "custom.width": 80}),
+        column(
+            "what",
+            {alert: {"text": says(alert)} for alert in ALERTS},
+            **{"custom.cellOptions": wrapped, "custom.width": 380},
+        ),
+        column("Value", {}, unit="dateTimeFromNow", **{"custom.width": 130}),
+        column(
+            "do",
+            {alert: {"text": remedy(alert)} for alert in ALERTS},
+            **{"custom.cellOptions": wrapped, "custom.minWidth": 420},
+        ),
+    ]
+    panel = _panel(
+        "table",
+        title,
+        "none",
+        (Query(told, ""),),
+        about,
+        {"noValue": "No alert fires."},
+        overrides,
+        {"showHeader": True, "cellHeight": "sm", "sortBy": [{"displayName": "state", "desc": False}]},
+    )
+    panel["targets"][0] |= {"instant": True, "range": False, "format": "table"}
+    hidden = ("Time", "__name__", "alertname", "severity", "cluster", "namespace", "job")
+    panel["transformations"] = [
+        {
+            "id": "organize",
+            "options": {
+                "excludeByName": dict.fromkeys(hidden, True),
+                "indexByName": {name: at for at, name in enumerate(columns)},
+                "renameByName": {"alertstate": "state", "what": "what is wrong", "Value": "since", "do": "what to do"},
+            },
+        }
+    ]
+    return panel
+
+
+def table(title: str, *queries: Query, about: str = "", hidden: tuple[str, ...] = ()) -> dict[str, Any]:
     """Give a table of the labels that series have now."""
     panel = _panel("table", title, "none", queries, about, {}, [], {"showHeader": True})
     for target in panel["targets"]:
         target |= {"instant": True, "range": False, "format": "table"}
+    panel["transformations"] = [{"id": "organize", "options": {"excludeByName": dict.fromkeys(hidden, True)}}]
     return panel
 
 
@@ -165,9 +331,115 @@ def _panel(
     }
 
 
+def sized(width: int, height: int, panel: dict[str, Any]) -> dict[str, Any]:
+    """Give a panel that is not as large as others of its kind."""
+    return {**panel, "size": (width, height)}
+
+
+LEADS = highest(gauge("leader"))
+# It goes on while nobody leads.
+AGE = "time() - " + highest("last_over_time(" + gauge("watermark_as_of_timestamp_seconds") + "[1h])")
+NONE = f"0 * {LEADS}"
+
 ROWS: dict[str, list[dict[str, Any]]] = {
-    "Traffic shift or busting bug?": [
-        lines("Redis hit rate", "percentunit", Query(f"{HITS} / ({HITS} + {MISSES})", "{{slot}}"), max=1),
+    "Is it well?": [
+        stat(
+            "Leader",
+            "none",
+            Query(f"{LEADS} or -group by ({', '.join(SLOT)}) (last_over_time({gauge('leader')}[1h]))", "{{slot}}"),
+            names={"-1": ("not scraped", "red"), "0": ("nobody leads", "red"), "1": ("there", "green")},
+            unknown="no daemon",
+        ),
+        stat(
+            "Caches are at most so old",
+            "s",
+            Query(AGE, "{{slot}}"),
+            alert="CdcInvalidatorWatermarkOld",
+            about="The age of the watermark: all commits before that time are busted. A second or two is usual.",
+        ),
+        stat(
+            "Redis",
+            "none",
+            Query(highest(gauge("redis_up")), "{{slot}}"),
+            names={"0": ("away", "red"), "1": ("there", "green")},
+            about="The leader's connection.",
+            unknown="no leader tells",
+        ),
+        stat(
+            "PostgreSQL",
+            "none",
+            Query(highest(gauge("postgres_up")), "{{slot}}"),
+            names={"0": ("away", "orange"), "1": ("there", "green")},
+        ),
+        stat(
+            "Caches with an open gap",
+            "none",
+            Query(highest(gauge("gaps_open")), "{{slot}}"),
+            alert="CdcInvalidatorGapOpen",
+            about="The watermark leaves them out until they are swept, and the transactions of that time are over.",
+        ),
+        stat(
+            "Caches that Redis denies",
+            "none",
+            Query(f"sum by ({', '.join(SLOT)}) ({highest(gauge('cache_denied'), 'cache')}) or {NONE}", "{{slot}}"),
+            alert="CdcInvalidatorCacheDenied",
+            about="A right is missing: they show old data.",
+        ),
+        stat(
+            "Commit to bust, p99 now",
+            "s",
+            Query(
+                f"max by ({', '.join(SLOT)}) (" + quantile(0.99, "cache").replace("$__rate_interval", "5m") + " > 0)",
+                "{{slot}}",
+            ),
+            alert="CdcInvalidatorSlowBusts",
+            unknown="no busts",
+            about="Of the slowest cache, within 5 minutes.",
+        ),
+        stat(
+            "No bust got through for",
+            "s",
+            Query(highest(gauge("blocked_seconds")), "{{slot}}"),
+            alert="CdcInvalidatorBlocked",
+            about="Whatever it waits for: /readyz and last_error in /status of the leader say what.",
+            unknown="no leader tells",
+        ),
+        sized(
+            24,
+            7,
+            alerts(
+                "What is wrong, since when, what to do",
+                "The alerts of rules.yml that fire, or soon will. The rest is in deploy/README.md, under Alerts.",
+            ),
+        ),
+    ],
+    "Fewer hits: why?": [
+        sized(
+            24,
+            9,
+            lines(
+                "Traffic shift or busting bug?",
+                "suffix:x",
+                Query(f"{recorded('changes')} / {usual('changes')}", "{{slot}} writes"),
+                Query(
+                    f"({recorded('busted_keys_existed')} / {recorded('changes')})"
+                    f" / ({usual('busted_keys_existed')} / {usual('changes')})",
+                    "{{slot}} busted keys that were there, a write",
+                ),
+                Query(f"{recorded('redis_hit_ratio')} / {usual('redis_hit_ratio')}", "{{slot}} hit rate"),
+                about="Each in times of its average of the day before. " + WHY.strip(),
+                alert="CdcInvalidatorHitRateFellWithBusts",
+                custom={"scaleDistribution": {"type": "log", "log": 2}, "axisSoftMin": 0.5, "axisSoftMax": 4},
+                min=None,
+            ),
+        ),
+        lines(
+            "Redis hit rate",
+            "percentunit",
+            Query(f"{HITS} / ({HITS} + {MISSES})", "{{slot}}"),
+            about="Of all clients of this Redis but the daemon.",
+            max=1,
+        ),
         lines("Busted keys that were there", "cps", Query(EXISTED, "{{slot}}"), about="Only these can cost a hit."),
         lines(
             "Writes",
@@ -189,26 +461,40 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "Watermark age",
             "s",
             Query(
-                f"time() - {highest(gauge('watermark_as_of_timestamp_seconds'))}",
+                AGE,
                 "{{slot}} all older commits are busted",
             ),
             Query(f"time() - {highest(gauge('watermark_timestamp_seconds') + ' > 0')}", "{{slot}} last written"),
             about="It is written every second, also while nothing changes, or while busts lag.",
+            alert="CdcInvalidatorWatermarkOld",
         ),
         lines(
             "Commit to bust",
             "s",
             *(Query(quantile(share), f"{{{{slot}}}} p{share * 100:.0f}") for share in (0.5, 0.95, 0.99)),
+            alert="CdcInvalidatorSlowBusts",
         ),
-        lines("Commit to bust, p99 by cache", "s", Query(quantile(0.99, "cache"), "{{slot}} {{cache}}")),
+        lines(
+            "Commit to bust, p99 by cache",
+            "s",
+            Query(quantile(0.99, "cache"), "{{slot}} {{cache}}"),
+            alert="CdcInvalidatorSlowBusts",
+        ),
         states(
             "Who leads",
             Query(gauge("leader"), "{{slot}} {{instance}}"),
             {"0": ("standby", "blue"), "1": ("leader", "green")},
         ),
+        states(
+            "Who could lead",
+            Query(gauge("can_lead"), "{{slot}} {{instance}}"),
+            {"0": ("could not", "red"), "1": ("could", "green")},
+            about="Whether PostgreSQL and Redis answer each daemon: one that stands by and could not is of no help.",
+        ),
         lines(
             "Leader changes and sessions",
             "short",
+            Query(total(rise("handovers_total"), "reason"), "{{slot}} handed over: {{reason}}"),
             Query(total(f"changes({gauge('leader')}[$__rate_interval])"), "{{slot}} leader changes"),
             Query(total(rise("postgres_connects_total")), "{{slot}} streams opened"),
         ),
@@ -266,7 +552,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "Sweeps",
             "short",
             Query(
-                total(rise("sweeps_total", OF_CACHE), "cache", "reason"),
+                total(first_rise("sweeps_total", OF_CACHE), "cache", "reason"),
                 "{{slot}} {{cache}} because of {{reason}}",
             ),
             Query(total(gauge("sweeps_running")), "{{slot}} running"),
@@ -333,12 +619,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         lines(
             "Errors of the servers",
             "short",
-            Query(total(rise("redis_errors_total"), "error"), "{{slot}} Redis {{error}}"),
-            Query(total(rise("postgres_errors_total"), "error"), "{{slot}} PostgreSQL {{error}}"),
+            Query(total(first_rise("redis_errors_total"), "error"), "{{slot}} Redis {{error}}"),
+            Query(total(first_rise("postgres_errors_total"), "error"), "{{slot}} PostgreSQL {{error}}"),
         ),
     ],
     "Gaps and rules": [
-        lines("Gaps", "short", Query(total(rise("gaps_total"), "reason"), "{{slot}} {{reason}}")),
+        lines("Gaps", "short", Query(total(first_rise("gaps_total"), "reason"), "{{slot}} {{reason}}")),
         lines(
             "Time since the last gap",
             "s",
@@ -346,7 +632,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             about="Also of one that was before the first scrape.",
         ),
         lines(
-            "Caches with an open gap",
+            "Caches with an open gap, and denied ones",
             "short",
             Query(highest(gauge("gaps_open")), "{{slot}}"),
             Query(highest(gauge("cache_denied", OF_CACHE), "cache"), "{{slot}} {{cache}} denied by Redis"),
@@ -365,6 +651,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             ),
             about="Among the busts that CDC_VERIFY_SAMPLE samples: old content came back after them, or not.",
         ),
+        lines(
+            "Events that nobody took",
+            "short",
+            Query(total(rise("events_dropped_total")), "{{slot}} lines dropped: nobody reads the log"),
+            Query(total(rise("event_stream_refused_total")), "{{slot}} refused by the event stream's Redis"),
+        ),
         lines("Rule errors", "short", Query(total(rise("rule_errors_total"), "rule"), "{{slot}} {{rule}}")),
         lines("Reloads", "short", Query(total(rise("reloads_total"), "result"), "{{slot}} {{result}}")),
         states(
@@ -374,8 +666,12 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         ),
         table(
             "Versions and rule sets",
-            Query(gauge("build_info"), ""),
-            Query(gauge("rule_set_info"), ""),
+            Query(
+                f"{gauge('build_info')} * on (namespace, job, instance, slot) group_left (digest)"
+                f" {gauge('rule_set_info')}",
+                "",
+            ),
+            hidden=("Time", "Value", "job"),
             about="Daemons of one slot should have one digest.",
         ),
     ],
@@ -434,26 +730,66 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 def placed() -> list[dict[str, Any]]:
-    """Give all panels with their ids and places: each row's under its title, three abreast."""
+    """Give all panels with their ids and places: each row's under its title, from left to right."""
     panels: list[dict[str, Any]] = []
     y = 0
 
     def place(panel: dict[str, Any], x: int, width: int, height: int) -> None:
         panels.append({"id": len(panels) + 1, **panel, "gridPos": {"x": x, "y": y, "w": width, "h": height}})
 
-    for title, row in ROWS.items():
+    text = {"type": "text", "title": "", "options": {"mode": "markdown", "content": GUIDE.strip()}}
+    for title, row in {**ROWS, "How to read this": [sized(COLUMNS, 9, text)]}.items():
         place({"type": "row", "title": title, "collapsed": False, "panels": []}, 0, COLUMNS, 1)
         y += 1
-        if y == 1:
-            place(
-                {"type": "text", "title": "", "options": {"mode": "markdown", "content": GUIDE.strip()}}, 0, COLUMNS, 7
-            )
-            y += 7
-        for at, panel in enumerate(row):
-            place(panel, at % 3 * 8, 8, 8)
-            if at % 3 == 2 or at == len(row) - 1:
-                y += 8
+        x = tallest = 0
+        for given in row:
+            panel = dict(given)
+            width, height = panel.pop("size", (3, 4) if panel["type"] == "stat" else (8, 8))
+            if x + width > COLUMNS:
+                x, y = 0, y + tallest
+                tallest = 0
+            place(panel, x, width, height)
+            x, tallest = x + width, max(tallest, height)
+        y += tallest
     return panels
+
+
+def mark(name: str, color: str, expr: str, text: str, *, at_value: bool = False) -> dict[str, Any]:
+    """Give what is drawn as vertical lines: when the expression has a value, or at the time that it gives (in ms)."""
+    return {
+        "name": name,
+        "datasource": DATASOURCE,
+        "enable": True,
+        "hide": False,
+        "iconColor": color,
+        "expr": expr,
+        "titleFormat": name,
+        "textFormat": text,
+        "useValueForTime": at_value,
+    }
+
+
+def marks() -> list[dict[str, Any]]:
+    """Give the events that explain what lines do."""
+    leads = f"{gauge('leader')} == 1"
+    # A session that begins anew is none.
+    led = f"max_over_time({gauge('leader')}[$__rate_interval] offset $__rate_interval) == 1"
+    return [
+        mark(
+            "Reload",
+            "blue",
+            total(rise("reloads_total", f'{OURS}, result!="unchanged"'), "result") + " > 0",
+            "{{slot}}: rules reloaded: {{result}}",
+        ),
+        mark(
+            "Gap",
+            "orange",
+            f"1000 * {highest(gauge('gap_timestamp_seconds'), 'reason')}",
+            "{{slot}}: changes may have been missed: {{reason}}",
+            at_value=True,
+        ),
+        mark("New leader", "purple", f"{leads} unless {led}", "{{slot}}: {{instance}} leads"),
+    ]
 
 
 def variable(name: str, label: str, query: str) -> dict[str, Any]:
@@ -487,7 +823,7 @@ def dashboard() -> dict[str, Any]:
         "graphTooltip": 1,
         "refresh": "30s",
         "time": {"from": "now-6h", "to": "now"},
-        "annotations": {"list": []},
+        "annotations": {"list": marks()},
         "templating": {
             "list": [
                 {

@@ -235,10 +235,16 @@ def played(stage: Stage, dsn: str, url: str, rules: Path) -> Stage:
     return stage
 
 
+def in_prometheus(expression: str) -> str:
+    """Give an expression as Grafana sends it, with all values of the variables."""
+    found = re.sub(r"\$(namespace|job|slot|cache)\b", ".*", expression).replace("$__rate_interval", WINDOW)
+    assert "$" not in found.replace('"$1"', "")
+    return found
+
+
 @pytest.mark.parametrize("target", [pytest.param(target, id=name) for name, target in QUERIES])
 def test_each_query_of_the_dashboard_gives_data_that_its_legend_can_name(stage: Stage, target: dict[str, Any]) -> None:
-    expression = re.sub(r"\$(namespace|job|slot|cache)\b", ".*", target["expr"]).replace("$__rate_interval", WINDOW)
-    assert "$" not in expression
+    expression = in_prometheus(target["expr"])
 
     def found() -> list[Any]:
         return [labels for labels, value in stage.prometheus.query(expression) if not math.isnan(value)]
@@ -255,6 +261,19 @@ def test_each_query_of_the_dashboard_gives_data_that_its_legend_can_name(stage: 
         assert len(set(legends)) == len(legends)
 
 
+@pytest.mark.parametrize("drawn", DASHBOARD["annotations"]["list"], ids=lambda drawn: drawn["name"])
+def test_each_annotation_is_drawn_where_something_happened(stage: Stage, drawn: dict[str, Any]) -> None:
+    now = time.time()
+    series = stage.prometheus.ask(
+        "query_range", query=in_prometheus(drawn["expr"]), start=str(now - 600), end=str(now), step="1"
+    )["result"]
+    assert series
+    for each in series:
+        assert set(re.findall(r"{{(\w+)}}", drawn["textFormat"])) <= each["metric"].keys()
+        times = [float(value) / 1000 if drawn["useValueForTime"] else float(at) for at, value in each["values"]]
+        assert all(now - 601 < at < now + 1 for at in times)
+
+
 def test_each_rule_can_be_evaluated(stage: Stage) -> None:
     rules = [rule for group in stage.prometheus.ask("rules")["groups"] for rule in group["rules"]]
     assert {rule["name"] for rule in rules if rule["type"] == "alerting"} == ALERTS
@@ -269,8 +288,11 @@ def test_each_metric_that_is_named_is_served_by_a_running_daemon_or_reader(stage
     served = {re.split(r"[{ ]", line)[0] for page in pages for line in page.splitlines() if not line.startswith("#")}
     rules = (MONITORING / "rules.yml").read_text()
     named = set(re.findall(r"(?<![\w:])cdc_invalidator_\w+", rules))
+    # `slot:…` is recorded by the rules.
     named |= {
-        name for _, target in QUERIES for name in re.findall(r"\b(?:cdc_invalidator|process)_\w+", target["expr"])
+        name
+        for each in (*(target for _, target in QUERIES), *DASHBOARD["annotations"]["list"])
+        for name in re.findall(r"(?<![\w:])(?:cdc_invalidator|process)_\w+", each["expr"])
     }
     assert len(named) > 40
     assert named <= served

@@ -86,6 +86,16 @@ def test_what_a_session_knew_is_forgotten_and_what_the_daemon_counted_is_not(met
     assert shown(metrics) == counted
 
 
+def test_the_daemon_s_own_reads_show_with_those_of_all_and_not_before(metrics: Metrics) -> None:
+    own = [f'cdc_invalidator_redis_own_{kind}_total{{slot="s"}}' for kind in ("hits", "misses")]
+    metrics.looked_up((3, 4))
+    assert [shown(metrics)[name] for name in own] == [0, 0]
+    metrics.looked_up((1, 0))
+    metrics.show_lookups(100, 10)
+    assert [shown(metrics)[name] for name in own] == [4, 4]
+    assert shown(metrics)['cdc_invalidator_redis_keyspace_hits_total{slot="s"}'] == 100
+
+
 def test_a_gap_is_counted_and_has_its_time(metrics: Metrics) -> None:
     metrics.gap("new_slot")
     first = shown(metrics)

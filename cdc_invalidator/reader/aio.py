@@ -16,6 +16,7 @@ from redis.asyncio.cluster import RedisCluster
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.contract import MISS, Command, Contract, Entry, Load, Send, Steps, Unavailable, Wait
+from cdc_invalidator.reader.flights import loading
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.leases import AsyncKeeper
@@ -109,7 +110,7 @@ class Link:
                     if isinstance(effect, Send):
                         outcome = await self.send(effect.commands)
                     elif isinstance(effect, Load):
-                        with self.keeper.holding(effect.renewal):
+                        with self.keeper.holding(effect.renewal), loading(effect.flights):
                             outcome = await load(effect.entries)
                     elif isinstance(effect, Wait):
                         await _happened(effect.event, effect.seconds)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from cdc_invalidator.reader.envelope import Envelope, Times
-from cdc_invalidator.reader.flights import Flight, Flights, copies
+from cdc_invalidator.reader.flights import Flight, Flights, copies, is_loading
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NUL, Keys
 from cdc_invalidator.reader.keyspace import KeySpace
@@ -115,6 +115,11 @@ class Load(NamedTuple):
 
     entries: Sequence[Entry]
     renewal: Renewal | None = None
+
+    @property
+    def flights(self) -> list[Any]:
+        """What others of this process may wait for meanwhile."""
+        return [entry.flight_key for entry in self.entries if entry.flight is not None]
 
 
 class Wait(NamedTuple):
@@ -449,7 +454,7 @@ class Contract(Generic[T]):
         counted = False
         while missing:
             states = leases or [None] * len(missing)
-            led, joined = [], []
+            led, joined, nested = [], [], []
             for entry, state in zip(missing, states, strict=True):
                 granted = type(state) is int and bool(state)
                 # Who may be given an old value asks for it, rather than wait.
@@ -457,6 +462,9 @@ class Contract(Generic[T]):
                     led.append((entry, state))
                     continue
                 key = (entry.key, self._form, demand)
+                if is_loading(key):
+                    nested.append(entry)
+                    continue
                 flight, new = flights.board(key, clocks.steady(), self.options.longest_load, replace=granted)
                 if new:
                     entry.flight, entry.flight_key = flight, key
@@ -467,6 +475,7 @@ class Contract(Generic[T]):
                 self.metrics.waits(len(joined))
                 counted = True
             missing = []
+            yield from self.beside(nested, "nested")
             if led:
                 own = [entry for entry, _ in led]
                 try:

@@ -16,11 +16,15 @@ import datetime as dt
 import decimal
 import threading
 import uuid
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 _ALONE = object()
+# What is being loaded around here: a loader that reads its own key would wait for itself.
+_LOADING: ContextVar[frozenset[Hashable]] = ContextVar("cdc_invalidator_loading", default=frozenset())
 # What is the same for whoever has a copy of it.
 _LEAVES = frozenset(
     {bool, int, float, complex, str, bytes, type(None), decimal.Decimal, uuid.UUID}
@@ -68,6 +72,21 @@ class Flight:
             return "again", None
         value = self._copy()
         return ("alone", None) if value is _ALONE else ("take", value)
+
+
+@contextmanager
+def loading(keys: Iterable[Hashable]) -> Iterator[None]:
+    """Note, for this thread or task and those that it starts, that it loads these keys."""
+    token = _LOADING.set(_LOADING.get().union(keys))
+    try:
+        yield
+    finally:
+        _LOADING.reset(token)
+
+
+def is_loading(key: Hashable) -> bool:
+    """Return whether it is a loader of this key that asks."""
+    return key in _LOADING.get()
 
 
 @dataclass(frozen=True, slots=True)

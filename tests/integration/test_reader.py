@@ -352,6 +352,41 @@ async def test_a_read_that_is_cancelled_while_it_takes_the_lease_leaves_none(
         assert not redis_client.keys("*:lock")
 
 
+def test_a_loader_that_reads_its_own_key_does_not_wait_for_itself(caches: Any, count: Counts) -> None:
+    asked: list[str] = []
+
+    def inner(id: int) -> str:  # noqa: A002
+        asked.append("inner")
+        return f"Ada {id}"
+
+    def outer(id: int) -> str:  # noqa: A002
+        asked.append("outer")
+        return f"{caches.user.get(id=id, load=inner)} the first"
+
+    began = time.monotonic()
+    assert caches.user.get(id=1, load=outer) == "Ada 1 the first"
+    assert time.monotonic() - began < 30, "it waited for itself, up to longest_load"
+    assert asked == ["outer", "inner"]
+    assert count("bypasses_total", "user", reason="nested") == 1
+
+
+async def test_a_loader_that_awaits_its_own_key_in_another_task_does_not_wait_for_itself(
+    redis_url: str, tmp_path: Path
+) -> None:
+    async with redis.asyncio.Redis.from_url(redis_url, socket_timeout=20) as client:
+        caches = AsyncCaches.from_rules(rules_file(tmp_path), client)
+
+        async def inner(id: int) -> str:  # noqa: A002
+            return f"Ada {id}"
+
+        async def outer(id: int) -> str:  # noqa: A002
+            (name,) = await asyncio.gather(caches.user.get(id=id, load=inner))
+            return f"{name} the first"
+
+        async with asyncio.timeout(30):
+            assert await caches.user.get(id=1, load=outer) == "Ada 1 the first"
+
+
 async def test_readers_of_a_load_that_is_cancelled_load_themselves(redis_url: str, tmp_path: Path) -> None:
     async with redis.asyncio.Redis.from_url(redis_url, socket_timeout=20) as client:
         caches = AsyncCaches.from_rules(rules_file(tmp_path), client)

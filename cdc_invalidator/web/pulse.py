@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -73,8 +74,14 @@ class Pulse:
             if not answered.done():
                 answered.set_result(said)
 
+        def answer() -> None:
+            said = question()
+            # If the pages are closed by now, nobody waits for it.
+            with suppress(RuntimeError):
+                asking.call_soon_threadsafe(tell, said)
+
         try:
-            self._loop.call_soon_threadsafe(lambda: asking.call_soon_threadsafe(tell, question()))
+            self._loop.call_soon_threadsafe(answer)
             async with asyncio.timeout(ANSWER_SECONDS):
                 return await answered
         except (TimeoutError, RuntimeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -107,3 +108,22 @@ def test_the_last_answer_of_a_loop_that_is_gone_stays() -> None:
     beating = asyncio.run(beat())
     answer, old = asyncio.run(beating.ask())
     assert (answer.status, old) == ({"asked": 1}, True)
+
+
+async def test_an_answer_that_comes_when_the_pages_are_closed_troubles_nobody() -> None:
+    failed: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, context: failed.append(context))
+
+    async def leave(pulse: Pulse) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(pulse.call(lambda: 1), 0.01)
+
+    with Pulse(lambda: Answer({}, None, 0.0)) as pulse:
+        pages = threading.Thread(target=lambda: asyncio.run(leave(pulse)))
+        pages.start()
+        # This loop does not turn until theirs is closed.
+        pages.join()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert failed == []

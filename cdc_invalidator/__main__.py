@@ -34,8 +34,9 @@ def main() -> None:
         print(error, file=sys.stderr)  # noqa: T201  this is the program's voice
         _log_end(str(error), error.exit_code)
         sys.exit(error.exit_code)
-    except Exception as error:
-        _log_end(f"{type(error).__name__}: {error}", 1)
+    except Exception as error:  # it is a fault of ours, and raised again; the log shall say so too
+        # Not its text, which may hold what no log may show.
+        _log_end(f"The daemon fails with {type(error).__name__}; the traceback on standard error says where.", 1)
         raise
 
 

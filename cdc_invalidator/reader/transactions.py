@@ -35,11 +35,7 @@ def own_view(connection: Any) -> bool:
     Raises:
         TypeError: it is none of these.
     """
-    if _is_source(connection):
-        connection = connection()
-    if isinstance(connection, DjangoConnections):
-        return any(own_view(each) for each in connection.open())
-    known = _known(connection)
+    connection, known = _unasked(connection)
     if known is not None:
         return known
     try:
@@ -63,11 +59,7 @@ async def aown_view(connection: Any) -> bool:
     Raises:
         TypeError: it is none of these.
     """
-    if _is_source(connection):
-        connection = connection()
-    if isinstance(connection, DjangoConnections):
-        return any(own_view(each) for each in connection.open())
-    known = _known(connection)
+    connection, known = _unasked(connection)
     if known is not None:
         return known
     try:
@@ -83,6 +75,19 @@ async def aown_view(connection: Any) -> bool:
             await _awaited(cursor.close())
     except Exception:  # noqa: BLE001  the loader, which asks the same connection, raises what is wrong with it
         return True
+
+
+def _unasked(connection: Any) -> tuple[Any, bool | None]:
+    """Return the connection itself, and what is known of it without a query that waits; ``None`` if it must be asked.
+
+    Raises:
+        TypeError: it is no connection.
+    """
+    if _is_source(connection):
+        connection = connection()
+    if isinstance(connection, DjangoConnections):
+        return connection, any(own_view(each) for each in connection.open())
+    return connection, _known(connection)
 
 
 def is_connection(value: Any) -> bool:

@@ -86,6 +86,8 @@ NUMBERS = b"\x01" + ID
 NUMBERS_2 = NUMBERS + ID + ID + b"\x01"
 PENDING = b"\x01" + RAW_ID + bytes(8) + b"\x05"
 OWNED = b"\x01" + RAW_ID
+# From 8.6 on: entries, numbers, and a group with what is pending and one consumer.
+GROUP = ENTRIES + NUMBERS_2 + b"\x01\x05group" + ID + b"\x01" + PENDING + b"\x01\x03own" + bytes(16) + OWNED
 IDEMPOTENT = b"\x40\x64\x0a" + b"\x01\x03pid\x02" + (b"\x03iid" + ID) * 2 + b"\x02\x00"
 RECORDS = b"\x01\x07\x02\x40\x80\x03" + bytes(4) + b"\x04" + bytes(8) + b"\x05\x03abc\x00"
 MODULE_ID = b"\x81" + (((0 << 48 | 1) << 10) | 3).to_bytes(8, "big")
@@ -111,32 +113,12 @@ OF_REDIS = {
     ),
     "stream of 8.6": (
         26,
-        ENTRIES
-        + NUMBERS_2
-        + b"\x01\x05group"
-        + ID
-        + b"\x01"
-        + PENDING
-        + b"\x01\x03own"
-        + bytes(16)
-        + OWNED
-        + IDEMPOTENT,
+        GROUP + IDEMPOTENT,
         "stream",
     ),
     "stream with refused entries": (
         27,
-        ENTRIES
-        + NUMBERS_2
-        + b"\x01\x05group"
-        + ID
-        + b"\x01"
-        + PENDING
-        + b"\x01\x03own"
-        + bytes(16)
-        + OWNED
-        + b"\x01"
-        + RAW_ID
-        + IDEMPOTENT,
+        GROUP + b"\x01" + RAW_ID + IDEMPOTENT,
         "stream",
     ),
     "module": (7, MODULE_ID + RECORDS, "AAAAAAAAB"),

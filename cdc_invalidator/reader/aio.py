@@ -15,13 +15,15 @@ from redis.asyncio.cluster import RedisCluster
 
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.breaker import Breaker
-from cdc_invalidator.reader.contract import MISS, Command, Contract, Entry, Load, Send, Steps, Unavailable, Wait
+from cdc_invalidator.reader.contract import Contract
+from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import loading
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.leases import AsyncKeeper
 from cdc_invalidator.reader.local import Local
 from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.tracking import AsyncFollower
 
 if TYPE_CHECKING:

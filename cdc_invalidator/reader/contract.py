@@ -1,13 +1,6 @@
 """The fill contract as generators: each yields what it needs done and is sent the result. No I/O happens here.
 
-Both shells, `sync` and `aio`, drive the same generators. A generator yields one of
-
-- `Send`: commands for Redis, in one round trip. It is sent the replies; an error reply is an exception in its place.
-  `Unavailable` is thrown in when there is no answer at all.
-- `Load`: the values of some entries, from the database, while their leases are renewed. It is sent the values in order.
-  An exception of the program's loader is thrown in, and raised again once the leases are given back.
-- `Wait`: for what another reader of this process loads, some seconds at most.
-- `Sleep`: seconds to wait.
+Both shells, `sync` and `aio`, drive the same generators; `steps` says what they yield.
 
 The rules that hold here: whatever Redis does, a read is answered, if need be from the database; and only the script
 that checks the lease stores a value. Clocks are passed in; no socket or thread is used.
@@ -15,165 +8,32 @@ that checks the lease stores a value. Clocks are passed in; no socket or thread 
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-import os
-import random
-import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
+from cdc_invalidator.reader.commands import Commands
+from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.envelope import Envelope, Times
-from cdc_invalidator.reader.flights import Flight, Flights, copies, is_loading
-from cdc_invalidator.reader.freshness import Demand, Feed
+from cdc_invalidator.reader.flights import Flight, copies, is_loading
+from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NUL, Keys
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.metrics import CacheMetrics
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.reader.scripts import FillScripts
+from cdc_invalidator.reader.steps import Command, Load, Renewal, Send, Sleep, Steps, Unavailable, Wait
+from cdc_invalidator.reader.world import World
 from cdc_invalidator.rules.model import Cache
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.suffixes import STALE_SUFFIX
 
 _log = logging.getLogger("cdc_invalidator.reader")
 
 T = TypeVar("T")
-Command: TypeAlias = tuple[Any, ...]
 
 # Seconds between two looks at what another reader loads; randomised, so that not all look at once.
 FIRST_PAUSE, LONGEST_PAUSE = 0.004, 0.1
 REPORT_SECONDS = 60.0
-# How many versions a process remembers, for each cache.
-REMEMBERED = 10_000
-
-
-class Unavailable(Exception):
-    """Redis gives no answer; ``reason``: redis_down, or breaker_open where it was not even asked."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
-
-
-class Miss:
-    """The type of `MISS`, which stands for: not in the cache."""
-
-
-MISS = Miss()
-
-
-class Entry:
-    """One key on its way to a value.
-
-    ``params``: the loader's arguments; ``item``: the same as the caller passed it. ``key``: for a cache with a version,
-    it has NUL in the version's place until that is known; ``version_key``: the version's key.
-    """
-
-    # Most entries are hits, which need none of these.
-    token = b""  # of its lease, once that is asked for
-    lease = b""  # the text in the lock, once the lease is ours
-    guess = b""  # the remembered version that was used for the look
-    value: Any = None
-    done = False
-    flight: Flight | None = None  # the load that others of this process may wait for, if it is ours
-    flight_key: Any = None
-    refresh = False  # load it whatever is there, which can't be read or is too old
-
-    def __init__(
-        self, item: Any, params: Mapping[str, Any], key: bytes, version_key: bytes = b"", *, stale: bool = False
-    ) -> None:
-        self.item = item
-        self.params = params
-        self.key = self.rest = key
-        self.version_key = version_key
-        # Whether an old value will do while another reader loads.
-        self.stale = stale
-
-    def found(self, value: Any) -> None:
-        """Note its value."""
-        self.value = value
-        self.done = True
-
-
-class Send(NamedTuple):
-    """Commands for Redis, in one round trip."""
-
-    commands: Sequence[Command]
-
-
-class Renewal(NamedTuple):
-    """Commands that renew leases: each so many seconds, and for so many seconds at most."""
-
-    commands: Sequence[Command]
-    every: float
-    limit: float
-
-
-class Load(NamedTuple):
-    """Entries whose values are to be loaded, and how their leases are renewed meanwhile, if they are held."""
-
-    entries: Sequence[Entry]
-    renewal: Renewal | None = None
-
-    @property
-    def flights(self) -> list[Any]:
-        """What others of this process may wait for meanwhile."""
-        return [entry.flight_key for entry in self.entries if entry.flight is not None]
-
-
-class Wait(NamedTuple):
-    """An event that another reader of this process sets, and how many seconds to wait for it."""
-
-    event: Any
-    seconds: float
-
-
-class Sleep(NamedTuple):
-    """Seconds to wait."""
-
-    seconds: float
-
-
-Effect: TypeAlias = Send | Load | Wait | Sleep
-Steps: TypeAlias = Generator[Effect, Any, T]
-
-
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """Where time and chance come from; ``steady``: seconds from whenever; ``wall``: seconds since 1970."""
-
-    steady: Callable[[], float] = time.monotonic
-    wall: Callable[[], float] = time.time
-    chance: Callable[[], float] = random.random
-
-
-class Tokens:
-    """Tokens of leases, which never repeat, in this process or another."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count()
-        self._owner = (0, b"")
-
-    def next(self) -> bytes:
-        """Return a new token."""
-        # A forked process must not continue its parent's tokens.
-        process, prefix = self._owner
-        if process != os.getpid():
-            self._owner = process, prefix = os.getpid(), os.urandom(8).hex().encode()
-        return b"%b-%d" % (prefix, next(self._numbers))
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What the caches of one program share."""
-
-    feed: Feed
-    scripts: FillScripts = field(default_factory=FillScripts)
-    tokens: Tokens = field(default_factory=Tokens)
-    clocks: Clocks = field(default_factory=Clocks)
-    cluster: bool = False
-    flights: Flights = field(default_factory=Flights)
 
 
 class Contract(Generic[T]):
@@ -211,13 +71,11 @@ class Contract(Generic[T]):
         self._loads = options.serializer.loads
         # Readers share a load only if they read values in the same way.
         self._form = (options.schema, id(options.serializer))
-        self._lease = max(1, int(options.lease * 1000))
+        self._commands = Commands(cache, world, self._header, options.lease)
+        self.look, self.looks_once = self._commands.look, self._commands.looks_once
+        self._stored = self._commands.stored
         self._ttl, self._jitter = cache.ttl, cache.jitter
         self._versioned = cache.version is not None
-        self._one_hash_slot = not world.cluster or cache.one_hash_slot
-        self._locks_beside = not world.cluster or bool(cache.key.hash_tag)
-        # The versions of the last reads, with which the key is asked for together with its version.
-        self._versions: dict[bytes, bytes] = {}
         # When to log each kind of refusal again.
         self._reported: dict[str, float] = {}
         self.plain = not options.early
@@ -236,58 +94,9 @@ class Contract(Generic[T]):
         """
         return Entry(item, params, *self.keys.of(params), stale=self._stale)
 
-    def look(self, entry: Entry, *, taking: bool = True) -> Command:
-        """Return the command that looks for an entry; for a cache with a version, it may also take the lease."""
-        if not self._versioned:
-            return ("GET", entry.key)
-        guess = self._versions.get(entry.version_key)
-        if guess is not None:
-            entry.guess = guess
-            return ("MGET", entry.version_key, entry.rest.replace(NUL, guess))
-        return self._versioned_look(entry, taking=taking)
-
-    def _versioned_look(self, entry: Entry, *, taking: bool = True) -> Command:
-        entry.guess = b""
-        return (
-            "EVALSHA",
-            self.world.scripts.versioned,
-            1,
-            entry.version_key,
-            self._token(entry) if taking else b"",
-            self._lease,
-            NUL if entry.refresh else self._header,
-            self.cache.version_ttl,
-            entry.rest,
-            LOCK_SUFFIX,
-            STALE_SUFFIX if entry.stale else b"",
-        )
-
-    @property
-    def looks_once(self) -> bool:
-        """Whether one command is enough to look."""
-        return self._one_hash_slot or not self._versioned
-
-    def stored(self, entry: Entry, reply: Any) -> Any:
-        """Return what a look found under the key: its bytes if there are any, else the state of the lease."""
-        if not self._versioned or isinstance(reply, Exception):
-            return reply
-        version, found = reply
-        if not entry.guess:
-            self._remember(entry.version_key, version)
-        elif version != entry.guess:
-            self._versions.pop(entry.version_key, None)
-            return None
-        entry.key = entry.rest.replace(NUL, version)
-        return found
-
-    def _remember(self, version_key: bytes, version: bytes) -> None:
-        if len(self._versions) >= REMEMBERED:
-            self._versions.clear()
-        self._versions[version_key] = version
-
     def hit(self, entry: Entry, reply: Any) -> Any:
         """Return the value in the reply to a look, or `MISS`; a hit is counted."""
-        reply = self.stored(entry, reply)
+        reply = self._stored(entry, reply)
         if type(reply) is not bytes:
             return MISS
         payload = self._envelope.payload(reply)
@@ -368,9 +177,9 @@ class Contract(Generic[T]):
                 return refusal, ()
             checks = False
         if not self.looks_once:
-            versions = yield Send([self._make_version(entry) for entry in entries])
+            versions = yield Send([self._commands.make_version(entry) for entry in entries])
             for entry, version in zip(entries, versions, strict=True):
-                self._name(entry, version)
+                self._commands.name(entry, version)
             replies = yield Send([("GET", entry.key) for entry in entries])
             return "", [
                 version if isinstance(version, Exception) else [version, reply]
@@ -407,7 +216,7 @@ class Contract(Generic[T]):
         """Take the values that may be served, and refresh some of them early."""
         early = []
         for entry, reply in zip(entries, replies, strict=True):
-            stored = self.stored(entry, reply)
+            stored = self._stored(entry, reply)
             if isinstance(stored, Exception):
                 yield from self.beside([entry], self._refused(stored))
                 continue
@@ -552,7 +361,7 @@ class Contract(Generic[T]):
             for entry, reply in zip(waiting, replies, strict=True):
                 if isinstance(reply, Exception):
                     yield from self.beside([entry], self._refused(reply))
-                elif self._granted(entry, reply):
+                elif self._commands.granted(entry, reply):
                     mine.append(entry)
                 elif self._served(entry, reply, demand):
                     self._land(entry)
@@ -594,47 +403,19 @@ class Contract(Generic[T]):
     def _take(self, entries: Sequence[Entry]) -> Steps[list[Any]]:
         """Look again and take leases: a value, a number (mine), 0 or a list (somebody else's), or an error for each."""
         if not self._versioned:
-            replies = yield Send([self._taking(entry) for entry in entries])
+            replies = yield Send([self._commands.take(entry) for entry in entries])
             return list(replies)
-        if self._one_hash_slot:
-            replies = yield Send([self._versioned_look(entry) for entry in entries])
-            return [self.stored(entry, reply) for entry, reply in zip(entries, replies, strict=True)]
-        versions = yield Send([self._make_version(entry) for entry in entries])
+        if self._commands.one_hash_slot:
+            replies = yield Send([self._commands.versioned_look(entry) for entry in entries])
+            return [self._stored(entry, reply) for entry, reply in zip(entries, replies, strict=True)]
+        versions = yield Send([self._commands.make_version(entry) for entry in entries])
         for entry, version in zip(entries, versions, strict=True):
-            self._name(entry, version)
-        replies = yield Send([self._taking(entry) for entry in entries])
+            self._commands.name(entry, version)
+        replies = yield Send([self._commands.take(entry) for entry in entries])
         return [
             version if isinstance(version, Exception) else reply
             for version, reply in zip(versions, replies, strict=True)
         ]
-
-    def _taking(self, entry: Entry) -> Command:
-        header = NUL if entry.refresh else self._header
-        keys = (self._lock(entry), entry.key, *((entry.key + STALE_SUFFIX,) if entry.stale else ()))
-        return ("EVALSHA", self.world.scripts.take, len(keys), *keys, self._token(entry), self._lease, header)
-
-    def _lock(self, entry: Entry) -> bytes:
-        # Where busts only bump versions, the daemon deletes no locks; this one is named to lie in the key's slot.
-        return entry.key + LOCK_SUFFIX if self._locks_beside else b"{%b}%b" % (entry.key, LOCK_SUFFIX)
-
-    def _token(self, entry: Entry) -> bytes:
-        if not entry.token:
-            entry.token = self.world.tokens.next()
-        return entry.token
-
-    def _granted(self, entry: Entry, reply: Any) -> bool:
-        """Return whether the lease is ours, and note its token and number; a late copy has another number."""
-        if type(reply) is not int or not reply:
-            return False
-        entry.lease = b"%b:%d" % (entry.token, reply)
-        return True
-
-    def _make_version(self, entry: Entry) -> Command:
-        return ("EVALSHA", self.world.scripts.version, 1, entry.version_key, self.cache.version_ttl)
-
-    def _name(self, entry: Entry, version: Any) -> None:
-        if self._versioned and isinstance(version, bytes):
-            entry.key = entry.rest.replace(NUL, version)
 
     def _served(self, entry: Entry, reply: Any, demand: Demand) -> bool:
         """Return whether what another reader stored, or a bust left, is this entry's value."""
@@ -699,9 +480,8 @@ class Contract(Generic[T]):
 
     def _storing(self, entry: Entry, payload: bytes | None, began: float, took: float) -> Command:
         """Return the command that stores a value, or that gives back the lease if nothing is to be stored."""
-        scripts, clocks, cache = self.world.scripts, self.world.clocks, self.cache
-        lock = self._lock(entry)
-        ttl = self._ttl if entry.value is not None else cache.negative_ttl
+        clocks = self.world.clocks
+        ttl = self._ttl if entry.value is not None else self.cache.negative_ttl
         if (
             self.space is not None
             and payload is not None
@@ -711,12 +491,12 @@ class Contract(Generic[T]):
             self.metrics.bypasses("max_keys")
             payload = None
         if payload is None or ttl is None:
-            return ("EVALSHA", scripts.release, 1, lock, entry.lease)
+            return self._commands.release(entry)
         if entry.value is not None and self._jitter:
             ttl += int(clocks.chance() * self._jitter)
         expires = int(clocks.wall() * 1000) + ttl
         stored = self._envelope.seal(payload, Times(int(began * 1000), expires, int(took * 1000)))
-        return ("EVALSHA", scripts.fill, 2, lock, entry.key, entry.lease, stored, ttl)
+        return self._commands.fill(entry, stored, ttl)
 
     def _payload(self, value: Any) -> bytes | None:
         if value is None:
@@ -731,16 +511,13 @@ class Contract(Generic[T]):
 
     def renewal(self, mine: Iterable[Entry]) -> Renewal:
         """Return what keeps the leases of entries alive."""
-        renew = self.world.scripts.renew
-        commands = [("EVALSHA", renew, 1, self._lock(entry), entry.lease, self._lease) for entry in mine]
-        return Renewal(commands, self._lease / 3000, self.options.longest_load)
+        return self._commands.renewal(mine, self.options.longest_load)
 
     def _release(self, mine: Sequence[Entry]) -> Steps[None]:
         """Give leases back; where it is not known whether one was granted, by the token alone."""
-        release = self.world.scripts.release
         # Where the version is not known, nor is the lock; the lease runs out.
         known = [entry for entry in mine if NUL not in entry.key]
-        commands = [("EVALSHA", release, 1, self._lock(entry), entry.lease or entry.token + b":") for entry in known]
+        commands = [self._commands.release(entry) for entry in known]
         for entry in mine:
             entry.token = entry.lease = b""
         try:
@@ -802,8 +579,8 @@ class Contract(Generic[T]):
         """Reload entries that have a value, unless another reader does."""
         for entry in early:
             entry.refresh = True
-        replies = yield Send([self._taking(entry) for entry in early])
-        mine = [entry for entry, reply in zip(early, replies, strict=True) if self._granted(entry, reply)]
+        replies = yield Send([self._commands.take(entry) for entry in early])
+        mine = [entry for entry, reply in zip(early, replies, strict=True) if self._commands.granted(entry, reply)]
         if not mine:
             return
         self.metrics.early_refreshes(len(mine))
@@ -833,7 +610,7 @@ class Contract(Generic[T]):
                 if isinstance(reply, Exception):
                     self.metrics.bypasses(self._refused(reply))
                     break
-                if not self._granted(entry, reply):
+                if not self._commands.granted(entry, reply):
                     continue
                 stored += yield from self._load([entry])
                 loaded += 1
@@ -848,13 +625,12 @@ class Contract(Generic[T]):
         """Take the lease even if another reader has it: its load may be older than what is about to be written."""
         try:
             if self._versioned:
-                (version,) = yield Send([self._make_version(entry)])
+                (version,) = yield Send([self._commands.make_version(entry)])
                 if isinstance(version, Exception):
                     self.metrics.bypasses(self._refused(version))
                     return False
-                self._name(entry, version)
-            seizing = ("EVALSHA", self.world.scripts.seize, 1, self._lock(entry), self._token(entry), self._lease)
-            (reply,) = yield Send([seizing])
+                self._commands.name(entry, version)
+            (reply,) = yield Send([self._commands.seize(entry)])
         except Unavailable as gone:
             self.metrics.bypasses(gone.reason)
             return False
@@ -866,7 +642,7 @@ class Contract(Generic[T]):
         if isinstance(reply, Exception):
             self.metrics.bypasses(self._refused(reply))
             return False
-        return self._granted(entry, reply)
+        return self._commands.granted(entry, reply)
 
     def put(self, entry: Entry, value: Any, began: float) -> Steps[bool]:
         """Store what was written, if no bust came since `seize`."""
@@ -893,12 +669,8 @@ class Contract(Generic[T]):
                     (version,) = yield Send([("GET", entry.version_key)])
                     if version is None:
                         return True
-                    self._name(entry, version)
-                commands = [
-                    ("UNLINK", self._lock(entry)),
-                    ("UNLINK", entry.key),
-                    ("UNLINK", entry.key + STALE_SUFFIX),
-                ]
+                    self._commands.name(entry, version)
+                commands = self._commands.bust(entry)
             replies = yield Send(commands)
         except Unavailable as gone:
             self.metrics.bypasses(gone.reason)

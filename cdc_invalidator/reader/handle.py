@@ -15,19 +15,21 @@ from redis import exceptions
 from redis.backoff import NoBackoff
 
 from cdc_invalidator.reader.breaker import Breaker
-from cdc_invalidator.reader.contract import Contract, Entry, World
+from cdc_invalidator.reader.contract import Contract
+from cdc_invalidator.reader.entry import Entry
 from cdc_invalidator.reader.flights import Flights
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.transactions import is_connection
+from cdc_invalidator.reader.world import World
 from cdc_invalidator.rules.load import load_rules
 from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.wording import nearest
 
 if TYPE_CHECKING:
-    from cdc_invalidator.reader.contract import Command
+    from cdc_invalidator.reader.steps import Command
 
 _log = logging.getLogger("cdc_invalidator.reader")
 

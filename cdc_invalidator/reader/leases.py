@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cdc_invalidator.reader.contract import Command, Renewal, Unavailable
+from cdc_invalidator.reader.steps import Command, Renewal, Unavailable
 
 # The thread looks what is due so often, and ends when nothing was held for so long.
 _BEAT, _IDLE = 0.5, 10.0

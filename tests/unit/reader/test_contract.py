@@ -10,21 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdc_invalidator.reader.contract import (
-    Clocks,
-    Contract,
-    Entry,
-    Load,
-    Renewal,
-    Send,
-    Sleep,
-    Unavailable,
-    Wait,
-    World,
-)
+from cdc_invalidator.reader.contract import Contract
+from cdc_invalidator.reader.entry import Entry
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.metrics import no_metrics
 from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.steps import Load, Renewal, Send, Sleep, Unavailable, Wait
+from cdc_invalidator.reader.world import Clocks, World
 from cdc_invalidator.rules.load import parse_rules
 
 RULES = """

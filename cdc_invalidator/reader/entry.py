@@ -1,0 +1,48 @@
+"""One key of a cache on its way to a value. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cdc_invalidator.reader.flights import Flight
+
+
+class Miss:
+    """The type of `MISS`, which stands for: not in the cache."""
+
+
+MISS = Miss()
+
+
+class Entry:
+    """One key on its way to a value.
+
+    ``params``: the loader's arguments; ``item``: the same as the caller passed it. ``key``: for a cache with a version,
+    it has NUL in the version's place until that is known; ``version_key``: the version's key.
+    """
+
+    # Most entries are hits, which need none of these.
+    token = b""  # of its lease, once that is asked for
+    lease = b""  # the text in the lock, once the lease is ours
+    guess = b""  # the remembered version that was used for the look
+    value: Any = None
+    done = False
+    flight: Flight | None = None  # the load that others of this process may wait for, if it is ours
+    flight_key: Any = None
+    refresh = False  # load it whatever is there, which can't be read or is too old
+
+    def __init__(
+        self, item: Any, params: Mapping[str, Any], key: bytes, version_key: bytes = b"", *, stale: bool = False
+    ) -> None:
+        self.item = item
+        self.params = params
+        self.key = self.rest = key
+        self.version_key = version_key
+        # Whether an old value will do while another reader loads.
+        self.stale = stale
+
+    def found(self, value: Any) -> None:
+        """Note its value."""
+        self.value = value
+        self.done = True

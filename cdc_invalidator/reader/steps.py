@@ -1,0 +1,72 @@
+"""What the fill contract asks its shells to do, and how it is told that Redis gives no answer. Pure.
+
+A generator of `contract` yields one of
+
+- `Send`: commands for Redis, in one round trip. It is sent the replies; an error reply is an exception in its place.
+  `Unavailable` is thrown in when there is no answer at all.
+- `Load`: the values of some entries, from the database, while their leases are renewed. It is sent the values in order.
+  An exception of the program's loader is thrown in, and raised again once the leases are given back.
+- `Wait`: for what another reader of this process loads, some seconds at most.
+- `Sleep`: seconds to wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+from cdc_invalidator.reader.entry import Entry
+
+T = TypeVar("T")
+Command: TypeAlias = tuple[Any, ...]
+
+
+class Unavailable(Exception):
+    """Redis gives no answer; ``reason``: redis_down, or breaker_open where it was not even asked."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+class Send(NamedTuple):
+    """Commands for Redis, in one round trip."""
+
+    commands: Sequence[Command]
+
+
+class Renewal(NamedTuple):
+    """Commands that renew leases: each so many seconds, and for so many seconds at most."""
+
+    commands: Sequence[Command]
+    every: float
+    limit: float
+
+
+class Load(NamedTuple):
+    """Entries whose values are to be loaded, and how their leases are renewed meanwhile, if they are held."""
+
+    entries: Sequence[Entry]
+    renewal: Renewal | None = None
+
+    @property
+    def flights(self) -> list[Any]:
+        """What others of this process may wait for meanwhile."""
+        return [entry.flight_key for entry in self.entries if entry.flight is not None]
+
+
+class Wait(NamedTuple):
+    """An event that another reader of this process sets, and how many seconds to wait for it."""
+
+    event: Any
+    seconds: float
+
+
+class Sleep(NamedTuple):
+    """Seconds to wait."""
+
+    seconds: float
+
+
+Effect: TypeAlias = Send | Load | Wait | Sleep
+Steps: TypeAlias = Generator[Effect, Any, T]

@@ -22,6 +22,7 @@ from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.transactions import is_connection
 from cdc_invalidator.reader.world import World
 from cdc_invalidator.rules.load import load_rules
@@ -114,7 +115,10 @@ def other_options(contract: Contract[Any], changes: Mapping[str, Any]) -> Contra
 
 
 def demanded(base: Demand, max_staleness: float | None) -> Demand:
-    """Return the freshness that one call asks for."""
+    """Return the freshness that one call asks for, also by what its visitor has written."""
+    lsn = required()
+    if lsn > base.lsn:
+        base = base._replace(lsn=lsn)
     return base if max_staleness is None else base._replace(max_age=int(max_staleness * 1000))
 
 

@@ -25,6 +25,7 @@ from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.leases import Keeper
 from cdc_invalidator.reader.local import Local
 from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.tracking import Follower
 
@@ -185,7 +186,7 @@ class Cache(Generic[T]):
             link.run(contract.beside([entry], "transaction"), _each(load))
             return entry.value  # type: ignore[no-any-return]
         first = None
-        if self._quick and max_staleness is None and not link.breaker.failures:
+        if self._quick and max_staleness is None and not link.breaker.failures and not required():
             local, token = link.local, None
             if local is not None and contract.cache.name in local.names:
                 kept = local.get(entry.key, time.monotonic())

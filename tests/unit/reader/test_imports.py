@@ -16,7 +16,19 @@ rules:
   - {name: user-changed, table: public.users, when: "op != 'update' || new.name != old.name", bust: [user]}
 """
 DAEMONS = (
-    *("aiohttp", "asyncpg", "cel", "click", "django", "h11", "prometheus_client", "psycopg", "pydantic_settings"),
+    *(
+        "aiohttp",
+        "asyncpg",
+        "cel",
+        "click",
+        "django",
+        "fastapi",
+        "flask",
+        "h11",
+        "prometheus_client",
+        "psycopg",
+        "pydantic_settings",
+    ),
     *("rich", "sqlalchemy", "structlog", "uvloop", "watchfiles"),
 )
 PROGRAM = """
@@ -68,7 +80,17 @@ def test_the_reader_imports_nothing_that_only_the_daemon_needs(tmp_path: Path) -
 
 def test_the_pure_part_does_no_io() -> None:
     folder = PACKAGE / "reader"
-    shells = {"aio.py", "commit.py", "handle.py", "leases.py", "sync.py", "tracking.py", "__init__.py"}
+    shells = {
+        "aio.py",
+        "commit.py",
+        "connect.py",
+        "fastapi.py",
+        "handle.py",
+        "leases.py",
+        "sync.py",
+        "tracking.py",
+        "__init__.py",
+    }
     for file in folder.glob("*.py"):
         if file.name not in shells:
             text = file.read_text()

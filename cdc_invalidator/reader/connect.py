@@ -1,0 +1,43 @@
+"""Clients of Redis by URL, with time-outs that bound how long a read waits for a server that does not answer."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import redis
+import redis.asyncio
+import redis.asyncio.retry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+TIMEOUT_SECONDS: Final = 0.25
+
+
+def client(given: Any) -> Any:
+    """Return a client that waits: of a URL such as ``redis://cache:6379/0``, or what was given if it is a client.
+
+    Raises:
+        ValueError: the URL is none of a single server.
+    """
+    if not isinstance(given, str):
+        return given
+    return redis.Redis.from_url(_single(given), retry=Retry(NoBackoff(), 1), **_OPTIONS)
+
+
+def async_client(given: Any) -> Any:
+    """Return the same for a client that awaits; it belongs to the event loop that first uses it."""
+    if not isinstance(given, str):
+        return given
+    return redis.asyncio.Redis.from_url(_single(given), retry=redis.asyncio.retry.Retry(NoBackoff(), 1), **_OPTIONS)
+
+
+_OPTIONS: Final[dict[str, Any]] = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}
+
+
+def _single(url: str) -> str:
+    scheme, found, _ = url.partition("://")
+    if not found or "+" in scheme:
+        raise ValueError(
+            "give the URL of one Redis server, such as redis://cache:6379/0; for Sentinel or a cluster, give a client"
+        )
+    return url

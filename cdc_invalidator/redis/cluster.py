@@ -5,7 +5,9 @@ locks are deleted, and acknowledged, before the first key is, because the two ma
 
 Each master has a watermark of its own, in one of its hash slots, because each can fail over to a replica that lagged. A
 watermark is written only after all nodes have acknowledged what it covers, and the one that readers know is written
-last. So whatever data set holds a watermark, wherever that was moved or copied to, has had all busts up to it.
+last. So whatever data set holds a watermark, wherever that was moved or copied to, has had all busts up to it. Its
+field ``home`` says of which node and hash slots that was written: a reader that finds it there, and its key in one of
+these slots, knows that all busts up to the watermark have reached the key.
 
 When a node is lost, or a new one appears with hash slots, all connections are opened again and all watermarks compared.
 """
@@ -94,9 +96,10 @@ class Cluster(CacheServer):
         self._seeds: list[Node] = []
         self._nodes: dict[Address, Node] = {}
         self._view: View | None = None
-        # By key, the id of the watermark that was read or written last; the keys, and the count of moves they hold for.
+        # By key, the id of the watermark that was read or written last; the keys with their homes, and the count of
+        # moves they hold for.
         self._last_watermark_ids: dict[bytes, str] = {}
-        self._known_watermark_keys: tuple[int, list[bytes]] = (-1, [])
+        self._known_watermark_keys: tuple[int, dict[bytes, str]] = (-1, {})
         # Counts each time that hash slots have moved, or may have.
         self._moves = 0
         self._why_lost: errors.RedisUnavailable | None = None
@@ -414,8 +417,9 @@ class Cluster(CacheServer):
 
     async def _write_watermarks(self, keys: Sequence[bytes], watermark: Watermark) -> bool:
         last_ids = self._last_watermark_ids
+        homes = self._watermark_homes()
         answers = await self._ask(
-            [(key, self.scripts.to_write_watermark(key, last_ids.get(key, ""), watermark)) for key in keys]
+            [(key, self.scripts.to_write_watermark(key, last_ids.get(key, ""), watermark, homes[key])) for key in keys]
         )
         stored = [watermark_written(answer) for answer in answers]
         for key, done in zip(keys, stored, strict=True):
@@ -425,17 +429,23 @@ class Cluster(CacheServer):
 
     def _watermark_keys(self) -> list[bytes]:
         """Return the key of each node's watermark; the last is the one that readers know, on whichever node it lies."""
-        moves, keys = self._known_watermark_keys
-        if moves != self._moves:
-            keys = self._find_watermark_keys()
-            self._known_watermark_keys = (self._moves, keys)
-        return keys
+        return list(self._watermark_homes())
 
-    def _find_watermark_keys(self) -> list[bytes]:
+    def _watermark_homes(self) -> dict[bytes, str]:
+        """Return the same keys, each with its node's id and hash slots."""
+        moves, homes = self._known_watermark_keys
+        if moves != self._moves:
+            homes = self._find_watermark_homes()
+            self._known_watermark_keys = (self._moves, homes)
+        return homes
+
+    def _find_watermark_homes(self) -> dict[bytes, str]:
         view, public = self._view, self.watermark_key
         assert view is not None
+        homes = view.homes()
         found = self._tagged({owner for owner in view.owners if owner} - {self._owner(public)})
-        return [*(found[owner] for owner in sorted(found)), public]
+        keys = {owner: found[owner] for owner in sorted(found)} | {self._owner(public): public}
+        return {key: homes.get(owner, "") for owner, key in keys.items()}
 
     def _tagged(self, without: set[Address]) -> dict[Address, bytes]:
         """Return a key for each of these nodes: the watermark's with the first hash tag in a slot of the node."""

@@ -163,12 +163,16 @@ class ScriptDigests:
         """Return the command that makes the fingerprint of an entry; `fingerprint.read` reads its reply."""
         return (self._look, self.fingerprint, 1, key, fingerprint.MOST_BYTES)
 
-    def to_write_watermark(self, key: bytes, last_id: str, watermark: Watermark) -> Command:
+    def to_write_watermark(self, key: bytes, last_id: str, watermark: Watermark, home: str = "") -> Command:
         """Return the command that writes a watermark over the one with that `watermark_id`; if empty, over any.
 
-        `watermark_written` reads its reply.
+        `watermark_written` reads its reply. ``home``: of a cluster's node, see `hashslots.View.homes`.
         """
-        pairs = [part for item in watermark.fields().items() for part in item]
+        fields = watermark.fields()
+        if home:
+            # With the time again: a daemon of an earlier release writes the other fields, and lets this one stand.
+            fields["home"] = f"{watermark.at} {home}"
+        pairs = [part for item in fields.items() for part in item]
         absent = watermark.absent
         return ("EVALSHA", self.write_watermark, 1, key, last_id, len(absent), *absent, *pairs)
 

@@ -184,7 +184,7 @@ class AsyncCache(Generic[T]):
         if connection is not None and await transactions.aown_view(connection):
             await link.run(contract.beside([entry], "transaction"), _each(load))
             return entry.value  # type: ignore[no-any-return]
-        first = None
+        looked = False
         if self._quick and max_staleness is None and not link.breaker.failures and not required():
             local, token = link.local, None
             if local is not None and contract.cache.name in local.names:
@@ -210,8 +210,8 @@ class AsyncCache(Generic[T]):
                     )
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
-                first = [reply]
-        await link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), first=first), _each(load))
+                looked = True
+        await link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked), _each(load))
         return entry.value  # type: ignore[no-any-return]
 
     async def get_many(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from cdc_invalidator.reader.entry import Entry
@@ -14,6 +15,28 @@ from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
 # How many versions a process remembers, for each cache.
 REMEMBERED = 10_000
+# Redis serves nobody else during a command, so one command asks for so many keys at most; a script takes longer.
+MGET_KEYS, SCRIPT_KEYS = 1000, 100
+# What a look gave that found only the version, in another hash slot than the key.
+LATER = object()
+
+
+class Looks:
+    """Looks for many entries, in one round trip: ``commands``."""
+
+    def __init__(self) -> None:
+        self.commands: list[Command] = []
+        self._readers: list[Callable[[Any], None]] = []
+
+    def add(self, command: Command, read: Callable[[Any], None]) -> None:
+        """Add a command, and what takes its reply."""
+        self.commands.append(command)
+        self._readers.append(read)
+
+    def read(self, replies: Sequence[Any]) -> None:
+        """Note in each entry what was seen of it, which is `LATER` where its key must be asked for next."""
+        for read, reply in zip(self._readers, replies, strict=True):
+            read(reply)
 
 
 class Commands:
@@ -33,6 +56,7 @@ class Commands:
         self._header = header
         self._lease = max(1, int(lease * 1000))
         self._versioned = cache.version is not None
+        self._cluster = world.cluster
         self.one_hash_slot = not world.cluster or cache.one_hash_slot
         self._locks_beside = not world.cluster or bool(cache.key.hash_tag)
         # The versions of the last reads, with which the key is asked for together with its version.
@@ -48,24 +72,127 @@ class Commands:
         if guess is not None:
             entry.guess = guess
             return ("MGET", entry.version_key, entry.rest.replace(NUL, guess))
-        return self.versioned_look(entry, taking=taking)
-
-    def versioned_look(self, entry: Entry, *, taking: bool = True) -> Command:
-        """Return the command that reads the version and then the key, and takes the lease if it may."""
         entry.guess = b""
+        return self._versioned_look([entry], self._token(entry) if taking else b"")
+
+    def _versioned_look(self, entries: Sequence[Entry], token: bytes) -> Command:
+        """Return the command that reads versions and then keys, and takes leases under a token, if there is one."""
         return (
             "EVALSHA",
             self._scripts.versioned,
-            1,
-            entry.version_key,
-            self._token(entry) if taking else b"",
+            len(entries),
+            *(entry.version_key for entry in entries),
+            token,
             self._lease,
-            NUL if entry.refresh else self._header,
+            NUL if entries[0].refresh else self._header,
             self._cache.version_ttl,
-            entry.rest,
             LOCK_SUFFIX,
-            STALE_SUFFIX if entry.stale else b"",
+            STALE_SUFFIX if entries[0].stale else b"",
+            *(entry.rest for entry in entries),
         )
+
+    def looks(self, entries: Iterable[Entry], *, taking: bool = True, guessing: bool = True) -> Looks:
+        """Return the looks for many entries, in as few commands as can be.
+
+        Args:
+            entries: no key twice.
+            taking: whether the leases of what is missing may be taken; only done with versions that are not guessed.
+            guessing: whether remembered versions may be used.
+        """
+        looks = Looks()
+        if not self._versioned:
+            for some in self._together(entries):
+                if len(some) == 1:
+                    looks.add(("GET", some[0].key), partial(_note, some[0]))
+                else:
+                    looks.add(("MGET", *[entry.key for entry in some]), partial(_spread, some))
+            return looks
+        guessed, unknown = [], []
+        for entry in entries:
+            entry.guess = self._versions.get(entry.version_key, b"") if guessing else b""
+            if entry.guess:
+                entry.key = entry.rest.replace(NUL, entry.guess)
+                guessed.append(entry)
+            else:
+                unknown.append(entry)
+        if not self.one_hash_slot:
+            self._look_apart(looks, guessed, unknown)
+            return looks
+        for some in self._together(guessed):
+            names = list(dict.fromkeys([entry.version_key for entry in some]))
+            looks.add(("MGET", *names, *[entry.key for entry in some]), partial(self._compare, some, names))
+        for some in self._alike(unknown):
+            token = self._token(some[0]) if taking else b""
+            if taking:
+                for entry in some:
+                    entry.token = token
+            looks.add(self._versioned_look(some, token), partial(self._learn, some))
+        return looks
+
+    def _look_apart(self, looks: Looks, guessed: Sequence[Entry], unknown: Sequence[Entry]) -> None:
+        """Look for versions and, where they can be guessed, for keys, which lie on other nodes.
+
+        These may answer in any order: a version that is current after the first answer and before the second never was
+        another in between.
+        """
+        sharing: dict[bytes, list[Entry]] = {}
+        for entry in (*guessed, *unknown):
+            sharing.setdefault(entry.version_key, []).append(entry)
+        for some in sharing.values():
+            looks.add(self.make_version(some[0]), partial(self._name_all, some))
+        for entry in guessed:
+            looks.add(("GET", entry.key), partial(_see, entry, entry.key))
+
+    def _together(self, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+        """Cut entries into those that one MGET may ask for."""
+        if self._cluster:
+            by_tag: dict[bytes, list[Entry]] = {}
+            for entry in entries:
+                by_tag.setdefault(_hash_tag(entry.key), []).append(entry)
+            for some in by_tag.values():
+                yield from _chunks(some, MGET_KEYS)
+        else:
+            yield from _chunks(list(entries), MGET_KEYS)
+
+    def _alike(self, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+        """Cut entries into those that one script may ask for."""
+        groups: dict[tuple[Any, ...], list[Entry]] = {}
+        for entry in entries:
+            tag = _hash_tag(entry.version_key) if self._cluster else b""
+            groups.setdefault((entry.token, entry.refresh, entry.stale, tag), []).append(entry)
+        for some in groups.values():
+            yield from _chunks(some, SCRIPT_KEYS)
+
+    def _compare(self, some: Sequence[Entry], names: Sequence[bytes], reply: Any) -> None:
+        """Take versions, then values under versions that were guessed."""
+        if isinstance(reply, Exception):
+            _spread(some, reply)
+            return
+        versions = dict(zip(names, reply, strict=False))
+        for entry, found in zip(some, reply[len(names) :], strict=True):
+            if versions[entry.version_key] == entry.guess:
+                entry.seen = found
+            else:
+                self._versions.pop(entry.version_key, None)
+                entry.key, entry.seen = entry.rest, None
+
+    def _learn(self, some: Sequence[Entry], reply: Any) -> None:
+        """Take pairs of a version and what is under it."""
+        if isinstance(reply, Exception):
+            _spread(some, reply)
+            return
+        for entry, version, found in zip(some, reply[::2], reply[1::2], strict=True):
+            self._remember(entry.version_key, version)
+            entry.key, entry.seen = entry.rest.replace(NUL, version), found
+
+    def _name_all(self, some: Sequence[Entry], version: Any) -> None:
+        """Take a version that some entries share."""
+        for entry in some:
+            if isinstance(version, Exception):
+                entry.key, entry.seen = entry.rest, version
+            else:
+                self._remember(entry.version_key, version)
+                entry.key, entry.seen = entry.rest.replace(NUL, version), LATER
 
     @property
     def looks_once(self) -> bool:
@@ -144,3 +271,35 @@ class Commands:
         if not entry.token:
             entry.token = self._tokens.next()
         return entry.token
+
+
+def _note(entry: Entry, reply: Any) -> None:
+    entry.seen = reply
+
+
+def _spread(some: Sequence[Entry], reply: Any) -> None:
+    """Take the values of some entries, or an error for all of them."""
+    if isinstance(reply, Exception):
+        for entry in some:
+            entry.seen = reply
+    else:
+        for entry, found in zip(some, reply, strict=True):
+            entry.seen = found
+
+
+def _see(entry: Entry, key: bytes, reply: Any) -> None:
+    """Take what is under a key that was guessed, if that is the entry's key."""
+    if entry.seen is LATER and entry.key == key:
+        entry.seen = reply
+
+
+def _chunks(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
+    for start in range(0, len(entries), size):
+        yield list(entries[start : start + size])
+
+
+def _hash_tag(key: bytes) -> bytes:
+    """Return what decides of a key's hash slot in a cluster; what has the same text lies in the same slot."""
+    start = key.find(b"{") + 1
+    end = key.find(b"}", start)
+    return key[start:end] if 0 < start < end else key

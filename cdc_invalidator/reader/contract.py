@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from cdc_invalidator.reader.commands import Commands
+from cdc_invalidator.reader.commands import LATER, Commands
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.flights import Flight, copies, is_loading
@@ -98,6 +98,7 @@ class Contract(Generic[T]):
         """Return the value in the reply to a look, or `MISS`; a hit is counted."""
         reply = self._stored(entry, reply)
         if type(reply) is not bytes:
+            entry.seen = reply
             return MISS
         payload = self._envelope.payload(reply)
         if payload is None:
@@ -134,28 +135,28 @@ class Contract(Generic[T]):
 
     # ── Reading ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def read(self, entries: Sequence[Entry], demand: Demand, *, first: Sequence[Any] | None = None) -> Steps[None]:
+    def read(self, entries: Sequence[Entry], demand: Demand, *, looked: bool = False) -> Steps[None]:
         """Read each entry's value into it.
 
         Args:
             entries: no key twice.
             demand: how fresh it must be.
-            first: what each entry's look gave, which was a miss by `hit`, if that was done already.
+            looked: each entry's look was a miss by `hit`; else they are looked for first.
         """
         try:
             if demand.lsn or (demand.max_age is not None and demand.max_age < (self.cache.stale_for or 0)):
                 for entry in entries:
                     entry.stale = False
-            if first is None:
-                refusal, first = yield from self._look(entries, demand)
+            if not looked:
+                refusal = yield from self._look(entries, demand)
                 if refusal:
                     yield from self.beside(entries, refusal)
                     return
-                first = yield from self._judge(entries, first, demand)
+                yield from self._judge(entries, demand)
             missing = [entry for entry in entries if not entry.done]
             if missing:
                 self.metrics.misses(len(missing))
-                yield from self._miss(missing, first if self._versioned else None, demand)
+                yield from self._miss(missing, demand)
         except Unavailable as gone:
             yield from self.beside(entries, gone.reason)
         except GeneratorExit:
@@ -165,39 +166,30 @@ class Contract(Generic[T]):
             yield from self._release([entry for entry in entries if entry.token])
             raise
 
-    def _look(self, entries: Sequence[Entry], demand: Demand) -> Steps[tuple[str, Sequence[Any]]]:
-        """Look for all entries; return why none may be served from the cache (empty if they may), and the replies."""
+    def _look(self, entries: Sequence[Entry], demand: Demand) -> Steps[str]:
+        """Look for all entries; return why none may be served from the cache, which is empty if they may."""
         if demand.lsn and self.cache.ttl_only:
-            return "ttl_only", ()
+            return "ttl_only"
         checks = self._checks(demand)
         if checks and self.world.cluster:
             # Nodes answer in any order, so the watermark must arrive before the looks are sent.
             refusal = self._refusal(demand, (yield Send([self.world.feed.command])))
             if refusal:
-                return refusal, ()
+                return refusal
             checks = False
-        if not self.looks_once:
-            versions = yield Send([self._commands.make_version(entry) for entry in entries])
-            for entry, version in zip(entries, versions, strict=True):
-                self._commands.name(entry, version)
-            replies = yield Send([("GET", entry.key) for entry in entries])
-            return "", [
-                version if isinstance(version, Exception) else [version, reply]
-                for version, reply in zip(versions, replies, strict=True)
-            ]
-        if self._versioned:
-            looks = [self.look(entry, taking=not checks) for entry in entries]
-        elif len(entries) > 1 and not self.world.cluster:
-            looks = [("MGET", *(entry.key for entry in entries))]
-        else:
-            looks = [self.look(entry) for entry in entries]
-        replies = yield Send([*((self.world.feed.command,) if checks else ()), *looks])
-        refusal = self._refusal(demand, replies) if checks else ""
-        replies = replies[1:] if checks else replies
-        if len(looks) < len(entries):
-            (answer,) = replies
-            replies = answer if isinstance(answer, list) else [answer] * len(entries)
-        return refusal, replies
+        looks = self._commands.looks(entries, taking=not checks)
+        replies = yield Send([*((self.world.feed.command,) if checks else ()), *looks.commands])
+        if checks:
+            refusal = self._refusal(demand, replies)
+            if refusal:
+                return refusal
+            replies = replies[1:]
+        looks.read(replies)
+        later = [entry for entry in entries if entry.seen is LATER]
+        if later:
+            for entry, reply in zip(later, (yield Send([("GET", entry.key) for entry in later])), strict=True):
+                entry.seen = reply
+        return ""
 
     def _checks(self, demand: Demand) -> bool:
         """Return whether the watermark must be read; for a cache that nothing busts, its entries' age is checked."""
@@ -212,24 +204,35 @@ class Contract(Generic[T]):
         watermark = self.world.feed.read(fields)
         return self.world.feed.refusal(watermark, demand, self.cache.name, self._now())
 
-    def _judge(self, entries: Sequence[Entry], replies: Sequence[Any], demand: Demand) -> Steps[Sequence[Any]]:
+    def _judge(self, entries: Sequence[Entry], demand: Demand) -> Steps[None]:
         """Take the values that may be served, and refresh some of them early."""
         early = []
-        for entry, reply in zip(entries, replies, strict=True):
-            stored = self._stored(entry, reply)
-            if isinstance(stored, Exception):
-                yield from self.beside([entry], self._refused(stored))
+        refused: dict[str, list[Entry]] = {}
+        hits = negative_hits = 0
+        for entry in entries:
+            seen = entry.seen
+            if type(seen) is not bytes:
+                if isinstance(seen, Exception):
+                    refused.setdefault(self._refused(seen), []).append(entry)
                 continue
-            value = self._value(entry, stored, demand)
+            value = self._value(entry, seen, demand)
             if value is MISS:
                 continue
-            (self.metrics.negative_hits if value is None else self.metrics.hits)()
+            if value is None:
+                negative_hits += 1
+            else:
+                hits += 1
             entry.found(value)
-            if self.options.early and self._due(stored):
+            if self.options.early and self._due(seen):
                 early.append(entry)
+        if hits:
+            self.metrics.hits(hits)
+        if negative_hits:
+            self.metrics.negative_hits(negative_hits)
+        for reason, some in refused.items():
+            yield from self.beside(some, reason)
         if early:
             yield from self._refresh(early)
-        return replies
 
     def _value(self, entry: Entry, stored: Any, demand: Demand) -> Any:
         """Read what is stored; `MISS`, and a refresh, where it can't be read or is too old."""
@@ -248,27 +251,24 @@ class Contract(Generic[T]):
 
     # ── Not there: the lease, or somebody else's load ────────────────────────────────────────────────────────────────
 
-    def _miss(self, missing: Sequence[Entry], first: Sequence[Any] | None, demand: Demand) -> Steps[None]:
+    def _miss(self, missing: Sequence[Entry], demand: Demand) -> Steps[None]:
         """Load what nobody else loads, and wait for the rest.
 
         What this reader loads is done before it waits for others of this process, so no two wait for each other.
 
         Args:
-            missing: entries that are not there.
-            first: with a version, what their looks gave, which have taken leases.
+            missing: entries that are not there; their looks may have taken leases.
             demand: how old an entry may be of a cache that nothing busts.
         """
         flights, clocks = self.world.flights, self.world.clocks
-        leases = self._leases(missing, first)
         counted = False
         while missing:
-            states = leases or [None] * len(missing)
             led, joined, nested = [], [], []
-            for entry, state in zip(missing, states, strict=True):
-                granted = type(state) is int and bool(state)
+            for entry in missing:
+                granted = type(entry.seen) is int and bool(entry.seen)
                 # Who may be given an old value asks for it, rather than wait.
                 if entry.stale and not granted:
-                    led.append((entry, state))
+                    led.append(entry)
                     continue
                 key = (entry.key, self._form, demand)
                 if is_loading(key):
@@ -277,7 +277,7 @@ class Contract(Generic[T]):
                 flight, new = flights.board(key, clocks.steady(), self.options.longest_load, replace=granted)
                 if new:
                     entry.flight, entry.flight_key = flight, key
-                    led.append((entry, state))
+                    led.append(entry)
                 else:
                     joined.append((entry, flight, flight.looks))
             if joined and not counted:
@@ -286,14 +286,14 @@ class Contract(Generic[T]):
             missing = []
             yield from self.beside(nested, "nested")
             if led:
-                own = [entry for entry, _ in led]
                 try:
-                    missing += yield from self._lead(own, leases and [state for _, state in led], demand)
+                    missing += yield from self._lead(led, demand)
                 finally:
-                    for entry in own:
+                    for entry in led:
                         self._land(entry)
             missing += yield from self._join(joined)
-            leases = None
+            for entry in missing:
+                entry.seen = None
 
     def _join(self, joined: Sequence[tuple[Entry, Flight, int]]) -> Steps[list[Entry]]:
         """Wait for what others of this process load, and return the entries that must be read again."""
@@ -342,7 +342,7 @@ class Contract(Generic[T]):
         self._close([entry])
         flight.land(copies(entry.value, payload, self._loads) if entry.done else None, fenced=fenced)
 
-    def _lead(self, led: Sequence[Entry], replies: list[Any] | None, demand: Demand) -> Steps[list[Entry]]:
+    def _lead(self, led: Sequence[Entry], demand: Demand) -> Steps[list[Entry]]:
         """Load what no other process loads, and wait for the rest.
 
         Returns:
@@ -354,11 +354,14 @@ class Contract(Generic[T]):
         waiting: Sequence[Entry] = led
         again: list[Entry] = []
         while True:
-            if replies is None:
-                self._begin(waiting)
-                replies = yield from self._take(waiting)
+            # The first look may have tried to take the lease.
+            unknown = [entry for entry in waiting if entry.refresh or type(entry.seen) not in {int, list}]
+            if unknown:
+                self._begin(unknown)
+                yield from self._take(unknown)
             mine, others = [], []
-            for entry, reply in zip(waiting, replies, strict=True):
+            for entry in waiting:
+                reply, entry.seen = entry.seen, None
                 if isinstance(reply, Exception):
                     yield from self.beside([entry], self._refused(reply))
                 elif self._commands.granted(entry, reply):
@@ -387,35 +390,18 @@ class Contract(Generic[T]):
                 return again
             yield Sleep(min(remaining, pause * (0.5 + clocks.chance())))
             pause = min(2 * pause, LONGEST_PAUSE)
-            waiting, replies = others, None
+            waiting = others
 
-    def _leases(self, waiting: Sequence[Entry], first: Sequence[Any] | None) -> list[Any] | None:
-        """Return the state of the leases by the first looks, if all of these tried to take one."""
-        if first is None or len(first) != len(waiting):
-            return None
-        found = [reply[1] if isinstance(reply, list) else None for reply in first]
-        if any(entry.guess or entry.refresh for entry in waiting) or any(
-            type(reply) not in {int, list} for reply in found
-        ):
-            return None
-        return found
-
-    def _take(self, entries: Sequence[Entry]) -> Steps[list[Any]]:
-        """Look again and take leases: a value, a number (mine), 0 or a list (somebody else's), or an error for each."""
-        if not self._versioned:
+    def _take(self, entries: Sequence[Entry]) -> Steps[None]:
+        """Look again and take leases, and note what was seen: a value, a number (mine), 0 or a list (not mine)."""
+        if self._versioned:
+            looks = self._commands.looks(entries, guessing=False)
+            looks.read((yield Send(looks.commands)))
+            entries = [entry for entry in entries if entry.seen is LATER]
+        if entries:
             replies = yield Send([self._commands.take(entry) for entry in entries])
-            return list(replies)
-        if self._commands.one_hash_slot:
-            replies = yield Send([self._commands.versioned_look(entry) for entry in entries])
-            return [self._stored(entry, reply) for entry, reply in zip(entries, replies, strict=True)]
-        versions = yield Send([self._commands.make_version(entry) for entry in entries])
-        for entry, version in zip(entries, versions, strict=True):
-            self._commands.name(entry, version)
-        replies = yield Send([self._commands.take(entry) for entry in entries])
-        return [
-            version if isinstance(version, Exception) else reply
-            for version, reply in zip(versions, replies, strict=True)
-        ]
+            for entry, reply in zip(entries, replies, strict=True):
+                entry.seen = reply
 
     def _served(self, entry: Entry, reply: Any, demand: Demand) -> bool:
         """Return whether what another reader stored, or a bust left, is this entry's value."""
@@ -606,7 +592,8 @@ class Contract(Generic[T]):
             for entry in entries:
                 if loaded == limit:
                     break
-                (reply,) = yield from self._take([entry])
+                yield from self._take([entry])
+                reply = entry.seen
                 if isinstance(reply, Exception):
                     self.metrics.bypasses(self._refused(reply))
                     break

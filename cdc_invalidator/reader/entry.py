@@ -26,6 +26,7 @@ class Entry:
     token = b""  # of its lease, once that is asked for
     lease = b""  # the text in the lock, once the lease is ours
     guess = b""  # the remembered version that was used for the look
+    seen: Any = None  # what the last look gave: a value's bytes, the state of the lease, nothing, or an error
     value: Any = None
     done = False
     flight: Flight | None = None  # the load that others of this process may wait for, if it is ours

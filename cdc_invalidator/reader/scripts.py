@@ -26,36 +26,48 @@ redis.call('SET', KEYS[1], mine .. string.format('%.0f', number), 'PX', ARGV[2])
 return number
 """
 
-# KEYS: the version. ARGV: token, milliseconds of the lease, what a value must begin with, milliseconds that a version
-# is kept, the key with NUL in the version's place, suffix of locks, suffix of old values and versions (empty: none).
-# The version first, then the key with it, and the lease on that if there is no value. A missing version is made from
+# KEYS: versions, which may repeat. ARGV: token, milliseconds of the lease, what a value must begin with, milliseconds
+# that a version is kept, suffix of locks, suffix of old values and versions (empty: none), and for each version a key
+# with NUL in its place.
+# The versions first, then the keys with them, and the leases on those without a value. A missing version is made from
 # the clock, in microseconds, so that it never repeats. Without a token it only looks.
-# Returns the version, and the same as TAKE; nothing instead of a lease where it only looked.
+# Returns for each key its version, and the same as TAKE; nothing instead of a lease where it only looked.
 VERSIONED = """
-local version = redis.call('GET', KEYS[1])
-if not version then
-  local time = redis.call('TIME')
-  version = string.format('%.0f', time[1] * 1000000 + time[2])
-  redis.call('SET', KEYS[1], version, 'PX', ARGV[4])
+local versions, made, keys = redis.call('MGET', unpack(KEYS)), {}, {}
+for at, name in ipairs(KEYS) do
+  local version = versions[at] or made[name]
+  if not version then
+    local time = redis.call('TIME')
+    version = string.format('%.0f', time[1] * 1000000 + time[2])
+    redis.call('SET', name, version, 'PX', ARGV[4])
+    made[name] = version
+  end
+  versions[at], keys[at] = version, (string.gsub(ARGV[at + 6], '%z', version))
 end
-local key = string.gsub(ARGV[5], '%z', version)
-local value = redis.call('GET', key)
-if value and string.sub(value, 1, #ARGV[3]) == ARGV[3] then return {version, value} end
-if ARGV[1] == '' then return {version, false} end
-local lock, mine = key .. ARGV[6], ARGV[1] .. ':'
-local held = redis.call('GET', lock)
-if not held then
-  local time = redis.call('TIME')
-  local number = time[1] * 1000000 + time[2]
-  redis.call('SET', lock, mine .. string.format('%.0f', number), 'PX', ARGV[2])
-  return {version, number}
+local values, header, mine = redis.call('MGET', unpack(keys)), ARGV[3], ARGV[1] .. ':'
+local function leased(at)
+  if ARGV[1] == '' then return false end
+  local lock = keys[at] .. ARGV[5]
+  local held = redis.call('GET', lock)
+  if not held then
+    local time = redis.call('TIME')
+    local number = time[1] * 1000000 + time[2]
+    redis.call('SET', lock, mine .. string.format('%.0f', number), 'PX', ARGV[2])
+    return number
+  end
+  if string.sub(held, 1, #mine) == mine then return tonumber(string.sub(held, #mine + 1)) end
+  if ARGV[6] == '' then return 0 end
+  local old = redis.call('GET', keys[at] .. ARGV[6])
+  local before = not old and redis.call('GET', KEYS[at] .. ARGV[6])
+  if before then old = redis.call('GET', (string.gsub(ARGV[at + 6], '%z', before))) end
+  return {old}
 end
-if string.sub(held, 1, #mine) == mine then return {version, tonumber(string.sub(held, #mine + 1))} end
-if ARGV[7] == '' then return {version, 0} end
-local old = redis.call('GET', key .. ARGV[7])
-local before = not old and redis.call('GET', KEYS[1] .. ARGV[7])
-if before then old = redis.call('GET', (string.gsub(ARGV[5], '%z', before))) end
-return {version, {old}}
+local found = {}
+for at, value in ipairs(values) do
+  if not value or string.sub(value, 1, #header) ~= header then value = leased(at) end
+  found[2 * at - 1], found[2 * at] = versions[at], value
+end
+return found
 """
 
 # KEYS: the version. ARGV: milliseconds that it is kept. Returns the version, which is made if it is missing: for a

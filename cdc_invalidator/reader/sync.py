@@ -185,7 +185,7 @@ class Cache(Generic[T]):
         if connection is not None and transactions.own_view(connection):
             link.run(contract.beside([entry], "transaction"), _each(load))
             return entry.value  # type: ignore[no-any-return]
-        first = None
+        looked = False
         if self._quick and max_staleness is None and not link.breaker.failures and not required():
             local, token = link.local, None
             if local is not None and contract.cache.name in local.names:
@@ -211,8 +211,8 @@ class Cache(Generic[T]):
                     )
                 if value is not MISS:
                     return value  # type: ignore[no-any-return]
-                first = [reply]
-        link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), first=first), _each(load))
+                looked = True
+        link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked), _each(load))
         return entry.value  # type: ignore[no-any-return]
 
     def get_many(

@@ -606,6 +606,25 @@ def test_many_are_one_look_and_one_load(name: str, caches: Any, redis_client: re
     assert not redis_client.keys("*:lock")
 
 
+@pytest.mark.parametrize("name", CACHES)
+def test_more_keys_than_one_script_asks_for_are_read_and_bust_like_few(
+    name: str, caches: Any, bust: Any, redis_client: redis.Redis
+) -> None:
+    load = Loader({number: f"user {number}" for number in range(250)})
+    assert caches[name].get_many(range(120), load=load.many) == [f"user {number}" for number in range(120)]
+    cold = caches[name].using()
+    for handle in (caches[name], cold):
+        assert handle.get_many(range(250), load=load.many) == [f"user {number}" for number in range(250)]
+    assert load.asked == [list(range(120)), list(range(120, 250))]
+    load.rows = dict.fromkeys(range(250), "new")
+    bust(name, 7)
+    got = cold.get_many(range(250), load=load.many)
+    assert [number for number, value in enumerate(got) if value == "new"] == (
+        list(range(250)) if name == "far" else [7]
+    )
+    assert not redis_client.keys("*:lock")
+
+
 def test_many_of_a_cache_with_two_parameters_are_mappings(caches: Any) -> None:
     asked = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
 import pytest
@@ -29,6 +29,21 @@ caches:
 rules: []
 """
 CACHES = parse_rules([("rules.yaml", RULES)], {}).caches
+OF_MANY = parse_rules(
+    [
+        (
+            "many.yaml",
+            """
+version: 1
+caches:
+  shared: {key: "t:shared:{id}:{version}", version: "t:shared:ver", ttl: 5m}
+  tagged: {key: "t:{{{team}}}:{id}:{version}", version: "t:{{{team}}}:{id}:ver", ttl: 5m}
+rules: []
+""",
+        )
+    ],
+    {},
+).caches
 ANY = Demand()
 
 
@@ -41,6 +56,7 @@ class Model:
         self._scripts = {
             world.scripts.take: self._take,
             world.scripts.versioned: self._versioned,
+            world.scripts.version: self._version,
             world.scripts.fill: self._fill,
             world.scripts.renew: self._renew,
             world.scripts.release: self._release,
@@ -83,15 +99,22 @@ class Model:
         return [self.data.get(keys[2])] if len(keys) > 2 else 0
 
     def _versioned(self, keys: list[bytes], args: list[Any]) -> Any:
+        token, _, header, _, lock_suffix, _, *rests = args
+        found: list[Any] = []
+        for version_key, rest in zip(keys, rests, strict=True):
+            self.clock += 1
+            version = self.data.setdefault(version_key, b"%d" % self.clock)
+            key = rest.replace(b"\0", version)
+            value = self.data.get(key)
+            if value is not None and not value.startswith(header):
+                value = None
+            leased = self._lease(key + lock_suffix, token) if token and value is None else None
+            found += [version, leased if value is None else value]
+        return found
+
+    def _version(self, keys: list[bytes], _args: list[Any]) -> bytes:
         self.clock += 1
-        version = self.data.setdefault(keys[0], b"%d" % self.clock)
-        key = args[4].replace(b"\0", version)
-        value = self.data.get(key)
-        if value is not None and value.startswith(args[2]):
-            return [version, value]
-        if not args[0]:
-            return [version, None]
-        return [version, self._lease(key + args[5], args[0])]
+        return self.data.setdefault(keys[0], b"%d" % self.clock)
 
     def _fill(self, keys: list[bytes], args: list[Any]) -> int:
         if self.data.get(keys[0]) != args[0]:
@@ -130,9 +153,10 @@ class Times:
         return Clocks(steady=lambda: self.now, wall=lambda: self.now, chance=lambda: 0.5)
 
 
-def contract_of(name: str, times: Times, **options: Any) -> tuple[Contract[Any], Model]:
-    world = World(Feed("slot"), clocks=times.clocks())
-    return Contract(CACHES[name], Options(**options), world, no_metrics()), Model(world)
+def contract_of(name: str, times: Times, *, cluster: bool = False, **options: Any) -> tuple[Contract[Any], Model]:
+    world = World(Feed("slot"), clocks=times.clocks(), cluster=cluster)
+    cache = CACHES[name] if name in CACHES else OF_MANY[name]
+    return Contract(cache, Options(**options), world, no_metrics()), Model(world)
 
 
 def drive(steps: Generator[Any, Any, Any], model: Model, load: Callable[[Entry], Any], times: Times) -> list[Any]:
@@ -276,6 +300,77 @@ def test_a_miss_is_a_look_a_lease_a_load_and_a_fill() -> None:
     entry, steps = reading(contract, id=1)
     assert drive(steps, model, lambda _: None, times) == [look]
     assert entry.value == "Ada"
+
+
+def read_many(contract: Contract[Any], model: Model, times: Times, ids: Iterable[int], row: str) -> list[str]:
+    """Read many keys, and give the commands of each round trip, and ``load``."""
+    entries = [contract.entry(each, {"id": each}) for each in ids]
+    wanted = drive(contract.read(entries, ANY), model, lambda _: row, times)
+    assert [entry.value for entry in entries] == [row] * len(entries)
+    names = {
+        digest: name
+        for name in ("take", "versioned", "version", "fill")
+        for digest in [getattr(contract.world.scripts, name)]
+    }
+    return [
+        " ".join(f"{names.get(command[1], command[0])}" for command in effect.commands)
+        if isinstance(effect, Send)
+        else "load"
+        for effect in wanted
+    ]
+
+
+def test_many_keys_are_looked_for_in_one_round_trip_and_as_few_commands_as_can_be() -> None:
+    times = Times()
+    contract, model = contract_of("page", times)
+    ids = range(250)
+    fills = " ".join(["fill"] * 250)
+    assert read_many(contract, model, times, ids, "Ada") == ["versioned versioned versioned", "load", fills]
+    assert read_many(contract, model, times, ids, "Ada") == ["MGET"]
+    cold = Contract(contract.cache, contract.options, contract.world, no_metrics())
+    assert read_many(cold, model, times, range(50), "Ada") == ["versioned"]
+    assert read_many(cold, model, times, range(100), "Ada") == ["MGET versioned"]
+
+
+def test_of_many_keys_only_those_whose_version_has_changed_are_loaded_again() -> None:
+    times = Times()
+    contract, model = contract_of("page", times)
+    read_many(contract, model, times, range(100), "Ada")
+    for each in (7, 70):
+        model.bump(b"t:page:%d:ver" % each)
+    entries = [contract.entry(each, {"id": each}) for each in range(100)]
+    drive(contract.read(entries, ANY), model, lambda entry: f"new {entry.item}", times)
+    assert [entry.value for entry in entries if entry.value != "Ada"] == ["new 7", "new 70"]
+
+
+def test_of_many_keys_without_a_version_those_that_are_there_are_one_mget() -> None:
+    times = Times()
+    contract, model = contract_of("user", times)
+    assert read_many(contract, model, times, range(2), "Ada") == ["MGET", "take take", "load", "fill fill"]
+    assert read_many(contract, model, times, range(2), "Ada") == ["MGET"]
+
+
+def test_keys_of_a_cluster_that_share_a_version_on_another_node_ask_for_it_once() -> None:
+    times = Times()
+    contract, model = contract_of("shared", times, cluster=True)
+    assert read_many(contract, model, times, range(3), "Ada")[:2] == ["version", "GET GET GET"]
+    assert read_many(contract, model, times, range(3), "Ada") == ["version GET GET GET"]
+    model.bump(b"t:shared:ver")
+    assert read_many(contract, model, times, range(3), "Grace")[:2] == ["version GET GET GET", "GET GET GET"]
+
+
+def test_keys_of_a_cluster_are_asked_for_together_if_they_have_the_same_hash_tag() -> None:
+    times = Times()
+    contract, model = contract_of("tagged", times, cluster=True)
+    items = [{"team": team, "id": each} for team in ("red", "blue") for each in range(3)]
+
+    def read() -> list[Any]:
+        entries = [contract.entry(item, item) for item in items]
+        (look, *_) = drive(contract.read(entries, ANY), model, lambda _: "Ada", times)
+        return [command[0] for command in look.commands]
+
+    assert read() == ["EVALSHA", "EVALSHA"]
+    assert read() == ["MGET", "MGET"]
 
 
 def test_who_waits_looks_again_ever_more_rarely_and_gives_up_in_time() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
@@ -22,6 +22,7 @@ from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.leases import AsyncKeeper
 from cdc_invalidator.reader.local import Local
+from cdc_invalidator.reader.memory import AsyncMemory
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
@@ -97,6 +98,16 @@ class Link:
             for command in commands:
                 pipeline.execute_command(*command, NEVER_DECODE=True)
             return list(await pipeline.execute(raise_on_error=False))
+
+    @contextmanager
+    def over(self, client: Any) -> Iterator[None]:
+        """Use another client as long as this is entered."""
+        before = self.client, self.execute, self.breaker, self.local
+        self.client, self.execute, self.breaker, self.local = client, client.execute_command, Breaker(), None
+        try:
+            yield
+        finally:
+            self.client, self.execute, self.breaker, self.local = before
 
     def forget(self, entry: Entry) -> None:
         """Drop what the process's own memory has of an entry that the process has changed in Redis just now."""
@@ -459,10 +470,44 @@ class AsyncCaches:
             errors.WrongRules: all mistakes of all files.
             TypeError: the connection can't be asked.
         """
-        world = handle.world(watermark or slot, standby, cluster=isinstance(redis, RedisCluster), event=asyncio.Event)
+        cluster = isinstance(redis, RedisCluster)
+        world = handle.world(watermark or slot, standby, cluster=cluster, event=asyncio.Event, client=redis)
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
         return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts, connection))
+
+    @classmethod
+    def disabled(
+        cls, path: str | Path | None = None, *, env: Mapping[str, str] | None = None, registry: Any = None
+    ) -> Self:
+        """Make caches of which every read loads, and that need no Redis: bypasses for the reason ``disabled``.
+
+        Args:
+            path: the rule files: names of caches and parameters are checked by them. Without them, any will do.
+            env: as for `from_rules`.
+            registry: as for `from_rules`.
+
+        Raises:
+            errors.WrongRules: all mistakes of all files.
+        """
+        world = handle.world("", "", cluster=False, event=asyncio.Event, disabled=True)
+        caches = None if path is None else handle.read_caches(path, os.environ if env is None else env)
+        book = handle.Book(caches, world, handle.metrics_for(registry), Options())
+        return cls(book, Link(AsyncMemory(), Breaker(), world.scripts.texts))
+
+    @classmethod
+    def in_memory(cls, path: str | Path, *, clock: Callable[[], float] = time.time, **settings: Any) -> Self:
+        """Make caches for tests, over a stand-in for Redis in the memory of this process, which begins empty.
+
+        Args:
+            path: the rule files.
+            clock: seconds since 1970; by it, entries expire.
+            settings: others of `from_rules`.
+
+        Raises:
+            errors.WrongRules: all mistakes of all files.
+        """
+        return cls.from_rules(path, AsyncMemory(clock), **settings)
 
     def __getitem__(self, name: str) -> AsyncCache[Any]:
         found = self._handles.get(name)
@@ -492,7 +537,7 @@ class AsyncCaches:
 
         Redis reports changes on a separate connection; when that is silent for two seconds, nothing is served from
         memory. What this process itself invalidates or writes through is dropped at once. Reads that ask for a
-        freshness always go to Redis.
+        freshness always go to Redis. Does nothing in caches that are disabled or in memory.
 
         Args:
             names: the caches; none of them may have a version.
@@ -501,6 +546,9 @@ class AsyncCaches:
         Raises:
             ValueError: a cache has a version, or the client is of a cluster.
         """
+        if handle.is_memory(self._link.client):
+            yield
+            return
         local = Local((self._book.contract(name).cache for name in names), size)
         follower = AsyncFollower(self._link.client, local)
         follower.start()

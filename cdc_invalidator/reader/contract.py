@@ -18,7 +18,7 @@ from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.flights import Flight, copies, is_loading
 from cdc_invalidator.reader.freshness import Demand
-from cdc_invalidator.reader.keys import NUL, Keys
+from cdc_invalidator.reader.keys import NUL, Keys, NoKeys
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.metrics import CacheMetrics
 from cdc_invalidator.reader.options import Options
@@ -64,7 +64,9 @@ class Contract(Generic[T]):
         self.options = options
         self.world = world
         self.metrics = metrics
-        self.keys = Keys(cache)
+        self.keys: Keys | NoKeys = Keys(cache)
+        if world.disabled:
+            self.keys = NoKeys(self.keys if cache.key.parts else None)
         self.space = space or (KeySpace(cache.max_keys_hint, cache.ttl / 1000) if cache.max_keys_hint else None)
         self._envelope = Envelope(options.schema)
         self._header = self._envelope.header

@@ -20,13 +20,15 @@ from cdc_invalidator.reader.entry import Entry
 from cdc_invalidator.reader.flights import Flights
 from cdc_invalidator.reader.freshness import Demand, Feed
 from cdc_invalidator.reader.keys import NoKey
+from cdc_invalidator.reader.memory import AsyncMemory, Memory
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.transactions import is_connection
-from cdc_invalidator.reader.world import World
+from cdc_invalidator.reader.world import Clocks, World
 from cdc_invalidator.rules.load import load_rules
-from cdc_invalidator.rules.model import Cache
+from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Cache
+from cdc_invalidator.rules.template import Template
 from cdc_invalidator.rules.wording import nearest
 
 if TYPE_CHECKING:
@@ -54,14 +56,14 @@ class Book:
     """The caches of a rule set, each as a `Contract`; all views of one `Caches` share it.
 
     Args:
-        caches: by name.
+        caches: by name; ``None`` where no rule file says which there are.
         world: what their contracts share.
         metrics: what to count, if anything.
         options: how they are read, unless said otherwise.
     """
 
     def __init__(
-        self, caches: Mapping[str, Cache], world: World, metrics: Metrics | None, options: Options[Any]
+        self, caches: Mapping[str, Cache] | None, world: World, metrics: Metrics | None, options: Options[Any]
     ) -> None:
         self._caches = caches
         self._world = world
@@ -81,7 +83,15 @@ class Book:
             contract = self._contracts[name] = self._make(name)
         return contract
 
+    def forget_keys(self) -> None:
+        """Forget which keys were stored."""
+        for contract in self._contracts.values():
+            if contract.space is not None:
+                contract.space.clear()
+
     def _make(self, name: str) -> Contract[Any]:
+        if self._caches is None:
+            return self._contract(_unknown(name))
         names = [known for known in self._caches if name in {known, _identifier(known)}]
         if name in names:
             names = [name]
@@ -90,8 +100,16 @@ class Book:
             raise KeyError(f"there is no cache {name}; {remedy}")
         if names[0] != name:
             return self.contract(names[0])
-        metrics = self._metrics.of(name) if self._metrics is not None else no_metrics()
-        return Contract(self._caches[name], self._options, self._world, metrics)
+        return self._contract(self._caches[name])
+
+    def _contract(self, cache: Cache) -> Contract[Any]:
+        metrics = self._metrics.of(cache.name) if self._metrics is not None else no_metrics()
+        return Contract(cache, self._options, self._world, metrics)
+
+
+def _unknown(name: str) -> Cache:
+    """Return a cache of which only the name is known, and no key."""
+    return Cache(name, Template.of(()), None, DEFAULT_VERSION_TTL, ttl=1, jitter=0, ttl_only=False, digest="")
 
 
 def _identifier(name: str) -> str:
@@ -159,6 +177,8 @@ def as_params(contract: Contract[Any], item: Any) -> Mapping[str, Any]:
     if isinstance(item, Mapping):
         return item
     names = contract.keys.names
+    if names is None:
+        return {}
     if len(names) != 1:
         raise TypeError(
             f"cache {contract.cache.name} has the parameters {', '.join(names) or 'none'}; give mappings of them"
@@ -211,7 +231,7 @@ class Cached:
 
     Args:
         function: what loads.
-        names: the cache's parameters.
+        names: the cache's parameters; ``None`` where they are not known: all arguments but those to ignore.
         ignore: arguments that are no part of the key.
         params: for a parameter, the argument that it is, where the names differ.
 
@@ -222,12 +242,14 @@ class Cached:
     def __init__(
         self,
         function: Callable[..., Any],
-        names: Sequence[str],
+        names: Sequence[str] | None,
         ignore: Collection[str],
         params: Mapping[str, str] | None,
     ) -> None:
         self._signature = inspect.signature(function)
         self._ignored = tuple(ignore)
+        if names is None:
+            names = [name for name in self._signature.parameters if name not in ignore]
         self._arguments = {name: (params or {}).get(name, name) for name in names}
         has = self._signature.parameters
         missing = [argument for argument in self._arguments.values() if argument not in has]
@@ -303,9 +325,17 @@ def unknown_scripts(
     }
 
 
-def world(watermark: str, standby: str, *, cluster: bool, event: Callable[[], Any]) -> World:
-    """Make what caches share; ``event``: makes an event of the shell."""
-    return World(Feed(watermark, standby), cluster=cluster, flights=Flights(event))
+def world(
+    watermark: str, standby: str, *, cluster: bool, event: Callable[[], Any], client: Any = None, disabled: bool = False
+) -> World:
+    """Make what caches share; ``event``: makes an event of the shell; ``client``: a stand-in brings its own clock."""
+    clocks = Clocks(wall=client.store.clock) if is_memory(client) else Clocks()
+    return World(Feed(watermark, standby), clocks=clocks, cluster=cluster, flights=Flights(event), disabled=disabled)
+
+
+def is_memory(client: Any) -> bool:
+    """Return whether a client is a stand-in for Redis."""
+    return isinstance(client, (Memory, AsyncMemory))
 
 
 def metrics_for(registry: Any) -> Metrics | None:

@@ -23,7 +23,7 @@ NUL = b"\0"
 
 
 class NoKey(Exception):
-    """These parameters have no key; ``reason`` is a word for metrics: null, unbounded, unprintable."""
+    """These parameters have no key; ``reason`` is a word for metrics: null, unbounded, unprintable, disabled."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
@@ -99,6 +99,28 @@ class Keys:
         wanted = ", ".join(self.names) or "none"
         given = ", ".join(params) or "none"
         return TypeError(f"cache {self._cache_name} has the parameters {wanted}, and was given {given}")
+
+
+class NoKeys:
+    """Instead of `Keys` where caches are disabled: parameters are checked, and none have a key.
+
+    ``names``: ``None`` where no rule file says them.
+    """
+
+    def __init__(self, keys: Keys | None) -> None:
+        self._keys = keys
+        self.names = keys.names if keys is not None else None
+
+    def of(self, params: Mapping[str, Any]) -> tuple[bytes, bytes]:
+        """Check parameters.
+
+        Raises:
+            NoKey: always, unless they are wrong.
+            TypeError: as from `Keys.of`.
+        """
+        if self._keys is not None:
+            self._keys.of(params)
+        raise NoKey("disabled")
 
 
 def _is_version(part: bytes | Param) -> bool:

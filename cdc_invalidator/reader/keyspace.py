@@ -25,9 +25,10 @@ class KeySpace:
         self._most = hint * _ROOM
         self._ttl = ttl
         self._size = max(8192, 4 * hint)
-        self._begin(0.0)
+        self.clear()
 
-    def _begin(self, now: float) -> None:
+    def clear(self, now: float = 0.0) -> None:
+        """Begin anew, at a monotonic time in seconds."""
         self._until = now + self._ttl
         self._bits = bytearray((self._size + 7) // 8)
         self._bits_set = 0
@@ -40,7 +41,7 @@ class KeySpace:
             now: a monotonic time in seconds.
         """
         if now >= self._until:
-            self._begin(now)
+            self.clear(now)
         at, bit = divmod(hash(key) % self._size, 8)
         if self._bits[at] >> bit & 1:
             return True

@@ -41,7 +41,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the caches of one program share."""
+    """What the caches of one program share; ``disabled``: they are neither read nor filled."""
 
     feed: Feed
     scripts: FillScripts = field(default_factory=FillScripts)
@@ -49,3 +49,4 @@ class World:
     clocks: Clocks = field(default_factory=Clocks)
     cluster: bool = False
     flights: Flights = field(default_factory=Flights)
+    disabled: bool = False

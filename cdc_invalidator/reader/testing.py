@@ -1,0 +1,86 @@
+"""For tests of applications: an application's own caches in memory, and what the daemon does to them. See TESTING.md.
+
+All of it serves `Caches` and `AsyncCaches` alike, and nothing here is awaited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from cdc_invalidator.reader import handle
+from cdc_invalidator.reader.aio import AsyncCache, AsyncCaches
+from cdc_invalidator.reader.keys import NUL, NoKey
+from cdc_invalidator.reader.memory import AsyncMemory, Memory, Store
+from cdc_invalidator.reader.sync import Cache, Caches
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+
+C = TypeVar("C", Caches, AsyncCaches)
+
+
+@contextmanager
+def in_memory(caches: C) -> Iterator[C]:
+    """Let caches that exist already, with the functions that they decorate, work in memory as long as this is entered.
+
+    They begin empty. Their client is not used.
+    """
+    caches._book.forget_keys()
+    with caches._link.over(AsyncMemory() if isinstance(caches, AsyncCaches) else Memory()):
+        yield caches
+
+
+def bust(cache: Cache[Any] | AsyncCache[Any], params: Mapping[str, Any] | None = None, /, **named: Any) -> None:
+    """Do to one entry what the daemon does after a commit that made it stale.
+
+    Args:
+        cache: one of caches in memory.
+        params: the parameters, if not by name.
+        named: the parameters.
+
+    Raises:
+        TypeError: the caches are not in memory, or the parameters are not those of the cache.
+    """
+    contract, store = cache._contract, _store(cache._link.client)
+    given = named if params is None else params
+    try:
+        entry = contract.entry(given, given)
+    except NoKey:
+        return
+    rules = contract.cache
+    key = entry.key
+    if entry.version_key and rules.bump_over is None:
+        store.bump(entry.version_key, rules.version_ttl, entry.version_key + STALE_SUFFIX, rules.stale_for)
+        return
+    if entry.version_key:
+        version = store.ask("GET", entry.version_key)
+        if version is None:
+            return
+        key = entry.rest.replace(NUL, version)
+    store.bust(key + LOCK_SUFFIX, key, key + STALE_SUFFIX, rules.stale_for)
+
+
+def clear(caches: Caches | AsyncCaches) -> None:
+    """Delete all entries of caches in memory.
+
+    Raises:
+        TypeError: the caches are not in memory.
+    """
+    _store(caches._link.client).clear()
+    caches._book.forget_keys()
+
+
+def keys(caches: Caches | AsyncCaches) -> list[bytes]:
+    """Return the keys that are there, leases, versions and old values too, in order.
+
+    Raises:
+        TypeError: the caches are not in memory.
+    """
+    return _store(caches._link.client).keys()
+
+
+def _store(client: Any) -> Store:
+    if not handle.is_memory(client):
+        raise TypeError("these caches are in Redis; make them with `in_memory`, or use the fixture `cdc_caches`")
+    store: Store = client.store
+    return store

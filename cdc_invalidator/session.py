@@ -362,7 +362,7 @@ class Session:
         apply = Apply(
             self._open_server,
             PostgresView(hidden, self._queries, self._standbys, horizon, snapshots.reached),
-            Kept(self._rules, tables.digests(), position, self._recent),
+            Kept(self._rules, tables.digests(), position, self._recent, tables.agreement),
             backlog=self.backlog,
             checkpoint=checkpoint,
             suspicious=self._suspicious,

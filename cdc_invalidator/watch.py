@@ -176,11 +176,11 @@ class Watch:
     async def look_at_tables(self) -> None:
         """Look at the tables now, and have swept what that takes."""
         async with self._looking:
-            before = self._tables.digests()
-            broken = await self._tables.look(sweeping=lambda: self._apply.sweeping)
-            digests = self._tables.digests()
-            if broken or digests != before:
-                self._apply.redigest(digests, broken)
+            tables = self._tables
+            before = tables.digests(), tables.agreement
+            broken = await tables.look(sweeping=lambda: self._apply.sweeping)
+            if broken or (tables.digests(), tables.agreement) != before:
+                self._apply.redigest(tables.digests(), tables.agreement, broken)
 
 
 def show(state: SlotState | None, metrics: Metrics) -> None:

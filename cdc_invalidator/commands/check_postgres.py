@@ -400,8 +400,7 @@ class _Database:
         for rule in rules.rules:
             known = self._columns.get(rule.table, {})
             for bust in rule.busts:
-                mapped = bust.columns if bust.query is None else bust.given
-                for parameter, name in mapped.items():
+                for parameter, name in bust.mapped.items():
                     column = known.get(name)
                     if column is None:
                         continue  # reported already
@@ -578,7 +577,7 @@ def _of_nulls(rule: Rule, leaf: Leaf) -> Iterator[Finding]:
     """Yield a note on columns whose NULL leaves a row without a key."""
     named: dict[str, list[str]] = {}
     for bust in rule.busts:
-        mapped = bust.columns if bust.query is None else bust.given
+        mapped = bust.mapped
         for column in sorted(set(mapped.values()) & leaf.nullable):
             named.setdefault(column, []).append(bust.cache.name)
     if named:

@@ -57,9 +57,8 @@ def certain(rules: RuleSet, found: Mapping[Table, Sequence[ColumnInfo]]) -> Colu
     for rule in rules.rules:
         columns = {column.name: column for column in found.get(rule.table, ())}
         for bust in rule.busts:
-            mapped = bust.columns if bust.query is None else bust.given
             for parameter in bust.cache.key.params:
-                column = columns.get(mapped.get(parameter, ""))
+                column = columns.get(bust.mapped.get(parameter, ""))
                 values = overlap.TEXT if column is None else texts(column.base_oid, column.base_category)
                 known.learn(bust.cache, parameter, overlap.TEXT if values.free else values)
     return known

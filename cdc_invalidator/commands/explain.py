@@ -290,7 +290,7 @@ def _cause(rule: Rule, bust: Bust) -> dict[str, Any]:
         "columns": list(rule.columns) or None,
         "when": rule.when,
         "where": rule.where_of(bust),
-        "params": dict(bust.given if query else bust.columns),
+        "params": dict(bust.mapped),
         "via": None if query is None else query.text,
         # A query may give no row of which this key is made.
         "certain": query is None,

@@ -34,6 +34,7 @@ from cdc_invalidator.pipeline.sweep import SweepOptions, Sweeps
 from cdc_invalidator.redis.info import InfoMetrics
 from cdc_invalidator.redis.occupied import refuse_occupied
 from cdc_invalidator.redis.server import CacheServer
+from cdc_invalidator.rules.agreement import Agreement
 from cdc_invalidator.trouble import Trouble
 
 # Keys a flush: many enough to pay for the round trip, few enough that the watermark keeps moving.
@@ -182,10 +183,10 @@ class Apply:
         self._gaps.report(broken)
         self._backlog.wake()
 
-    def redigest(self, digests: Mapping[str, str], broken: Mapping[str, str]) -> None:
-        """Take other digests, and sweep the caches that this is a gap for."""
+    def redigest(self, digests: Mapping[str, str], agreement: Agreement | None, broken: Mapping[str, str]) -> None:
+        """Take other digests, and what readers are told; sweep the caches that this is a gap for."""
         # In one go: a watermark that is written in between would name a cache by its new digest before it is swept.
-        self._continuity.redigest(digests)
+        self._continuity.redigest(digests, agreement)
         self.gap(broken)
 
     @property

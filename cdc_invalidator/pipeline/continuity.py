@@ -21,6 +21,7 @@ from cdc_invalidator.pipeline.recent import Recent
 from cdc_invalidator.pipeline.record import WatermarkRecord
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.watermark import Position, Watermark, gaps
+from cdc_invalidator.rules.agreement import Agreement
 from cdc_invalidator.rules.model import RuleSet
 
 
@@ -29,13 +30,14 @@ class Kept:
     """What a stream keeps up to date, and where it goes on.
 
     ``digests``: for each cache that the stream keeps, what the watermark says of its rules. ``recent``: what was
-    applied lately.
+    applied lately. ``agreement``: what readers are told.
     """
 
     rules: RuleSet
     digests: Mapping[str, str]
     position: Position
     recent: Recent
+    agreement: Agreement | None = None
 
 
 class Continuity:
@@ -62,6 +64,7 @@ class Continuity:
     ) -> None:
         self._position = kept.position
         self._digests = kept.digests
+        self._agreement = kept.agreement
         self._gaps = open_gaps
         self._record = record
         self._received = received
@@ -157,9 +160,9 @@ class Continuity:
         for _ in some:
             self._lost.popleft()
 
-    def redigest(self, digests: Mapping[str, str]) -> None:
-        """Take other digests of the rules and their tables."""
-        self._digests = digests
+    def redigest(self, digests: Mapping[str, str], agreement: Agreement | None) -> None:
+        """Take other digests of the rules and their tables, and what readers are told from now on."""
+        self._digests, self._agreement = digests, agreement
         self._gaps.rewrite()
 
     def all_broken(self, reason: str) -> None:
@@ -185,4 +188,5 @@ class Continuity:
             crash_free_since=self._position.crash_free_since,
             last_commit=str(self._lineage.last or ""),
             gaps=reasons,
+            agreement=self._agreement,
         )

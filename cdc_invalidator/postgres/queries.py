@@ -27,7 +27,8 @@ class ColumnInfo(NamedTuple):
     """A column, as the catalogs have it.
 
     ``type``: as written in SQL; ``bare_type``: the same without a length, so that a cast to it cuts nothing off;
-    ``base_oid``, ``base_category``, ``base_modifier``: of the type under domains; ``generated``: it is, and our
+    ``base_oid``, ``base_category``, ``base_modifier``: of the type under domains; ``told``: that type, as readers are
+    told of it (see `parameters`); ``generated``: it is, and our
     publication can't carry it; ``identity``: the replica identity contains it; ``unique``: it has a unique index of its
     own; ``compared``: how `when` compares its values.
     """
@@ -40,6 +41,7 @@ class ColumnInfo(NamedTuple):
     base_oid: int
     base_category: str
     base_modifier: int
+    told: str
     generated: bool
     identity: bool
     unique: bool
@@ -99,16 +101,24 @@ async def ancestors(connection: psycopg.AsyncConnection[Any], oid: int) -> list[
     return [Table(row.schema, row.name) for row in await rows(connection, _ANCESTORS, {"oid": oid})]
 
 
-# For a column `a` of type `t`: the type `base` under domains, and what `ColumnType` holds. A collation that takes
-# different texts for equal makes its type one of which nothing is known.
+# How readers are told of a type `base` with a modifier, see `parameters`; `nondeterministic`: its collation takes
+# different texts for equal.
+TOLD = """CASE WHEN base.typtype = 'e' THEN 'enum' WHEN base.typname = 'citext' THEN 'citext'
+  WHEN {nondeterministic} THEN format_type(base.oid, -1) || ', nondeterministic'
+  ELSE format_type(base.oid, {modifier}) END"""
+
+# For a column `a` of type `t`: the type `base` under domains with its modifier, and what `ColumnType` holds. Of domains
+# over domains, the innermost has the modifier. A collation that takes different texts for equal makes its type one of
+# which nothing is known.
 _BASE = """
 JOIN pg_type t ON t.oid = a.atttypid
-JOIN pg_type base ON base.oid = CASE t.typtype WHEN 'd' THEN (
-  WITH RECURSIVE under (oid) AS (
-    SELECT t.typbasetype UNION ALL
-    SELECT d.typbasetype FROM under JOIN pg_type d ON d.oid = under.oid AND d.typtype = 'd'
-  ) SELECT under.oid FROM under JOIN pg_type last ON last.oid = under.oid AND last.typtype <> 'd'
-) ELSE t.oid END
+CROSS JOIN LATERAL (
+  WITH RECURSIVE under (oid, modifier) AS (
+    SELECT a.atttypid, a.atttypmod UNION ALL
+    SELECT d.typbasetype, d.typtypmod FROM under JOIN pg_type d ON d.oid = under.oid AND d.typtype = 'd'
+  ) SELECT under.oid, under.modifier FROM under JOIN pg_type last ON last.oid = under.oid AND last.typtype <> 'd'
+) AS lowest
+JOIN pg_type base ON base.oid = lowest.oid
 LEFT JOIN pg_collation co ON co.oid = a.attcollation
 """
 _TYPE = """jsonb_build_array(format_type(a.atttypid, a.atttypmod), a.atttypid::bigint,
@@ -135,7 +145,8 @@ _COLUMNS = f"""
 SELECT n.nspname AS schema, c.relname AS table_name, a.attname AS name, format_type(a.atttypid, a.atttypmod) AS type,
   format_type(a.atttypid, -1) AS bare_type, a.atttypid::bigint AS type_oid, a.atttypmod AS modifier,
   base.oid::bigint AS base_oid, base.typcategory::text AS base_category,
-  CASE t.typtype WHEN 'd' THEN t.typtypmod ELSE a.atttypmod END AS base_modifier,
+  lowest.modifier AS base_modifier,
+  {TOLD.format(nondeterministic="co.collisdeterministic IS FALSE", modifier="lowest.modifier")} AS told,
   a.attgenerated = 'v' OR a.attgenerated = 's' AND current_setting('server_version_num')::int < 180000 AS generated,
   c.relreplident = 'f' OR coalesce(a.attnum = ANY ({IDENTITY_COLUMNS}), false) AS identity,
   EXISTS (SELECT FROM pg_index u WHERE u.indrelid = c.oid AND u.indisunique AND u.indisvalid AND u.indpred IS NULL

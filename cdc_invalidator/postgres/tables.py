@@ -6,6 +6,7 @@ change in the stream, the caches to sweep are named.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
@@ -15,9 +16,11 @@ import structlog
 from cdc_invalidator import errors
 from cdc_invalidator.errors import Problem
 from cdc_invalidator.postgres.mistakes import mistakes
+from cdc_invalidator.postgres.parameters import Types, parameter_types
 from cdc_invalidator.postgres.publication import Publication, run_statements
 from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Survey
+from cdc_invalidator.rules.agreement import Agreement, templates_digest
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.trouble import Trouble
@@ -28,6 +31,9 @@ _ALIKE = (
     "A table has come that is called like one of a rule, in another schema, and no rule names it; if caches show its "
     "rows too, as with a schema for each tenant, write a rule for it."
 )
+
+# How often the types of what `via` queries answer are looked at.
+TYPES_SECONDS = 30.0
 
 # Daemons with other rules may be setting up at the same time.
 ATTEMPTS = 3
@@ -61,6 +67,8 @@ class Tables:
         self._survey: Survey | None = None
         self._remedies: tuple[Survey, list[Problem]] | None = None
         self._digested: tuple[Survey, dict[str, str]] | None = None
+        self._types: tuple[Survey | None, float, Types] = (None, 0.0, {})
+        self._agreement = Agreement()
         # The set-up statements that can't be run, each with the reason.
         self._undone: dict[str, Trouble] = {}
 
@@ -102,6 +110,25 @@ class Tables:
             self._digested = survey, self._spelling.mark(survey.digests(self._rules))
         return self._digested[1]
 
+    @property
+    def agreement(self) -> Agreement:
+        """What readers are told; the same until it changes."""
+        return self._agreement
+
+    async def _agree(self, survey: Survey) -> list[str]:
+        """Look at the types of parameters, if they may be others, and return the caches of which one has changed."""
+        of_survey, looked_at, before = self._types
+        now = time.monotonic()
+        # The tables that a query joins may be of no rule, and one that was locked could not be asked.
+        if survey is of_survey and not (self._rules.asks and now - looked_at > TYPES_SECONDS):
+            return []
+        types = await parameter_types(self._connection, self._rules)
+        self._types = survey, now, types
+        if types != before:
+            templates = {name: templates_digest(cache) for name, cache in self._rules.caches.items()}
+            self._agreement = Agreement(templates, types, self._spelling.values)
+        return [name for name, known in types.items() if before and known != before[name]]
+
     def relent(self) -> None:
         """Refuse nothing from now on: rules that were good enough at the start stay in force."""
         self._strict = False
@@ -127,6 +154,7 @@ class Tables:
             survey = await self._publication.survey(self._rules)
             if not done:
                 break
+        await self._agree(survey)
         self._survey = survey
         return before.exists
 
@@ -159,6 +187,8 @@ class Tables:
         busy = sweeping()
         blind = self.caches(now.blind, "table_unpublished")
         broken |= {cache: reason for cache, reason in blind.items() if cache not in busy}
+        # Readers may have made other keys than those that busts have named.
+        broken |= dict.fromkeys(await self._agree(now), "table_changed")
         self._survey = now
         return broken
 

@@ -29,7 +29,7 @@ from cdc_invalidator.redis.endpoint import Address
 from cdc_invalidator.redis.fingerprint import Look
 from cdc_invalidator.redis.hashslots import View, read_view
 from cdc_invalidator.redis.node import Command, Node, end
-from cdc_invalidator.redis.scripts import watermark_id, watermark_written
+from cdc_invalidator.redis.scripts import Written, watermark_written
 from cdc_invalidator.redis.server import (
     INFO,
     NO_GRACES,
@@ -96,9 +96,9 @@ class Cluster(CacheServer):
         self._seeds: list[Node] = []
         self._nodes: dict[Address, Node] = {}
         self._view: View | None = None
-        # By key, the id of the watermark that was read or written last; the keys with their homes, and the count of
-        # moves they hold for.
-        self._last_watermark_ids: dict[bytes, str] = {}
+        # By key, the watermark that was read or written last; the keys with their homes, and the count of moves they hold
+        # for.
+        self._written: dict[bytes, Written] = {}
         self._known_watermark_keys: tuple[int, dict[bytes, str]] = (-1, {})
         # Counts each time that hash slots have moved, or may have.
         self._moves = 0
@@ -400,7 +400,7 @@ class Cluster(CacheServer):
         found: list[Watermark | None] = []
         for key, fields in zip(keys, answers, strict=True):
             found.append(read_watermark(fields))
-            self._last_watermark_ids[key] = watermark_id(found[-1])
+            self._written[key] = Written.of(found[-1])
         return found
 
     async def write_watermark(self, watermark: Watermark) -> bool:
@@ -416,15 +416,17 @@ class Cluster(CacheServer):
         return await self._write_watermarks([public], watermark)
 
     async def _write_watermarks(self, keys: Sequence[bytes], watermark: Watermark) -> bool:
-        last_ids = self._last_watermark_ids
-        homes = self._watermark_homes()
+        homes, nothing = self._watermark_homes(), Written()
         answers = await self._ask(
-            [(key, self.scripts.to_write_watermark(key, last_ids.get(key, ""), watermark, homes[key])) for key in keys]
+            [
+                (key, self.scripts.to_write_watermark(key, self._written.get(key, nothing), watermark, homes[key]))
+                for key in keys
+            ]
         )
         stored = [watermark_written(answer) for answer in answers]
         for key, done in zip(keys, stored, strict=True):
             if done:
-                last_ids[key] = watermark_id(watermark)
+                self._written[key] = Written.of(watermark)
         return all(stored)
 
     def _watermark_keys(self) -> list[bytes]:

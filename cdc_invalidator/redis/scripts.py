@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from cdc_invalidator import errors
 from cdc_invalidator.redis import available, fingerprint
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.watermark import Watermark
+from cdc_invalidator.rules.agreement import Agreement
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
 BUMP_MISSING = 0
@@ -121,6 +123,21 @@ return last - 1
 """
 
 
+class Written(NamedTuple):
+    """The watermark that is there, by its `watermark_id` (if empty, any may be), and the agreement that was written.
+
+    The agreement may be long and hardly ever changes, so it is not written each time.
+    """
+
+    id: str = ""
+    agreement: Agreement | None = None
+
+    @classmethod
+    def of(cls, watermark: Watermark | None) -> Written:
+        """Return what stays of a watermark that was read or written."""
+        return cls(watermark_id(watermark), watermark.agreement if watermark else None)
+
+
 class ScriptDigests:
     """The digests that servers know our scripts by, the same on each server; and the commands that run the scripts."""
 
@@ -163,18 +180,22 @@ class ScriptDigests:
         """Return the command that makes the fingerprint of an entry; `fingerprint.read` reads its reply."""
         return (self._look, self.fingerprint, 1, key, fingerprint.MOST_BYTES)
 
-    def to_write_watermark(self, key: bytes, last_id: str, watermark: Watermark, home: str = "") -> Command:
-        """Return the command that writes a watermark over the one with that `watermark_id`; if empty, over any.
+    def to_write_watermark(self, key: bytes, last: Written, watermark: Watermark, home: str = "") -> Command:
+        """Return the command that writes a watermark over the last one.
 
         `watermark_written` reads its reply. ``home``: of a cluster's node, see `hashslots.View.homes`.
         """
-        fields = watermark.fields()
+        fields, agreement = watermark.fields(), watermark.agreement
+        # Each with the time again: a daemon of an earlier release writes the other fields, and lets these stand.
         if home:
-            # With the time again: a daemon of an earlier release writes the other fields, and lets this one stand.
             fields["home"] = f"{watermark.at} {home}"
+        if agreement is not None:
+            fields["agreed"] = f"{watermark.at} {agreement.digest}"
+            if agreement is not last.agreement:
+                fields |= agreement.fields
         pairs = [part for item in fields.items() for part in item]
         absent = watermark.absent
-        return ("EVALSHA", self.write_watermark, 1, key, last_id, len(absent), *absent, *pairs)
+        return ("EVALSHA", self.write_watermark, 1, key, last.id, len(absent), *absent, *pairs)
 
 
 def watermark_id(watermark: Watermark | None) -> str:

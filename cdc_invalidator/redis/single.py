@@ -10,7 +10,7 @@ from cdc_invalidator.redis import fingerprint
 from cdc_invalidator.redis.available import require_commands
 from cdc_invalidator.redis.fingerprint import Look
 from cdc_invalidator.redis.node import Command, Node
-from cdc_invalidator.redis.scripts import is_watermark, other_data, watermark_id, watermark_written
+from cdc_invalidator.redis.scripts import Written, is_watermark, other_data, watermark_written
 from cdc_invalidator.redis.server import (
     KEYS_A_COMMAND,
     NO_GRACES,
@@ -54,7 +54,7 @@ class Single(CacheServer):
         self._why_lost = why_lost
         self._close = close
         self._node: Node | None = None
-        self._last_watermark_id = ""
+        self._written = Written()
         # The first goes before the commands, the others behind them.
         self._proof: Sequence[Command] = (
             ("WATCH", self.watermark_key),
@@ -171,17 +171,15 @@ class Single(CacheServer):
         """See `CacheServer`."""
         (fields,) = await self._ask(("HGETALL", self.watermark_key))
         found = read_watermark(fields)
-        self._last_watermark_id = watermark_id(found)
+        self._written = Written.of(found)
         return [found]
 
     async def write_watermark(self, watermark: Watermark) -> bool:
         """See `CacheServer`."""
-        (answer,) = await self._ask(
-            self.scripts.to_write_watermark(self.watermark_key, self._last_watermark_id, watermark)
-        )
+        (answer,) = await self._ask(self.scripts.to_write_watermark(self.watermark_key, self._written, watermark))
         stored = watermark_written(answer)
         if stored:
-            self._last_watermark_id = watermark_id(watermark)
+            self._written = Written.of(watermark)
         return stored
 
     async def ask_about(self, key: bytes, commands: Sequence[Command]) -> list[Any]:  # noqa: ARG002  there is one server
@@ -232,7 +230,7 @@ class Single(CacheServer):
         answers = await self._opened.send((watch, *commands, *proof))
         replies = [reply_or_denial(command, answer) for command, answer in zip(commands, answers[1:-3], strict=True)]
         _, found, _, untouched = _not_denied(map(reply_or_denial, self._proof, (answers[0], *answers[-3:])))
-        if untouched is None or not is_watermark(self._last_watermark_id, *found):
+        if untouched is None or not is_watermark(self._written.id, *found):
             raise other_data()
         return replies
 

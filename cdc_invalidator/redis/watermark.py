@@ -12,6 +12,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cdc_invalidator.rules.agreement import Agreement
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -38,6 +40,7 @@ class Watermark:
     the time of its start; ``None`` for a dropped one, for which busts do not wait.
     ``last_commit``: a commit of that history, see `pipeline.lineage`. ``crash_free_since``: as of `Position`, when it
     was written. ``as_of``: everything committed by that time (ms since 1970) lies below ``lsn``; 0 if unknown.
+    ``agreement``: is only written, for readers.
     """
 
     lsn: int
@@ -50,9 +53,10 @@ class Watermark:
     crash_free_since: str = ""
     last_commit: str = ""
     gaps: Mapping[str, str] = field(default_factory=dict)
+    agreement: Agreement | None = field(default=None, compare=False)
 
     def fields(self) -> dict[str, str | int]:
-        """Return the hash's fields; ``rules``, ``gaps`` and ``standbys`` are JSON.
+        """Return the hash's fields without those of the agreement; ``rules``, ``gaps`` and ``standbys`` are JSON.
 
         What there is none of is left out (see `absent`), and ``as_of`` while it is unknown: what Redis has stays true.
         """

@@ -349,8 +349,8 @@ def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
         jitter=entry.jitter or 0,
         ttl_only=entry.ttl_only,
         digest=short_digest(
-            _canonical_parts(key),
-            version and _canonical_parts(version),
+            canonical_parts(key),
+            version and canonical_parts(version),
             sorted(busts, key=json.dumps),
             *(["pairs"] if entry.bump_over else []),
         ),
@@ -567,7 +567,8 @@ def _canonical(rule: RuleEntry, bust: _BustDraft) -> list[Any]:
     return [*canonical, used] if used else canonical
 
 
-def _canonical_parts(template: Template) -> list[Any]:
+def canonical_parts(template: Template) -> list[Any]:
+    """Return the parts of a template, fit for JSON: with the environment's values, and without how it is written."""
     parts = [part.decode() if isinstance(part, bytes) else [part.name, *part.filters] for part in template.parts]
     return [*parts, ["*"]] if template.rest else parts
 

@@ -114,6 +114,11 @@ class Bust:
     where_place: Place = field(default=Place(""), compare=False)
     sweep: bool = False
 
+    @property
+    def mapped(self) -> Mapping[str, str]:
+        """The column of each parameter that a column of the changed row gives; a query gives the others."""
+        return self.columns if self.query is None else self.given
+
 
 @dataclass(frozen=True, slots=True)
 class Rule:
@@ -194,6 +199,11 @@ class RuleSet:
     def tables(self) -> tuple[Table, ...]:
         """The tables that rules name, each once, in order of appearance."""
         return tuple(dict.fromkeys(rule.table for rule in self.rules))
+
+    @property
+    def asks(self) -> bool:
+        """Whether a bust has a query."""
+        return any(bust.query is not None for rule in self.rules for bust in rule.busts)
 
     @property
     def kept(self) -> dict[str, Cache]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from cdc_invalidator.redis.server import KEYS_A_COMMAND, CacheServer
 from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.topology import cache_server
 from cdc_invalidator.redis.watermark import Watermark
+from cdc_invalidator.rules.agreement import Agreement
 from cdc_invalidator.rules.load import parse_rules
 
 if TYPE_CHECKING:
@@ -297,6 +299,29 @@ async def test_the_watermark_reads_back_and_a_foreign_hash_does_not(
     assert fields[b"lsn"] == str(2**62).encode()
     redis_client.hdel("cdc:slot:watermark", "timeline")
     assert await server.read_watermarks() == [None]
+
+
+async def test_what_readers_are_told_is_written_once_and_anew_when_it_changes(
+    server: CacheServer, redis_client: redis.Redis
+) -> None:
+    told = Agreement({"user": "7"}, {"user": {"id": "bigint"}}, {"DateStyle": "ISO, MDY"})
+    assert await server.write_watermark(replace(MARK, agreement=told))
+    found: Any = redis_client.hgetall("cdc:slot:watermark")
+    assert (found[b"templates"], found[b"types"]) == (b'{"user":"7"}', b'{"user":{"id":"bigint"}}')
+    assert found[b"settings"] == b'{"DateStyle":"ISO, MDY"}'
+
+    redis_client.hset("cdc:slot:watermark", "types", "as it was")
+    assert await server.write_watermark(replace(MARK, agreement=told))
+    assert redis_client.hget("cdc:slot:watermark", "types") == b"as it was"
+
+    assert await server.write_watermark(replace(MARK, agreement=replace(told, types={})))
+    assert redis_client.hget("cdc:slot:watermark", "types") == b"{}"
+
+    # Who connects does not know who has written there.
+    redis_client.hset("cdc:slot:watermark", "types", "of another daemon")
+    assert await server.read_watermarks() == [MARK]
+    assert await server.write_watermark(replace(MARK, agreement=told))
+    assert redis_client.hget("cdc:slot:watermark", "types") == b'{"user":{"id":"bigint"}}'
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ class World:
         """Something happens to a table while a transaction has changed it, and the daemon notices at once."""
         self._run(row)
         self.looks += 1
-        self.apply.redigest(self.digests, {"user": "table_changed"})
+        self.apply.redigest(self.digests, None, {"user": "table_changed"})
 
     def unseen_late(self, row: int) -> None:
         """It is noticed just after the daemon has looked at the transactions for another gap."""

@@ -19,12 +19,12 @@ from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import loading
 from cdc_invalidator.reader.freshness import Demand
-from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.leases import AsyncKeeper
 from cdc_invalidator.reader.local import Local
 from cdc_invalidator.reader.memory import AsyncMemory
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.own_writes import required
+from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.tracking import AsyncFollower
 
@@ -151,6 +151,7 @@ class AsyncCache(Generic[T]):
         self._contract = contract
         self._link = link
         self._demand = demand
+        self._agreement = contract.world.agreement
         self._quick = contract.plain and contract.looks_once and demand == (0, None)
 
     def using(self, **options: Any) -> AsyncCache[Any]:
@@ -184,6 +185,10 @@ class AsyncCache(Generic[T]):
         given = named if params is None else params
         contract, link = self._contract, self._link
 
+        if time.monotonic() >= self._agreement.next_at and (reason := await link.run(contract.agree(), _nothing)):
+            entry = Entry(given, given, b"")
+            await link.run(contract.beside([entry], reason), _each(load))
+            return entry.value  # type: ignore[no-any-return]
         try:
             entry = contract.entry(given, given)
         except NoKey as no:
@@ -249,17 +254,22 @@ class AsyncCache(Generic[T]):
                 asked for.
         """
         contract, link = self._contract, self._link
+        reason = ""
+        if time.monotonic() >= self._agreement.next_at:
+            reason = await link.run(contract.agree(), _nothing)
         found = handle.group(contract, items)
 
         async def loader(entries: Sequence[Entry]) -> Sequence[Any]:
             missing = [entry.item for entry in entries]
             return handle.in_order(missing, await _awaited(load(missing)))
 
-        for reason, entries in found.beside.items():
-            await link.run(contract.beside(entries, reason), loader)
+        for word, entries in found.beside.items():
+            await link.run(contract.beside(entries, word), loader)
         if connection is None:
             connection = link.connection
-        if found.entries and connection is not None and await transactions.aown_view(connection):
+        if found.entries and reason:
+            await link.run(contract.beside(found.entries, reason), loader)
+        elif found.entries and connection is not None and await transactions.aown_view(connection):
             await link.run(contract.beside(found.entries, "transaction"), loader)
         elif found.entries:
             await link.run(contract.read(found.entries, handle.demanded(self._demand, max_staleness)), loader)
@@ -330,6 +340,8 @@ class AsyncCache(Generic[T]):
         if connection is not None and await transactions.aown_view(connection):
             self._contract.metrics.bypasses("transaction")
             return 0
+        if time.monotonic() >= self._agreement.next_at:
+            await self._link.run(self._contract.agree(), _nothing)
         return await self._link.run(
             self._contract.warm(handle.keyed(self._contract, items), rate=rate, limit=limit), _each(load)
         )
@@ -343,6 +355,8 @@ class AsyncCache(Generic[T]):
         """
         given = named if params is None else params
         contract, link = self._contract, self._link
+        if time.monotonic() >= self._agreement.next_at:
+            await link.run(contract.agree(), _nothing)
         try:
             entry = contract.entry(given, given)
         except NoKey as no:
@@ -364,7 +378,7 @@ class AsyncCache(Generic[T]):
         """Bust a key now rather than when the daemon does; False if Redis failed. Call it after the commit."""
         given = named if params is None else params
         try:
-            entry = self._contract.entry(given, given)
+            entry = self._contract.entry(given, given, anyway=True)
         except NoKey as no:
             self._contract.metrics.bypasses(no.reason)
             return False

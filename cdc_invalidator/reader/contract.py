@@ -22,6 +22,7 @@ from cdc_invalidator.reader.keys import NUL, Keys, NoKeys
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.metrics import CacheMetrics
 from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import Command, Load, Renewal, Send, Sleep, Steps, Unavailable, Wait
 from cdc_invalidator.reader.world import World
 from cdc_invalidator.rules.model import Cache
@@ -64,9 +65,7 @@ class Contract(Generic[T]):
         self.options = options
         self.world = world
         self.metrics = metrics
-        self.keys: Keys | NoKeys = Keys(cache)
-        if world.disabled:
-            self.keys = NoKeys(self.keys if cache.key.parts else None)
+        self.terms = world.agreement.of(cache)
         self.space = space or (KeySpace(cache.max_keys_hint, cache.ttl / 1000) if cache.max_keys_hint else None)
         self._envelope = Envelope(options.schema)
         self._header = self._envelope.header
@@ -87,14 +86,48 @@ class Contract(Generic[T]):
 
     # ── One look, which most reads are ───────────────────────────────────────────────────────────────────────────────
 
-    def entry(self, item: Any, params: Mapping[str, Any]) -> Entry:
-        """Make an entry.
+    @property
+    def keys(self) -> Keys | NoKeys:
+        """What makes the cache's keys now."""
+        return self.terms.keys
+
+    def agree(self) -> Steps[str]:
+        """Look at what the daemon says, and return why Redis is not to be asked now; empty if it may be."""
+        agreement, steady = self.world.agreement, self.world.clocks.steady
+        commands = agreement.begin(steady())
+        try:
+            said, off = yield Send(commands)
+            if agreement.is_news(said):
+                (said,) = yield Send([agreement.whole])
+            agreement.take(commands, [said, off], steady())
+        except Unavailable as gone:
+            # In a cluster, the node that did not answer may be another than an entry's.
+            return "" if agreement.failed(gone.reason) and self.world.cluster else gone.reason
+        return ""
+
+    def entry(self, item: Any, params: Mapping[str, Any], *, anyway: bool = False) -> Entry:
+        """Make an entry; ``anyway``: also where the cache may not be read.
 
         Raises:
-            NoKey: the parameters have no key.
+            NoKey: the parameters have no key, or the cache may not be read.
             TypeError: they are not those of the cache.
         """
-        return Entry(item, params, *self.keys.of(params), stale=self._stale)
+        terms = self.terms
+        if terms.refusal and not anyway:
+            raise NoKey(terms.refusal)
+        try:
+            return Entry(item, params, *terms.keys.of(params), stale=self._stale)
+        except NoKey as no:
+            if no.sentence:
+                self._advise(no.sentence)
+            raise
+
+    def _advise(self, sentence: str) -> None:
+        """Log now and then what a developer should know."""
+        now = self.world.clocks.steady()
+        if now >= self._reported.get(sentence, now):
+            self._reported[sentence] = now + REPORT_SECONDS
+            _log.warning("cache %s: %s", self.cache.name, sentence)
 
     def hit(self, entry: Entry, reply: Any) -> Any:
         """Return the value in the reply to a look, or `MISS`; a hit is counted."""
@@ -606,6 +639,8 @@ class Contract(Generic[T]):
                 due = max(due + 1 / rate, clocks.steady() - 1)
                 if (early := due - clocks.steady()) > 0:
                     yield Sleep(early)
+                if clocks.steady() >= self.world.agreement.next_at:
+                    yield from self.agree()
         except Unavailable as gone:
             self.metrics.bypasses(gone.reason)
         return stored

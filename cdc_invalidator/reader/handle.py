@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from redis import exceptions
 from redis.backoff import NoBackoff
 
+from cdc_invalidator.reader.agreement import Agreement
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import Entry
 from cdc_invalidator.reader.flights import Flights
 from cdc_invalidator.reader.freshness import Demand, Feed
-from cdc_invalidator.reader.keys import NoKey
 from cdc_invalidator.reader.memory import AsyncMemory, Memory
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.own_writes import required
+from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.transactions import is_connection
 from cdc_invalidator.reader.world import Clocks, World
 from cdc_invalidator.rules.load import load_rules
@@ -330,7 +331,10 @@ def world(
 ) -> World:
     """Make what caches share; ``event``: makes an event of the shell; ``client``: a stand-in brings its own clock."""
     clocks = Clocks(wall=client.store.clock) if is_memory(client) else Clocks()
-    return World(Feed(watermark, standby), clocks=clocks, cluster=cluster, flights=Flights(event), disabled=disabled)
+    agreement = Agreement(watermark, disabled=disabled)
+    return World(
+        Feed(watermark, standby), agreement, clocks=clocks, cluster=cluster, flights=Flights(event), disabled=disabled
+    )
 
 
 def is_memory(client: Any) -> bool:

@@ -1,18 +1,15 @@
 """From a read's parameters to its keys, as the daemon makes them of a row. Pure.
 
 The rule that holds here: what the daemon could never bust has no key. The daemon knows values as PostgreSQL prints
-them, so they are written the same way here. NULL has no key, and neither has long text that no filter shortens.
+them, so `spelling` writes them the same way. NULL has no key, and neither has long text that no filter shortens.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import decimal
-import enum
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from cdc_invalidator.reader.spelling import Make, NoKey, maker, maker_as_given
 from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.template import MakeKey, Param, Template
 
@@ -22,24 +19,26 @@ LONGEST = 512
 NUL = b"\0"
 
 
-class NoKey(Exception):
-    """These parameters have no key; ``reason`` is a word for metrics: null, unbounded, unprintable, disabled."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-        super().__init__(reason)
+NOTHING: Mapping[str, str] = {}
 
 
 class Keys:
     """The keys of one cache.
 
-    ``names``: its parameters. Of a cache with a version, `key` has NUL in the version's place.
+    ``names``: its parameters. Of a cache with a version, `of` gives keys with NUL in the version's place.
+
+    Args:
+        cache: the cache.
+        types: of its parameters by which busts name keys, as the watermark tells them; ``None`` as long as it does not.
+        settings: of the database, for printing values.
 
     Raises:
         ValueError: the key's template has a filter on its version, or ends in ``*``.
     """
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(
+        self, cache: Cache, types: Mapping[str, str | None] | None = None, settings: Mapping[str, str] = NOTHING
+    ) -> None:
         if cache.key.rest:
             raise ValueError(
                 f"the key of cache {cache.name} ends in `*`, so its rule file does not say how the whole key is made; "
@@ -66,6 +65,15 @@ class Keys:
         self._key: MakeKey = key.compile(index)
         self._version: MakeKey | None = cache.version.compile(index) if cache.version is not None else None
         self._cache_name = cache.name
+        types = types or {}
+        folded = _folded(cache)
+        self._makers: list[tuple[str, Make]] = [
+            (
+                name,
+                maker(name, types[name], settings, folded=name in folded) if name in types else maker_as_given(name),
+            )
+            for name in self.names
+        ]
 
     def of(self, params: Mapping[str, Any]) -> tuple[bytes, bytes]:
         """Return the key and the version's key, which is empty where there is none.
@@ -77,13 +85,12 @@ class Keys:
         if len(params) != len(self.names):
             raise self._wrong(params)
         row = []
-        for name in self.names:
+        for name, make in self._makers:
             try:
                 value = params[name]
             except KeyError:
                 raise self._wrong(params) from None
-            make = _TEXTS.get(type(value))
-            text = make(value) if make is not None else _text(value, name)
+            text = make(value)
             if len(text) > LONGEST and name in self._plain:
                 raise NoKey("unbounded")
             if NUL in text:
@@ -123,43 +130,16 @@ class NoKeys:
         raise NoKey("disabled")
 
 
+def _folded(cache: Cache) -> set[str]:
+    """Return the parameters of which busts' keys don't show whether letters are large or small."""
+    shown: set[str] = set()
+    folded: set[str] = set()
+    for part in cache.bust_template.parts:
+        if isinstance(part, Param):
+            changed = not part.parts and part.filters[:1] in {("lower",), ("upper",)}
+            (folded if changed else shown).update(part.names)
+    return folded - shown
+
+
 def _is_version(part: bytes | Param) -> bool:
     return isinstance(part, Param) and part.name == "version" and not part.filters
-
-
-# ── Values as PostgreSQL prints them ─────────────────────────────────────────────────────────────────────────────────
-
-
-def _of_text(value: str) -> bytes:
-    try:
-        return value.encode()
-    except UnicodeEncodeError:
-        raise NoKey("unprintable") from None
-
-
-def _of_null(_value: None) -> bytes:
-    raise NoKey("null")
-
-
-_TEXTS: Mapping[type, Callable[[Any], bytes]] = {
-    int: b"%d".__mod__,
-    str: _of_text,
-    bool: lambda value: b"t" if value else b"f",
-    bytes: bytes,
-    uuid.UUID: lambda value: str(value).encode(),
-    dt.date: lambda value: value.isoformat().encode(),
-    decimal.Decimal: lambda value: format(value, "f").encode(),
-    type(None): _of_null,
-}
-
-
-def _text(value: Any, name: str) -> bytes:
-    """Return the text of a value whose type is not in `_TEXTS`."""
-    if isinstance(value, enum.Enum) and type(value.value) in _TEXTS:
-        return _TEXTS[type(value.value)](value.value)
-    if isinstance(value, (int, str)):
-        return _of_text(value) if isinstance(value, str) else b"%d" % value
-    raise TypeError(
-        f"parameter {name} is a {type(value).__name__}, which PostgreSQL may print in several ways; give it as text, "
-        "as the database prints it"
-    )

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from cdc_invalidator.reader import handle
 from cdc_invalidator.reader.aio import AsyncCache, AsyncCaches
-from cdc_invalidator.reader.keys import NUL, NoKey
+from cdc_invalidator.reader.keys import NUL
 from cdc_invalidator.reader.memory import AsyncMemory, Memory, Store
+from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.sync import Cache, Caches
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from cdc_invalidator.reader.agreement import Agreement
 from cdc_invalidator.reader.flights import Flights
 from cdc_invalidator.reader.freshness import Feed
 from cdc_invalidator.reader.scripts import FillScripts
@@ -44,6 +45,7 @@ class World:
     """What the caches of one program share; ``disabled``: they are neither read nor filled."""
 
     feed: Feed
+    agreement: Agreement = field(default_factory=lambda: Agreement("cdc_invalidator"))
     scripts: FillScripts = field(default_factory=FillScripts)
     tokens: Tokens = field(default_factory=Tokens)
     clocks: Clocks = field(default_factory=Clocks)

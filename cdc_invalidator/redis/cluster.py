@@ -96,8 +96,8 @@ class Cluster(CacheServer):
         self._seeds: list[Node] = []
         self._nodes: dict[Address, Node] = {}
         self._view: View | None = None
-        # By key, the watermark that was read or written last; the keys with their homes, and the count of moves they hold
-        # for.
+        # By key, the watermark that was read or written last; the keys with their homes, and the count of moves for
+        # which they hold.
         self._written: dict[bytes, Written] = {}
         self._known_watermark_keys: tuple[int, dict[bytes, str]] = (-1, {})
         # Counts each time that hash slots have moved, or may have.

@@ -19,7 +19,7 @@ from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 RELEASE = 1
 
 FIELDS = ("templates", "types", "settings")
-"""The fields of the watermark with what the daemon says of it; each is JSON. ``agreed`` says of when, and the digest."""
+"""The fields of the watermark with what the daemon says; each is JSON. A field ``agreed`` has their digest."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from conformance.runner import VECTORS, Broken, Runner, names
 from cdc_invalidator import reader
 from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import scripts
-from cdc_invalidator.reader.keys import Keys, NoKey
+from cdc_invalidator.reader.keys import Keys
+from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.rules.load import parse_rules
 
 if TYPE_CHECKING:

@@ -52,7 +52,16 @@ print(*ours, sep="\\n")
 """
 # The pure modules that the reader shares with the daemon.
 SHARED = {
-    *("errors", "rules", "rules.comparison", "rules.condition", "rules.defaults", "rules.document", "rules.draft"),
+    *(
+        "errors",
+        "rules",
+        "rules.agreement",
+        "rules.comparison",
+        "rules.condition",
+        "rules.defaults",
+        "rules.document",
+        "rules.draft",
+    ),
     *("rules.duration", "rules.expression", "rules.format"),
     *(
         "rules.load",

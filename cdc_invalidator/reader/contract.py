@@ -160,6 +160,17 @@ class Contract(Generic[T]):
         self.metrics.l1_hits()
         return value
 
+    def take_local(self, entries: Sequence[Entry], kept: Sequence[bytes | None]) -> list[Entry]:
+        """Give entries the values that `Local` kept of them, and return those of which it has none."""
+        missing = []
+        for entry, stored in zip(entries, kept, strict=True):
+            value = MISS if stored is None else self.local(stored)
+            if value is MISS:
+                missing.append(entry)
+            else:
+                entry.found(value)
+        return missing
+
     def kept_until(self, stored: bytes) -> float:
         """Return until when (a steady time) the reply to a look may be kept: until it expires."""
         try:

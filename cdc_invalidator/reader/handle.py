@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import random
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import Entry
 from cdc_invalidator.reader.flights import Flights
 from cdc_invalidator.reader.freshness import Demand, Feed
+from cdc_invalidator.reader.local import Local
 from cdc_invalidator.reader.memory import AsyncMemory, Memory
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
@@ -171,6 +173,27 @@ def group(contract: Contract[Any], items: Iterable[Any]) -> Group:
             beside.setdefault(no.reason, []).append(entry)
         order.append(entry)
     return Group(list(entries.values()), beside, order)
+
+
+class Kept:
+    """What the process's own memory does for the entries of a `get_many`.
+
+    ``missing``: the entries that it does not have; `keep` what a look has found of them since.
+    """
+
+    def __init__(self, contract: Contract[Any], local: Local, entries: Sequence[Entry]) -> None:
+        self._contract = contract
+        self._local = local
+        found = local.get_many([entry.key for entry in entries], time.monotonic())
+        self.missing = contract.take_local(entries, found)
+        self._token = local.ask(*[entry.key for entry in self.missing])
+
+    def keep(self) -> None:
+        """Keep what was found in Redis, as far as it is still right."""
+        for entry in self.missing:
+            seen = entry.seen if type(entry.seen) is bytes else None
+            until = 0.0 if seen is None else self._contract.kept_until(seen)
+            self._local.keep(entry.key, self._token, seen, until)
 
 
 def as_params(contract: Contract[Any], item: Any) -> Mapping[str, Any]:

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from cdc_invalidator.rules.model import Cache
 
 PATIENCE = 2.0
+_NOTHING = (None, 0.0)
 
 
 class Local:
@@ -52,24 +53,31 @@ class Local:
 
     def get(self, key: bytes, now: float) -> bytes | None:
         """Return the entry kept under a key; ``now``: a monotonic time in seconds."""
-        if now - self._proven_at > self._patience:
-            return None
-        with self._lock:
-            found = self._entries.get(key)
-            if found is None:
-                return None
-            entry, until = found
-            if now >= until:
-                del self._entries[key]
-                return None
-            self._entries.move_to_end(key)
-            return entry
+        return self.get_many([key], now)[0]
 
-    def ask(self, key: bytes) -> object:
-        """Note that Redis is about to be asked for a key, and return the token for `keep`."""
+    def get_many(self, keys: Sequence[bytes], now: float) -> list[bytes | None]:
+        """Return the entries kept under some keys; ``now``: a monotonic time in seconds."""
+        if now - self._proven_at > self._patience:
+            return [None] * len(keys)
+        found: list[bytes | None] = []
+        with self._lock:
+            entries = self._entries
+            for key in keys:
+                entry, until = entries.get(key, _NOTHING)
+                if entry is not None:
+                    if now >= until:
+                        entry = None
+                        del entries[key]
+                    else:
+                        entries.move_to_end(key)
+                found.append(entry)
+        return found
+
+    def ask(self, *keys: bytes) -> object:
+        """Note that Redis is about to be asked for keys, and return the token for `keep`."""
         token = object()
         with self._lock:
-            self._asked[key] = token
+            self._asked.update(dict.fromkeys(keys, token))
         return token
 
     def keep(self, key: bytes, token: object, entry: bytes | None, until: float) -> None:
@@ -110,6 +118,37 @@ class Local:
         """The command that asks for the messages."""
         prefixes = [part for prefix in self.prefixes for part in ("PREFIX", prefix)]
         return ("CLIENT", "TRACKING", "ON", "BCAST", *prefixes)
+
+
+class Locals:
+    """The memories that are entered now. Of several that keep the same cache, the last entered serves it.
+
+    ``of``: by cache, the one that serves it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entered: tuple[Local, ...] = ()
+        self.of: Mapping[str, Local] = {}
+
+    def enter(self, local: Local) -> None:
+        """Serve from this one, too."""
+        with self._lock:
+            self._enter((*self._entered, local))
+
+    def leave(self, local: Local) -> None:
+        """Serve from this one no more."""
+        with self._lock:
+            self._enter(tuple(each for each in self._entered if each is not local))
+
+    def _enter(self, entered: tuple[Local, ...]) -> None:
+        self._entered = entered
+        self.of = {name: local for local in entered for name in local.names}
+
+    def forget(self, key: bytes) -> None:
+        """Drop what the process has changed in Redis just now."""
+        for local in self._entered:
+            local.invalidate([key])
 
 
 def _apart(prefixes: Iterable[bytes]) -> list[bytes]:

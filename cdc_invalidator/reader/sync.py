@@ -22,7 +22,7 @@ from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import loading
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.leases import Keeper
-from cdc_invalidator.reader.local import Local
+from cdc_invalidator.reader.local import Local, Locals
 from cdc_invalidator.reader.memory import Memory
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.own_writes import required
@@ -52,7 +52,7 @@ class Link:
         self.breaker = breaker
         self._turns = threading.Semaphore(handle.turns(client))
         self.client = client
-        self.local: Local | None = None
+        self.locals = Locals()
         self._texts = texts
         self.keeper = Keeper(self.send)
 
@@ -104,17 +104,16 @@ class Link:
     @contextmanager
     def over(self, client: Any) -> Iterator[None]:
         """Use another client as long as this is entered."""
-        before = self.client, self.execute, self.breaker, self.local
-        self.client, self.execute, self.breaker, self.local = client, client.execute_command, Breaker(), None
+        before = self.client, self.execute, self.breaker, self.locals
+        self.client, self.execute, self.breaker, self.locals = client, client.execute_command, Breaker(), Locals()
         try:
             yield
         finally:
-            self.client, self.execute, self.breaker, self.local = before
+            self.client, self.execute, self.breaker, self.locals = before
 
     def forget(self, entry: Entry) -> None:
         """Drop what the process's own memory has of an entry that the process has changed in Redis just now."""
-        if self.local is not None:
-            self.local.invalidate([entry.key])
+        self.locals.forget(entry.key)
 
     def run(self, steps: Steps[R], load: Loader) -> R:
         """Do what the steps ask for, and return their result."""
@@ -203,8 +202,8 @@ class Cache(Generic[T]):
             return entry.value  # type: ignore[no-any-return]
         looked = False
         if self._quick and max_staleness is None and not link.breaker.failures and not required():
-            local, token = link.local, None
-            if local is not None and contract.cache.name in local.names:
+            local, token = link.locals.of.get(contract.cache.name), None
+            if local is not None:
                 kept = local.get(entry.key, time.monotonic())
                 value: Any = MISS if kept is None else contract.local(kept)
                 if value is not MISS:
@@ -273,7 +272,17 @@ class Cache(Generic[T]):
         elif found.entries and connection is not None and transactions.own_view(connection):
             link.run(contract.beside(found.entries, "transaction"), loader)
         elif found.entries:
-            link.run(contract.read(found.entries, handle.demanded(self._demand, max_staleness)), loader)
+            entries, kept = found.entries, None
+            local = link.locals.of.get(contract.cache.name)
+            if local is not None and self._quick and max_staleness is None and not required():
+                kept = handle.Kept(contract, local, entries)
+                entries = kept.missing
+            try:
+                if entries:
+                    link.run(contract.read(entries, handle.demanded(self._demand, max_staleness)), loader)
+            finally:
+                if kept is not None:
+                    kept.keep()
         return [entry.value for entry in found.order]
 
     @overload
@@ -557,9 +566,9 @@ class Caches:
         local = Local((self._book.contract(name).cache for name in names), size)
         follower = Follower(self._link.client, local)
         follower.start()
-        self._link.local = local
+        self._link.locals.enter(local)
         try:
             yield
         finally:
-            self._link.local = None
+            self._link.locals.leave(local)
             follower.stop()

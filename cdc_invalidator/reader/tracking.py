@@ -90,6 +90,7 @@ class AsyncFollower:
         self._make, self._options = _options(client)
         self._local = local
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     def start(self) -> None:
         """Begin; entries are kept as soon as Redis has answered."""
@@ -97,12 +98,14 @@ class AsyncFollower:
 
     async def stop(self) -> None:
         """End."""
-        if self._task is not None:
+        self._stopping = True
+        while self._task is not None and not self._task.done():
+            # Once is not enough: while it connects, the driver takes it for a lost connection.
             self._task.cancel()
-            await asyncio.wait({self._task})
+            await asyncio.wait({self._task}, timeout=_AGAIN_SECONDS / 5)
 
     async def _run(self) -> None:
-        while True:
+        while not self._stopping:
             connection = self._make(**self._options)
             try:
                 await self._follow(connection)

@@ -164,6 +164,56 @@ def test_a_process_does_not_read_from_memory_what_it_has_just_changed(
         assert hits.read(load) == ("new", False)
 
 
+def test_many_are_read_from_memory_and_kept_there(
+    reads: Reads, redis_url: str, redis_client: redis.Redis, tmp_path: Path, registry: CollectorRegistry
+) -> None:
+    caches = reads.caches(rules_file(tmp_path), redis_url, registry=registry)
+    hits = Hits(caches, registry)
+    load = Loader({number: f"user {number}" for number in range(1, 6)})
+
+    def read(*numbers: int) -> float:
+        before = hits.count()
+        assert caches.user.get_many(numbers, load=load.many) == [load.rows.get(number) for number in numbers]
+        return hits.count() - before
+
+    with caches.local("user"):
+        eventually(lambda: hits.read(load)[1], "it is kept")
+        assert read(1, 2, 3, 1) == 1
+        eventually(lambda: read(1, 2, 3, 1) == 3, "what a look has found is kept")
+        assert read(1, 2, 3, 4) == 3
+        load.rows[2] = "Grace"
+        assert caches.user.invalidate(id=2) is True
+        assert read(1, 2, 3) == 2
+        assert caches.user.get_many([3], load=load.many, max_staleness=0.0) == ["user 3"]
+    assert read(1, 2, 3) == 0
+
+
+def test_the_end_of_one_local_leaves_the_others_as_they_are(
+    reads: Reads, redis_url: str, tmp_path: Path, registry: CollectorRegistry
+) -> None:
+    caches = reads.caches(rules_file(tmp_path), redis_url, registry=registry)
+    hits = Hits(caches, registry)
+    load = Loader({1: "Ada"})
+    with caches.local("user"):
+        eventually(lambda: hits.read(load)[1], "it is kept")
+        with caches.local("known"):
+            assert hits.read(load)[1], "another cache's does not replace it"
+        with caches.local("user", "known"):
+            eventually(lambda: hits.read(load)[1], "the inner one keeps it too")
+            assert caches.user.invalidate(id=1) is True
+            load.rows[1] = "Grace"
+        assert hits.read(load) == ("Grace", False)
+        eventually(lambda: hits.read(load)[1], "it is kept again")
+    assert not hits.read(load)[1]
+
+
+def test_local_ends_whatever_its_connection_is_doing(reads: Reads, redis_url: str, tmp_path: Path) -> None:
+    caches = reads.caches(rules_file(tmp_path), redis_url)
+    for pause in range(30):
+        with caches.local("user"):
+            time.sleep(pause / 10_000)
+
+
 def test_what_can_not_be_kept_is_told(reads: Reads, redis_url: str, tmp_path: Path) -> None:
     caches = reads.caches(rules_file(tmp_path), redis_url)
     with pytest.raises(ValueError, match="cache page has a version"), caches.local("page"):

@@ -6,6 +6,7 @@ import datetime as dt
 import decimal
 import enum
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.handle import in_order
 from cdc_invalidator.reader.keys import Keys
 from cdc_invalidator.reader.keyspace import KeySpace
-from cdc_invalidator.reader.local import Local, Pulse
+from cdc_invalidator.reader.local import Local, Locals, Pulse
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.rules.load import parse_rules
 from cdc_invalidator.rules.model import Cache
@@ -204,6 +205,40 @@ def test_nothing_is_given_while_the_messages_are_silent_or_after_its_time() -> N
     memory.keep(b"t:1", token, b"one", 1000.0)
     memory.proven(103.0)
     assert memory.get(b"t:1", 103.0) is None
+
+
+def test_many_keys_are_given_and_kept_like_one() -> None:
+    memory = local()
+    token = memory.ask(b"t:1", b"t:2", b"t:3", b"t:4")
+    memory.invalidate([b"t:2"])
+    for key, until in ((b"t:1", 1000.0), (b"t:2", 1000.0), (b"t:3", 101.0)):
+        memory.keep(key, token, b"value", until)
+    memory.keep(b"t:4", token, None, 0.0)
+    keys = [b"t:1", b"t:2", b"t:3", b"t:4", b"t:5"]
+    assert memory.get_many(keys, 100.5) == [b"value", None, b"value", None, None]
+    assert memory.get_many(keys, 101.5) == [b"value", None, None, None, None], "the time of one is up"
+    assert memory.get_many(keys, 102.5) == [None] * 5, "the messages are silent"
+
+
+def test_of_several_memories_each_serves_its_caches_until_it_is_left() -> None:
+    memories = Locals()
+    caches = {name: replace(cache(key=f"t:{name}:{{id}}"), name=name) for name in ("user", "other")}
+    users = Local([caches["user"]], 10)
+    both = Local(caches.values(), 10)
+    others = Local([caches["other"]], 10)
+    for memory in (users, both, others):
+        memories.enter(memory)
+    assert memories.of == {"user": both, "other": others}
+    for memory in (users, both):
+        memory.proven(100.0)
+        memory.keep(b"t:user:1", memory.ask(b"t:user:1"), b"one", 1000.0)
+    memories.forget(b"t:user:1")
+    assert [len(memory) for memory in (users, both)] == [0, 0], "also where it is not served from now"
+    memories.leave(both)
+    assert memories.of == {"user": users, "other": others}
+    memories.leave(users)
+    memories.leave(others)
+    assert memories.of == {}
 
 
 def test_the_least_used_entries_go_first() -> None:

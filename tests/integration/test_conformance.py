@@ -16,7 +16,7 @@ from cdc_invalidator import reader
 from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import scripts
 from cdc_invalidator.reader.keys import Keys
-from cdc_invalidator.reader.spelling import NoKey
+from cdc_invalidator.reader.spelling import NoKey, maker
 from cdc_invalidator.rules.load import parse_rules
 
 if TYPE_CHECKING:
@@ -64,6 +64,16 @@ def test_who_keeps_the_contract_passes(client: str, name: str, server: Valkey, t
 def test_who_stores_without_looking_at_the_lease_is_found_out(name: str, server: Valkey, tmp_path: Path) -> None:
     with pytest.raises(Broken):
         runner("a client without the fence", server, tmp_path).run(name)
+
+
+@pytest.mark.parametrize("vector", json.loads(VECTORS.read_text())["spelling"], ids=json.dumps)
+def test_the_library_writes_a_parameter_as_its_column_prints_it(vector: dict[str, Any]) -> None:
+    make = maker("id", vector["type"], {"DateStyle": "ISO, MDY", "TimeZone": "UTC", "bytea_output": "hex"})
+    if vector["gives"] is None:
+        with pytest.raises(NoKey, match="spelling"):
+            make(vector["value"])
+    else:
+        assert make(vector["value"]).decode() == vector["gives"]
 
 
 @pytest.mark.parametrize("vector", json.loads(VECTORS.read_text())["keys"], ids=lambda vector: vector["key"])

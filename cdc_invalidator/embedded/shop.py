@@ -23,7 +23,8 @@ from redis.retry import Retry
 
 from cdc_invalidator.reader.envelope import Envelope
 from cdc_invalidator.reader.keys import NUL, Keys
-from cdc_invalidator.reader.options import JSON, Options
+from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.serializers import JSON
 from cdc_invalidator.rules.load import load_rules
 
 if TYPE_CHECKING:

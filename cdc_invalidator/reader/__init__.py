@@ -12,7 +12,23 @@ orjson, pydantic and PyYAML (``pip install 'cdc-invalidator[reader]'``), and not
 from cdc_invalidator.reader.aio import AsyncCache, AsyncCaches
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.metrics import Metrics
-from cdc_invalidator.reader.options import JSON, Options, Serializer
+from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.serializers import BYTES, JSON, TEXT, Serializer, Unstorable, serializer_of, unsafe_pickle
 from cdc_invalidator.reader.sync import Cache, Caches
 
-__all__ = ["JSON", "AsyncCache", "AsyncCaches", "Breaker", "Cache", "Caches", "Metrics", "Options", "Serializer"]
+__all__ = [
+    "BYTES",
+    "JSON",
+    "TEXT",
+    "AsyncCache",
+    "AsyncCaches",
+    "Breaker",
+    "Cache",
+    "Caches",
+    "Metrics",
+    "Options",
+    "Serializer",
+    "Unstorable",
+    "serializer_of",
+    "unsafe_pickle",
+]

@@ -21,7 +21,8 @@ from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NUL, Keys, NoKeys
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.metrics import CacheMetrics
-from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.options import STRICT, Options
+from cdc_invalidator.reader.serializers import Unstorable, form_of, written
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import Command, Load, Renewal, Send, Sleep, Steps, Unavailable, Wait
 from cdc_invalidator.reader.world import World
@@ -67,11 +68,11 @@ class Contract(Generic[T]):
         self.metrics = metrics
         self.terms = world.agreement.of(cache)
         self.space = space or (KeySpace(cache.max_keys_hint, cache.ttl / 1000) if cache.max_keys_hint else None)
-        self._envelope = Envelope(options.schema)
+        self._envelope = Envelope(options.schema, form_of(options.serializer))
         self._header = self._envelope.header
         self._loads = options.serializer.loads
-        # Readers share a load only if they read values in the same way.
-        self._form = (options.schema, id(options.serializer))
+        # Readers share a load only if they read values in the same way, and fail for the same ones.
+        self._form = (self._header, options.strict)
         self._commands = Commands(cache, world, self._header, options.lease)
         self.look, self.looks_once = self._commands.look, self._commands.looks_once
         self._stored = self._commands.stored
@@ -485,8 +486,17 @@ class Contract(Generic[T]):
         return (yield from self._store(mine, began, took))
 
     def _store(self, mine: Sequence[Entry], began: float, took: float) -> Steps[int]:
-        """Store loaded values, as far as their leases are still held, and return how many were."""
-        payloads = [self._payload(entry.value) for entry in mine]
+        """Store loaded values, as far as their leases are still held, and return how many were.
+
+        Raises:
+            Unstorable: one of them can't be stored, and readers want to know.
+        """
+        try:
+            payloads = [self._payload(entry.value, strict=self.options.strict) for entry in mine]
+        except Unstorable as error:
+            self._failed(mine, error)
+            yield from self._release(mine)
+            raise
         commands = [self._storing(entry, payload, began, took) for entry, payload in zip(mine, payloads, strict=True)]
         self._close(mine)
         stored, refused = 0, []
@@ -530,16 +540,26 @@ class Contract(Generic[T]):
         stored = self._envelope.seal(payload, Times(int(began * 1000), expires, int(took * 1000)))
         return self._commands.fill(entry, stored, ttl)
 
-    def _payload(self, value: Any) -> bytes | None:
+    def _payload(self, value: Any, *, strict: bool = False) -> bytes | None:
+        """Return the bytes of a value; ``None`` for one that can't be stored, or `Unstorable` is raised."""
         if value is None:
             return b""
         try:
-            payload = self.options.serializer.dumps(value)
-        except Exception as error:  # noqa: BLE001  the value is right, whatever its serializer makes of it
-            _log.warning("a value of cache %s can't be stored (%s)", self.cache.name, type(error).__name__)
+            return written(self.options.serializer, value)
+        except Unstorable as no:
             self.metrics.bypasses("unserializable")
+            if strict:
+                raise Unstorable(
+                    f"a value of cache {self.cache.name} can't be stored: {no}. Write "
+                    f'`caches["{self.cache.name}"].of(…)` with the type of its values, or choose another serializer'
+                ) from no.__cause__
+            if self._reports("unserializable"):
+                name = type(value).__name__
+                _log.warning(
+                    "values of cache %s are not stored: a %s would not come back as it is; %s=1 tells more",
+                    *(self.cache.name, name, STRICT),
+                )
             return None
-        return payload or None
 
     def renewal(self, mine: Iterable[Entry]) -> Renewal:
         """Return what keeps the leases of entries alive."""
@@ -590,11 +610,18 @@ class Contract(Generic[T]):
 
     def _refused(self, error: Exception) -> str:
         """Return the reason for metrics, and log now and then what Redis refuses: an operator must fix it."""
-        word, now = _word(error), self.world.clocks.steady()
-        if now >= self._reported.get(word, now):
-            self._reported[word] = now + REPORT_SECONDS
+        word = _word(error)
+        if self._reports(word):
             _log.warning("Redis refuses reads of cache %s (%s)", self.cache.name, word)
         return "refused"
+
+    def _reports(self, word: str) -> bool:
+        """Return whether to log something that goes wrong now: each only now and then."""
+        now = self.world.clocks.steady()
+        if now < self._reported.get(word, now):
+            return False
+        self._reported[word] = now + REPORT_SECONDS
+        return True
 
     # ── Early refresh ────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -2,12 +2,12 @@ r"""What is stored under a key: a line that says what it is, then the value. Pur
 
 ::
 
-    cdc1 <schema> <began> <expires> <load>\n<payload>
+    cdc1 <schema>[.<form>] <began> <expires> <load>\n<payload>
 
-``schema``: the program's number for the payload's shape. ``began``, ``expires``: when its load began and when it
-expires, in ms since 1970 by the clock of whoever stored it (13 digits). ``load``: how long the load took, in ms (7
-digits). An empty payload stands for a missing row. Anything that begins otherwise belongs to another schema or another
-program, and is a miss.
+``schema``: the program's number for the payload's shape. ``form``: the word of its serializer, if that has one.
+``began``, ``expires``: when its load began and when it expires, in ms since 1970 by the clock of whoever stored it (13
+digits). ``load``: how long the load took, in ms (7 digits). An empty payload stands for a missing row. Anything that
+begins otherwise belongs to another schema, serializer or program, and is a miss.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Envelope:
     ``header``: what each of them begins with; ``size``: how many bytes stand before the payload.
     """
 
-    def __init__(self, schema: int) -> None:
-        self.header = b"cdc1 %d " % schema
+    def __init__(self, schema: int, form: bytes = b"") -> None:
+        self.header = b"cdc1 %d%b%b " % (schema, b"." if form else b"", form)
         self.size = len(self.header) + _TIMES
         self._end = self.size - 1
 

@@ -12,24 +12,18 @@ Else it reads again. A failure is shared as it is, but not a cancellation: then 
 from __future__ import annotations
 
 import copy
-import datetime as dt
-import decimal
 import threading
-import uuid
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+from cdc_invalidator.reader.serializers import PLAIN
+
 _ALONE = object()
 # What is being loaded around here: a loader that reads its own key would wait for itself.
 _LOADING: ContextVar[frozenset[Hashable]] = ContextVar("cdc_invalidator_loading", default=frozenset())
-# What is the same for whoever has a copy of it.
-_LEAVES = frozenset(
-    {bool, int, float, complex, str, bytes, type(None), decimal.Decimal, uuid.UUID}
-    | {dt.date, dt.time, dt.datetime, dt.timedelta}
-)
 
 
 class Flight:
@@ -148,4 +142,4 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(each) for pair in value.items() for each in pair)
     if kind in {list, tuple, set, frozenset}:
         return all(_is_plain(each) for each in value)
-    return kind in _LEAVES
+    return kind in PLAIN

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Generic, TypedDict, TypeVar
 
-import orjson
+from cdc_invalidator.reader.serializers import JSON, Serializer
 
 T = TypeVar("T")
 
-
-class Serializer(Protocol[T]):
-    """Turns values into bytes and back. What `loads` raises on bytes that it can't read counts as a miss."""
-
-    def dumps(self, value: T, /) -> bytes:
-        """Return the bytes of a value that is not ``None``: at least one byte."""
-        ...
-
-    def loads(self, data: bytes, /) -> T:
-        """Return the value of bytes that `dumps` returned."""
-        ...
+STRICT = "CDC_READER_STRICT"
+"""The variable that says what becomes of a value that can't be stored: `1` for an error, `0` for a log line."""
 
 
-class _Json:
-    """JSON by orjson: a tuple comes back as a list, a date as text."""
+def is_strict() -> bool:
+    """Return whether a value that can't be stored is an error, unless a program says so itself.
 
-    dumps = staticmethod(orjson.dumps)
-    loads = staticmethod(orjson.loads)
+    `STRICT` decides. Where it is not set, it is an error in Python's development mode (``python -X dev``) and under
+    pytest.
 
-
-JSON: Serializer[Any] = _Json()
+    Raises:
+        ValueError: the variable is set to something else.
+    """
+    given = os.environ.get(STRICT, "")
+    if given not in {"", "0", "1"}:
+        raise ValueError(f"{STRICT} is {given!r}; write 1 where a value that can't be stored is an error, else 0")
+    return given == "1" or (not given and (sys.flags.dev_mode or "PYTEST_VERSION" in os.environ))
 
 
 @dataclass(frozen=True)  # with slots, `Options[User](…)` would fail
@@ -44,6 +42,8 @@ class Options(Generic[T]):
     ``early``: refresh by chance before the `ttl` ends, the likelier the nearer the end and the longer a load takes; 1.0
     is a good value, 0 is off. ``max_staleness``: bypass the cache unless all commits older than this have been busted;
     the daemon's time is some seconds behind, so take 5 or more.
+    ``strict``: raise `Unstorable` for a loaded value that can't be stored so that it comes back as it is; else the read
+    gives it, and nothing is stored. By default as `is_strict` says.
     """
 
     serializer: Serializer[T] = JSON
@@ -53,6 +53,7 @@ class Options(Generic[T]):
     wait: float = 2.0
     early: float = 0.0
     max_staleness: float | None = None
+    strict: bool = field(default_factory=is_strict)
 
     def __post_init__(self) -> None:
         if self.schema < 0:
@@ -63,3 +64,15 @@ class Options(Generic[T]):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` is {value}; it can't be negative")
+
+
+class Changes(TypedDict, total=False):
+    """Some of the `Options`, for type checkers: all but the serializer."""
+
+    schema: int
+    lease: float
+    longest_load: float
+    wait: float
+    early: float
+    max_staleness: float | None
+    strict: bool

@@ -24,15 +24,16 @@ from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.leases import Keeper
 from cdc_invalidator.reader.local import Local, Locals
 from cdc_invalidator.reader.memory import Memory
-from cdc_invalidator.reader.options import Options
+from cdc_invalidator.reader.options import Changes, Options
 from cdc_invalidator.reader.own_writes import required
+from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.tracking import Follower
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from typing import Self
+    from typing import Self, Unpack
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -153,11 +154,35 @@ class Cache(Generic[T]):
         self._demand = demand
         self._agreement = contract.world.agreement
         self._quick = contract.plain and contract.looks_once and demand == (0, None)
+        self._typed: dict[Any, Cache[Any]] = {}
+
+    @overload
+    def using(self, *, serializer: Serializer[R], **options: Unpack[Changes]) -> Cache[R]: ...
+
+    @overload
+    def using(self, **options: Unpack[Changes]) -> Cache[T]: ...
 
     def using(self, **options: Any) -> Cache[Any]:
         """Return the same cache with other `Options`: ``caches.user.using(schema=2, wait=0.5)``."""
         contract = handle.other_options(self._contract, options)
         return Cache(contract, self._link, contract.demand._replace(lsn=self._demand.lsn))
+
+    @overload
+    def of(self, kind: type[R], /) -> Cache[R]: ...
+
+    @overload
+    def of(self, kind: object, /) -> Cache[Any]: ...
+
+    def of(self, kind: Any, /) -> Cache[Any]:
+        """Return the same cache with values of a type: ``caches.user.of(User)``; see `serializer_of` for the types.
+
+        Raises:
+            TypeError: nobody knows how to store such values.
+        """
+        found = self._typed.get(kind)
+        if found is None:
+            found = self._typed[kind] = self.using(serializer=serializer_of(kind))
+        return found
 
     def get(
         self,

@@ -14,10 +14,11 @@ import enum
 import functools
 import hashlib
 import inspect
+import math
 import pickle
 import typing
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Generic, Protocol, TypeVar, cast, overload
 
@@ -172,7 +173,7 @@ def written(serializer: Serializer[T], value: T) -> bytes:
         raise Unstorable(f"its serializer can't write a {name} ({why})") from error
     if not payload:
         raise Unstorable("its serializer writes nothing, which would stand for a missing row")
-    if getattr(serializer, "exact", False):
+    if getattr(serializer, "exact", False) or (serializer is JSON and _is_json(value)):
         return payload
     try:
         back = serializer.loads(payload)
@@ -182,6 +183,29 @@ def written(serializer: Serializer[T], value: T) -> bytes:
     if changed:
         raise Unstorable(changed)
     return payload
+
+
+_SCALARS = frozenset({str, int, bool, type(None)})
+_TEXTS = frozenset({str})
+
+
+def _is_json(value: Any) -> bool:
+    """Return whether a value that could be written as JSON consists of what JSON has: then it need not be read back."""
+    left = [value]
+    while left:
+        each = left.pop()
+        kind = type(each)
+        if kind is dict:
+            if not _TEXTS.issuperset(map(type, each)):
+                return False
+            each = each.values()
+        elif kind is not list:
+            if kind in _SCALARS or (kind is float and math.isfinite(each)):
+                continue
+            return False
+        if not _SCALARS.issuperset(map(type, each)):
+            left.extend(each)
+    return True
 
 
 # ── What comes back ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -198,7 +222,7 @@ def difference(value: Any, back: Any, place: str = "") -> str:
 
     Both are walked through, because equal values may be of different types: ``1`` and ``True``, an enum and its text.
     """
-    kind = type(value)
+    kind: Any = type(value)
     if type(back) is not kind:
         return f"{_at(place)}a {kind.__name__} would come back as a {type(back).__name__}"
     if kind in PLAIN:
@@ -211,19 +235,24 @@ def difference(value: Any, back: Any, place: str = "") -> str:
             return _otherwise(place, kind)
         if _alike(value, back):
             return ""
-        return _first(difference(each, other, f"{place}[{at}]") for at, (each, other) in enumerate(zip(value, back)))  # noqa: B905  as long
+        return _first(difference(each, back[at], f"{place}[{at}]") for at, each in enumerate(value))
     if isinstance(value, (set, frozenset)):
         same = value == back and _types(value) == _types(back)
         return "" if same else _otherwise(place, kind)
-    names = _attributes(value)
+    names = _fields_of(kind) or _attributes(value)  # type: ignore[arg-type]  # a class can be hashed
     if names is None:
         return "" if value == back else _otherwise(place, kind)
-    return _first(
-        difference(getattr(value, name, None), getattr(back, name, None), f"{place}.{name}")
-        if hasattr(value, name) == hasattr(back, name)
-        else _otherwise(f"{place}.{name}", kind)
-        for name in names
-    )
+    mine, its = ([getattr(each, name, _ABSENT) for name in names] for each in (value, back))
+    if _alike(mine, its):
+        return ""
+    return _first(difference(one, its[at], f"{place}.{names[at]}") for at, one in enumerate(mine))
+
+
+class _Absent:
+    """The type of what stands for an attribute that is not there."""
+
+
+_ABSENT = _Absent()
 
 
 def _of_pairs(value: Mapping[Any, Any], back: Mapping[Any, Any], place: str) -> str:
@@ -240,23 +269,29 @@ def _alike(values: Any, backs: Any) -> bool:
     return PLAIN.issuperset(types) and types == list(map(type, backs)) and bool(values == backs)
 
 
-def _attributes(value: Any) -> Iterable[str] | None:
-    """Return the attributes that an object consists of; ``None`` where it is for the object to compare itself."""
-    kind: Any = type(value)
+@functools.lru_cache(maxsize=1000)
+def _fields_of(kind: Any) -> Sequence[str]:
+    """Return the fields that objects of a class consist of; none where the class does not say."""
     if dataclasses.is_dataclass(kind):
         return [each.name for each in dataclasses.fields(kind)]
     if hasattr(kind, "__struct_fields__"):
-        return cast("Iterable[str]", kind.__struct_fields__)
+        return cast("Sequence[str]", kind.__struct_fields__)
     if hasattr(kind, "model_fields") and hasattr(kind, "__pydantic_core_schema__"):
         return [*kind.model_fields, "__pydantic_extra__", "__pydantic_private__"]
+    return ()
+
+
+def _attributes(value: Any) -> Sequence[str] | None:
+    """Return the attributes of an object; ``None`` if it can compare itself."""
+    kind: Any = type(value)
     if kind.__eq__ is not object.__eq__:
         return None
-    slots = (name for each in kind.__mro__ for name in _listed(each.__dict__.get("__slots__", ())))
-    return dict.fromkeys([*getattr(value, "__dict__", ()), *slots])
+    slots = (each.__dict__.get("__slots__", ()) for each in kind.__mro__)
+    return [*getattr(value, "__dict__", ()), *(name for each in slots for name in _listed(each))]
 
 
 def _listed(slots: Any) -> Iterable[str]:
-    return [slots] if isinstance(slots, str) else [*slots]
+    return [slots] if isinstance(slots, str) else slots
 
 
 def _types(values: Iterable[Any]) -> list[str]:

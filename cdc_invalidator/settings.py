@@ -208,7 +208,9 @@ class Settings(Stream):
     on_gap: Literal["sweep", "warn"] = _setting(
         "What to do when changes may have been missed: sweep the caches, or only warn.", "sweep"
     )
-
+    old_locks: bool = _setting(
+        "Also delete the locks of readers of release 0.1.0, K:lock; false once there are none.", True
+    )
     mode: Literal["bust", "observe"] = _setting(
         "Bust what commits make stale, or only observe what the busts would mend.", "bust"
     )

@@ -110,7 +110,9 @@ def _daemon(given: settings.Settings, output: log.Output, journal: log.Journal |
     display = log.KeyDisplay(given.log_keys, given.log_hash_key().encode() if given.log_hash_key else None)
     event_log = log.EventLog(output, given.log_format, given.log_level, journal, dropped=metrics.events_dropped.inc)
     events = Events(metrics, display, event_log, stream=stream, observing=observing, logged=given.log_busts)
-    open_server: Callable[[], CacheServer] = partial(cache_server, redis, given.watermark_name)
+    open_server: Callable[[], CacheServer] = partial(
+        cache_server, redis, given.watermark_name, old_locks=given.old_locks
+    )
     fitness = Fitness(partial(_probed, open_server, read_only=observing), patience=given.handover_seconds)
     inspection: Inspection
     if observing:

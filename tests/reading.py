@@ -164,7 +164,7 @@ class Application:
 
     def _read_count(self, client: Any, connection: Any, number: int, dice: random.Random) -> None:
         key = f"t:{{{number}}}:count"
-        lock = f"{key}:lock"
+        lock = f"{key}\0lock"
         if client.get(key) is not None:
             self.hits += 1
             return

@@ -19,7 +19,6 @@ from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
 from cdc_invalidator.rules.overlap import Language, Texts
 from cdc_invalidator.rules.selected import selected
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.rules.table import Table
 from cdc_invalidator.rules.template import Param, Template
 from cdc_invalidator.rules.wording import nearest
@@ -249,7 +248,6 @@ def _clashes(caches: Sequence[Cache], columns: Columns) -> Iterator[Finding]:
                 )
     yield from _shared(shared)
     yield from _clashes_with_ours(caches, strict)
-    yield from _read_as_another(caches, strict, columns.values)
 
 
 def _shared(pairs: Sequence[tuple[Cache, Cache, str]]) -> Iterator[Finding]:
@@ -276,59 +274,22 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _clashes_with_ours(caches: Sequence[Cache], values: Mapping[str, Mapping[str, Texts]]) -> Iterator[Finding]:
-    """Keys that are counters, locks, old values. Any text could be the word `lock`: there, numbers stand for texts."""
+    """Keys that are version counters, which a bump would overwrite. No key can be a lock, or an old value."""
     for cache in caches:
         mine = Language(cache.key, values[cache.name])
-        numbers = {name: Texts.of_numbers(of) for name, of in _assumed(cache.key, values[cache.name]).items()}
-        numbered = Language(cache.key, numbers)
         for other in caches:
-            known = values[other.name]
-            owned = [("the lock", LOCK_SUFFIX, numbered, Language.beside(other.key, LOCK_SUFFIX, known))]
-            if other.version is not None:
-                owned.append(("the version counter", b"", mine, Language(other.version, known)))
-            if other.stale_for is not None:
-                left = other.version or other.key
-                owned.append(("an old value", STALE_SUFFIX, numbered, Language.beside(left, STALE_SUFFIX, known)))
-            for what, suffix, keys, theirs in owned:
-                # A bump would overwrite an entry; what has a suffix is only deleted.
-                if cache.given and other.given and suffix:
-                    continue
-                key = overlap.common(keys, theirs)
-                if key is not None:
-                    changed = "the key" if not cache.given else f"the {'key' if suffix else 'version'} of {other.name}"
-                    yield Finding(
-                        Severity.WARNING if keys.free or theirs.free or suffix else Severity.ERROR,
-                        "key_is_ours",
-                        other.place if cache.given else cache.place,
-                        f"a key of cache {cache.name} can be {what} of cache {other.name} (at {other.place}), such as "
-                        f"`{key}`; give {changed} another literal part"
-                        f"{f' than `{suffix.decode()}`' if suffix and not cache.given else ''}.",
-                    )
-
-
-def _read_as_another(
-    caches: Sequence[Cache], strict: Mapping[str, Mapping[str, Texts]], widest: Mapping[str, Mapping[str, Texts]]
-) -> Iterator[Finding]:
-    """Keys that are old values by a text that ends like one: who may choose it is given what is another's."""
-
-    def common(cache: Cache, other: Cache, values: Mapping[str, Mapping[str, Texts]]) -> str | None:
-        left = Language.beside(other.key, STALE_SUFFIX, values.get(other.name, {}))
-        return overlap.common(Language(cache.key, values.get(cache.name, {})), left)
-
-    for other in caches:
-        if other.stale_for is None or other.version is not None:
-            continue
-        for cache in caches:
-            if cache.given:
+            if other.version is None:
                 continue
-            key = common(cache, other, widest)
-            if key is not None and common(cache, other, strict) is None:
+            theirs = Language(other.version, values[other.name])
+            key = overlap.common(mine, theirs)
+            if key is not None:
                 yield Finding(
-                    Severity.NOTE,
+                    Severity.WARNING if mine.free or theirs.free else Severity.ERROR,
                     "key_is_ours",
-                    cache.place,
-                    f"a key of cache {cache.name} can be an old value of cache {other.name} (at {other.place}), such "
-                    f"as `{key}`, whose reader would be given that; add the filter `|urlencode` to the parameter.",
+                    other.place if cache.given else cache.place,
+                    f"a key of cache {cache.name} can be the version counter of cache {other.name} (at {other.place}), "
+                    f"such as `{key}`; give {f'the version of {other.name}' if cache.given else 'the key'} another "
+                    "literal part.",
                 )
 
 
@@ -342,7 +303,6 @@ def _swept_besides(caches: Sequence[Cache]) -> Iterator[Finding]:
     languages = {
         cache.name: [
             Language(cache.key, numbers[cache.name]),
-            Language.beside(cache.key, LOCK_SUFFIX, numbers[cache.name]),
             *([Language(cache.version, numbers[cache.name])] if cache.version is not None else []),
         ]
         for cache in caches

@@ -75,9 +75,19 @@ class Reading(NamedTuple):
 
 def read_key(rules: RuleSet, key: str) -> list[Reading]:
     """Return every cache that the key may be of, the likeliest first: where least of the key is parameters."""
-    text = key.encode("utf-8", "surrogateescape")
+    text = _bytes(key)
     readings = [reading for cache in rules.caches.values() for reading in _read(cache, text)]
     return sorted(readings, key=lambda reading: sum(map(len, reading.params.values())))
+
+
+def _bytes(key: str) -> bytes:
+    r"""Return a key as Redis has it; its NUL, which no command line can hold, may be written ``\x00lock``."""
+    text = key.encode("utf-8", "surrogateescape")
+    for suffix in _BESIDE_KEY:
+        written = suffix.replace(b"\0", rb"\x00")
+        if text.endswith(written):
+            return text.removesuffix(written) + suffix
+    return text
 
 
 def _read(cache: Cache, key: bytes) -> Iterator[Reading]:
@@ -142,7 +152,7 @@ def explain_key(
         for cache, reading in zip(caches, readings, strict=True):
             cache["hashes"] = {name: hashed(name.encode("utf-8", "surrogateescape")) for name in _named(reading, key)}
     return {
-        "key": key,
+        "key": key.replace("\0", r"\x00"),
         "database": columns is not None,
         "caches": caches,
         "not_of": [{"cache": reading.cache.name, "why": why} for reading, why in judged if why],
@@ -151,7 +161,7 @@ def explain_key(
 
 def _named(reading: Reading, key: str) -> list[str]:
     """Return the key or version that events name when this one is busted."""
-    base = split_suffix(key.encode("utf-8", "surrogateescape"))[0].decode("utf-8", "surrogateescape")
+    base = split_suffix(_bytes(key))[0].decode("utf-8", "surrogateescape")
     version = reading.version_key
     if reading.what in {"key", "version"}:
         base = key
@@ -166,7 +176,7 @@ def _refused(reading: Reading, key: str, columns: Columns) -> str:
     known = columns.of(reading.cache)
     values = {name: known.get(name, overlap.TEXT) for name in (*reading.template.params, overlap.REST)}
     values |= {overlap.REST: overlap.ANYTHING, "version": overlap.TEXT}
-    text = key.encode("utf-8", "surrogateescape")
+    text = _bytes(key)
     bare = text if reading.what in {"key", "version"} else split_suffix(text)[0]
     if Language(reading.template, values).has(bare):
         return ""
@@ -185,7 +195,7 @@ class LastBusts:
 
     def __init__(self, rules: RuleSet, key: str, hashed: Callable[[bytes], str] | None) -> None:
         self._readings = {reading.cache.name: reading for reading in reversed(read_key(rules, key))}
-        self._key = key.encode("utf-8", "surrogateescape")
+        self._key = _bytes(key)
         self._hashed = hashed
         self._busts: dict[str, list[dict[str, Any]]] = {name: [] for name in self._readings}
         self._looked_back_to: str | None = None

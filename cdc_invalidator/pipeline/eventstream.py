@@ -19,7 +19,7 @@ from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.rules.model import RuleSet
 from cdc_invalidator.rules.overlap import Language, common, whole
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.suffixes import OLD_LOCK_SUFFIX
 from cdc_invalidator.rules.template import Template
 from cdc_invalidator.rules.wording import shown
 
@@ -131,7 +131,7 @@ def clashes(key: str, rules: RuleSet) -> Iterator[Problem]:
         if any(
             common(stream, Language.of_sweep(Template.of([*whole(template).parts, suffix]))) is not None
             for template in templates
-            for suffix in (b"", LOCK_SUFFIX, STALE_SUFFIX)
+            for suffix in (b"", OLD_LOCK_SUFFIX)
         ):
             yield Problem(
                 *cache.place,

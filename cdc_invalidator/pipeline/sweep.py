@@ -28,7 +28,7 @@ from cdc_invalidator.pipeline.messages import Messages
 from cdc_invalidator.redis import replies
 from cdc_invalidator.redis.server import SCAN_COUNT, BustReply, CacheServer, Cursor
 from cdc_invalidator.rules.model import Cache
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.suffixes import Beside
 from cdc_invalidator.rules.template import escape_glob
 
 _log = structlog.get_logger()
@@ -184,7 +184,7 @@ class Pass(ABC):
             self.began_at = self.logged_at = time.monotonic()
             pattern = self._begin()
             locked = any(asked.cache.version is None for asked in self.asked.values())
-            self._patterns = [pattern + LOCK_SUFFIX, pattern] if locked else [pattern]
+            self._patterns = [pattern + server.beside.locks_glob, pattern] if locked else [pattern]
             self.passes = len(self._patterns)
             self.all_keys = await server.size()
         of_locks = len(self._patterns) == 2
@@ -197,7 +197,7 @@ class Pass(ABC):
                 self.unless_denied(asked, error)
             return True
         if keys:
-            for asked, meant in self._meant(keys, LOCK_SUFFIX if of_locks else b""):
+            for asked, meant in self._meant(keys, server.beside if of_locks else None):
                 self.unless_denied(asked, await _bust(server, asked, meant, of_locks=of_locks))
         self.scanned += count
         self._cursor = cursor
@@ -234,8 +234,8 @@ class Pass(ABC):
         """Return the pattern that finds all keys that are meant."""
 
     @abstractmethod
-    def _meant(self, keys: list[bytes], suffix: bytes) -> Iterator[tuple[Asked, list[bytes]]]:
-        """Yield the keys that are meant, by cache; ``suffix``: what they have behind a cache's key."""
+    def _meant(self, keys: list[bytes], locks: Beside | None) -> Iterator[tuple[Asked, list[bytes]]]:
+        """Yield the keys that are meant, by cache; ``locks``: how they are named, if they are locks."""
 
 
 class Sweep(Pass):
@@ -255,7 +255,7 @@ class Sweep(Pass):
     def _begin(self) -> bytes:
         return self.cache.sweep_template.glob()
 
-    def _meant(self, keys: list[bytes], suffix: bytes) -> Iterator[tuple[Asked, list[bytes]]]:  # noqa: ARG002  the pattern has it
+    def _meant(self, keys: list[bytes], locks: Beside | None) -> Iterator[tuple[Asked, list[bytes]]]:  # noqa: ARG002  the pattern has them
         yield self.asked[self.cache.name], keys
 
 
@@ -324,15 +324,15 @@ class Search(Pass):
         )
         return escape_glob(first[:length]) + b"*"
 
-    def _meant(self, keys: list[bytes], suffix: bytes) -> Iterator[tuple[Asked, list[bytes]]]:
+    def _meant(self, keys: list[bytes], locks: Beside | None) -> Iterator[tuple[Asked, list[bytes]]]:
         for asked, by_length, like in self._wanted:
-            if asked.cache.name not in self.asked or (suffix and asked.cache.version is not None):
+            if asked.cache.name not in self.asked or (locks and asked.cache.version is not None):
                 continue
             meant = [
                 key
                 for key in keys
                 if any(key[:length] in prefixes for length, prefixes in by_length)
-                and like.fullmatch(key.removesuffix(suffix))
+                and like.fullmatch(key if locks is None else locks.locked(key))
             ]
             if meant:
                 yield asked, meant
@@ -366,8 +366,8 @@ async def _bust(
     if cache.version is not None:
         # A pattern that ends in a parameter also finds old values, kept by bumps. Bumped, they would stay,
         # and one that came out as its counter's equal would show values that nothing bounds.
-        stale = [key for key in keys if key.endswith(STALE_SUFFIX)]
-        counters = [key for key in keys if not key.endswith(STALE_SUFFIX)]
+        stale = [key for key in keys if key.endswith(server.beside.stale)]
+        counters = [key for key in keys if not key.endswith(server.beside.stale)]
         reply = await server.bust([stale], dict.fromkeys(counters, cache.version_ttl))
         asked.keys += len(reply.versions)
         asked.existed += sum(version != 0 for version in reply.versions.values())

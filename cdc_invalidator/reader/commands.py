@@ -11,7 +11,7 @@ from cdc_invalidator.reader.keys import NUL
 from cdc_invalidator.reader.steps import Command, Renewal
 from cdc_invalidator.reader.world import World
 from cdc_invalidator.rules.model import Cache
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, OLD_LOCK_SUFFIX, STALE_SUFFIX
 
 # How many versions a process remembers, for each cache.
 REMEMBERED = 10_000
@@ -260,8 +260,9 @@ class Commands:
         return ("EVALSHA", self._scripts.release, 1, self._lock(entry), entry.lease or entry.token + b":")
 
     def bust(self, entry: Entry) -> list[Command]:
-        """Return the commands that delete the entry as a bust does, the lock first."""
-        return [("UNLINK", self._lock(entry)), ("UNLINK", entry.key), ("UNLINK", entry.key + STALE_SUFFIX)]
+        """Return the commands that delete the entry as a bust does, the locks first."""
+        names = (self._lock(entry), entry.key + OLD_LOCK_SUFFIX, entry.key, entry.key + STALE_SUFFIX)
+        return [("UNLINK", name) for name in names]
 
     def _lock(self, entry: Entry) -> bytes:
         # Where busts only bump versions, the daemon deletes no locks; this one is named to lie in the key's slot.

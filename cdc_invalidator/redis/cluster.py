@@ -48,7 +48,6 @@ from cdc_invalidator.redis.server import (
 )
 from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.redis.watermark import Watermark
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX
 
 # How often the nodes are asked who has which hash slot, how long the first one may take to answer, and how often a
 # command is redirected before that counts as a failure.
@@ -309,14 +308,16 @@ class Cluster(CacheServer):
         keys = [(number, key) for number, group in enumerate(deletes) for key in group]
         reply = BustReply([0] * len(deletes), {})
         looking = [(key, self.scripts.to_fingerprint(key)) for key in looks]
-        answers = await self._try([*looking, *((lock := key + LOCK_SUFFIX, ("UNLINK", lock)) for _, key in keys)])
+        locks = [(lock, ("UNLINK", lock)) for lock in self.beside.locks_of([key for _, key in keys])]
+        answers = await self._try([*looking, *locks])
         reply.looks.extend(map(fingerprint.read, answers[: len(looking)]))
-        locks = answers[len(looking) :]
+        locked = answers[len(looking) :]
         unlinked = [(key, self._unlinking(key, graces)) for _, key in keys]
         bumped = [(key, self.scripts.to_bump([key], bumps, graces)) for key in bumps]
         answers = await self._try([*unlinked, *bumped])
-        for (number, _), lock, answer in zip(keys, locks, answers[: len(keys)], strict=True):
-            denial = next((each for each in (lock, answer) if isinstance(each, errors.RedisUnavailable)), None)
+        for at, ((number, _), answer) in enumerate(zip(keys, answers[: len(keys)], strict=True)):
+            of_key = (*locked[at :: len(keys)], answer)
+            denial = next((each for each in of_key if isinstance(each, errors.RedisUnavailable)), None)
             if denial is not None:
                 reply.denied[number] = denial
             else:

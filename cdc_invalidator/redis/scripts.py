@@ -10,28 +10,27 @@ from cdc_invalidator.redis import available, fingerprint
 from cdc_invalidator.redis.node import Command, Node
 from cdc_invalidator.redis.watermark import Watermark
 from cdc_invalidator.rules.agreement import Agreement
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
+from cdc_invalidator.rules.suffixes import STALE_SUFFIX
 
 BUMP_MISSING = 0
 BUMP_DELETED = -1
 _WATERMARK_WRITTEN = 1
 _OTHER_WATERMARK = 0
 
-# KEYS: the locks of all keys, then the keys. ARGV: how many keys belong to each group, in order; none where each is a
-# group of its own. The locks go first, so that a fill that was overtaken can't store after its key was deleted. UNLINK
-# is allowed when memory is full. Returns, for each group, how many of its keys were there.
+# KEYS: the locks of all keys, then the keys. ARGV: how many locks there are, then how many keys belong to each group,
+# in order; none where each is a group of its own. The locks go first, so that a fill that was overtaken can't store
+# after its key was deleted. UNLINK is allowed when memory is full. Returns, for each group, how many of its keys were
+# there.
 DELETE = """
-local half = #KEYS / 2
-redis.call('UNLINK', unpack(KEYS, 1, half))
-local existed = {}
-if #ARGV == 0 then
-  local call = redis.call
-  for at = 1, half do existed[at] = call('UNLINK', KEYS[half + at]) end
+local call, at, existed = redis.call, tonumber(ARGV[1]), {}
+call('UNLINK', unpack(KEYS, 1, at))
+if #ARGV == 1 then
+  for group = 1, #KEYS - at do existed[group] = call('UNLINK', KEYS[at + group]) end
   return existed
 end
-local at = half
-for group, count in ipairs(ARGV) do
-  existed[group] = redis.call('UNLINK', unpack(KEYS, at + 1, at + count))
+for group = 1, #ARGV - 1 do
+  local count = ARGV[group + 1]
+  existed[group] = call('UNLINK', unpack(KEYS, at + 1, at + count))
   at = at + count
 end
 return existed
@@ -156,15 +155,15 @@ class ScriptDigests:
             # An ACL may grant it for keys that the user may not write; Redis has it since 7.0.
             self._look = "EVALSHA_RO"
 
-    def to_delete(self, keys: Sequence[bytes], group_sizes: Sequence[int]) -> Command:
+    def to_delete(self, locks: Sequence[bytes], keys: Sequence[bytes], group_sizes: Sequence[int]) -> Command:
         """Return the command that deletes keys with their locks, and counts how many of each group were there.
 
         Args:
+            locks: of all keys.
             keys: of all groups, one group after the other.
             group_sizes: how many keys each group has; empty where each key is a group of its own.
         """
-        locks = [key + LOCK_SUFFIX for key in keys]
-        return ("EVALSHA", self.delete, 2 * len(keys), *locks, *keys, *group_sizes)
+        return ("EVALSHA", self.delete, len(locks) + len(keys), *locks, *keys, len(locks), *group_sizes)
 
     def to_keep(self, keys: Sequence[bytes], grace: int) -> Command:
         """Return the command that leaves the old values of deleted keys for ``grace`` ms; it counts the keys there."""

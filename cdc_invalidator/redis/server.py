@@ -19,6 +19,7 @@ from cdc_invalidator.redis.lookups import Lookups
 from cdc_invalidator.redis.node import Command, Node, failed
 from cdc_invalidator.redis.scripts import ScriptDigests
 from cdc_invalidator.redis.watermark import Watermark
+from cdc_invalidator.rules.suffixes import BESIDE_AND_OLD, Beside
 
 # Keys in a command: so many that the cost of a command does not count, so few that no other client waits long.
 KEYS_A_COMMAND = 1000
@@ -58,6 +59,9 @@ class CacheServer(ABC):
 
     # Whether the watermark is written, so that its figures say how fresh the caches are.
     watermarked = True
+
+    # The names that are deleted beside a key.
+    beside: Beside = BESIDE_AND_OLD
 
     def __init__(self, watermark: str) -> None:
         self.watermark_key = f"cdc:{watermark}:watermark".encode()

@@ -28,7 +28,6 @@ from cdc_invalidator.redis.server import (
     scan_command,
 )
 from cdc_invalidator.redis.watermark import Watermark
-from cdc_invalidator.rules.suffixes import LOCK_SUFFIX
 
 
 class Single(CacheServer):
@@ -126,16 +125,16 @@ class Single(CacheServer):
             for number, group in kept:
                 for start in range(0, len(group), KEYS_A_COMMAND):
                     some = group[start : start + KEYS_A_COMMAND]
-                    parts.append(_Part(("UNLINK", *(key + LOCK_SUFFIX for key in some)), (number,), counts=False))
+                    parts.append(_Part(("UNLINK", *self.beside.locks_of(some)), (number,), counts=False))
                     parts.append(_Part(self.scripts.to_keep(some, graces[some[0]]), (number,)))
         for keys, counts, places in _chunks([group for _, group in plain]):
             numbers = [plain[place][0] for place in places]
+            locks = self.beside.locks_of(keys)
             if len(numbers) == 1:
                 # Two commands cost half as much as the script. The first counts locks, which nobody asks for.
-                locks = ("UNLINK", *(key + LOCK_SUFFIX for key in keys))
-                parts += [_Part(locks, numbers, counts=False), _Part(("UNLINK", *keys), numbers)]
+                parts += [_Part(("UNLINK", *locks), numbers, counts=False), _Part(("UNLINK", *keys), numbers)]
             else:
-                command = self.scripts.to_delete(keys, counts if len(counts) < len(keys) else ())
+                command = self.scripts.to_delete(locks, keys, counts if len(counts) < len(keys) else ())
                 parts.append(_Part(command, numbers))
         return parts
 

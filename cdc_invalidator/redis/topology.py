@@ -6,13 +6,29 @@ from cdc_invalidator.redis.node import Node
 from cdc_invalidator.redis.server import CacheServer
 from cdc_invalidator.redis.single import Single
 from cdc_invalidator.redis.source import EndpointSource
+from cdc_invalidator.rules.suffixes import BESIDE, BESIDE_AND_OLD
 
 # Seconds until a server that does not answer counts as lost.
 TIMEOUT = 5.0
 
 
-def cache_server(source: EndpointSource, watermark: str, *, timeout: float = TIMEOUT) -> CacheServer:
-    """Make the server for an endpoint, with this name of the watermark; nothing is opened yet."""
+def cache_server(
+    source: EndpointSource, watermark: str, *, timeout: float = TIMEOUT, old_locks: bool = True
+) -> CacheServer:
+    """Make the server for an endpoint; nothing is opened yet.
+
+    Args:
+        source: the endpoint.
+        watermark: name of the watermark.
+        timeout: seconds until a server that does not answer counts as lost.
+        old_locks: whether the locks of readers of release 0.1.0 are deleted, too.
+    """
+    server = _cache_server(source, watermark, timeout)
+    server.beside = BESIDE_AND_OLD if old_locks else BESIDE
+    return server
+
+
+def _cache_server(source: EndpointSource, watermark: str, timeout: float) -> CacheServer:
     if source.kind == "cluster":
         from cdc_invalidator.redis.cluster import Cluster  # noqa: PLC0415  few need it, and it takes time
 

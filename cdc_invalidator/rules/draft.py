@@ -21,6 +21,7 @@ from cdc_invalidator.rules.format import LONGEST_CONDITION, CacheEntry, RuleEntr
 from cdc_invalidator.rules.model import DEFAULT_VERSION_TTL, Bust, Cache, Query, Rule, RuleSet, Test
 from cdc_invalidator.rules.packed import pair
 from cdc_invalidator.rules.sql import not_only_a_select, reads_no_table
+from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 from cdc_invalidator.rules.template import FILTERS, Param, Template, TemplateError
 from cdc_invalidator.rules.values import ROWS_OF, row_texts, value_types
 from cdc_invalidator.rules.wording import Place, nearest, shown
@@ -353,6 +354,8 @@ def _cache(name: str, draft: _CacheDraft, busts: list[Any]) -> Cache:
             version and canonical_parts(version),
             sorted(busts, key=json.dumps),
             *(["pairs"] if entry.bump_over else []),
+            # Another daemon deletes other locks, so what was stored beside it is swept.
+            [suffix.decode() for suffix in (LOCK_SUFFIX, STALE_SUFFIX)],
         ),
         bump_over=entry.bump_over,
         again_after=entry.again_after,

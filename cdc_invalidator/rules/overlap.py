@@ -132,11 +132,6 @@ class Language:
         plain = Template.of(Param(part.name) if isinstance(part, Param) else part for part in whole(template).parts)
         return cls(plain, {part.name: ANYTHING for part in plain.parts if isinstance(part, Param)})
 
-    @classmethod
-    def beside(cls, template: Template, suffix: bytes, values: Mapping[str, Texts]) -> Self:
-        """Return the language of the template's keys with a suffix, such as their locks."""
-        return cls(Template.of((*whole(template).parts, suffix)), values)
-
     def has(self, key: bytes) -> bool:
         """Return whether the key can be one of the template."""
         places = {0}

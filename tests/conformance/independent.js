@@ -36,7 +36,7 @@ async function read(redis, wanted) {
   if (wanted.version) key = key.replace("{version}", await redis.run("VERSION", [wanted.version], wanted.version_ttl));
   let stored = await redis.ask("GET", key);
   while (stored === null) {
-    const taken = await redis.run("TAKE", [`${key}:lock`, key], token, 10000, "");
+    const taken = await redis.run("TAKE", [`${key}\0lock`, key], token, 10000, "");
     if (typeof taken === "string") stored = taken;
     else if (taken) return fill(redis, key, `${token}:${taken}`, wanted);
     else if (Date.now() > deadline) return load();
@@ -46,10 +46,10 @@ async function read(redis, wanted) {
 }
 
 async function fill(redis, key, lease, wanted) {
-  const release = () => redis.run("RELEASE", [`${key}:lock`], lease);
+  const release = () => redis.run("RELEASE", [`${key}\0lock`], lease);
   const value = await load().catch(async (failed) => { await release(); throw failed; });
   const ttl = value === null ? wanted.negative_ttl : wanted.ttl;
-  const stored = ttl ? redis.run("FILL", [`${key}:lock`, key], lease, JSON.stringify(value), ttl) : release();
+  const stored = ttl ? redis.run("FILL", [`${key}\0lock`, key], lease, JSON.stringify(value), ttl) : release();
   await stored.catch(() => {}); // the value is right all the same
   return value;
 }

@@ -44,7 +44,7 @@ def read(redis: Redis, wanted: Any) -> Any:
         key = key.replace("{version}", version.decode())
     stored = redis.ask("GET", key)
     while stored is None:
-        taken = redis.run("TAKE", [f"{key}:lock", key], token, 10_000, "")
+        taken = redis.run("TAKE", [f"{key}\0lock", key], token, 10_000, "")
         if isinstance(taken, bytes):
             stored = taken
         elif taken:
@@ -60,14 +60,14 @@ def fill(redis: Redis, key: str, lease: str, wanted: Any) -> Any:
     try:
         value = load()
     except LookupError:
-        redis.run("RELEASE", [f"{key}:lock"], lease)
+        redis.run("RELEASE", [f"{key}\0lock"], lease)
         raise
     ttl = wanted["ttl"] if value is not None else wanted["negative_ttl"]
     try:
         if ttl:
-            redis.run("FILL", [f"{key}:lock", key], lease, json.dumps(value), ttl)
+            redis.run("FILL", [f"{key}\0lock", key], lease, json.dumps(value), ttl)
         else:
-            redis.run("RELEASE", [f"{key}:lock"], lease)
+            redis.run("RELEASE", [f"{key}\0lock"], lease)
     except OSError:
         pass  # the value is right all the same
     return value

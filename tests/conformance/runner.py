@@ -291,7 +291,7 @@ class _Scene:
 
     @property
     def _lock(self) -> str:
-        return f"{self._key}:lock"
+        return f"{self._key}\0lock"
 
     def _commit(self) -> None:
         self._commits += 1

@@ -15,11 +15,11 @@ def main() -> None:
         wanted = json.loads(line)["get"]
         key = wanted["key"]
         stored = client.get(key)
-        if stored is None and client.set(f"{key}:lock", "1", nx=True, px=10_000):
+        if stored is None and client.set(f"{key}\0lock", "1", nx=True, px=10_000):
             print(json.dumps({"load": True}), flush=True)
             stored = json.dumps(json.loads(sys.stdin.readline())["loaded"])
             client.set(key, stored, px=wanted["ttl"])
-            client.delete(f"{key}:lock")
+            client.delete(f"{key}\0lock")
         print(json.dumps({"value": json.loads(stored)}), flush=True)  # type: ignore[arg-type]
 
 

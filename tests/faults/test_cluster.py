@@ -182,15 +182,15 @@ def test_keys_without_a_hash_tag_are_busted_and_the_operator_is_warned(
         settled(database, client, slot_name)
         for number in range(1, 31):
             client.set(f"t:{number}:count", 0)
-            client.set(f"t:{number}:count:lock", "token")
+            client.set(f"t:{number}:count\0lock", "token")
         execute(database, "UPDATE counters SET n = n + 1 WHERE id <= 20")
         settled(database, client, slot_name)
         left = {number for number in range(1, 31) if client.exists(f"t:{number}:count")}
-        locks = {number for number in range(1, 31) if client.exists(f"t:{number}:count:lock")}
+        locks = {number for number in range(1, 31) if client.exists(f"t:{number}:count\0lock")}
         assert left == locks == set(range(21, 31))
         execute(database, "TRUNCATE counters")
         settled(database, client, slot_name)
-        assert not any(client.exists(f"t:{number}:count", f"t:{number}:count:lock") for number in left)
+        assert not any(client.exists(f"t:{number}:count", f"t:{number}:count\0lock") for number in left)
 
 
 def test_while_a_shard_is_down_the_watermark_stands_and_afterwards_goes_on(

@@ -27,10 +27,10 @@ def test_with_noeviction_busts_go_through_and_the_watermark_stalls_and_says_so(
     ):
         daemon.ready()
         settled(database, client, slot_name)
-        client.mset({"t:{1}:count": 0, "t:{1}:count:lock": "token", "t:{1}:ver": 1, "t:{1}:page:1": 0})
+        client.mset({"t:{1}:count": 0, "t:{1}:count\0lock": "token", "t:{1}:ver": 1, "t:{1}:page:1": 0})
         client.config_set("maxmemory", 1)
         execute(database, "UPDATE counters SET n = 1 WHERE id = 1")
-        eventually(lambda: not client.exists("t:{1}:count", "t:{1}:count:lock", "t:{1}:ver"), "all is busted")
+        eventually(lambda: not client.exists("t:{1}:count", "t:{1}:count\0lock", "t:{1}:ver"), "all is busted")
         assert daemon.seen("watermark_stalled")["level"] == "warning"
         stalled = watermark(client, slot_name)
         assert daemon.metric("cdc_invalidator_watermark_stalled") == 1

@@ -129,7 +129,7 @@ def test_a_redis_without_memory_or_rights_fails_no_read(rig: Rig) -> None:
         client.execute_command("ACL", "SETUSER", "default", "+@all", "-get", "-mget")
         assert rig.all_ways(load) == ["Ada"] * 13
         client.execute_command("ACL", "SETUSER", "default", "+@all")
-        client.set("t:known:{1}:lock", "x")
+        client.set("t:known:{1}\0lock", "x")
         client.unlink("t:known:{1}")
         client.hset("t:known:{1}", "not", "a string")
         assert rig.all_ways(load) == ["Ada"] * 13

@@ -173,7 +173,7 @@ def test_an_error_reply_to_any_other_command_loses_no_bust(stage: ReplyStage, co
     reply = f"-READONLY {WORDS['READONLY']}\r\n".encode()
     with redis.Redis.from_url(stage.valkey.url) as client:
         client.mset({f"t:thing:{number}": "cached" for number in range(1_000_000, 1_003_000)})
-        client.mset({f"t:thing:{number}:lock": "token" for number in range(1_000_000, 1_001_000)})
+        client.mset({f"t:thing:{number}\0lock": "token" for number in range(1_000_000, 1_001_000)})
         with Writer(stage.dsn, stage.valkey.url) as writer:
             writer.goes_on()
             stage.proxy.fail_next(1, reply, resp.named(command))

@@ -53,6 +53,7 @@ async def test_groups_are_counted_one_by_one_over_several_commands(
     keys = [f"k{n}".encode() for n in range(2 * KEYS_A_COMMAND + 10)]
     for key in keys[::2]:
         redis_client.set(key, 1)
+        redis_client.set(key + b"\0lock", 1)
         redis_client.set(key + b":lock", 1)
     outcome = await server.bust([keys[:3], keys[3 : KEYS_A_COMMAND + 5], [], keys[KEYS_A_COMMAND + 5 :]], {})
     assert outcome.existed == [2, KEYS_A_COMMAND // 2 + 1, 0, KEYS_A_COMMAND // 2 + 2]
@@ -71,26 +72,27 @@ async def test_a_grace_leaves_the_old_value_for_a_while_and_no_longer(
     keys = [f"k{n}".encode() for n in range(KEYS_A_COMMAND + 10)]
     for key in (*keys[:-1], b"plain"):
         redis_client.set(key, b"old", ex=1000)
+        redis_client.set(key + b"\0lock", 1)
         redis_client.set(key + b":lock", 1)
     outcome = await server.bust([[b"plain"], keys], {}, dict.fromkeys(keys, 60_000))
     assert outcome.existed == [1, KEYS_A_COMMAND + 9]
     assert redis_client.dbsize() == KEYS_A_COMMAND + 9
-    assert redis_client.get("k7:stale") == b"old"
-    left = redis_client.pttl("k7:stale")
+    assert redis_client.get("k7\0stale") == b"old"
+    left = redis_client.pttl("k7\0stale")
     await server.bust([[b"k7"]], {}, {b"k7": 60_000})
-    assert 0 < redis_client.pttl("k7:stale") <= left, "another bust gives no more time to what is old already"
+    assert 0 < redis_client.pttl("k7\0stale") <= left, "another bust gives no more time to what is old already"
     redis_client.set("k7", b"newer")
     await server.bust([[b"k7"]], {}, {b"k7": 60_000})
-    assert redis_client.get("k7:stale") == b"newer"
+    assert redis_client.get("k7\0stale") == b"newer"
 
 
 async def test_a_grace_of_a_version_leaves_the_one_before(server: CacheServer, redis_client: redis.Redis) -> None:
     redis_client.set("v", 5)
     redis_client.set("w", 5)
     await server.bust([], {b"v": 60_000, b"w": 60_000, b"missing": 60_000}, {b"v": 30_000, b"missing": 30_000})
-    assert redis_client.get("v:stale") == b"5"
-    assert 0 < redis_client.pttl("v:stale") <= 30_000
-    assert redis_client.exists("w:stale", "missing:stale") == 0
+    assert redis_client.get("v\0stale") == b"5"
+    assert 0 < redis_client.pttl("v\0stale") <= 30_000
+    assert redis_client.exists("w\0stale", "missing\0stale") == 0
 
 
 async def test_a_sweep_of_versions_does_not_keep_those_that_bumps_have_left(
@@ -101,7 +103,7 @@ async def test_a_sweep_of_versions_does_not_keep_those_that_bumps_have_left(
     redis_client.set("ver:1", 5)
     redis_client.set("ver:2", 5)
     await server.bust([], {b"ver:1": 60_000}, {b"ver:1": 30_000})
-    assert redis_client.get("ver:1:stale") == b"5"
+    assert redis_client.get("ver:1\0stale") == b"5"
     while not await sweep.step(server, 1000):
         pass
     assert int(redis_client.get("ver:1") or 0) > 5 < int(redis_client.get("ver:2") or 0)
@@ -177,7 +179,7 @@ def test_versions_never_repeat_when_the_clock_goes_back_and_the_counter_is_gone(
             redis_client.set("now", now)
             if not redis_client.exists("ver"):
                 made.append(int(create(keys=["ver"], args=[60_000])))
-            made.append(bump(keys=["ver"], args=[60_000, 0, ":stale"])[0])
+            made.append(bump(keys=["ver"], args=[60_000, 0, "\0stale"])[0])
         now -= 2_000_000
         redis_client.delete("ver")
     assert len(set(made)) == len(made) == 6_003
@@ -190,7 +192,7 @@ async def test_with_full_memory_deletes_work_bumps_delete_and_the_watermark_stal
         await server.connect()
         client.set("version", 5)
         client.set("key", "cached")
-        client.set("key:lock", "token")
+        client.set("key\0lock", "token")
         client.config_set("maxmemory-policy", "noeviction")
         client.config_set("maxmemory", 1)
         outcome = await server.bust([[b"key"]], {b"version": 60_000})

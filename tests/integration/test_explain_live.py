@@ -165,7 +165,7 @@ def test_what_the_database_does_not_know_is_told(
 
 
 def test_a_key_is_explained(rules: Path) -> None:
-    answer = told(rules, "t:team:7:lock")
+    answer = told(rules, "t:team:7\\x00lock")
     (cache,) = answer["caches"]
     assert (cache["cache"], cache["is"], cache["params"]) == ("team", "lock", {"team_id": "7"})
     assert explain(rules, "t:team:7").stdout.splitlines()[1] == "  team_id = 7"

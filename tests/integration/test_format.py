@@ -218,9 +218,9 @@ rules:
 """
     with staged(database, redis_url, redis_client, tmp_path, slot_name, rules) as stage:
         redis_client.set("t:catalog:ver", 100)
-        stage.cache("t:product:1:v100", "t:product:1:v100:lock", "t:product:2:v100", "t:product:1:v99")
+        stage.cache("t:product:1:v100", "t:product:1:v100\0lock", "t:product:2:v100", "t:product:1:v99")
         stage.run("UPDATE products SET name = 'x' WHERE id = 1")
-        assert stage.cached("t:product:1:v100", "t:product:1:v100:lock") == []
+        assert stage.cached("t:product:1:v100", "t:product:1:v100\0lock") == []
         assert stage.cached("t:product:2:v100", "t:product:1:v99") == ["t:product:2:v100", "t:product:1:v99"]
         assert redis_client.get("t:catalog:ver") == b"100"
         event = stage.daemon.seen("bust", action="delete", cache="product")

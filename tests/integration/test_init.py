@@ -28,7 +28,7 @@ from cdc_invalidator.rules.template import Template
 
 def shop_keys() -> list[bytes]:
     """The keys that the shop's readers store, its versions, and a reader's locks."""
-    keys: list[bytes] = [b"shop:prod:user:7:lock", b"shop:prod:user:8:stale", b"cdc:app:watermark"]
+    keys: list[bytes] = [b"shop:prod:user:7\0lock", b"shop:prod:user:8\0stale", b"cdc:app:watermark"]
     caches = load_rules(shop.rules_file(), {}).caches
     for query in shop.QUERIES:
         of_cache = Keys(caches[query.cache])

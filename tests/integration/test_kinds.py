@@ -44,12 +44,14 @@ def busts_everything(dsn: str, url: str, client: Any, folder: Path, slot: str, *
         for change in ("UPDATE counters SET n = n + 1 WHERE id <= 50", "TRUNCATE counters"):
             for number in range(1, 51):
                 client.set(f"t:{{{number}}}:count", 0)
-                client.set(f"t:{{{number}}}:count:lock", "token")
+                client.set(f"t:{{{number}}}:count\0lock", "token")
+                client.set(f"t:{{{number}}}:count:lock", "token of a reader of 0.1.0")
                 client.set(f"t:{{{number}}}:ver", 1)
             execute(dsn, change)
             settled(dsn, client, slot)
             for number in range(1, 51):
                 assert not client.exists(f"t:{{{number}}}:count")
+                assert not client.exists(f"t:{{{number}}}:count\0lock")
                 assert not client.exists(f"t:{{{number}}}:count:lock")
                 assert int(client.get(f"t:{{{number}}}:ver")) > 10**15
         eventually(lambda: daemon.metric("cdc_invalidator_redis_used_memory_bytes") > 0, "INFO is read")

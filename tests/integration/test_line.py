@@ -90,10 +90,10 @@ def test_an_update_deletes_the_key_and_the_lock_and_nothing_else(
     daemon: RunningDaemon, shop: str, redis_client: redis.Redis, slot_name: str
 ) -> None:
     settled(shop, redis_client, slot_name)
-    fill(redis_client, "t:test:user:1", "t:test:user:1:lock", "t:test:user:2", "t:test:user:2:lock")
+    fill(redis_client, "t:test:user:1", "t:test:user:1\0lock", "t:test:user:2", "t:test:user:2\0lock")
     execute(shop, "UPDATE users SET name = 'Grace' WHERE id = 1")
     settled(shop, redis_client, slot_name)
-    assert left(redis_client) == {"t:test:user:2", "t:test:user:2:lock"}
+    assert left(redis_client) == {"t:test:user:2", "t:test:user:2\0lock"}
     event = daemon.seen("bust", cache="user", reason="change")
     assert event["rule"] == "user-changed"
     assert event["action"] == "delete"
@@ -191,7 +191,7 @@ def test_truncate_sweeps_the_caches_of_the_table(
 ) -> None:
     settled(shop, redis_client, slot_name)
     fill(redis_client, *(f"t:test:user:{n}:orders" for n in range(3000)), "t:test:user:7", "t:test:front")
-    fill(redis_client, *(f"t:test:user:{n}:orders:lock" for n in range(10)))
+    fill(redis_client, *(f"t:test:user:{n}:orders\0lock" for n in range(10)))
     redis_client.set("t:test:user:7:dash:ver", 1)
     execute(shop, "TRUNCATE orders")
     settled(shop, redis_client, slot_name)

@@ -126,7 +126,7 @@ def test_the_key_of_a_cache_with_bump_over_goes_by_itself_too(
         version = redis_client.get("t:both:{1}:ver")
         assert isinstance(version, bytes)
         key = b"t:both:{1}:" + version
-        redis_client.unlink(key + b":lock", key)
+        redis_client.unlink(key + b"\0lock", key)
 
     load = Loader({1: "Ada"}, before=delete_both)
     caches.both.get(id=1, load=load)
@@ -144,7 +144,7 @@ def test_entries_expire_within_ttl_and_jitter_and_locks_are_given_back(caches: A
     times = [redis_client.pttl(f"t:user:{{{number}}}") for number in range(20)]
     assert all(300_000 - 60_000 < int(left) <= 330_000 for left in times)
     assert len(set(times)) > 10, "what was filled together does not expire together"
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
 
 
 def test_what_the_loader_raises_comes_out_and_the_lease_is_given_back(caches: Any, redis_client: redis.Redis) -> None:
@@ -154,7 +154,7 @@ def test_what_the_loader_raises_comes_out_and_the_lease_is_given_back(caches: An
     for name in CACHES:
         with pytest.raises(LookupError):
             caches[name].get(id=1, load=fail)
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
     assert caches.user.get(id=1, load=Loader({1: "Ada"})) == "Ada"
 
 
@@ -241,7 +241,7 @@ def test_readers_of_what_is_not_stored_share_a_load(
     assert got == [value] * 40
     assert len(load.asked) <= 2, "a reader may come as the load ends"
     assert value is None or len({id(each) for each in got}) > 40 - len(load.asked), "each has a copy of its own"
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
 
 
 def test_a_failure_is_shared_too(reads: Reads, caches: Any, redis_client: redis.Redis) -> None:
@@ -255,7 +255,7 @@ def test_a_failure_is_shared_too(reads: Reads, caches: Any, redis_client: redis.
     got = at_once(reads, caches.user, 40, fail, id=1)
     assert [type(each) for each in got] == [LookupError] * 40
     assert len(asked) <= 2
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
     assert caches.user.get(id=1, load=Loader({1: "Ada"})) == "Ada"
 
 
@@ -283,7 +283,7 @@ def test_a_load_that_takes_longer_than_lease_and_wait_is_one_load_and_is_stored(
     reader.join()
     assert (len(own.asked), their.asked) == (1, [])
     assert count("fills_total") == 1
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
 
 
 def test_a_value_that_a_bust_overtakes_is_not_given_to_readers_that_came_after_the_bust(
@@ -340,7 +340,7 @@ async def test_a_read_that_is_cancelled_while_it_takes_the_lease_leaves_none(
 
         async def held_up(commands: Any) -> Any:
             replies = await send(commands)
-            if redis_client.exists("t:user:{1}:lock"):
+            if redis_client.exists("t:user:{1}\0lock"):
                 taken.set()
                 await asyncio.sleep(1000)  # the answer is on its way
             return replies
@@ -351,7 +351,7 @@ async def test_a_read_that_is_cancelled_while_it_takes_the_lease_leaves_none(
         reading.cancel()
         await asyncio.wait({reading})
         assert reading.cancelled()
-        assert not redis_client.keys("*:lock")
+        assert not redis_client.keys("*\0lock")
 
 
 def test_a_loader_that_reads_its_own_key_does_not_wait_for_itself(caches: Any, count: Counts) -> None:
@@ -419,14 +419,14 @@ def test_who_waits_in_vain_loads_by_itself_and_stores_nothing(
     redis_client.set("t:far:ver" if name == "far" else f"t:{name}:{{1}}:ver", version)
     redis_client.set(
         {"user": b"t:user:{1}", "far": b"t:far:1:" + version}.get(name, b"t:%b:{1}:%b" % (name.encode(), version))
-        + b":lock",
+        + b"\0lock",
         "somebody else",
     )
     load = Loader({1: "Ada"})
     assert caches[name].using(wait=0.05).get(id=1, load=load) == "Ada"
     assert (count("waits_total", name), count("bypasses_total", name, reason="waited")) == (1, 1)
     assert count("fills_total", name) == 0
-    assert len(redis_client.keys("*:lock")) == 1
+    assert len(redis_client.keys("*\0lock")) == 1
 
 
 def test_who_waits_is_given_what_somebody_else_stores(
@@ -603,11 +603,11 @@ async def test_a_read_that_is_cancelled_while_it_loads_gives_the_lease_back(
 
         reading = asyncio.create_task(caches[name].get(id=1, load=never))
         await loading.wait()
-        assert len(redis_client.keys("*:lock")) == 1
+        assert len(redis_client.keys("*\0lock")) == 1
         reading.cancel()
         await asyncio.wait({reading})
         assert reading.cancelled()
-        assert not redis_client.keys("*:lock")
+        assert not redis_client.keys("*\0lock")
 
 
 # ── Parameters ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -645,7 +645,7 @@ def test_no_more_keys_than_the_hint_allows(caches: Any, redis_client: redis.Redi
     assert [caches.few.get(id=number, load=load) for number in range(100)] == list(range(100))
     assert 10 <= len(redis_client.keys("t:few:*")) < 20
     assert count("bypasses_total", "few", reason="max_keys") > 80
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
 
 
 def test_an_unknown_cache_is_told_with_the_nearest(caches: Any) -> None:
@@ -669,7 +669,7 @@ def test_many_are_one_look_and_one_load(name: str, caches: Any, redis_client: re
     assert caches[name].get_many([3, 2, 1], load=load.many) == ["user 3", "user 2", "user 1"]
     assert len(load.asked) == 1
     assert caches[name].get_many([], load=load.many) == []
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -688,7 +688,7 @@ def test_more_keys_than_one_script_asks_for_are_read_and_bust_like_few(
     assert [number for number, value in enumerate(got) if value == "new"] == (
         list(range(250)) if name == "far" else [7]
     )
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
 
 
 def test_many_of_a_cache_with_two_parameters_are_mappings(caches: Any) -> None:
@@ -736,7 +736,7 @@ def test_one_of_many_that_a_bust_overtakes_is_dropped_alone(caches: Any, bust: A
 def test_one_of_many_that_somebody_else_loads_is_waited_for(
     caches: Any, redis_client: redis.Redis, count: Counts
 ) -> None:
-    redis_client.set("t:user:{2}:lock", "somebody else")
+    redis_client.set("t:user:{2}\0lock", "somebody else")
     load = Loader({1: "one", 2: "two"})
     assert caches.user.using(wait=0.05).get_many([1, 2], load=load.many) == ["one", "two"]
     assert load.asked == [[1], [2]]
@@ -780,7 +780,7 @@ def test_warming_loads_what_is_missing_up_to_a_limit_and_respects_leases(
     assert caches[name].warm(range(10), load=load, rate=10_000, limit=3) == 3
     assert load.asked == [0, 2, 3]
     if name == "user":
-        redis_client.set("t:user:{4}:lock", "somebody else")
+        redis_client.set("t:user:{4}\0lock", "somebody else")
         assert caches.user.warm([4, 5, None], load=load, rate=10_000) == 1
         assert load.asked == [0, 2, 3, 5]
 
@@ -800,7 +800,7 @@ def test_a_writer_stores_what_it_has_committed(name: str, caches: Any, redis_cli
         assert write.set("newer") is False, "once"
     assert caches[name].get(id=1, load=load) == "new"
     assert load.asked == []
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
 
 
 @pytest.mark.parametrize("name", ["user", "both"])
@@ -811,7 +811,7 @@ def test_a_bust_between_the_commit_and_the_write_wins(
         if name == "user":
             bust(name)
         else:
-            redis_client.unlink(*redis_client.keys("*:lock"))
+            redis_client.unlink(*redis_client.keys("*\0lock"))
         assert write.set("old by now") is False
     assert count("dropped_fills_total", name) == 1
     assert caches[name].get(id=1, load=Loader({1: "new"})) == "new"
@@ -835,7 +835,7 @@ def test_a_reader_that_loads_while_somebody_writes_does_not_store(caches: Any, c
 def test_a_writer_that_stores_nothing_gives_the_lease_back(caches: Any, redis_client: redis.Redis) -> None:
     with contextlib.suppress(LookupError), caches.user.writing(id=1):
         raise LookupError
-    assert not redis_client.keys("*:lock")
+    assert not redis_client.keys("*\0lock")
 
 
 @pytest.mark.parametrize("name", CACHES)

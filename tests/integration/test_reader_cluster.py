@@ -116,7 +116,7 @@ def test_keys_on_all_nodes(name: str, cluster: Cluster, caches: Any, registry: C
     assert bypasses(registry) == {}
     with contextlib.closing(cluster.client()) as client:
         nodes: list[Any] = client.get_primaries()  # type: ignore[no-untyped-call]
-        assert not [key for node in nodes for key in client.keys("*:lock", target_nodes=node)]
+        assert not [key for node in nodes for key in client.keys("*\0lock", target_nodes=node)]
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -142,10 +142,10 @@ def test_the_old_value_is_shown_while_somebody_loads(
         version = client.get(key)
         assert isinstance(version, bytes)
         lock = b"t:old-page:{1}:" + version
-    client.set(lock + b":lock", "somebody else")
+    client.set(lock + b"\0lock", "somebody else")
     assert caches[name].get(id=1, load=load) == "Ada"
     assert load.asked == [1]
-    assert client.get(key + b":stale") is not None
+    assert client.get(key + b"\0stale") is not None
 
 
 def test_slots_move_while_readers_read(cluster: Cluster, caches: Any) -> None:

@@ -181,9 +181,9 @@ def test_the_old_value_is_shown_no_longer_than_stale_for(stage: ReadStage, waiti
     assert users.get(id=1, load=stage.name) == "Ada"
     stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
     stage.settle()
-    stage.client.set("t:brief:1:lock", "somebody else, for ever")
+    stage.client.set("t:brief:1\0lock", "somebody else, for ever")
     eventually(lambda: users.get(id=1, load=stage.name) == "Grace", "its time is up")
-    assert stage.client.exists("t:brief:1:stale", "t:brief:1") == 0
+    assert stage.client.exists("t:brief:1\0stale", "t:brief:1") == 0
 
 
 def test_a_sweep_leaves_no_old_value_of_its_own(stage: ReadStage, waiting: Reads) -> None:

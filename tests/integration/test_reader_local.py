@@ -65,7 +65,7 @@ def test_a_change_in_redis_reaches_the_memory_of_the_process(
     with caches.local("user", "known"):
         for name in ("Ada", "Grace", "Barbara"):
             load.rows[1] = name
-            redis_client.unlink("t:user:{1}:lock", "t:user:{1}")
+            redis_client.unlink("t:user:{1}\0lock", "t:user:{1}")
             eventually(lambda: hits.read(load) == (load.rows[1], True), "it is kept, and gone when it is busted")
         redis_client.flushall()
         load.rows[1] = "after a flush"
@@ -89,7 +89,7 @@ def test_a_value_that_was_asked_for_before_a_bust_is_not_kept_after_it(
         def loads(self, data: bytes, /) -> str:
             if self.busting:
                 self.busting = False
-                redis_client.unlink("t:user:{1}:lock", "t:user:{1}")
+                redis_client.unlink("t:user:{1}\0lock", "t:user:{1}")
                 if reads.kind == "sync":
                     time.sleep(0.2)  # long enough that the message comes first, as a rule
             return data.decode()

@@ -61,13 +61,13 @@ def stage(database: str, redis_url: str, redis_client: redis.Redis, tmp_path: Pa
 
 
 def test_a_bust_takes_all_keys_under_the_prefix_with_their_locks_and_no_others(stage: Stage) -> None:
-    mine = ["app:metadata:7:a", "app:metadata:7:a:b", "app:metadata:7:", "app:metadata:7:a:stale"]
+    mine = ["app:metadata:7:a", "app:metadata:7:a:b", "app:metadata:7:", "app:metadata:7:a\0stale"]
     others = ["app:metadata:77:a", "app:metadata:a:7:a", "app:metadata:7*:a", "other:app:metadata:7:a"]
     for key in (*mine, *others):
-        stage.cache(key, f"{key}:lock")
+        stage.cache(key, f"{key}\0lock")
     stage.run("INSERT INTO projects VALUES ('7')")
-    assert stage.cached(*mine, *(f"{key}:lock" for key in mine)) == []
-    assert stage.cached(*others, *(f"{key}:lock" for key in others)) == [*others, *(f"{key}:lock" for key in others)]
+    assert stage.cached(*mine, *(f"{key}\0lock" for key in mine)) == []
+    assert stage.cached(*others, *(f"{key}\0lock" for key in others)) == [*others, *(f"{key}\0lock" for key in others)]
 
 
 @pytest.mark.parametrize("value", ["*", "?", "[a-z]", "a\\", "^", "{b}", "ä"])
@@ -124,10 +124,10 @@ def test_thousands_of_prefixes_share_passes(stage: Stage) -> None:
 
 
 def test_a_fill_that_a_search_overtakes_is_dropped(stage: Stage) -> None:
-    stage.client.set("app:metadata:7:x:lock", "token")
+    stage.client.set("app:metadata:7:x\0lock", "token")
     stage.run("INSERT INTO projects VALUES ('7', 1)")
     fill = stage.client.register_script(_FILL)
-    assert fill(["app:metadata:7:x:lock", "app:metadata:7:x"], ["token", 0]) == 0
+    assert fill(["app:metadata:7:x\0lock", "app:metadata:7:x"], ["token", 0]) == 0
 
 
 # KEYS: lock, key. ARGV: token, value. The reader's half of the contract.
@@ -175,11 +175,11 @@ class _Readers:
             self._errors.append(error)
 
     def _get(self, client: Any, connection: psycopg.Connection[Any], fill: Any, project: str, key: str) -> None:
-        if client.get(key) is not None or not client.set(f"{key}:lock", key, nx=True, px=5000):
+        if client.get(key) is not None or not client.set(f"{key}\0lock", key, nx=True, px=5000):
             return
         row = connection.execute("SELECT n FROM projects WHERE id = %s", [project]).fetchone()
         assert row is not None
-        self.fills += fill([f"{key}:lock", key], [key, row[0]])
+        self.fills += fill([f"{key}\0lock", key], [key, row[0]])
 
 
 def test_readers_with_the_lock_leave_nothing_stale_while_searches_run(stage: Stage) -> None:
@@ -245,10 +245,10 @@ def test_a_cluster_is_searched_on_all_masters(database: str, tmp_path: Path, slo
         mine = [f"app:metadata:7:{number}" for number in range(50)]
         others = [f"app:metadata:77:{number}" for number in range(50)]
         for key in (*mine, *others):
-            playing.cache(key, f"{key}:lock")
+            playing.cache(key, f"{key}\0lock")
         playing.run("INSERT INTO projects VALUES ('7')")
-        assert playing.cached(*mine, *(f"{key}:lock" for key in mine)) == []
-        assert len(playing.cached(*others, *(f"{key}:lock" for key in others))) == 100
+        assert playing.cached(*mine, *(f"{key}\0lock" for key in mine)) == []
+        assert len(playing.cached(*others, *(f"{key}\0lock" for key in others))) == 100
         playing.end()
 
 
@@ -312,20 +312,20 @@ async def _run(url: str, most: int, *wanted: tuple[str, bytes]) -> tuple[list[Ti
 async def test_of_whole_keys_those_under_the_prefix_are_deleted_and_versions_bumped(
     redis_url: str, redis_client: redis.Redis
 ) -> None:
-    for key in ("w:7:user:1", "w:7:other", "w:7:user:1:lock", "w:77:user:1", "w:7:other:lock"):
+    for key in ("w:7:user:1", "w:7:other", "w:7:user:1\0lock", "w:77:user:1", "w:7:other\0lock"):
         redis_client.set(key, 1)
-    for key in ("v:7:1", "v:7:1:stale", "p:7:1:5", "v:77:1"):
+    for key in ("v:7:1", "v:7:1\0stale", "p:7:1:5", "v:77:1"):
         redis_client.set(key, 5)
     _, ran = await _run(redis_url, 1000, ("whole", b"w:7:"), ("versioned", b"v:7:"))
     assert ran == ["search"]
     assert {key.decode(): value for key in redis_client.scan_iter() if (value := redis_client.get(key)) == b"1"} == {
         "w:7:other": b"1",
         "w:77:user:1": b"1",
-        "w:7:other:lock": b"1",
+        "w:7:other\0lock": b"1",
     }
     assert redis_client.get("v:77:1") == b"5" == redis_client.get("p:7:1:5")
     assert int(redis_client.get("v:7:1") or 0) > 5
-    assert not redis_client.exists("v:7:1:stale")
+    assert not redis_client.exists("v:7:1\0stale")
 
 
 @pytest.mark.parametrize(("most", "ran"), [(10_000, ["search"]), (3000, ["sweep", "search"])])

@@ -111,8 +111,8 @@ def test_a_pattern_finds_only_the_keys_of_its_cache_whatever_signs_they_hold(
         others = ["abXc1\\d:1:x^y", "a[b]*c?d:1:x^y", "a[b]*c?\\d:1:x^z", "a[b]*cX\\d:1:x^y", "b", "ab*c?\\d:1:x^y"]
         for key in (*mine, *others):
             redis_client.set(key, 1)
-            redis_client.set(f"{key}:lock", 1)
+            redis_client.set(f"{key}\0lock", 1)
         execute(database, "TRUNCATE counters")
         settled(database, redis_client, slot_name)
-        assert [key for key in mine if redis_client.exists(key, f"{key}:lock")] == []
-        assert [key for key in others if redis_client.exists(key, f"{key}:lock") != 2] == []
+        assert [key for key in mine if redis_client.exists(key, f"{key}\0lock")] == []
+        assert [key for key in others if redis_client.exists(key, f"{key}\0lock") != 2] == []

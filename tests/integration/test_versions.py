@@ -117,7 +117,7 @@ def core(data_path: DataPath) -> None:
     left = set(others)
     # Insert, update, delete; columns that don't matter.
     assert data_path.after(["t:user:100"], "INSERT INTO users VALUES (100, 'new')") == left
-    assert data_path.after(["t:user:1", "t:user:1:lock"], "UPDATE users SET name = 'x' WHERE id = 1") == left
+    assert data_path.after(["t:user:1", "t:user:1\0lock"], "UPDATE users SET name = 'x' WHERE id = 1") == left
     assert data_path.after(["t:user:2"], "DELETE FROM users WHERE id = 2") == left
     assert data_path.after(["t:user:3"], "UPDATE users SET seen = now()") == {*left, "t:user:3"}
     client.delete("t:user:3")

@@ -26,7 +26,7 @@ def found(*keys: str, columns: Columns = TYPES, complete: bool = True, raw: bool
 
 
 def test_keys_of_the_swept_cache_and_keys_that_no_sweep_finds_are_not_told() -> None:
-    own = (f"devices{DEVICE}", f"devices{DEVICE}:lock", "app:env:t:1:ver", "counts:whatever", "other:app")
+    own = (f"devices{DEVICE}", f"devices{DEVICE}\0lock", "app:env:t:1:ver", "counts:whatever", "other:app")
     assert found(*own, "cdc:x:watermark") == []
     assert found() == []
 

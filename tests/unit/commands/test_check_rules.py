@@ -250,11 +250,7 @@ def test_a_key_that_two_rows_can_share_is_told(key: str, known: dict[str, Texts]
     assert codes(findings) == ["ambiguous_key"] * len(findings)
 
 
-def test_a_key_that_is_a_lock_or_a_version_counter_is_told() -> None:
-    assert codes(pair("app:env:{id}", "app:env:{id}:lock")) == ["key_is_ours"]
-    assert pair("app:env:{id}", "app:env:{id}:{kind}") == []
-    assert codes(pair("app:env:{id}:stale", "app:env:{id}", fields=", stale_for: 5s")) == ["key_is_ours"]
-    assert pair("app:env:{id}:stale", "app:env:{id}") == []
+def test_a_key_that_is_a_version_counter_is_told() -> None:
     version = ", version: 'app:env:{id}:v'"
     assert codes(pair("app:env:{id}:v", "app:env:{id}:x{version}", fields=version)) == ["key_is_ours"]
     own = "  user: {key: 'app:env:{id}:{version}', version: 'app:env:{id}:ver', ttl: 1m}\n"
@@ -262,17 +258,11 @@ def test_a_key_that_is_a_lock_or_a_version_counter_is_told() -> None:
     assert codes(found(own.replace(":ver'", ":0'"))) == ["key_is_ours"]
 
 
-def test_a_text_that_may_end_like_an_old_value_is_worth_a_note() -> None:
-    text = "  user: {key: 'app:env:user:{mail}', ttl: 1m, stale_for: 5s}\n"
+def test_no_key_is_a_lock_or_an_old_value() -> None:
+    assert pair("app:env:{id}:lock", "app:env:{id}", fields=", stale_for: 5s") == []
+    assert pair("app:env:{id}:stale", "app:env:{id}", fields=", stale_for: 5s") == []
     texts = Columns({"user": {"mail": overlap.TEXT}})
-    finding = only(found(text, columns=texts), "key_is_ours")
-    assert finding.severity is Severity.NOTE
-    assert ":stale`" in finding.sentence
-    assert found(text.replace("{mail}", "{mail|urlencode}"), columns=texts) == []
-    assert found(text.replace(", stale_for: 5s", ""), columns=texts) == []
-    assert found(text.replace("{mail}", "{{{mail}}}"), columns=texts) == []
-    assert found(text, columns=Columns({"user": {"mail": overlap.NUMBER}})) == []
-    assert found(text) == []
+    assert found("  user: {key: 'app:env:user:{mail}', ttl: 1m, stale_for: 5s}\n", columns=texts) == []
 
 
 def test_a_sweep_that_takes_more_than_its_cache_is_worth_a_note() -> None:
@@ -311,11 +301,11 @@ def test_a_rest_behind_a_parameter_makes_a_key_ambiguous() -> None:
 
 def test_no_finding_asks_for_other_keys_where_they_are_given() -> None:
     texts = Columns({"user": {"a": overlap.TEXT, "b": overlap.TEXT}, "other": {"id": overlap.NUMBER}})
-    caches = "  user: {key: 'u{a}_{b}', ttl: 1m%s}\n  other: {key: 'u{id}_1', ttl: 1m, stale_for: 5s%s}\n"
+    caches = "  user: {key: 'u{a}_{b}', ttl: 1m%s}\n  other: {key: 'u{id}_1', ttl: 1m%s}\n"
     rule = "{name: two, table: public.t, bust: [other]}"
     free = found(caches % ("", ""), rule, columns=texts, cluster=True)
     assert set(codes(free)) == {
-        "short_prefix", "no_hash_tag", "ambiguous_key", "same_keys", "key_is_ours", "sweeps_others",
+        "short_prefix", "no_hash_tag", "ambiguous_key", "same_keys", "sweeps_others",
     }  # fmt: skip
     told = found(caches % (", given: true", ", given: true"), rule, columns=texts, cluster=True)
     assert sorted(codes(told)) == ["same_keys", "sweeps_others"]

@@ -68,15 +68,15 @@ def parse(text: str) -> RuleSet:
     ("key", "cache", "what", "params"),
     [
         ("shop:user:42", "user", "key", {"id": "42"}),
-        ("shop:user:42:lock", "user", "lock", {"id": "42"}),
-        ("shop:user:42:stale", "user", "old_value", {"id": "42"}),
+        ("shop:user:42\0lock", "user", "lock", {"id": "42"}),
+        ("shop:user:42\0stale", "user", "old_value", {"id": "42"}),
         ("shop:user:a:b", "user", "key", {"id": "a:b"}),
         ("shop:dash:42:v7", "dash", "key", {"id": "42", "version": "7"}),
-        ("shop:dash:42:v7:lock", "dash", "lock", {"id": "42", "version": "7"}),
-        ("shop:dash:42:v7:stale", "dash", "old_value", {"id": "42", "version": "7"}),
+        ("shop:dash:42:v7\0lock", "dash", "lock", {"id": "42", "version": "7"}),
+        ("shop:dash:42:v7\0stale", "dash", "old_value", {"id": "42", "version": "7"}),
         ("shop:dash:a:v1:v7", "dash", "key", {"id": "a:v1", "version": "7"}),
         ("shop:dash:42:ver", "dash", "version", {"id": "42"}),
-        ("shop:dash:42:ver:stale", "dash", "old_version", {"id": "42"}),
+        ("shop:dash:42:ver\0stale", "dash", "old_version", {"id": "42"}),
         ("shop:product:42:v{version}", "product", "key", {"id": "42", "version": "{version}"}),
         ("shop:catalog:ver", "product", "version", {}),
         ("shop:alone", "alone", "key", {}),
@@ -91,14 +91,16 @@ def test_a_key_is_read_back(key: str, cache: str, what: str, params: dict[str, s
 @pytest.mark.parametrize(
     ("key", "told"),
     [
-        ("shop:user:42:lock", "the lock of a key of cache user"),
-        ("shop:user:42:stale", "the old value of a key of cache user"),
+        ("shop:user:42\0lock", "the lock of a key of cache user"),
+        ("shop:user:42\0stale", "the old value of a key of cache user"),
         ("shop:dash:42:ver", "a version of cache dash"),
-        ("shop:dash:42:ver:stale", "the old value of a version of cache dash"),
+        ("shop:dash:42:ver\0stale", "the old value of a version of cache dash"),
     ],
 )
 def test_what_stands_beside_a_key_is_told_in_words(key: str, told: str) -> None:
-    assert next(iter(key_lines(explain_key(RULES, key)))).startswith(f"{key} is {told} (")
+    written = key.replace("\0", r"\x00")
+    for name in (key, written):
+        assert next(iter(key_lines(explain_key(RULES, name)))).startswith(f"{written} is {told} (")
 
 
 def test_a_key_that_two_caches_may_have_is_told_of_both_the_likeliest_first() -> None:
@@ -121,7 +123,7 @@ def test_a_key_that_the_types_of_columns_cannot_make_is_not_of_the_cache_and_tha
         return [told["cache"] for told in explain_key(parse(TYPED), key, columns=types)["caches"]]
 
     assert caches("k:user:7:orders") == ["orders", "other"]
-    assert caches("k:user:7:orders:lock") == ["orders", "other"]
+    assert caches("k:user:7:orders\0lock") == ["orders", "other"]
     assert caches("k:user:-7") == ["user", "other"]
     lines = list(key_lines(explain_key(parse(TYPED), "k:user:7:orders", columns=types)))
     assert lines[-1] == "not of cache user: id is a whole number in the database"
@@ -197,12 +199,12 @@ rules:
 
 
 def test_a_key_with_a_rest_is_told_what_searches_and_sweeps_it() -> None:
-    told = explain_key(parse(REST), "shop:meta:7:name:de:lock")
+    told = explain_key(parse(REST), "shop:meta:7:name:de\\x00lock")
     (cache,) = told["caches"]
     assert cache["params"] == {"project": "7", "*": "name:de"}
     assert [cause["action"] for cause in cache["busted_by"]] == ["search", "sweep"]
     assert list(key_lines(told)) == [
-        "shop:meta:7:name:de:lock is the lock of a key of cache meta (rules.yaml:4)",
+        "shop:meta:7:name:de\\x00lock is the lock of a key of cache meta (rules.yaml:4)",
         "  project = 7",
         "  * = name:de",
         "  searched for by its prefix, and deleted, by rule project-changed (rules.yaml:7)",
@@ -465,18 +467,18 @@ def hashed(key: bytes) -> str:
     [
         ("shop:user:42", bust("user", key_hashes=["hash of shop:user:41", "hash of shop:user:42"]), True),
         ("shop:user:42", bust("user", key_hashes=["hash of shop:user:4"]), False),
-        ("shop:user:42:lock", bust("user", key_hashes=["hash of shop:user:42"]), True),
-        ("shop:user:42:stale", bust("user", key_hashes=["hash of shop:user:42"]), True),
+        ("shop:user:42\0lock", bust("user", key_hashes=["hash of shop:user:42"]), True),
+        ("shop:user:42\0stale", bust("user", key_hashes=["hash of shop:user:42"]), True),
         ("shop:user:42", bust("user", raw_keys=["shop:user:42"]), True),
         ("shop:user:42", bust("user", raw_keys=["shop:user:4"]), False),
         ("shop:user:42", bust("user"), None),
         ("shop:user:42", bust("user", "sweep"), True),
         # A key with a version is busted by bumping that.
         ("shop:dash:42:v7", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
-        ("shop:dash:42:v7:lock", bust("dash", "bump", raw_keys=["shop:dash:42:ver"]), True),
+        ("shop:dash:42:v7\0lock", bust("dash", "bump", raw_keys=["shop:dash:42:ver"]), True),
         ("shop:dash:42:ver", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
-        ("shop:dash:42:ver:stale", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
-        ("shop:dash:42:ver:stale", bust("dash", key_hashes=["hash of shop:dash:42:ver"]), False),
+        ("shop:dash:42:ver\0stale", bust("dash", "bump", key_hashes=["hash of shop:dash:42:ver"]), True),
+        ("shop:dash:42:ver\0stale", bust("dash", key_hashes=["hash of shop:dash:42:ver"]), False),
         ("shop:dash:42:v7", bust("dash", "bump", key_hashes=["hash of shop:dash:41:ver"]), False),
         ("shop:product:42:v7", bust("product", key_hashes=["hash of shop:product:42:v7"]), True),
         ("shop:product:42:v{version}", bust("product", key_hashes=["hash of shop:product:42:v7"]), None),
@@ -548,7 +550,7 @@ caches:
 """
     for key, named in {
         "user:7": "user:7",
-        "user:7:lock": "user:7",
+        "user:7\0lock": "user:7",
         "list:7:v3": "list:7:ver",
         "list:7:ver": "list:7:ver",
     }.items():

@@ -82,7 +82,7 @@ def test_values_of_a_parameter_are_those_of_its_own_family() -> None:
 
 def test_keys_beside_keys_and_the_daemons_own_are_left_out() -> None:
     keys = [f"user:{n}" for n in range(50)]
-    all_found = found([*keys, "user:1:lock", "user:2:stale", "cdc:app:watermark"])
+    all_found = found([*keys, "user:1\0lock", "user:2\0stale", "cdc:app:watermark"])
     assert [shown(family) for family in all_found.families] == ["user:<number>"]
     assert (all_found.seen, all_found.beside, all_found.single) == (53, 3, 0)
 

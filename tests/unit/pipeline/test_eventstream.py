@@ -53,7 +53,6 @@ def test_any_other_key_will_do(key: str) -> None:
         ("shop:user:a:b:c", "user"),
         ("shop:counts", "counts"),
         ("shop:counts:lock", "counts"),
-        ("shop:counts:stale", "counts"),
         ("shop:dash:events:v1", "dash"),
         ("shop:dash:events:ver", "dash"),
         ("shop:mail:events", "mail"),

@@ -38,10 +38,11 @@ from cdc_invalidator.redis.lookups import Lookups
 from cdc_invalidator.redis.server import BustReply
 from cdc_invalidator.redis.watermark import Position, Watermark
 from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.suffixes import BESIDE
 
 START = 1000
 KEYS = 2
-ENTRIES = [name for n in range(KEYS) for name in (b"user:%d" % n, b"user:%d:lock" % n)]
+ENTRIES = [name for n in range(KEYS) for name in (b"user:%d" % n, b"user:%d\0lock" % n)]
 RULES = parse_rules(
     [
         (
@@ -221,13 +222,13 @@ class World:
     def load(self, row: int) -> None:
         """A reader takes the lease and loads, if there is nothing to read."""
         key = b"user:%d" % row
-        if key not in self.redis.entries and key + b":lock" not in self.redis.entries:
-            self.redis.entries[key + b":lock"] = len(self.fills)
+        if key not in self.redis.entries and key + b"\0lock" not in self.redis.entries:
+            self.redis.entries[key + b"\0lock"] = len(self.fills)
             self.fills[len(self.fills)] = row, self.version(row)
 
     def store(self, row: int) -> None:
         """A reader that holds a lease stores what it loaded."""
-        token = self.redis.entries.pop(b"user:%d:lock" % row, None)
+        token = self.redis.entries.pop(b"user:%d\0lock" % row, None)
         if token is not None:
             self.redis.entries[b"user:%d" % row] = self.fills[token][1]
             self.judge()
@@ -267,6 +268,7 @@ class Server:
     """A connection; a search looks at one entry a step."""
 
     watermarked = True
+    beside = BESIDE
 
     def __init__(self, world: World) -> None:
         self.lookups = Lookups()
@@ -299,7 +301,7 @@ class Server:
             return BustReply([0] * len(deletes), {}, dict.fromkeys(range(len(deletes)), DENIED))
         for keys in deletes:
             for key in keys:
-                self._redis.entries.pop(key + b":lock", None)
+                self._redis.entries.pop(key + b"\0lock", None)
                 self._redis.entries.pop(key, None)
         return BustReply([len(keys) for keys in deletes], {})
 
@@ -315,7 +317,7 @@ class Server:
             raise DENIED
         at = cursor or 0
         entry = ENTRIES[at]
-        meant = entry in self._redis.entries and (not pattern.endswith(b":lock") or entry.endswith(b":lock"))
+        meant = entry in self._redis.entries and (not pattern.endswith(b"\0lock") or entry.endswith(b"\0lock"))
         return (at + 1 if at + 1 < len(ENTRIES) else None), [entry] if meant else []
 
     async def write_watermark(self, watermark: Watermark) -> bool:

@@ -16,6 +16,7 @@ from cdc_invalidator.pipeline.messages import Messages
 from cdc_invalidator.pipeline.sweep import Asked, Cause, Pass, Request, Sweeps
 from cdc_invalidator.redis.server import SCAN_COUNT, BustReply, CacheServer, Cursor
 from cdc_invalidator.rules.load import parse_rules
+from cdc_invalidator.rules.suffixes import BESIDE
 
 RULES = "version: 1\ncaches: {a: {key: 'a:{id}'}, b: {key: 'b:{id}'}, v: {key: 'v:{version}', version: 'v:{id}'}}"
 CACHES = parse_rules([("rules.yaml", RULES)], {}).caches
@@ -31,6 +32,8 @@ class Clock:
 
 class Scanned:
     """A server of that many keys, none of them ours, which notes when how many were looked at."""
+
+    beside = BESIDE
 
     def __init__(self, clock: Clock, keys: int) -> None:
         self.clock = clock

@@ -132,10 +132,10 @@ class Model:
     # What the daemon does.
 
     def delete(self, key: bytes, grace: bool) -> None:
-        self.data.pop(key + b":lock", None)
+        self.data.pop(key + b"\0lock", None)
         value = self.data.pop(key, None)
         if grace and value is not None:
-            self.data[key + b":stale"] = value
+            self.data[key + b"\0stale"] = value
 
     def bump(self, counter: bytes) -> None:
         self.clock += 1
@@ -291,12 +291,12 @@ def test_a_miss_is_a_look_a_lease_a_load_and_a_fill() -> None:
     scripts = contract.world.scripts
     assert look == Send([("GET", b"t:user:1")])
     token = take.commands[0][5]
-    assert take == Send([("EVALSHA", scripts.take, 2, b"t:user:1:lock", b"t:user:1", token, 3_000, b"cdc1 1 ")])
-    renewal = [("EVALSHA", scripts.renew, 1, b"t:user:1:lock", b"%b:%d" % (token, model.clock), 3_000)]
+    assert take == Send([("EVALSHA", scripts.take, 2, b"t:user:1\0lock", b"t:user:1", token, 3_000, b"cdc1 1 ")])
+    renewal = [("EVALSHA", scripts.renew, 1, b"t:user:1\0lock", b"%b:%d" % (token, model.clock), 3_000)]
     assert load == Load([entry], Renewal(renewal, 1.0, 60.0))
     stored = b'cdc1 1 0000001000000 0000001300000 0000000\n"Ada"'
     lease = b"%b:%d" % (token, model.clock)
-    assert fill == Send([("EVALSHA", scripts.fill, 2, b"t:user:1:lock", b"t:user:1", lease, stored, 300_000)])
+    assert fill == Send([("EVALSHA", scripts.fill, 2, b"t:user:1\0lock", b"t:user:1", lease, stored, 300_000)])
     entry, steps = reading(contract, id=1)
     assert drive(steps, model, lambda _: None, times) == [look]
     assert entry.value == "Ada"
@@ -376,7 +376,7 @@ def test_keys_of_a_cluster_are_asked_for_together_if_they_have_the_same_hash_tag
 def test_who_waits_looks_again_ever_more_rarely_and_gives_up_in_time() -> None:
     times = Times()
     contract, model = contract_of("user", times, wait=1.0)
-    model.data[b"t:user:1:lock"] = b"somebody else"
+    model.data[b"t:user:1\0lock"] = b"somebody else"
     entry, steps = reading(contract, id=1)
     wanted = drive(steps, model, lambda _: "Ada", times)
     pauses = [effect.seconds for effect in wanted if isinstance(effect, Sleep)]
@@ -384,7 +384,7 @@ def test_who_waits_looks_again_ever_more_rarely_and_gives_up_in_time() -> None:
     assert max(pauses) == 0.1
     assert sum(pauses) == pytest.approx(1.0)
     assert wanted[-1] == Load([entry])
-    assert model.data == {b"t:user:1:lock": b"somebody else"}
+    assert model.data == {b"t:user:1\0lock": b"somebody else"}
 
 
 @pytest.mark.parametrize("at", range(4))
@@ -420,7 +420,7 @@ def test_a_load_that_fails_gives_the_lease_back() -> None:
     effect = next(steps)
     while not isinstance(effect, Load):
         effect = steps.send([model.ask(*command) for command in effect.commands])
-    assert model.data.keys() == {b"t:user:1:lock"}
+    assert model.data.keys() == {b"t:user:1\0lock"}
     effect = steps.throw(LookupError("no such row"))
     for command in effect.commands:
         model.ask(*command)

@@ -226,7 +226,7 @@ def test_a_tagged_key_is_in_the_slot_of_its_lock_and_another_one_is_not(pieces: 
     key = parsed.render({"a": value, "b": value})
     assert key is not None
     # By chance, one lock in 16,384 is in its key's slot, but not three.
-    slots = {key_slot(key + suffix) for suffix in (b"", b":lock", b":lock2", b":lock3")}
+    slots = {key_slot(key + suffix) for suffix in (b"", b"\0lock", b":lock2", b":lock3")}
     assert bool(parsed.hash_tag) is (len(slots) == 1)
 
 

@@ -140,6 +140,19 @@ class Sentinels:
         self.master.kill()
         self.replica.resume()
 
+    def fail_over(self) -> bool:
+        """Ask for a failover that loses nothing; False if the Sentinels can't begin one now."""
+        try:
+            return bool(self.ask(self.sentinels[0], "SENTINEL", "FAILOVER", SERVICE))
+        except redis.ResponseError:
+            return False
+
+    def swap(self) -> None:
+        """After a failover: wait until the first master, which runs again, follows; from then on it is the replica."""
+        self.master, self.replica = self.replica, self.master
+        eventually(lambda: self.role(self.replica) == "slave", "the old master is a replica")
+        self.catch_up()
+
     def promoted(self) -> None:
         """Wait until most Sentinels call the first replica master, and it agrees."""
         eventually(

@@ -8,15 +8,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
-import redis
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from consistency.stores import Store
     from proxy import Proxy
     from running import RunningDaemon
-
-    from cdc_invalidator.embedded.servers import Valkey
+    from standby import Standby
 
 PAUSE_SECONDS = 3.0
 """Between two faults, at most."""
@@ -27,15 +25,19 @@ class Faults:
 
     Args:
         daemon: what is killed and frozen.
-        valkey: what is restarted and emptied.
+        store: the Redis, which knows what befalls it.
         ways: the proxies on the ways to Redis and to PostgreSQL.
+        standby: which lags, if readers load from one.
         seed: of the choice.
     """
 
-    def __init__(self, daemon: RunningDaemon, valkey: Valkey, ways: Sequence[Proxy], seed: int) -> None:
+    def __init__(
+        self, daemon: RunningDaemon, store: Store, ways: Sequence[Proxy], standby: Standby | None, seed: int
+    ) -> None:
         self._daemon = daemon
-        self._valkey = valkey
+        self._store = store
         self._ways = ways
+        self._standby = standby
         self._dice = random.Random(seed)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -59,10 +61,13 @@ class Faults:
             self._cut,
             self._stall,
             self._hold,
-            self._restart_redis,
-            self._kill_redis,
-            self._flush_redis,
         ]
+        of_store = self._store.faults(self._daemon, self._dice)
+        # About as many as the others are.
+        kinds += of_store * max(1, len(kinds) // len(of_store))
+        if self._standby is not None:
+            # Most of the time, or nothing would come of it.
+            kinds += [self._lag] * len(kinds)
         try:
             while not self._stop.wait(self._dice.random() * PAUSE_SECONDS):
                 # All kinds in a random order, then again in another: a short run meets as many of them as it can.
@@ -101,14 +106,9 @@ class Faults:
         time.sleep(self._dice.random())
         way.mend()
 
-    def _restart_redis(self) -> None:
-        self._valkey.restart()
-
-    def _kill_redis(self) -> None:
-        self._valkey.kill()
-        time.sleep(self._dice.random())
-        self._valkey.start()
-
-    def _flush_redis(self) -> None:
-        with redis.Redis.from_url(self._valkey.url) as client:
-            client.flushall()
+    def _lag(self) -> None:
+        """Let the standby show nothing new for a while; at times for longer than busts wait for it."""
+        assert self._standby is not None
+        self._standby.pause_replay()
+        time.sleep(self._dice.random() * 3)
+        self._standby.resume_replay()

@@ -26,6 +26,8 @@ _HEAD = (
     "commits",
     "faults",
     "stale reads",
+    "with an LSN: older",
+    "with an age: older",
     "stale entries left",
 )
 
@@ -52,7 +54,9 @@ def _rows(outcome: Outcome) -> list[list[str]]:
         f"{outcome.dropped:,}",
         f"{outcome.commits:,}",
         f"{len(outcome.faults):,}",
-        f"**{outcome.stale.total():,}**",
+        f"{outcome.stale.total():,}" if outcome.mode.fails_over else f"**{outcome.stale.total():,}**",
+        f"**{outcome.older:,}** of {outcome.asking:,}",
+        f"**{outcome.too_old:,}** of {outcome.aged:,}",
         f"**{outcome.left.total():,}** of {outcome.entries:,}",
     ]
     if outcome.mode != trial.CONTRACT:
@@ -67,6 +71,8 @@ def _rows(outcome: Outcome) -> list[list[str]]:
             "",
             "",
             f"{outcome.stale[cache]:,}",
+            "",
+            "",
             f"{outcome.left[cache]:,}",
         ]
         for cache in sorted(outcome.reads)

@@ -30,21 +30,23 @@ SHELVES: Final = 12
 SUBJECTS: Final = ITEMS + SHELVES
 BUMP_OVER: Final = 8
 
-RULES: Final = f"""
+# With hash tags, as a cluster needs them; STALE stands for a `stale_for`, if there is one.
+_RULES: Final = """
 version: 1
 caches:
-  item: {{key: "c:item:{{id}}", ttl: 1h, negative_ttl: 1h}}
-  shelf: {{key: "c:shelf:{{shelf}}", ttl: 3s}}
-  page: {{key: "c:page:{{shelf}}:v{{version}}", version: "c:page:{{shelf}}:ver", ttl: 1h}}
+  item: {key: "c:item:{{{id}}}", ttl: 1h, negative_ttl: 1hSTALE}
+  shelf: {key: "c:shelf:{{{shelf}}}", ttl: 3sSTALE}
+  page: {key: "c:page:{{{shelf}}}:v{version}", version: "c:page:{{{shelf}}}:ver", ttl: 1hSTALE}
   stock:
-    key: "c:stock:{{id}}:v{{version}}"
+    key: "c:stock:{{{id}}}:v{version}"
     version: "c:stock:ver"
-    bump_over: {BUMP_OVER}
+    bump_over: BUMP_OVER
     ttl: 1h
     negative_ttl: 1h
 rules:
-  - {{name: item-changed, table: public.items, bust: [item, shelf, page, stock]}}
+  - {name: item-changed, table: public.items, bust: [item, shelf, page, stock]}
 """
+STALE_SECONDS: Final = 2
 
 _SCHEMA: Final = (
     "CREATE TABLE items (id int PRIMARY KEY, shelf int NOT NULL, body int NOT NULL)",
@@ -100,9 +102,11 @@ CACHES: Final = (
 )
 
 
-def rules_file(folder: Path) -> Path:
+def rules_file(folder: Path, *, stale: bool) -> Path:
+    """Write the rules; ``stale``: what is busted may be served for `STALE_SECONDS` more."""
     path = folder / "rules.yaml"
-    path.write_text(RULES)
+    text = _RULES.replace("BUMP_OVER", str(BUMP_OVER))
+    path.write_text(text.replace("STALE", f", stale_for: {STALE_SECONDS}s" if stale else ""))
     return path
 
 

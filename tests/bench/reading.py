@@ -22,6 +22,8 @@ from prometheus_client import CollectorRegistry
 
 from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import AsyncCaches, Caches, Metrics
+from cdc_invalidator.rules.agreement import Agreement, templates_digest
+from cdc_invalidator.rules.load import load_rules
 
 RULES = """
 version: 1
@@ -41,6 +43,19 @@ def load(id: int) -> dict[str, Any]:  # noqa: A002  the parameter's name
 
 def load_many(ids: list[int]) -> dict[int, Any]:
     return {id: load(id) for id in ids}  # noqa: A001
+
+
+def say_watermark(client: Any, rules: Path) -> None:
+    """Write a watermark as the daemon does; readers leave alone what it says other things of, or nothing."""
+    caches = load_rules(rules, {}).caches
+    said = Agreement(
+        {name: templates_digest(cache) for name, cache in caches.items()},
+        {name: {"id": "bigint"} for name in caches},
+        {"DateStyle": "ISO, MDY", "TimeZone": "Etc/UTC", "bytea_output": "hex"},
+    )
+    now = int(time.time() * 1000)
+    fields = {"lsn": 2, "at": now, "rules": orjson.dumps(dict.fromkeys(caches, "x")), "agreed": f"{now} {said.digest}"}
+    client.hset("cdc:cdc_invalidator:watermark", mapping=fields | dict(said.fields))
 
 
 def _turns(ways: Mapping[str, Any], rounds: int = ROUNDS) -> Iterator[tuple[str, Any, list[float]]]:
@@ -66,8 +81,6 @@ def waiting(rules: Path, url: str, metrics: Metrics) -> None:
             "hit, at_least": lambda: caches.at_least(1).user.get(id=42, load=load),
             "bare GET of the version, then of the key": lambda: (client.get("a"), client.get("shop:prod:user:42")),
         }
-        mark = {"lsn": 2, "at": int(time.time() * 1000), "rules": '{"user": "x"}'}
-        client.hset("cdc:cdc_invalidator:watermark", mapping=mark)
         for _, way, times in _turns(ways):
             started = time.perf_counter()
             for _ in range(CALLS):
@@ -143,6 +156,8 @@ def main() -> None:
         rules = Path(folder, "rules.yaml")
         rules.write_text(RULES)
         metrics = Metrics(CollectorRegistry())
+        with redis.Redis.from_url(valkey.url) as client:
+            say_watermark(client, rules)
         print("sync")
         waiting(rules, valkey.url, metrics)
         print("async")

@@ -10,17 +10,24 @@ import redis.asyncio.retry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from cdc_invalidator.reader.memory import AsyncMemory, Memory
+
+MEMORY: Final = "memory:"
 TIMEOUT_SECONDS: Final = 0.25
 
 
 def client(given: Any) -> Any:
     """Return a client that waits: of a URL such as ``redis://cache:6379/0``, or what was given if it is a client.
 
+    Of ``memory:`` it is the stand-in for tests, see `Caches.in_memory`.
+
     Raises:
         ValueError: the URL is none of a single server.
     """
     if not isinstance(given, str):
         return given
+    if given == MEMORY:
+        return Memory()
     return redis.Redis.from_url(_single(given), retry=Retry(NoBackoff(), 1), **_OPTIONS)
 
 
@@ -28,6 +35,8 @@ def async_client(given: Any) -> Any:
     """Return the same for a client that awaits; it belongs to the event loop that first uses it."""
     if not isinstance(given, str):
         return given
+    if given == MEMORY:
+        return AsyncMemory()
     return redis.asyncio.Redis.from_url(_single(given), retry=redis.asyncio.retry.Retry(NoBackoff(), 1), **_OPTIONS)
 
 

@@ -12,19 +12,20 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cdc_invalidator.reader import connect
+from cdc_invalidator.reader import connect, handle
 from cdc_invalidator.reader.aio import AsyncCaches
 from cdc_invalidator.reader.own_writes import COOKIE, SECONDS, Visitors
 
 
 def lifespan(rules: str | Path, redis: Any, **options: Any) -> Callable[[Any], AbstractAsyncContextManager[None]]:
-    """Return a lifespan: the caches are made in the application's event loop, and their client is closed in the end.
+    """Return a lifespan: the caches are made in the application's event loop, and closed with it.
 
     In a lifespan of your own: ``async with lifespan(…)(app): yield``.
 
     Args:
         rules: a rule file, or a directory of them.
-        redis: a URL, or a function that returns a client of redis.asyncio, for Sentinel or a cluster.
+        redis: a URL, ``memory:`` in tests; or, for Sentinel or a cluster, a function that returns a client of
+            redis.asyncio.
         options: of `AsyncCaches.from_rules`.
     """
 
@@ -36,7 +37,8 @@ def lifespan(rules: str | Path, redis: Any, **options: Any) -> Callable[[Any], A
             yield
         finally:
             app.state.cdc_invalidator = None
-            await client.aclose()
+            if client is not redis and not handle.is_memory(client):
+                await client.aclose()
 
     return living
 

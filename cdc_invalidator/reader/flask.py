@@ -20,8 +20,8 @@ _NAME = "cdc_invalidator"
 class FlaskCaches:
     """The caches of whichever application answers: ``caches.user.get(…)`` in a view.
 
-    The application's configuration has ``CDC_RULES``, a rule file or a directory of them, and ``CDC_REDIS``, a URL or a
-    client. ``CDC_OWN_WRITES_SECONDS`` says how long reads ask for a write.
+    The application's configuration has ``CDC_RULES``, a rule file or a directory of them, and ``CDC_REDIS``, a URL
+    (``memory:`` in tests) or a client. ``CDC_OWN_WRITES_SECONDS`` says how long reads ask for a write.
 
     Args:
         app: the application, or `init_app` is called with it.

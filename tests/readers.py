@@ -161,5 +161,10 @@ class Loader:
         return found
 
 
+def left(client: redis.Redis, pattern: str = "*") -> list[Any]:
+    """Return the keys that are there; a lock that only tells that nothing was stored is no lease, and soon gone."""
+    return [key for key in client.keys(pattern) if client.get(key) not in {b"-", "-"}]
+
+
 def _first_node(url: str) -> str:
     return url.replace("redis+cluster", "redis").split(",", maxsplit=1)[0]

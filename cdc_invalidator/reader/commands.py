@@ -17,6 +17,10 @@ from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, OLD_LOCK_SUFFIX, STALE_S
 REMEMBERED = 10_000
 # Redis serves nobody else during a command, so one command asks for so many keys at most; a script takes longer.
 MGET_KEYS, SCRIPT_KEYS = 1000, 100
+# What is seen of an entry whose value was loaded by another reader, and not stored.
+NOT_STORED = -1
+# For how many ms readers are told so: longer than they pause between two looks.
+TOLD_MS = 300
 # What a look gave that found only the version, in another hash slot than the key.
 LATER = object()
 
@@ -240,7 +244,7 @@ class Commands:
 
     def granted(self, entry: Entry, reply: Any) -> bool:
         """Return whether the lease is ours, and note its token and number; a late copy has another number."""
-        if type(reply) is not int or not reply:
+        if type(reply) is not int or reply <= 0:
             return False
         entry.lease = b"%b:%d" % (entry.token, reply)
         return True
@@ -255,9 +259,15 @@ class Commands:
         """Return the command that stores a value for so many ms, if the lease is still held."""
         return ("EVALSHA", self._scripts.fill, 2, self._lock(entry), entry.key, entry.lease, stored, ttl)
 
-    def release(self, entry: Entry) -> Command:
-        """Return the command that gives a lease back; where it is not known whether it was granted, by the token."""
-        return ("EVALSHA", self._scripts.release, 1, self._lock(entry), entry.lease or entry.token + b":")
+    def release(self, entry: Entry, *, telling: bool = False) -> Command:
+        """Return the command that gives a lease back; where it is not known whether it was granted, by the token.
+
+        Args:
+            entry: whose lease it is.
+            telling: tell those that wait for what was loaded that it is not stored.
+        """
+        told = (TOLD_MS,) if telling else ()
+        return ("EVALSHA", self._scripts.release, 1, self._lock(entry), entry.lease or entry.token + b":", *told)
 
     def bust(self, entry: Entry) -> list[Command]:
         """Return the commands that delete the entry as a bust does, the locks first."""

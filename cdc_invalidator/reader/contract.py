@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from cdc_invalidator.reader.commands import LATER, Commands
+from cdc_invalidator.reader.commands import LATER, NOT_STORED, Commands
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.flights import Flight, copies, is_loading
@@ -312,7 +312,7 @@ class Contract(Generic[T]):
         while missing:
             led, joined, nested = [], [], []
             for entry in missing:
-                granted = type(entry.seen) is int and bool(entry.seen)
+                granted = type(entry.seen) is int and entry.seen > 0
                 # Who may be given an old value asks for it, rather than wait.
                 if entry.stale and not granted:
                     led.append(entry)
@@ -406,13 +406,15 @@ class Contract(Generic[T]):
             if unknown:
                 self._begin(unknown)
                 yield from self._take(unknown)
-            mine, others = [], []
+            mine, others, alone = [], [], []
             for entry in waiting:
                 reply, entry.seen = entry.seen, None
                 if isinstance(reply, Exception):
                     yield from self.beside([entry], self._refused(reply))
                 elif self._commands.granted(entry, reply):
                     mine.append(entry)
+                elif reply == NOT_STORED:
+                    alone.append(entry)
                 elif self._served(entry, reply, demand):
                     self._land(entry)
                 elif entry.stale:
@@ -422,6 +424,7 @@ class Contract(Generic[T]):
                     others.append(entry)
             if mine:
                 yield from self._load(mine)
+            yield from self.beside(alone, "not_stored", joining=True)
             # Another reader of this process may have been given the lease.
             moved = {entry for entry in others if self._replaced(entry)}
             again += moved
@@ -477,7 +480,7 @@ class Contract(Generic[T]):
             raise
         except BaseException as error:
             self._failed(mine, error)
-            yield from self._release(mine)
+            yield from self._release(mine, telling=isinstance(error, Exception))
             raise
         took = clocks.steady() - started
         self.metrics.load_seconds(took)
@@ -531,9 +534,10 @@ class Contract(Generic[T]):
             and not self.space.admits(entry.rest, clocks.steady())
         ):
             self.metrics.bypasses("max_keys")
-            payload = None
-        if payload is None or ttl is None:
+            # The word to those that wait would be a key, too.
             return self._commands.release(entry)
+        if payload is None or ttl is None:
+            return self._commands.release(entry, telling=True)
         if entry.value is not None and self._jitter:
             ttl += int(clocks.chance() * self._jitter)
         expires = int(clocks.wall() * 1000) + ttl
@@ -565,16 +569,21 @@ class Contract(Generic[T]):
         """Return what keeps the leases of entries alive."""
         return self._commands.renewal(mine, self.options.longest_load)
 
-    def _release(self, mine: Sequence[Entry]) -> Steps[None]:
+    def _release(self, mine: Sequence[Entry], *, telling: bool = False) -> Steps[None]:
         """Give leases back; where it is not known whether one was granted, by the token alone."""
         # Where the version is not known, nor is the lock; the lease runs out.
         known = [entry for entry in mine if NUL not in entry.key]
-        commands = [self._commands.release(entry) for entry in known]
+        commands = [self._commands.release(entry, telling=telling) for entry in known]
+        silent = [self._commands.release(entry) for entry in known]
         for entry in mine:
             entry.token = entry.lease = b""
         try:
             if commands:
-                yield Send(commands)
+                replies = yield Send(commands)
+                # A Redis that is full can't be told.
+                refused = [quiet for quiet, reply in zip(silent, replies, strict=True) if isinstance(reply, Exception)]
+                if telling and refused:
+                    yield Send(refused)
         except Unavailable:
             return  # the leases run out
 
@@ -585,15 +594,23 @@ class Contract(Generic[T]):
                 self._close([entry])
                 entry.flight.fail(error)
 
-    def beside(self, entries: Iterable[Entry], reason: str) -> Steps[None]:
-        """Load, without storing, what has no value yet."""
+    def beside(self, entries: Iterable[Entry], reason: str, *, joining: bool = False) -> Steps[None]:
+        """Load, without storing, what has no value yet.
+
+        Args:
+            entries: the entries.
+            reason: why, for metrics.
+            joining: let readers that come meanwhile wait for the end of this load and share the next one; else each of
+                them loads at once.
+        """
         undone = [entry for entry in entries if not entry.done]
         if not undone:
             return
         self.metrics.bypasses(reason, len(undone))
         started = self.world.clocks.steady()
         # Whoever has joined by now did so before this load.
-        self._close(undone)
+        if not joining:
+            self._close(undone)
         self._begin(undone)
         try:
             values = yield Load(undone)

@@ -134,7 +134,9 @@ class Store:
             return self._seize(keys, args)
         if held.startswith(args[0] + b":"):
             return int(held.removeprefix(args[0] + b":"))
-        return [self._get(keys[2])] if len(keys) > 2 else 0
+        if len(keys) > 2:
+            return [self._get(keys[2])]
+        return -1 if held == b"-" else 0
 
     def _versioned(self, keys: list[bytes], args: list[bytes]) -> Reply:
         token, lease, header, lasts, locks, stales, *rests = args
@@ -181,7 +183,13 @@ class Store:
 
     def _release(self, keys: list[bytes], args: list[bytes]) -> int:
         held = self._get(keys[0])
-        return self._unlink(keys[0]) if held is not None and held.startswith(args[0]) else 0
+        if held is None or not held.startswith(args[0]):
+            return 0
+        if len(args) > 1:
+            self._set(keys[0], b"-", args[1])
+        else:
+            self._unlink(keys[0])
+        return 1
 
 
 class _Commands:

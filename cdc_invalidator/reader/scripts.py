@@ -12,14 +12,15 @@ from hashlib import sha1
 # KEYS: the lock, the key, and for a cache with stale_for the old value's key. ARGV: token, milliseconds of the lease,
 # what a value must begin with.
 # Looks once more, so that nobody loads what was stored in the meantime. Returns the value; or a number above 0: the
-# lease is yours, held under token:number, so load; or 0: another reader loads; or, for a cache with stale_for, a list
-# with the old value or nothing: another reader loads.
+# lease is yours, held under token:number, so load; or 0: another reader loads; or -1: another reader has loaded what is
+# not stored, so load as well, without storing; or, for a cache with stale_for, a list with the old value or nothing
+# instead of 0 and -1.
 TAKE = """
 local value = redis.call('GET', KEYS[2])
 if value and string.sub(value, 1, #ARGV[3]) == ARGV[3] then return value end
 local mine, held = ARGV[1] .. ':', redis.call('GET', KEYS[1])
 if held and string.sub(held, 1, #mine) == mine then return tonumber(string.sub(held, #mine + 1)) end
-if held then return KEYS[3] and {redis.call('GET', KEYS[3])} or 0 end
+if held then return KEYS[3] and {redis.call('GET', KEYS[3])} or held == '-' and -1 or 0 end
 local time = redis.call('TIME')
 local number = time[1] * 1000000 + time[2]
 redis.call('SET', KEYS[1], mine .. string.format('%.0f', number), 'PX', ARGV[2])
@@ -56,7 +57,7 @@ local function leased(at)
     return number
   end
   if string.sub(held, 1, #mine) == mine then return tonumber(string.sub(held, #mine + 1)) end
-  if ARGV[6] == '' then return 0 end
+  if ARGV[6] == '' then return held == '-' and -1 or 0 end
   local old = redis.call('GET', keys[at] .. ARGV[6])
   local before = not old and redis.call('GET', KEYS[at] .. ARGV[6])
   if before then old = redis.call('GET', (string.gsub(ARGV[at + 6], '%z', before))) end
@@ -107,12 +108,15 @@ redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
 
-# KEYS: the lock. ARGV: token:number, or token: of a TAKE whose answer is not known. Gives the lease back, if it is
-# still held: nothing is stored. Returns 1 if it was held, else 0.
+# KEYS: the lock. ARGV: token:number, or token: of a TAKE whose answer is not known; and perhaps for how many
+# milliseconds those that wait are told that nothing is stored. Gives the lease back, if it is still held. What is left
+# in the lock for those that wait is no lease: nobody stores under it, and a bust deletes it.
+# Returns 1 if it was held, else 0.
 RELEASE = """
 local held = redis.call('GET', KEYS[1])
-if held and string.sub(held, 1, #ARGV[1]) == ARGV[1] then return redis.call('UNLINK', KEYS[1]) end
-return 0
+if not held or string.sub(held, 1, #ARGV[1]) ~= ARGV[1] then return 0 end
+if ARGV[2] then redis.call('SET', KEYS[1], '-', 'PX', ARGV[2]) else redis.call('UNLINK', KEYS[1]) end
+return 1
 """
 
 

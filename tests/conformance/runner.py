@@ -348,7 +348,8 @@ class _Scene:
         return 0 < self._left(self._lock) <= SECONDS * 1000
 
     def _lock_free(self) -> bool:
-        return not self._server.exists(self._lock)
+        # What tells readers for a moment that nothing was stored is no lease.
+        return self._server.get(self._lock) in {None, "-", b"-"}
 
     def _lock_theirs(self) -> bool:
         return self._server.get(self._lock) == _SOMEBODY

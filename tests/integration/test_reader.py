@@ -10,6 +10,7 @@ import decimal
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,7 @@ import redis.asyncio
 import redis.asyncio.retry
 import redis.retry
 from prometheus_client import CollectorRegistry
-from readers import Loader, Reads, rules_file
+from readers import Loader, Reads, left, rules_file
 from redis.backoff import ExponentialBackoff
 
 from cdc_invalidator.embedded.servers import Valkey
@@ -144,7 +145,7 @@ def test_entries_expire_within_ttl_and_jitter_and_locks_are_given_back(caches: A
     times = [redis_client.pttl(f"t:user:{{{number}}}") for number in range(20)]
     assert all(300_000 - 60_000 < int(left) <= 330_000 for left in times)
     assert len(set(times)) > 10, "what was filled together does not expire together"
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
 
 
 def test_what_the_loader_raises_comes_out_and_the_lease_is_given_back(caches: Any, redis_client: redis.Redis) -> None:
@@ -154,7 +155,7 @@ def test_what_the_loader_raises_comes_out_and_the_lease_is_given_back(caches: An
     for name in CACHES:
         with pytest.raises(LookupError):
             caches[name].get(id=1, load=fail)
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
     assert caches.user.get(id=1, load=Loader({1: "Ada"})) == "Ada"
 
 
@@ -241,7 +242,29 @@ def test_readers_of_what_is_not_stored_share_a_load(
     assert got == [value] * 40
     assert len(load.asked) <= 2, "a reader may come as the load ends"
     assert value is None or len({id(each) for each in got}) > 40 - len(load.asked), "each has a copy of its own"
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("value", [None, {b"x"}], ids=["no row", "a set"])
+def test_other_processes_do_not_load_one_after_the_other_what_is_not_stored(
+    name: str, value: Any, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    """Readers share loads by their `Caches`, so each of these is a process."""
+    rules = rules_file(tmp_path)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(redis.Redis.from_url(redis_url, socket_timeout=20)) for _ in range(5)]
+        handles = [Caches.from_rules(rules, client)[name].using(strict=False, wait=20.0) for client in clients]
+        load = Loader({1: value}, before=lambda: time.sleep(0.4))
+        for handle in handles:
+            handle.get(id=2, load=Loader({2: "Ada"}))
+        started = time.monotonic()
+        with ThreadPoolExecutor(len(handles)) as pool:
+            got = list(pool.map(lambda handle: handle.get(id=1, load=load), handles))
+        took = time.monotonic() - started
+    assert got == [value] * 5
+    assert took < 4 * 0.4, "one load, and then all others at the same time"
+    assert not left(redis_client, "*\0lock")
 
 
 def test_a_failure_is_shared_too(reads: Reads, caches: Any, redis_client: redis.Redis) -> None:
@@ -255,7 +278,7 @@ def test_a_failure_is_shared_too(reads: Reads, caches: Any, redis_client: redis.
     got = at_once(reads, caches.user, 40, fail, id=1)
     assert [type(each) for each in got] == [LookupError] * 40
     assert len(asked) <= 2
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
     assert caches.user.get(id=1, load=Loader({1: "Ada"})) == "Ada"
 
 
@@ -283,7 +306,7 @@ def test_a_load_that_takes_longer_than_lease_and_wait_is_one_load_and_is_stored(
     reader.join()
     assert (len(own.asked), their.asked) == (1, [])
     assert count("fills_total") == 1
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
 
 
 def test_a_value_that_a_bust_overtakes_is_not_given_to_readers_that_came_after_the_bust(
@@ -351,7 +374,7 @@ async def test_a_read_that_is_cancelled_while_it_takes_the_lease_leaves_none(
         reading.cancel()
         await asyncio.wait({reading})
         assert reading.cancelled()
-        assert not redis_client.keys("*\0lock")
+        assert not left(redis_client, "*\0lock")
 
 
 def test_a_loader_that_reads_its_own_key_does_not_wait_for_itself(caches: Any, count: Counts) -> None:
@@ -426,7 +449,7 @@ def test_who_waits_in_vain_loads_by_itself_and_stores_nothing(
     assert caches[name].using(wait=0.05).get(id=1, load=load) == "Ada"
     assert (count("waits_total", name), count("bypasses_total", name, reason="waited")) == (1, 1)
     assert count("fills_total", name) == 0
-    assert len(redis_client.keys("*\0lock")) == 1
+    assert len(left(redis_client, "*\0lock")) == 1
 
 
 def test_who_waits_is_given_what_somebody_else_stores(
@@ -537,7 +560,7 @@ def test_a_value_that_would_not_come_back_as_it_is_is_an_error_in_development(
     got = at_once(reads, caches.user, 20, load, id=1)
     assert {type(each) for each in got} == {Unstorable}
     assert len(load.asked) <= 2
-    assert not redis_client.keys("*"), "no lease is left either"
+    assert not left(redis_client), "no lease is left either"
 
 
 def test_a_value_that_would_not_come_back_as_it_is_is_read_in_production(
@@ -548,7 +571,7 @@ def test_a_value_that_would_not_come_back_as_it_is_is_read_in_production(
         value = {"a set": {1, 2}}
         assert lenient.get(id=1, load=Loader({1: value})) is value
     assert count("bypasses_total", reason="unserializable") == 2
-    assert not redis_client.keys("*")
+    assert not left(redis_client)
     assert [record.getMessage() for record in caplog.records] == [
         "values of cache user are not stored: a dict would not come back as it is; CDC_READER_STRICT=1 tells more"
     ]
@@ -603,11 +626,11 @@ async def test_a_read_that_is_cancelled_while_it_loads_gives_the_lease_back(
 
         reading = asyncio.create_task(caches[name].get(id=1, load=never))
         await loading.wait()
-        assert len(redis_client.keys("*\0lock")) == 1
+        assert len(left(redis_client, "*\0lock")) == 1
         reading.cancel()
         await asyncio.wait({reading})
         assert reading.cancelled()
-        assert not redis_client.keys("*\0lock")
+        assert not left(redis_client, "*\0lock")
 
 
 # ── Parameters ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -637,7 +660,7 @@ def test_what_has_no_key_is_loaded_each_time(
     assert [caches.user.get(id=value, load=load) for _ in range(2)] == ["Ada", "Ada"]
     assert caches.user.get_many([value, value], load=load.many) == ["Ada", "Ada"]
     assert count("bypasses_total", reason=reason) == 4
-    assert not redis_client.keys("*")
+    assert not left(redis_client)
 
 
 def test_no_more_keys_than_the_hint_allows(caches: Any, redis_client: redis.Redis, count: Counts) -> None:
@@ -645,7 +668,7 @@ def test_no_more_keys_than_the_hint_allows(caches: Any, redis_client: redis.Redi
     assert [caches.few.get(id=number, load=load) for number in range(100)] == list(range(100))
     assert 10 <= len(redis_client.keys("t:few:*")) < 20
     assert count("bypasses_total", "few", reason="max_keys") > 80
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
 
 
 def test_an_unknown_cache_is_told_with_the_nearest(caches: Any) -> None:
@@ -669,7 +692,7 @@ def test_many_are_one_look_and_one_load(name: str, caches: Any, redis_client: re
     assert caches[name].get_many([3, 2, 1], load=load.many) == ["user 3", "user 2", "user 1"]
     assert len(load.asked) == 1
     assert caches[name].get_many([], load=load.many) == []
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -688,7 +711,7 @@ def test_more_keys_than_one_script_asks_for_are_read_and_bust_like_few(
     assert [number for number, value in enumerate(got) if value == "new"] == (
         list(range(250)) if name == "far" else [7]
     )
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
 
 
 def test_many_of_a_cache_with_two_parameters_are_mappings(caches: Any) -> None:
@@ -718,12 +741,12 @@ def test_an_answer_to_what_was_not_asked_is_refused_and_nothing_is_stored(
     rows = dict.fromkeys(wanted, "Ada")
     with pytest.raises(TypeError, match="asked for items of type str gives a mapping with a key of type UUID that"):
         caches.known.get_many([str(each) for each in wanted], load=lambda _: rows)
-    assert not redis_client.keys("*")
+    assert not left(redis_client)
     with pytest.raises(TypeError, match="of type UUID that was not asked for; use the items as keys, as they were"):
         caches.known.get_many(wanted[:1], load=lambda _: rows)
     with pytest.raises(TypeError, match="asked for items of type NoneType gives a mapping with a key of type UUID"):
         caches.known.get_many([None], load=lambda _: rows)
-    assert not redis_client.keys("*")
+    assert not left(redis_client)
     assert caches.known.get_many(wanted, load=lambda _: rows) == ["Ada"] * 3
 
 
@@ -800,7 +823,7 @@ def test_a_writer_stores_what_it_has_committed(name: str, caches: Any, redis_cli
         assert write.set("newer") is False, "once"
     assert caches[name].get(id=1, load=load) == "new"
     assert load.asked == []
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
 
 
 @pytest.mark.parametrize("name", ["user", "both"])
@@ -811,7 +834,7 @@ def test_a_bust_between_the_commit_and_the_write_wins(
         if name == "user":
             bust(name)
         else:
-            redis_client.unlink(*redis_client.keys("*\0lock"))
+            redis_client.unlink(*left(redis_client, "*\0lock"))
         assert write.set("old by now") is False
     assert count("dropped_fills_total", name) == 1
     assert caches[name].get(id=1, load=Loader({1: "new"})) == "new"
@@ -835,7 +858,7 @@ def test_a_reader_that_loads_while_somebody_writes_does_not_store(caches: Any, c
 def test_a_writer_that_stores_nothing_gives_the_lease_back(caches: Any, redis_client: redis.Redis) -> None:
     with contextlib.suppress(LookupError), caches.user.writing(id=1):
         raise LookupError
-    assert not redis_client.keys("*\0lock")
+    assert not left(redis_client, "*\0lock")
 
 
 @pytest.mark.parametrize("name", CACHES)

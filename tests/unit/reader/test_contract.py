@@ -79,8 +79,10 @@ class Model:
         raise AssertionError(command)
 
     def _lease(self, lock: bytes, token: bytes) -> int:
-        """Give the number of the lease, which is made if nobody holds one; 0 if somebody else does."""
+        """Give the number of the lease, which is made if nobody holds one; 0 if somebody else does; -1: not stored."""
         held = self.data.get(lock)
+        if held == b"-":
+            return -1
         if held is None:
             return self._seize([lock], [token])
         return int(held.removeprefix(token + b":")) if held.startswith(token + b":") else 0
@@ -94,9 +96,8 @@ class Model:
         value = self.data.get(keys[1])
         if value is not None and value.startswith(args[2]):
             return value
-        if number := self._lease(keys[0], args[0]):
-            return number
-        return [self.data.get(keys[2])] if len(keys) > 2 else 0
+        number = self._lease(keys[0], args[0])
+        return [self.data.get(keys[2])] if number <= 0 and len(keys) > 2 else number
 
     def _versioned(self, keys: list[bytes], args: list[Any]) -> Any:
         token, _, header, _, lock_suffix, _, *rests = args
@@ -124,7 +125,12 @@ class Model:
         return 1
 
     def _release(self, keys: list[bytes], args: list[Any]) -> int:
-        return int(self.data.get(keys[0], b"").startswith(args[0]) and self.data.pop(keys[0]) is not None)
+        if not self.data.get(keys[0], b"").startswith(args[0]):
+            return 0
+        del self.data[keys[0]]
+        if len(args) > 1:
+            self.data[keys[0]] = b"-"
+        return 1
 
     def _renew(self, keys: list[bytes], args: list[Any]) -> int:
         return int(self.data.get(keys[0]) == args[0])
@@ -424,9 +430,58 @@ def test_a_load_that_fails_gives_the_lease_back() -> None:
     effect = steps.throw(LookupError("no such row"))
     for command in effect.commands:
         model.ask(*command)
-    assert model.data == {}
+    assert model.data == {b"t:user:1\0lock": b"-"}, "which tells those that wait"
     with pytest.raises(LookupError):
         steps.send([1])
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_load_that_is_cancelled_gives_the_lease_back_and_another_reader_takes_it(name: str) -> None:
+    times = Times()
+    contract, model = contract_of(name, times)
+    _, steps = reading(contract, id=1)
+    effect = next(steps)
+    while not isinstance(effect, Load):
+        effect = steps.send([model.ask(*command) for command in effect.commands])
+    before = set(model.data)
+    effect = steps.throw(KeyboardInterrupt())
+    for command in effect.commands:
+        model.ask(*command)
+    assert before - set(model.data) == {key for key in before if key.endswith(b"\0lock")}
+    with pytest.raises(KeyboardInterrupt):
+        steps.send([1])
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_who_waits_for_what_is_not_stored_loads_at_once_and_a_bust_ends_that(name: str) -> None:
+    times = Times()
+    contract, model = contract_of(name, times, strict=False)
+    waiting = Contract(contract.cache, contract.options, World(Feed("slot"), clocks=times.clocks()), no_metrics())
+    _, first = reading(contract, id=1)
+    effect = next(first)
+    while not isinstance(effect, Load):
+        effect = first.send([model.ask(*command) for command in effect.commands])
+    entry, second = reading(waiting, id=1)
+    wanted = next(second)
+    while not isinstance(wanted, Sleep):
+        wanted = second.send([model.ask(*command) for command in wanted.commands])
+    for command in first.send([object()]).commands:
+        model.ask(*command)
+    wanted = second.send(None)
+    for _ in range(2):
+        assert isinstance(wanted, Send)
+        wanted = second.send([model.ask(*command) for command in wanted.commands])
+        if not isinstance(wanted, Send):
+            break
+    assert wanted == Load([entry]), "and nothing is renewed"
+    with pytest.raises(StopIteration):
+        second.send(["Ada"])
+    (lock,) = (key for key in model.data if key.endswith(b"\0lock"))
+    assert model.data[lock] == b"-"
+    del model.data[lock]
+    entry, third = reading(waiting, id=1)
+    drive(third, model, lambda _: "Ada", times)
+    assert any(value.endswith(b'"Ada"') for value in model.data.values()), "it is stored again"
 
 
 def test_what_nobody_can_read_is_loaded_by_one_of_two_readers() -> None:

@@ -127,7 +127,12 @@ class Tables:
         if types != before:
             templates = {name: templates_digest(cache) for name, cache in self._rules.caches.items()}
             self._agreement = Agreement(templates, types, self._spelling.values)
-        return [name for name, known in types.items() if before and known != before[name]]
+        # Of a type that was not known, readers have made no keys.
+        return [
+            name
+            for name, known in before.items()
+            if any(told is not None and types[name].get(parameter) != told for parameter, told in known.items())
+        ]
 
     def relent(self) -> None:
         """Refuse nothing from now on: rules that were good enough at the start stay in force."""
@@ -188,7 +193,7 @@ class Tables:
         blind = self.caches(now.blind, "table_unpublished")
         broken |= {cache: reason for cache, reason in blind.items() if cache not in busy}
         # Readers may have made other keys than those that busts have named.
-        broken |= dict.fromkeys(await self._agree(now), "table_changed")
+        broken = dict.fromkeys(await self._agree(now), "table_changed") | broken
         self._survey = now
         return broken
 

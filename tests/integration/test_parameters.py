@@ -12,6 +12,9 @@ from running import RunningDaemon, eventually, execute, settled, watermark
 from cdc_invalidator.postgres.connection import connect
 from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.parameters import Types, parameter_types
+from cdc_invalidator.postgres.publication import Publication
+from cdc_invalidator.postgres.spelling import Spelling
+from cdc_invalidator.postgres.tables import Tables
 from cdc_invalidator.rules.agreement import templates_digest
 from cdc_invalidator.rules.load import parse_rules
 
@@ -203,3 +206,37 @@ def test_readers_are_told_at_once_of_other_types_and_other_rules(
         rules.write_text(text.replace("'t:user:{id}'", "'t:person:{id}'"), encoding="utf-8")
         eventually(lambda: told("templates")["user"] != templates_digest(caches["user"]), "the reload is told")
         assert told("templates")["team"] == templates_digest(caches["team"])
+
+
+async def test_a_query_whose_answer_has_another_type_is_found_and_its_cache_swept(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc_invalidator.postgres.tables.TYPES_SECONDS", -1.0)
+    execute(database, *DDL)
+    text = f"version: 1\ncaches: {{{cache('user', 'id')}, {cache('team', 'id')}, {cache('none', 'id')}}}\nrules:\n"
+    via = "{via: 'SELECT id FROM users WHERE team = {id}'}"
+    text += f"  - {{name: r, table: public.teams, bust: [team, {{user: {via}}}]}}\n"
+    text += "  - {name: s, table: public.nowhere, bust: [none]}\n"
+    rules, source = parse_rules([("rules.yaml", text)], {}), DsnSource.fixed(database)
+
+    async with await connect(source, "test") as connection:
+        spelling = await Spelling.read(connection, source)
+        tables = Tables(connection, Publication(connection, "p"), spelling, rules, strict=False)
+        await tables.publish()
+        told = tables.agreement
+        assert (told.types, told.settings) == (
+            {"user": {"id": "bigint"}, "team": {"id": "integer"}, "none": {"id": None}},
+            spelling.values,
+        )
+        assert await tables.look(sweeping=set) == {}
+        assert tables.agreement is told, "nothing is new"
+
+        # No rule is of this table, so nobody else sees it.
+        execute(database, "ALTER TABLE users ALTER id TYPE text")
+        assert await tables.look(sweeping=set) == {"user": "table_changed"}
+        assert tables.agreement.types["user"] == {"id": "text"}
+
+        # Of a table that was not there, readers have made no keys by its type.
+        execute(database, "CREATE TABLE nowhere (id uuid PRIMARY KEY)")
+        assert await tables.look(sweeping=set) == {"none": "table_added"}
+        assert tables.agreement.types["none"] == {"id": "uuid"}

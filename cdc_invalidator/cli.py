@@ -494,6 +494,39 @@ def tail(
 
 
 @app.command()
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the module to FILE instead of standard output.",
+)
+@click.option("--check", "compare", is_flag=True, help="Write nothing; exit 1 if the FILE of --output is out of date.")
+@_takes(settings.Handles)
+def handles(given: settings.Handles, output: Path | None, compare: bool) -> None:
+    """Write a Python module with which type checkers know each cache and its parameters.
+
+    Types of parameters come from the database; without one, from the FILE of --output, if that is there.
+    """
+    from cdc_invalidator.commands import handles as command
+
+    if compare and output is None:
+        raise errors.WrongSettings("--check compares a file; give it with --output.")
+    rules = _rules(given)
+    if given.postgres_dsn is not None:
+        types = _completed(command.types_of(_postgres(given.postgres_dsn), rules))
+    else:
+        types = command.noted_types(output)
+    text = command.module(rules, types)
+    if output is None:
+        click.echo(text, nl=False)
+    elif not compare:
+        output.write_text(text)
+    elif not output.exists() or output.read_text() != text:
+        raise errors.InvalidatorError(f"{output} is out of date; write it with `cdc-invalidator handles -o {output}`.")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of rule files, for editors."""
     import orjson

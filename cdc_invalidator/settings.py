@@ -107,6 +107,15 @@ class Explain(Rules):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Handles(Rules):
+    """Settings of `handles`; the database is optional."""
+
+    postgres_dsn: Secret | None = _setting(
+        "Connection string of the database, to read the types of parameters. Optional.", None
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Init:
     """Settings of `init`; without ``redis_url`` it needs a file of keys."""
 

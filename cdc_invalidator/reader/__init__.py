@@ -14,6 +14,7 @@ from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.metrics import Metrics
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.serializers import BYTES, JSON, TEXT, Serializer, Unstorable, serializer_of, unsafe_pickle
+from cdc_invalidator.reader.spelling import Parameter
 from cdc_invalidator.reader.sync import Cache, Caches
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Caches",
     "Metrics",
     "Options",
+    "Parameter",
     "Serializer",
     "Unstorable",
     "serializer_of",

@@ -95,7 +95,7 @@ class Book:
     def _make(self, name: str) -> Contract[Any]:
         if self._caches is None:
             return self._contract(_unknown(name))
-        names = [known for known in self._caches if name in {known, _identifier(known)}]
+        names = [known for known in self._caches if name in {known, identifier(known)}]
         if name in names:
             names = [name]
         if len(names) != 1:
@@ -115,7 +115,8 @@ def _unknown(name: str) -> Cache:
     return Cache(name, Template.of(()), None, DEFAULT_VERSION_TTL, ttl=1, jitter=0, ttl_only=False, digest="")
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
+    """Return a cache's name as an attribute."""
     return name.replace("-", "_").replace(".", "_")
 
 

@@ -17,9 +17,12 @@ import enum
 import re
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 Make = Callable[[Any], bytes]
+
+Parameter: TypeAlias = int | str | bytes | uuid.UUID | dt.date | decimal.Decimal | enum.Enum
+"""A parameter whose column's type nobody knows."""
 
 
 class NoKey(Exception):

@@ -17,7 +17,7 @@ from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.sync import Cache, Caches
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
-C = TypeVar("C", Caches, AsyncCaches)
+C = TypeVar("C", bound=Caches | AsyncCaches)
 
 
 @contextmanager

@@ -1,0 +1,125 @@
+"""The module that `handles` writes, and what type checkers find with it in an application."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from paths import ROOT
+
+from cdc_invalidator import cli
+from cdc_invalidator.commands.handles import module, noted_types
+from cdc_invalidator.postgres.parameters import Types
+from cdc_invalidator.rules.load import load_rules
+
+RULES = """
+version: 1
+caches:
+  user: {key: "t:user:{id}", ttl: 5m}
+  session: {key: "t:session:{token}:{version}", version: "t:session:{day}:ver", ttl: 5m}
+  team-members: {key: "t:team:{team}:{kind}", ttl: 5m}
+  unknown: {key: "t:unknown:{thing}", ttl: 5m}
+  odd: {key: "t:odd:{class}", ttl: 5m}
+  all: {key: "t:all", ttl: 5m}
+  local: {key: "t:local:{load}", ttl: 5m}
+  9-lives: {key: "t:lives:{id}", ttl: 5m}
+  rest: {key: "t:rest:{id}:*"}
+rules: []
+"""
+TYPES: Types = {
+    "user": {"id": "bigint"},
+    "session": {"token": "uuid", "day": "date"},
+    "team-members": {"team": "integer", "kind": "character varying(20)"},
+    "unknown": {"thing": None},
+    "odd": {"class": "smallint"},
+    "gone": {"id": "text"},
+}
+FILES = ("application.py", "shop_caches.py")
+APPLICATION = Path(__file__).parent / "typed" / "application.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("typed")
+    (folder / "rules.yaml").write_text(RULES)
+    (folder / "shop_caches.py").write_text(module(load_rules(folder / "rules.yaml", {}), TYPES))
+    shutil.copy(APPLICATION, folder)
+    return folder
+
+
+def wrong_lines() -> set[int]:
+    lines = enumerate(APPLICATION.read_text().splitlines(), 1)
+    return {number for number, line in lines if line.endswith("# wrong")}
+
+
+def found(folder: Path, *words: str | Path) -> set[int]:
+    """Run a type checker, and give the lines of the application that it complains of."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=250, check=False)
+    errors = re.findall(r"(\w+\.py):(\d+):.*error: .*", done.stdout)
+    assert errors, done.stdout + done.stderr
+    assert {file for file, _ in errors} == {"application.py"}, done.stdout
+    lines = {int(line) for _, line in errors}
+    assert lines == wrong_lines(), done.stdout
+    return lines
+
+
+def test_mypy_finds_each_mistake_and_nothing_else(folder: Path) -> None:
+    found(
+        folder, sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "application.py", "shop_caches.py"
+    )
+
+
+def test_pyright_finds_each_mistake_and_nothing_else(folder: Path) -> None:
+    pyright = shutil.which("basedpyright", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
+    if pyright is None:
+        pytest.skip("basedpyright is not installed here")
+    (folder / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "standard", "extraPaths": [str(ROOT)]}))
+    found(folder, pyright, "--level", "error", "--pythonpath", sys.executable, *FILES)
+
+
+def test_at_runtime_its_caches_are_those_of_the_reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cdc_invalidator import reader
+
+    monkeypatch.syspath_prepend(str(folder))
+    import shop_caches  # type: ignore[import-not-found]
+
+    assert shop_caches.Caches is reader.Caches
+    assert shop_caches.AsyncCaches is reader.AsyncCaches
+    assert shop_caches.UserCache[int] == reader.Cache[int]
+    assert all(hasattr(shop_caches, name) for name in shop_caches.__all__)
+
+
+def test_a_cache_that_the_reader_can_not_read_is_left_out(folder: Path) -> None:
+    text = (folder / "shop_caches.py").read_text()
+    assert "RestCache" not in text
+    assert "Cache9LivesCache" in text
+    assert "def local(self) ->" not in text, "it is the name of a method"
+
+
+def test_without_a_database_types_are_kept_and_check_compares(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "caches.py"
+
+    def run(*words: str) -> tuple[int, str]:
+        given = ["handles", "--rules", str(folder / "rules.yaml"), *words]
+        ended = CliRunner().invoke(cli.app, given)
+        return ended.exit_code, str(ended.exception or ended.output)
+
+    assert run("--check") == (1, "--check compares a file; give it with --output.")
+    assert "is out of date; write it with `cdc-invalidator handles -o" in run("-o", str(file), "--check")[1]
+    shutil.copy(folder / "shop_caches.py", file)
+    assert run("-o", str(file), "--check") == (0, "")
+    assert run("-o", str(file)) == (0, "")
+    assert file.read_text() == (folder / "shop_caches.py").read_text()
+    assert noted_types(file)["user"] == {"id": "bigint"}
+    file.write_text(file.read_text().replace("# wrong", "").replace("UserCache", "UsrCache"))
+    assert run("-o", str(file), "--check")[0] == 1
+    assert "unknown" in run()[1]

@@ -142,10 +142,15 @@ class Visitors:
         """Return the LSN in a cookie; 0 for one that is not ours, or is too old."""
         signed, _, signature = (cookie or "").rpartition(".")
         # As bytes: text that isn't ASCII can't be compared.
-        if not hmac.compare_digest(signature.encode(), self._signature(signed).encode()):
+        if not hmac.compare_digest(_bytes(signature), _bytes(self._signature(signed))):
             return 0
         lsn, until = (int(part, 16) for part in signed.split("."))
         return lsn if self._clock() < until else 0
 
     def _signature(self, signed: str) -> str:
-        return hmac.digest(self._key, signed.encode(), "sha256").hex()[:32]
+        return hmac.digest(self._key, _bytes(signed), "sha256").hex()[:32]
+
+
+def _bytes(text: str) -> bytes:
+    # A server may hand on bytes of a visitor that are no UTF-8, as surrogates.
+    return text.encode("utf-8", "surrogatepass")

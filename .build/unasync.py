@@ -1,6 +1,6 @@
-"""Makes the reader's shell that waits of the one that awaits: reader/sync.py of reader/aio.py.
+"""Makes the reader's shell that waits of the one that awaits: sync.py of aio.py, and sync_servers.py of aio_servers.py.
 
-Run it after a change of `aio`: ``.venv/bin/python .build/unasync.py``. A test holds the files against each other.
+Run it after a change of these: ``.venv/bin/python .build/unasync.py``. A test holds the files against each other.
 """
 
 from __future__ import annotations
@@ -12,16 +12,35 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 READER = ROOT / "cdc_invalidator" / "reader"
-SOURCE, MADE = READER / "aio.py", READER / "sync.py"
+PAIRS = {READER / "aio.py": READER / "sync.py", READER / "aio_servers.py": READER / "sync_servers.py"}
 
 # In this order; the first are of code, the others of what is said about it.
 CHANGES = (
+    (r"\baio_servers\b", "sync_servers"),
+    (r"await _turn\((turns), (CONNECTION_SECONDS)\)", r"\1.acquire(timeout=\2)"),
+    (r"\n\n\nasync def _turn\(.*?(?=\n\n\n|\n\Z)", ""),
+    (r"async with asyncio\.timeout\(self[^()]*\):", "with nullcontext():"),
+    (r"^from contextlib import suppress$", "from contextlib import nullcontext, suppress"),
+    (r" {8}self\._loops: .*?\n", ""),
+    (r"self\._here: [^\n]*\n", "self._way = self._new_way()\n"),
+    (r" {8}loop, way = self\._here\n.*?(?=\n\n    def _new_way)", "        return self._way"),
+    (r"\n\n    def _enter\(.*?(?=\n\n    def one)", ""),
+    (r"commands, of the running event loop\.", "commands."),
+    (r" of the running event loop; (a later|they are)", r"; \1"),
+    (r"they are closed with it in any case", "a later read opens others"),
+    (r"\n\n\nasync def _until_the_end\(.*?(?=\n\n\n)", ""),
+    (r"Flights\(asyncio\.Event, asyncio\.get_running_loop\)", "Flights(threading.Event)"),
+    (r"\baclose\b", "close"),
+    (r"\bawaits=True\b", "awaits=False"),
+    (r"\bvalkey\.asyncio\b", "valkey"),
+    (r", in each event loop that reads\.", "."),
+    (r"\bdisconnect\(nowait=True\)", "disconnect()"),
+    (r"All of it belongs to one event loop\.", "All of it may be shared by threads."),
     (r"await _awaited\((load\([^()]*\))\)", r"\1"),
     (r"\n\n\nasync def _awaited\(.*?(?=\n\n\n)", ""),
     (r"await _happened\((effect\.event), (effect\.seconds)\)", r"\1.wait(\2)"),
     (r"\n\n\nasync def _happened\(.*?(?=\n\n\n)", ""),
     (r"await asyncio\.sleep", "time.sleep"),
-    (r"\basyncio\.Event", "threading.Event"),
     (r"\basyncio\.Semaphore", "threading.Semaphore"),
     (r"^import asyncio$", "import threading"),
     (r"\bredis\.asyncio\b", "redis"),
@@ -35,25 +54,34 @@ CHANGES = (
     (r"(the shell that )awaits\.", r"\1waits.\n\nMade of aio.py by .build/unasync.py; change that.\n"),
     (r"\n    They may be coroutine functions\.", ""),
     (r"a coroutine function", "a function"),
-    (r"It belongs to the event loop that its client belongs to\.", "It may be shared by threads, as the client may."),
+    (r"It may be shared by event loops: each has [^\n]*", "It may be shared by threads."),
 )
 
 
-def unasync(text: str) -> str:
+def unasync(text: str, made: Path) -> str:
     """Give the text of a module without its awaiting."""
     for pattern, replacement in CHANGES:
-        text, count = re.subn(pattern, replacement, text, flags=re.MULTILINE | re.DOTALL)
-        if not count:
-            raise ValueError(f"nothing in {SOURCE.name} is like {pattern!r}; change the list of changes with it")
-    text = _ruff(text, "check", "--select=I,F401", "--fix", "--quiet")
-    return _ruff(text, "format")
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE | re.DOTALL)
+    text = _ruff(text, made, "check", "--select=I,F401", "--fix", "--quiet")
+    return _ruff(text, made, "format")
 
 
-def _ruff(text: str, *words: str) -> str:
-    command = [Path(sysconfig.get_path("scripts"), "ruff"), *words, f"--stdin-filename={MADE}", "-"]
+def unused() -> list[str]:
+    """Give the patterns that nothing is like any more."""
+    texts = [source.read_text() for source in PAIRS]
+    return [
+        pattern
+        for pattern, _ in CHANGES
+        if not any(re.search(pattern, text, flags=re.MULTILINE | re.DOTALL) for text in texts)
+    ]
+
+
+def _ruff(text: str, made: Path, *words: str) -> str:
+    command = [Path(sysconfig.get_path("scripts"), "ruff"), *words, f"--stdin-filename={made}", "-"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=True, cwd=ROOT)  # noqa: S603  ruff
     return done.stdout
 
 
 if __name__ == "__main__":
-    MADE.write_text(unasync(SOURCE.read_text()))
+    for source, made in PAIRS.items():
+        made.write_text(unasync(source.read_text(), made))

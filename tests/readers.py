@@ -57,6 +57,7 @@ class Reads:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        self.wait(self._loop.shutdown_asyncgens())  # as asyncio.Runner does
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -1,23 +1,32 @@
-"""`AsyncCaches` over redis.asyncio.Redis or redis.asyncio.cluster.RedisCluster: the shell that awaits."""
+"""`AsyncCaches` over a client of redis.asyncio or valkey.asyncio: the shell that awaits."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
-from redis import exceptions
-from redis.asyncio.cluster import RedisCluster
-
 from cdc_invalidator.reader import handle, transactions
+from cdc_invalidator.reader.aio_servers import Master, Server, Way, way_to
 from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import MISS, Entry
-from cdc_invalidator.reader.flights import loading
+from cdc_invalidator.reader.flights import Flights, loading
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.leases import AsyncKeeper
 from cdc_invalidator.reader.local import Local, Locals
@@ -28,6 +37,7 @@ from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.tracking import AsyncFollower
+from cdc_invalidator.reader.world import World
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,19 +51,71 @@ Loader = Callable[[Sequence[Entry]], Awaitable[Sequence[Any]]]
 
 
 class Link:
-    """A client, and the breaker before it."""
+    """What is behind a client, in each event loop that reads."""
 
-    def __init__(self, client: Any, breaker: Breaker, texts: Mapping[bytes, str], connection: Any = None) -> None:
-        handle.advise(client)
+    def __init__(self, target: Target | AsyncMemory, breaker: Breaker, world: World, connection: Any = None) -> None:
         # Of the database; it is asked where a read names none.
         self.connection = transactions.usual(connection)
-        self.execute = client.execute_command
-        self.breaker = breaker
-        self._turns = asyncio.Semaphore(handle.turns(client))
-        self.client = client
         self.locals = Locals()
-        self._texts = texts
         self.keeper = AsyncKeeper(self.send)
+        self._target = target
+        self._breaker = breaker
+        self._world = world
+        self._stand_in: AsyncMemory | None = None
+        self._loops: dict[asyncio.AbstractEventLoop, tuple[Way | AsyncMemory, Any]] = {}
+        self._here: tuple[Any, Any] = (None, None)
+
+    @property
+    def memory(self) -> AsyncMemory | None:
+        """The stand-in for Redis, if there is one."""
+        return self._target if isinstance(self._target, AsyncMemory) else self._stand_in
+
+    def here(self) -> Way | AsyncMemory:
+        """Return what sends commands, of the running event loop."""
+        if self._stand_in is not None:
+            return self._stand_in
+        loop, way = self._here
+        return way if loop is asyncio.get_running_loop() else self._enter()
+
+    def _new_way(self) -> Way | AsyncMemory:
+        target = self._target
+        return target if isinstance(target, AsyncMemory) else way_to(target, self._breaker, self._moved)
+
+    def _enter(self) -> Way | AsyncMemory:
+        loop = asyncio.get_running_loop()
+        for other in [other for other in self._loops if other.is_closed()]:
+            self._loops.pop(other, None)
+            self._world.flights.forget(other)
+        if loop not in self._loops:
+            way = self._new_way()
+            end = _until_the_end(way)
+            with suppress(StopIteration):
+                end.asend(None).send(None)
+            self._loops[loop] = (way, end)
+        way, _ = self._loops[loop]
+        self._here = (loop, way)
+        return way
+
+    def one(self) -> Server | Master:
+        """Return the same, where it is of one server.
+
+        Raises:
+            ValueError: it is of many.
+        """
+        way = self.here()
+        if not isinstance(way, (Server, Master)):
+            raise ValueError(  # noqa: TRY004  it is a client of the right kind
+                "local entries need one server that sends messages; a cluster has many, so leave them out"
+            )
+        return way
+
+    async def close(self) -> None:
+        """Close the connections of the running event loop; a later read opens others."""
+        await self.here().close()
+
+    def _moved(self) -> None:
+        """Drop what the process's own memory has of another server."""
+        self.locals.lost()
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one go and return their replies, errors in their places.
@@ -61,54 +123,23 @@ class Link:
         Raises:
             Unavailable: there is no answer.
         """
-        async with self._turns:
-            if not self.breaker.allows(time.monotonic()):
-                raise Unavailable("breaker_open")
-            try:
-                replies = await self._patiently(commands)
-                again = handle.unknown_scripts(commands, replies, self._texts)
-                if again:
-                    for at, reply in zip(again, await self._patiently(list(again.values())), strict=True):
-                        replies[at] = reply
-                handle.sort_out(replies, self.breaker)
-            except handle.NO_CONNECTION as error:
-                raise Unavailable("no_connection") from error
-            except handle.GONE as error:
-                self.breaker.failed(time.monotonic())
-                raise Unavailable("redis_down") from error
+        way = self.here()
+        replies = await way.send(commands)
+        again = handle.unknown_scripts(commands, replies, self._world.scripts.texts)
+        if again:
+            for at, reply in zip(again, await way.send(list(again.values())), strict=True):
+                replies[at] = reply
         return replies
 
-    async def _patiently(self, commands: Sequence[Command]) -> list[Any]:
-        """Send; while our own reads have all connections, wait for one: that says nothing about the server."""
-        deadline = time.monotonic() + handle.CONNECTION_SECONDS
-        while True:
-            try:
-                return await self._exchange(commands)
-            except handle.NO_CONNECTION:
-                if time.monotonic() > deadline:
-                    raise
-                await asyncio.sleep(handle.pause())
-
-    async def _exchange(self, commands: Sequence[Command]) -> list[Any]:
-        if len(commands) == 1:
-            try:
-                return [await self.execute(*commands[0], NEVER_DECODE=True)]
-            except exceptions.ResponseError as error:
-                return [error]
-        async with self.client.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command, NEVER_DECODE=True)
-            return list(await pipeline.execute(raise_on_error=False))
-
     @contextmanager
-    def over(self, client: Any) -> Iterator[None]:
-        """Use another client as long as this is entered."""
-        before = self.client, self.execute, self.breaker, self.locals
-        self.client, self.execute, self.breaker, self.locals = client, client.execute_command, Breaker(), Locals()
+    def over(self, stand_in: AsyncMemory) -> Iterator[None]:
+        """Use a stand-in for Redis as long as this is entered."""
+        before = self._stand_in, self.locals
+        self._stand_in, self.locals = stand_in, Locals()
         try:
             yield
         finally:
-            self.client, self.execute, self.breaker, self.locals = before
+            self._stand_in, self.locals = before
 
     def forget(self, entry: Entry) -> None:
         """Drop what the process's own memory has of an entry that the process has changed in Redis just now."""
@@ -225,7 +256,7 @@ class AsyncCache(Generic[T]):
             await link.run(contract.beside([entry], "transaction"), _each(load))
             return entry.value  # type: ignore[no-any-return]
         looked = False
-        if self._quick and max_staleness is None and not link.breaker.failures and not required():
+        if self._quick and max_staleness is None and not required():
             local, token = link.locals.of.get(contract.cache.name), None
             if local is not None:
                 kept = local.get(entry.key, time.monotonic())
@@ -234,23 +265,16 @@ class AsyncCache(Generic[T]):
                     return value  # type: ignore[no-any-return]
                 token = local.ask(entry.key)
             try:
-                reply = await link.execute(*contract.look(entry), NEVER_DECODE=True)
-            except handle.HARMLESS:
-                pass
-            except handle.GONE as error:
-                if not handle.answers(error):
-                    link.breaker.failed(time.monotonic())
-                    await link.run(contract.beside([entry], "redis_down"), _each(load))
-                    return entry.value  # type: ignore[no-any-return]
-            else:
-                value = contract.hit(entry, reply)
-                if token is not None and local is not None:
-                    local.keep(
-                        entry.key, token, *((None, 0.0) if value is MISS else (reply, contract.kept_until(reply)))
-                    )
-                if value is not MISS:
-                    return value  # type: ignore[no-any-return]
-                looked = True
+                (reply,) = await link.here().send((contract.look(entry),))
+            except Unavailable as gone:
+                await link.run(contract.beside([entry], gone.reason), _each(load))
+                return entry.value  # type: ignore[no-any-return]
+            value = contract.hit(entry, reply)
+            if token is not None and local is not None:
+                local.keep(entry.key, token, *((None, 0.0) if value is MISS else (reply, contract.kept_until(reply))))
+            if value is not MISS:
+                return value  # type: ignore[no-any-return]
+            looked = not isinstance(reply, Exception)
         await link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked), _each(load))
         return entry.value  # type: ignore[no-any-return]
 
@@ -461,6 +485,14 @@ async def _nothing(_entries: Sequence[Entry]) -> Sequence[Any]:
     return ()
 
 
+async def _until_the_end(way: Way | AsyncMemory) -> AsyncGenerator[None]:
+    """Close the connections when the event loop ends, which closes what generates."""
+    try:
+        yield
+    finally:
+        await way.close()
+
+
 async def _happened(event: asyncio.Event, seconds: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
@@ -474,7 +506,7 @@ async def _awaited(value: Any) -> Any:
 class AsyncCaches:
     """The caches of a rule file, as attributes: ``caches.user``, and ``caches["team-members"]``.
 
-    Make it by `from_rules`. It belongs to the event loop that its client belongs to.
+    Make it by `from_rules`. It may be shared by event loops: each has its own connections, which end with it.
     """
 
     def __init__(self, book: handle.Book, link: Link, lsn: int = 0) -> None:
@@ -502,8 +534,10 @@ class AsyncCaches:
 
         Args:
             path: a rule file, or a directory of them.
-            redis: a client: `redis.asyncio.Redis`, also of a master that Sentinel names, or a `RedisCluster` of these.
-                Set its time-outs: they bound how long a read waits for a server that does not answer.
+            redis: a client: `redis.asyncio.Redis`, also of a master that Sentinel names, or a `RedisCluster` of these;
+                or valkey-py's. Its own connections are not used, but others like them are opened: without the client's
+                retries, and with time-outs of half a second unless ``socket_timeout`` or ``socket_connect_timeout`` of
+                the client says otherwise.
             slot: the daemon's ``CDC_SLOT``, which names the watermark unless ``watermark`` does.
             watermark: the daemon's ``CDC_WATERMARK``, if that is set.
             standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.
@@ -516,13 +550,14 @@ class AsyncCaches:
 
         Raises:
             errors.WrongRules: all mistakes of all files.
-            TypeError: the connection can't be asked.
+            TypeError: the client can't be read through, or the connection can't be asked.
         """
-        cluster = isinstance(redis, RedisCluster)
-        world = handle.world(watermark or slot, standby, cluster=cluster, event=asyncio.Event, client=redis)
+        target = redis if isinstance(redis, AsyncMemory) else recognise(redis, awaits=True)
+        flights = Flights(asyncio.Event, asyncio.get_running_loop)
+        world = handle.world(watermark or slot, standby, target, flights)
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
-        return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts, connection))
+        return cls(book, Link(target, breaker or Breaker(), world, connection))
 
     @classmethod
     def disabled(
@@ -538,10 +573,11 @@ class AsyncCaches:
         Raises:
             errors.WrongRules: all mistakes of all files.
         """
-        world = handle.world("", "", cluster=False, event=asyncio.Event, disabled=True)
+        flights = Flights(asyncio.Event, asyncio.get_running_loop)
+        world = handle.world("", "", AsyncMemory(), flights, disabled=True)
         caches = None if path is None else handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), Options())
-        return cls(book, Link(AsyncMemory(), Breaker(), world.scripts.texts))
+        return cls(book, Link(AsyncMemory(), Breaker(), world))
 
     @classmethod
     def in_memory(cls, path: str | Path, *, clock: Callable[[], float] = time.time, **settings: Any) -> Self:
@@ -579,6 +615,10 @@ class AsyncCaches:
         """
         return type(self)(self._book, self._link, lsn)
 
+    async def aclose(self) -> None:
+        """Close the connections of the running event loop; they are closed with it in any case."""
+        await self._link.close()
+
     @asynccontextmanager
     async def local(self, *names: str, size: int = 10_000) -> AsyncIterator[None]:
         """Keep entries of some caches in this process's memory as well, as long as this is entered.
@@ -594,11 +634,11 @@ class AsyncCaches:
         Raises:
             ValueError: a cache has a version, or the client is of a cluster.
         """
-        if handle.is_memory(self._link.client):
+        if self._link.memory is not None:
             yield
             return
         local = Local((self._book.contract(name).cache for name in names), size)
-        follower = AsyncFollower(self._link.client, local)
+        follower = AsyncFollower(self._link.one(), local)
         follower.start()
         self._link.locals.enter(local)
         try:

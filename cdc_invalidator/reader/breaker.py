@@ -1,4 +1,4 @@
-"""A circuit breaker: a Redis that is gone costs its time-out a few times, not at each read. Pure."""
+"""A circuit breaker: a server that is gone costs its time-out a few times, not at each read. Pure."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ class Breaker:
         self._next_at = 0.0
         self.failures = 0
 
+    def like(self) -> Breaker:
+        """Return another one of the same kind: each server of a cluster has its own."""
+        return Breaker(self._threshold, self._pause)
+
     @property
     def open(self) -> bool:
-        """Whether Redis counts as gone."""
+        """Whether the server counts as gone."""
         return self.failures >= self._threshold
 
     def allows(self, now: float) -> bool:
-        """Return whether Redis may be asked now (a monotonic time in seconds); when open, the first to ask may try."""
+        """Return whether it may be asked now (a monotonic time in seconds); when open, the first to ask may try."""
         if not self.open:
             return True
         if now < self._next_at:
@@ -40,5 +44,5 @@ class Breaker:
             self._next_at = now + self._pause
 
     def worked(self) -> None:
-        """Note that Redis has answered."""
+        """Note that it has answered."""
         self.failures = 0

@@ -24,7 +24,7 @@ from cdc_invalidator.reader.metrics import CacheMetrics
 from cdc_invalidator.reader.options import STRICT, Options
 from cdc_invalidator.reader.serializers import Unstorable, form_of, written
 from cdc_invalidator.reader.spelling import NoKey
-from cdc_invalidator.reader.steps import Command, Load, Renewal, Send, Sleep, Steps, Unavailable, Wait
+from cdc_invalidator.reader.steps import Command, Load, Renewal, Send, Sleep, Steps, Unavailable, Wait, word
 from cdc_invalidator.reader.world import World
 from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.suffixes import STALE_SUFFIX
@@ -98,6 +98,8 @@ class Contract(Generic[T]):
         commands = agreement.begin(steady())
         try:
             said, off = yield Send(commands)
+            if isinstance(said, Unavailable):
+                raise said
             if agreement.is_news(said):
                 (said,) = yield Send([agreement.whole])
             agreement.take(commands, [said, off], steady())
@@ -407,10 +409,11 @@ class Contract(Generic[T]):
                 self._begin(unknown)
                 yield from self._take(unknown)
             mine, others, alone = [], [], []
+            refused: dict[str, list[Entry]] = {}
             for entry in waiting:
                 reply, entry.seen = entry.seen, None
                 if isinstance(reply, Exception):
-                    yield from self.beside([entry], self._refused(reply))
+                    refused.setdefault(self._refused(reply), []).append(entry)
                 elif self._commands.granted(entry, reply):
                     mine.append(entry)
                 elif reply == NOT_STORED:
@@ -425,6 +428,8 @@ class Contract(Generic[T]):
             if mine:
                 yield from self._load(mine)
             yield from self.beside(alone, "not_stored", joining=True)
+            for reason, some in refused.items():
+                yield from self.beside(some, reason)
             # Another reader of this process may have been given the lease.
             moved = {entry for entry in others if self._replaced(entry)}
             again += moved
@@ -508,7 +513,8 @@ class Contract(Generic[T]):
             for entry, payload, command, reply in zip(mine, payloads, commands, replies, strict=True):
                 if isinstance(reply, Exception):
                     self.metrics.bypasses(self._refused(reply))
-                    refused.append(entry)
+                    if not isinstance(reply, Unavailable):
+                        refused.append(entry)
                     continue
                 entry.token = b""
                 self._land(entry, payload, fenced=reply == 1)
@@ -627,9 +633,11 @@ class Contract(Generic[T]):
 
     def _refused(self, error: Exception) -> str:
         """Return the reason for metrics, and log now and then what Redis refuses: an operator must fix it."""
-        word = _word(error)
-        if self._reports(word):
-            _log.warning("Redis refuses reads of cache %s (%s)", self.cache.name, word)
+        if isinstance(error, Unavailable):
+            return error.reason
+        what = word(error)
+        if self._reports(what):
+            _log.warning("Redis refuses reads of cache %s (%s)", self.cache.name, what)
         return "refused"
 
     def _reports(self, word: str) -> bool:
@@ -678,10 +686,10 @@ class Contract(Generic[T]):
         clocks = self.world.clocks
         loaded = stored = 0
         due = clocks.steady()
-        try:
-            for entry in entries:
-                if loaded == limit:
-                    break
+        for entry in entries:
+            if loaded == limit:
+                break
+            try:
                 yield from self._take([entry])
                 reply = entry.seen
                 if isinstance(reply, Exception):
@@ -690,14 +698,17 @@ class Contract(Generic[T]):
                 if not self._commands.granted(entry, reply):
                     continue
                 stored += yield from self._load([entry])
-                loaded += 1
-                due = max(due + 1 / rate, clocks.steady() - 1)
-                if (early := due - clocks.steady()) > 0:
-                    yield Sleep(early)
-                if clocks.steady() >= self.world.agreement.next_at:
-                    yield from self.agree()
-        except Unavailable as gone:
-            self.metrics.bypasses(gone.reason)
+            except Unavailable as gone:
+                self.metrics.bypasses(gone.reason)
+                if self.world.cluster:
+                    continue  # other servers have other keys
+                break
+            loaded += 1
+            due = max(due + 1 / rate, clocks.steady() - 1)
+            if (early := due - clocks.steady()) > 0:
+                yield Sleep(early)
+            if clocks.steady() >= self.world.agreement.next_at:
+                yield from self.agree()
         return stored
 
     def seize(self, entry: Entry) -> Steps[bool]:
@@ -748,6 +759,9 @@ class Contract(Generic[T]):
                     (version,) = yield Send([("GET", entry.version_key)])
                     if version is None:
                         return True
+                    if isinstance(version, Exception):
+                        self.metrics.bypasses(self._refused(version))
+                        return False
                     self._commands.name(entry, version)
                 commands = self._commands.bust(entry)
             replies = yield Send(commands)
@@ -761,9 +775,3 @@ class Contract(Generic[T]):
 
     def _now(self) -> int:
         return int(self.world.clocks.wall() * 1000)
-
-
-def _word(error: Exception) -> str:
-    """Return what may be shown of an error reply: its first word, which holds no key."""
-    word = str(error).split(" ", 1)[0]
-    return word if word.isupper() and word.isalpha() else type(error).__name__

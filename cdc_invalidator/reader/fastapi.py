@@ -12,8 +12,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cdc_invalidator.reader import connect, handle
+from cdc_invalidator.reader import connect
 from cdc_invalidator.reader.aio import AsyncCaches
+from cdc_invalidator.reader.memory import AsyncMemory
 from cdc_invalidator.reader.own_writes import COOKIE, SECONDS, Visitors
 
 
@@ -33,11 +34,12 @@ def lifespan(rules: str | Path, redis: Any, **options: Any) -> Callable[[Any], A
     async def living(app: Any) -> AsyncIterator[None]:
         client = connect.async_client(redis() if callable(redis) else redis)
         try:
-            app.state.cdc_invalidator = AsyncCaches.from_rules(rules, client, **options)
+            caches = app.state.cdc_invalidator = AsyncCaches.from_rules(rules, client, **options)
             yield
+            await caches.aclose()
         finally:
             app.state.cdc_invalidator = None
-            if client is not redis and not handle.is_memory(client):
+            if client is not redis and not isinstance(client, AsyncMemory):
                 await client.aclose()
 
     return living

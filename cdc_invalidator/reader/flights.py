@@ -89,10 +89,12 @@ class Flights:
 
     Args:
         event: makes an event of the shell.
+        loop: returns the event loop, where there are any: only who is in the same one may wait for an event.
     """
 
     event: Callable[[], Any] = threading.Event
-    _open: dict[Hashable, Flight] = field(default_factory=dict)
+    loop: Callable[[], Hashable] = lambda: None
+    _open: dict[tuple[Hashable, Hashable], Flight] = field(default_factory=dict)
 
     def board(self, key: Hashable, now: float, patience: float, *, replace: bool) -> tuple[Flight, bool]:
         """Return the flight of a key, and whether it is a new one, which is the caller's to end.
@@ -103,6 +105,7 @@ class Flights:
             patience: for how long others may wait for a new one.
             replace: begin a new one in any case.
         """
+        key = (self.loop(), key)
         new = Flight(self.event(), now + patience)
         found = new if replace else self._open.setdefault(key, new)
         if found is not new and now < found.until:
@@ -112,12 +115,19 @@ class Flights:
 
     def replaced(self, key: Hashable, flight: Flight) -> bool:
         """Return whether another flight of this key can be joined."""
-        return self._open.get(key, flight) is not flight
+        return self._open.get((self.loop(), key), flight) is not flight
 
     def close(self, key: Hashable, flight: Flight) -> None:
         """Let nobody join any more."""
+        key = (self.loop(), key)
         if self._open.get(key) is flight:
             self._open.pop(key, None)
+
+    def forget(self, loop: Hashable) -> None:
+        """Drop the loads of an event loop that is closed: nobody ends them."""
+        for key in list(self._open):
+            if key[0] is loop:
+                self._open.pop(key, None)
 
 
 def copies(value: Any, payload: bytes | None, loads: Callable[[bytes], Any]) -> Callable[[], Any]:

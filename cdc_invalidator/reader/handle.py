@@ -1,22 +1,17 @@
-"""What `sync` and `aio` share that does no I/O: finding caches, options, arguments of callers, errors of the client."""
+"""What `sync` and `aio` share that does no I/O: finding caches, options, arguments of callers."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
-import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from redis import exceptions
-from redis.backoff import NoBackoff
-
 from cdc_invalidator.reader.agreement import Agreement
-from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.clients import Target
 from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import Entry
 from cdc_invalidator.reader.flights import Flights
@@ -27,6 +22,7 @@ from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.spelling import NoKey
+from cdc_invalidator.reader.steps import word
 from cdc_invalidator.reader.transactions import is_connection
 from cdc_invalidator.reader.world import Clocks, World
 from cdc_invalidator.rules.load import load_rules
@@ -36,23 +32,6 @@ from cdc_invalidator.rules.wording import nearest
 
 if TYPE_CHECKING:
     from cdc_invalidator.reader.steps import Command
-
-_log = logging.getLogger("cdc_invalidator.reader")
-
-# What the driver raises when there is no answer. A ResponseError is an answer, except ClusterDownError.
-GONE = (exceptions.RedisError, OSError)
-# What it raises when all of a pool's connections are in use; older drivers have no such error.
-NO_CONNECTION: tuple[type[Exception], ...] = tuple(
-    getattr(exceptions, name) for name in ("MaxConnectionsError",) if hasattr(exceptions, name)
-)
-CONNECTION_SECONDS = 5.0
-# Errors that say nothing about the server; the slow way handles them.
-HARMLESS: tuple[type[Exception], ...] = (exceptions.NoScriptError, *NO_CONNECTION)
-
-
-def pause() -> float:
-    """Return the seconds to wait for a connection before asking again."""
-    return random.uniform(0.002, 0.01)  # noqa: S311  no secret
 
 
 class Book:
@@ -301,42 +280,7 @@ def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:
     return functools.update_wrapper(wrapper, function)
 
 
-# ── Clients ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def turns(client: Any) -> int:
-    """Return how many round trips of misses may run at once: half of the pool, so that hits find a connection."""
-    most = getattr(getattr(client, "connection_pool", None), "max_connections", None)
-    return max(1, most // 2) if isinstance(most, int) else 1000
-
-
-def advise(client: Any) -> None:
-    """Warn about options of a client that make reads wait for a Redis that is gone."""
-    options = getattr(getattr(client, "connection_pool", None), "connection_kwargs", {})
-    if "socket_timeout" in options and options["socket_timeout"] is None:
-        _log.warning("this client waits for ever for a Redis that does not answer; give it a socket_timeout")
-    retry = options.get("retry")
-    backoff = getattr(retry, "_backoff", None)
-    if retry is not None and backoff is not None and retry.get_retries() and not isinstance(backoff, NoBackoff):
-        _log.warning(
-            "this client pauses and tries again, for seconds, when Redis is gone; give it retry=Retry(NoBackoff(), 1)"
-        )
-
-
-# ── Replies ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def sort_out(replies: Sequence[Any], breaker: Breaker) -> None:
-    """Raise the first reply that is a failure of the server rather than an answer."""
-    for reply in replies:
-        if isinstance(reply, Exception) and not answers(reply):
-            raise reply
-    breaker.worked()
-
-
-def answers(error: BaseException) -> bool:
-    """Return whether an error is a server's answer to a command, rather than no answer."""
-    return isinstance(error, exceptions.ResponseError) and not isinstance(error, exceptions.ClusterDownError)
+# ── Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def unknown_scripts(
@@ -346,24 +290,19 @@ def unknown_scripts(
     return {
         at: ("EVAL", texts[command[1]], *command[2:])
         for at, (command, reply) in enumerate(zip(commands, replies, strict=True))
-        if isinstance(reply, exceptions.NoScriptError)
+        if isinstance(reply, Exception) and word(reply) == "NOSCRIPT"
     }
 
 
 def world(
-    watermark: str, standby: str, *, cluster: bool, event: Callable[[], Any], client: Any = None, disabled: bool = False
+    watermark: str, standby: str, target: Target | Memory | AsyncMemory, flights: Flights, *, disabled: bool = False
 ) -> World:
-    """Make what caches share; ``event``: makes an event of the shell; ``client``: a stand-in brings its own clock."""
-    clocks = Clocks(wall=client.store.clock) if is_memory(client) else Clocks()
-    agreement = Agreement(watermark, disabled=disabled)
-    return World(
-        Feed(watermark, standby), agreement, clocks=clocks, cluster=cluster, flights=Flights(event), disabled=disabled
-    )
-
-
-def is_memory(client: Any) -> bool:
-    """Return whether a client is a stand-in for Redis."""
-    return isinstance(client, (Memory, AsyncMemory))
+    """Make what caches share; a stand-in for Redis brings its own clock."""
+    feed, agreement = Feed(watermark, standby), Agreement(watermark, disabled=disabled)
+    if isinstance(target, (Memory, AsyncMemory)):
+        clocks = Clocks(wall=target.store.clock)
+        return World(feed, agreement, clocks=clocks, flights=flights, disabled=disabled)
+    return World(feed, agreement, cluster=target.cluster, flights=flights)
 
 
 def metrics_for(registry: Any) -> Metrics | None:

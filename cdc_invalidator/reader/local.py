@@ -145,6 +145,11 @@ class Locals:
         self._entered = entered
         self.of = {name: local for local in entered for name in local.names}
 
+    def lost(self) -> None:
+        """Forget all: another server is master."""
+        for local in self._entered:
+            local.lost()
+
     def forget(self, key: bytes) -> None:
         """Drop what the process has changed in Redis just now."""
         for local in self._entered:

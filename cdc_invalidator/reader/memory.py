@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 from cdc_invalidator.reader.scripts import FillScripts
 
@@ -192,44 +192,8 @@ class Store:
         return 1
 
 
-class _Commands:
-    """Commands that are sent together, as a pipeline of the driver takes them."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._commands: list[Sequence[Any]] = []
-
-    def execute_command(self, *command: Any, **_options: Any) -> None:
-        self._commands.append(command)
-
-    def _execute(self) -> list[Reply]:
-        return [self._store.ask(*command) for command in self._commands]
-
-
-class _Pipeline(_Commands):
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def execute(self, **_options: Any) -> list[Reply]:
-        return self._execute()
-
-
-class _AsyncPipeline(_Commands):
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        return
-
-    async def execute(self, **_options: Any) -> list[Reply]:
-        return self._execute()
-
-
 class Memory:
-    """What `Caches` use of a client.
+    """What `Caches` use instead of a client.
 
     ``store``: what is in it.
     """
@@ -237,17 +201,16 @@ class Memory:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.store = Store(clock)
 
-    def execute_command(self, *command: Any, **_options: Any) -> Reply:
-        """Return the reply to a command."""
-        return self.store.ask(*command)
+    def send(self, commands: Sequence[Sequence[Any]]) -> list[Reply]:
+        """Return the replies to commands."""
+        return [self.store.ask(*command) for command in commands]
 
-    def pipeline(self, **_options: Any) -> _Pipeline:
-        """Collect commands."""
-        return _Pipeline(self.store)
+    def close(self) -> None:
+        """Do nothing: it has no connections."""
 
 
 class AsyncMemory:
-    """What `AsyncCaches` use of a client that is awaited.
+    """What `AsyncCaches` use instead of a client.
 
     ``store``: what is in it.
     """
@@ -255,10 +218,9 @@ class AsyncMemory:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self.store = Store(clock)
 
-    async def execute_command(self, *command: Any, **_options: Any) -> Reply:
-        """Return the reply to a command."""
-        return self.store.ask(*command)
+    async def send(self, commands: Sequence[Sequence[Any]]) -> list[Reply]:
+        """Return the replies to commands."""
+        return [self.store.ask(*command) for command in commands]
 
-    def pipeline(self, **_options: Any) -> _AsyncPipeline:
-        """Collect commands."""
-        return _AsyncPipeline(self.store)
+    async def close(self) -> None:
+        """Do nothing: it has no connections."""

@@ -2,8 +2,8 @@
 
 A generator of `contract` yields one of
 
-- `Send`: commands for Redis, in one round trip. It is sent the replies; an error reply is an exception in its place.
-  `Unavailable` is thrown in when there is no answer at all.
+- `Send`: commands for Redis, in one round trip. It is sent the replies; an error reply is an exception in its place,
+  and so is `Unavailable` where one server of several gives no answer. It is thrown in when there is no answer at all.
 - `Load`: the values of some entries, from the database, while their leases are renewed. It is sent the values in order.
   An exception of the program's loader is thrown in, and raised again once the leases are given back.
 - `Wait`: for what another reader of this process loads, some seconds at most.
@@ -19,6 +19,16 @@ from cdc_invalidator.reader.entry import Entry
 
 T = TypeVar("T")
 Command: TypeAlias = tuple[Any, ...]
+
+# The first word of an error reply, where the driver has a class for it instead.
+_WORDS = {
+    "AskError": "ASK",
+    "ClusterDownError": "CLUSTERDOWN",
+    "MasterDownError": "MASTERDOWN",
+    "MovedError": "MOVED",
+    "NoScriptError": "NOSCRIPT",
+    "ReadOnlyError": "READONLY",
+}
 
 
 class Unavailable(Exception):
@@ -70,3 +80,9 @@ class Sleep(NamedTuple):
 
 Effect: TypeAlias = Send | Load | Wait | Sleep
 Steps: TypeAlias = Generator[Effect, Any, T]
+
+
+def word(error: BaseException) -> str:
+    """Return what may be shown of an error reply: its first word, which holds no key."""
+    first = str(error).split(" ", 1)[0]
+    return first if first.isupper() and first.isalpha() else _WORDS.get(type(error).__name__, type(error).__name__)

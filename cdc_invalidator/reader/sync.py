@@ -1,4 +1,4 @@
-"""`Caches` over redis.Redis or redis.cluster.RedisCluster: the shell that waits.
+"""`Caches` over a client of redis or valkey: the shell that waits.
 
 Made of aio.py by .build/unasync.py; change that.
 """
@@ -8,18 +8,23 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
-from redis import exceptions
-from redis.cluster import RedisCluster
-
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import MISS, Entry
-from cdc_invalidator.reader.flights import loading
+from cdc_invalidator.reader.flights import Flights, loading
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.leases import Keeper
 from cdc_invalidator.reader.local import Local, Locals
@@ -29,7 +34,9 @@ from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
+from cdc_invalidator.reader.sync_servers import Master, Server, Way, way_to
 from cdc_invalidator.reader.tracking import Follower
+from cdc_invalidator.reader.world import World
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,19 +50,54 @@ Loader = Callable[[Sequence[Entry]], Sequence[Any]]
 
 
 class Link:
-    """A client, and the breaker before it."""
+    """What is behind a client."""
 
-    def __init__(self, client: Any, breaker: Breaker, texts: Mapping[bytes, str], connection: Any = None) -> None:
-        handle.advise(client)
+    def __init__(self, target: Target | Memory, breaker: Breaker, world: World, connection: Any = None) -> None:
         # Of the database; it is asked where a read names none.
         self.connection = transactions.usual(connection)
-        self.execute = client.execute_command
-        self.breaker = breaker
-        self._turns = threading.Semaphore(handle.turns(client))
-        self.client = client
         self.locals = Locals()
-        self._texts = texts
         self.keeper = Keeper(self.send)
+        self._target = target
+        self._breaker = breaker
+        self._world = world
+        self._stand_in: Memory | None = None
+        self._way = self._new_way()
+
+    @property
+    def memory(self) -> Memory | None:
+        """The stand-in for Redis, if there is one."""
+        return self._target if isinstance(self._target, Memory) else self._stand_in
+
+    def here(self) -> Way | Memory:
+        """Return what sends commands."""
+        if self._stand_in is not None:
+            return self._stand_in
+        return self._way
+
+    def _new_way(self) -> Way | Memory:
+        target = self._target
+        return target if isinstance(target, Memory) else way_to(target, self._breaker, self._moved)
+
+    def one(self) -> Server | Master:
+        """Return the same, where it is of one server.
+
+        Raises:
+            ValueError: it is of many.
+        """
+        way = self.here()
+        if not isinstance(way, (Server, Master)):
+            raise ValueError(  # noqa: TRY004  it is a client of the right kind
+                "local entries need one server that sends messages; a cluster has many, so leave them out"
+            )
+        return way
+
+    def close(self) -> None:
+        """Close the connections; a later read opens others."""
+        self.here().close()
+
+    def _moved(self) -> None:
+        """Drop what the process's own memory has of another server."""
+        self.locals.lost()
 
     def send(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one go and return their replies, errors in their places.
@@ -63,54 +105,23 @@ class Link:
         Raises:
             Unavailable: there is no answer.
         """
-        with self._turns:
-            if not self.breaker.allows(time.monotonic()):
-                raise Unavailable("breaker_open")
-            try:
-                replies = self._patiently(commands)
-                again = handle.unknown_scripts(commands, replies, self._texts)
-                if again:
-                    for at, reply in zip(again, self._patiently(list(again.values())), strict=True):
-                        replies[at] = reply
-                handle.sort_out(replies, self.breaker)
-            except handle.NO_CONNECTION as error:
-                raise Unavailable("no_connection") from error
-            except handle.GONE as error:
-                self.breaker.failed(time.monotonic())
-                raise Unavailable("redis_down") from error
+        way = self.here()
+        replies = way.send(commands)
+        again = handle.unknown_scripts(commands, replies, self._world.scripts.texts)
+        if again:
+            for at, reply in zip(again, way.send(list(again.values())), strict=True):
+                replies[at] = reply
         return replies
 
-    def _patiently(self, commands: Sequence[Command]) -> list[Any]:
-        """Send; while our own reads have all connections, wait for one: that says nothing about the server."""
-        deadline = time.monotonic() + handle.CONNECTION_SECONDS
-        while True:
-            try:
-                return self._exchange(commands)
-            except handle.NO_CONNECTION:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(handle.pause())
-
-    def _exchange(self, commands: Sequence[Command]) -> list[Any]:
-        if len(commands) == 1:
-            try:
-                return [self.execute(*commands[0], NEVER_DECODE=True)]
-            except exceptions.ResponseError as error:
-                return [error]
-        with self.client.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command, NEVER_DECODE=True)
-            return list(pipeline.execute(raise_on_error=False))
-
     @contextmanager
-    def over(self, client: Any) -> Iterator[None]:
-        """Use another client as long as this is entered."""
-        before = self.client, self.execute, self.breaker, self.locals
-        self.client, self.execute, self.breaker, self.locals = client, client.execute_command, Breaker(), Locals()
+    def over(self, stand_in: Memory) -> Iterator[None]:
+        """Use a stand-in for Redis as long as this is entered."""
+        before = self._stand_in, self.locals
+        self._stand_in, self.locals = stand_in, Locals()
         try:
             yield
         finally:
-            self.client, self.execute, self.breaker, self.locals = before
+            self._stand_in, self.locals = before
 
     def forget(self, entry: Entry) -> None:
         """Drop what the process's own memory has of an entry that the process has changed in Redis just now."""
@@ -226,7 +237,7 @@ class Cache(Generic[T]):
             link.run(contract.beside([entry], "transaction"), _each(load))
             return entry.value  # type: ignore[no-any-return]
         looked = False
-        if self._quick and max_staleness is None and not link.breaker.failures and not required():
+        if self._quick and max_staleness is None and not required():
             local, token = link.locals.of.get(contract.cache.name), None
             if local is not None:
                 kept = local.get(entry.key, time.monotonic())
@@ -235,23 +246,16 @@ class Cache(Generic[T]):
                     return value  # type: ignore[no-any-return]
                 token = local.ask(entry.key)
             try:
-                reply = link.execute(*contract.look(entry), NEVER_DECODE=True)
-            except handle.HARMLESS:
-                pass
-            except handle.GONE as error:
-                if not handle.answers(error):
-                    link.breaker.failed(time.monotonic())
-                    link.run(contract.beside([entry], "redis_down"), _each(load))
-                    return entry.value  # type: ignore[no-any-return]
-            else:
-                value = contract.hit(entry, reply)
-                if token is not None and local is not None:
-                    local.keep(
-                        entry.key, token, *((None, 0.0) if value is MISS else (reply, contract.kept_until(reply)))
-                    )
-                if value is not MISS:
-                    return value  # type: ignore[no-any-return]
-                looked = True
+                (reply,) = link.here().send((contract.look(entry),))
+            except Unavailable as gone:
+                link.run(contract.beside([entry], gone.reason), _each(load))
+                return entry.value  # type: ignore[no-any-return]
+            value = contract.hit(entry, reply)
+            if token is not None and local is not None:
+                local.keep(entry.key, token, *((None, 0.0) if value is MISS else (reply, contract.kept_until(reply))))
+            if value is not MISS:
+                return value  # type: ignore[no-any-return]
+            looked = not isinstance(reply, Exception)
         link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked), _each(load))
         return entry.value  # type: ignore[no-any-return]
 
@@ -465,7 +469,7 @@ def _nothing(_entries: Sequence[Entry]) -> Sequence[Any]:
 class Caches:
     """The caches of a rule file, as attributes: ``caches.user``, and ``caches["team-members"]``.
 
-    Make it by `from_rules`. It may be shared by threads, as the client may.
+    Make it by `from_rules`. It may be shared by threads.
     """
 
     def __init__(self, book: handle.Book, link: Link, lsn: int = 0) -> None:
@@ -493,8 +497,10 @@ class Caches:
 
         Args:
             path: a rule file, or a directory of them.
-            redis: a client: `redis.Redis`, also of a master that Sentinel names, or a `RedisCluster` of these.
-                Set its time-outs: they bound how long a read waits for a server that does not answer.
+            redis: a client: `redis.Redis`, also of a master that Sentinel names, or a `RedisCluster` of these;
+                or valkey-py's. Its own connections are not used, but others like them are opened: without the client's
+                retries, and with time-outs of half a second unless ``socket_timeout`` or ``socket_connect_timeout`` of
+                the client says otherwise.
             slot: the daemon's ``CDC_SLOT``, which names the watermark unless ``watermark`` does.
             watermark: the daemon's ``CDC_WATERMARK``, if that is set.
             standby: the standby that values are loaded from, by its name in the watermark; empty for the primary.
@@ -507,13 +513,14 @@ class Caches:
 
         Raises:
             errors.WrongRules: all mistakes of all files.
-            TypeError: the connection can't be asked.
+            TypeError: the client can't be read through, or the connection can't be asked.
         """
-        cluster = isinstance(redis, RedisCluster)
-        world = handle.world(watermark or slot, standby, cluster=cluster, event=threading.Event, client=redis)
+        target = redis if isinstance(redis, Memory) else recognise(redis, awaits=False)
+        flights = Flights(threading.Event)
+        world = handle.world(watermark or slot, standby, target, flights)
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
-        return cls(book, Link(redis, breaker or Breaker(), world.scripts.texts, connection))
+        return cls(book, Link(target, breaker or Breaker(), world, connection))
 
     @classmethod
     def disabled(
@@ -529,10 +536,11 @@ class Caches:
         Raises:
             errors.WrongRules: all mistakes of all files.
         """
-        world = handle.world("", "", cluster=False, event=threading.Event, disabled=True)
+        flights = Flights(threading.Event)
+        world = handle.world("", "", Memory(), flights, disabled=True)
         caches = None if path is None else handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), Options())
-        return cls(book, Link(Memory(), Breaker(), world.scripts.texts))
+        return cls(book, Link(Memory(), Breaker(), world))
 
     @classmethod
     def in_memory(cls, path: str | Path, *, clock: Callable[[], float] = time.time, **settings: Any) -> Self:
@@ -570,6 +578,10 @@ class Caches:
         """
         return type(self)(self._book, self._link, lsn)
 
+    def close(self) -> None:
+        """Close the connections; a later read opens others."""
+        self._link.close()
+
     @contextmanager
     def local(self, *names: str, size: int = 10_000) -> Iterator[None]:
         """Keep entries of some caches in this process's memory as well, as long as this is entered.
@@ -585,11 +597,11 @@ class Caches:
         Raises:
             ValueError: a cache has a version, or the client is of a cluster.
         """
-        if handle.is_memory(self._link.client):
+        if self._link.memory is not None:
             yield
             return
         local = Local((self._book.contract(name).cache for name in names), size)
-        follower = Follower(self._link.client, local)
+        follower = Follower(self._link.one(), local)
         follower.start()
         self._link.locals.enter(local)
         try:

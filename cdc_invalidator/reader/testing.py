@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from cdc_invalidator.reader import handle
 from cdc_invalidator.reader.aio import AsyncCache, AsyncCaches
 from cdc_invalidator.reader.keys import NUL
 from cdc_invalidator.reader.memory import AsyncMemory, Memory, Store
@@ -27,7 +26,8 @@ def in_memory(caches: C) -> Iterator[C]:
     They begin empty. Their client is not used.
     """
     caches._book.forget_keys()
-    with caches._link.over(AsyncMemory() if isinstance(caches, AsyncCaches) else Memory()):
+    memory: Any = AsyncMemory() if isinstance(caches, AsyncCaches) else Memory()
+    with caches._link.over(memory):
         yield caches
 
 
@@ -42,7 +42,7 @@ def bust(cache: Cache[Any] | AsyncCache[Any], params: Mapping[str, Any] | None =
     Raises:
         TypeError: the caches are not in memory, or the parameters are not those of the cache.
     """
-    contract, store = cache._contract, _store(cache._link.client)
+    contract, store = cache._contract, _store(cache._link.memory)
     given = named if params is None else params
     try:
         entry = contract.entry(given, given)
@@ -67,7 +67,7 @@ def clear(caches: Caches | AsyncCaches) -> None:
     Raises:
         TypeError: the caches are not in memory.
     """
-    _store(caches._link.client).clear()
+    _store(caches._link.memory).clear()
     caches._book.forget_keys()
 
 
@@ -77,11 +77,10 @@ def keys(caches: Caches | AsyncCaches) -> list[bytes]:
     Raises:
         TypeError: the caches are not in memory.
     """
-    return _store(caches._link.client).keys()
+    return _store(caches._link.memory).keys()
 
 
-def _store(client: Any) -> Store:
-    if not handle.is_memory(client):
+def _store(memory: Memory | AsyncMemory | None) -> Store:
+    if memory is None:
         raise TypeError("these caches are in Redis; make them with `in_memory`, or use the fixture `cdc_caches`")
-    store: Store = client.store
-    return store
+    return memory.store

@@ -9,28 +9,23 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
-from redis import exceptions
-
+from cdc_invalidator.reader.clients import Recipe
 from cdc_invalidator.reader.local import PATIENCE, Local, Pulse
 
 _log = logging.getLogger("cdc_invalidator.reader")
 _AGAIN_SECONDS = 0.5
 
 
-def _options(client: Any) -> tuple[type[Any], dict[str, Any]]:
-    """Return the class and options of a connection like the client's, but with RESP3.
+class MovedError(Exception):
+    """Another server is master."""
 
-    Raises:
-        ValueError: the client is of a cluster, or of no pool.
-    """
-    pool = getattr(client, "connection_pool", None)
-    if pool is None:
-        raise ValueError("local entries need one server that sends messages; a cluster has many, so leave them out")
-    options: Mapping[str, Any] = pool.connection_kwargs
-    return pool.connection_class, {**options, "protocol": 3, "decode_responses": False, "socket_timeout": PATIENCE}
+
+def _options(recipe: Recipe) -> dict[str, Any]:
+    """Return what a connection for messages has that others have not."""
+    return {"protocol": 3, "socket_timeout": PATIENCE, "socket_connect_timeout": recipe.connect_seconds}
 
 
 def _keys(message: Any) -> list[bytes] | None:
@@ -39,11 +34,18 @@ def _keys(message: Any) -> list[bytes] | None:
     return None if keys is None else list(keys)
 
 
+class _Done:
+    """What a driver may await, as redis-py does, or drop, as valkey-py does."""
+
+    def __await__(self) -> Iterator[None]:
+        return iter(())
+
+
 class Follower:
     """A thread that follows; for the shell that waits."""
 
-    def __init__(self, client: Any, local: Local) -> None:
-        self._make, self._options = _options(client)
+    def __init__(self, way: Any, local: Local) -> None:
+        self._way = way
         self._local = local
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cdc-invalidator-tracking", daemon=True)
@@ -59,23 +61,28 @@ class Follower:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            connection = self._make(**self._options)
+            connection = None
             try:
-                self._follow(connection)
-            except (exceptions.RedisError, OSError) as error:
+                recipe = self._way.where()
+                connection = recipe.connection(**_options(recipe))
+                self._follow(connection, recipe)
+            except Exception as error:  # noqa: BLE001  whatever the driver raises, it is tried again
                 _log.warning("invalidation messages are lost (%s); local entries are dropped", type(error).__name__)
             finally:
                 self._local.lost()
-                connection.disconnect()
+                if connection is not None:
+                    connection.disconnect()
             self._stop.wait(_AGAIN_SECONDS)
 
-    def _follow(self, connection: Any) -> None:
+    def _follow(self, connection: Any, recipe: Recipe) -> None:
         connection.connect()
         connection._parser.set_invalidation_push_handler(lambda message: self._local.invalidate(_keys(message)))  # noqa: SLF001  there is no other way in
         connection.send_command(*self._local.command)
         connection.read_response()
         pulse = Pulse(self._local)
         while not self._stop.is_set():
+            if self._way.where() is not recipe:
+                raise MovedError
             if pulse.due(time.monotonic()):
                 connection.send_command("PING")
             # The reply to a message is None; the handler has taken it.
@@ -86,8 +93,8 @@ class Follower:
 class AsyncFollower:
     """A task that follows; for the shell that awaits."""
 
-    def __init__(self, client: Any, local: Local) -> None:
-        self._make, self._options = _options(client)
+    def __init__(self, way: Any, local: Local) -> None:
+        self._way = way
         self._local = local
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
@@ -106,23 +113,28 @@ class AsyncFollower:
 
     async def _run(self) -> None:
         while not self._stopping:
-            connection = self._make(**self._options)
+            connection = None
             try:
-                await self._follow(connection)
-            except (exceptions.RedisError, OSError) as error:
+                recipe = await self._way.where()
+                connection = recipe.connection(**_options(recipe))
+                await self._follow(connection, recipe)
+            except Exception as error:  # noqa: BLE001  whatever the driver raises, it is tried again
                 _log.warning("invalidation messages are lost (%s); local entries are dropped", type(error).__name__)
             finally:
                 self._local.lost()
-                await connection.disconnect(nowait=True)
+                if connection is not None:
+                    await connection.disconnect(nowait=True)
             await asyncio.sleep(_AGAIN_SECONDS)
 
-    async def _follow(self, connection: Any) -> None:
+    async def _follow(self, connection: Any, recipe: Recipe) -> None:
         await connection.connect()
         connection._parser.set_invalidation_push_handler(self._take)  # noqa: SLF001  there is no other way in
         await connection.send_command(*self._local.command)
         await connection.read_response()
         pulse = Pulse(self._local)
         while True:
+            if await self._way.where() is not recipe:
+                raise MovedError
             if pulse.due(time.monotonic()):
                 await connection.send_command("PING")
             # None after that time, and for a message, which the handler has taken.
@@ -130,5 +142,6 @@ class AsyncFollower:
             if reply is not None:
                 pulse.answered()
 
-    async def _take(self, message: Any) -> None:
+    def _take(self, message: Any) -> _Done:
         self._local.invalidate(_keys(message))
+        return _Done()

@@ -16,11 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import redis
 import redis.asyncio
-import redis.asyncio.retry
-import redis.retry
 from prometheus_client import CollectorRegistry
 from readers import Loader, Reads, left, rules_file
-from redis.backoff import ExponentialBackoff
 
 from cdc_invalidator.embedded.servers import Valkey
 from cdc_invalidator.reader import AsyncCaches, Caches, Unstorable
@@ -595,21 +592,6 @@ def test_either_protocol(protocol: int, reads: Reads, redis_url: str, tmp_path: 
         load.asked.clear()
         assert caches[name].get(id=1, load=load) == caches[name].get(id=1, load=load) == "Ada"
         assert load.asked == [1]
-
-
-def test_a_client_that_would_wait_for_long_is_told_of(
-    reads: Reads, redis_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    rules = rules_file(tmp_path)
-    reads.caches(rules, redis_url)
-    assert not caplog.messages
-    reads.caches(rules, redis_url, client={"socket_timeout": None})
-    retry = redis.retry.Retry if reads.kind == "sync" else redis.asyncio.retry.Retry
-    reads.caches(rules, redis_url, client={"retry": retry(ExponentialBackoff(), 3)})
-    assert [message.partition(";")[2] for message in caplog.messages] == [
-        " give it a socket_timeout",
-        " give it retry=Retry(NoBackoff(), 1)",
-    ]
 
 
 @pytest.mark.parametrize("name", CACHES)

@@ -91,12 +91,14 @@ def test_the_pure_part_does_no_io() -> None:
     folder = PACKAGE / "reader"
     shells = {
         "aio.py",
+        "aio_servers.py",
+        "clients.py",
         "commit.py",
         "connect.py",
         "fastapi.py",
-        "handle.py",
         "leases.py",
         "sync.py",
+        "sync_servers.py",
         "tracking.py",
         "__init__.py",
     }

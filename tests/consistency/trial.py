@@ -24,7 +24,7 @@ from consistency.application import (
     SyncReader,
     Tally,
 )
-from consistency.checker import History, Stale, behind
+from consistency.checker import History, Impossible, Stale, behind
 from consistency.faults import Faults
 from consistency.history import Read, Reads
 from consistency.shelves import CACHES
@@ -34,6 +34,7 @@ from running import RunningDaemon, settled
 from standby import Standby
 
 from cdc_invalidator import reader
+from cdc_invalidator.postgres import standbys
 from cdc_invalidator.reader.local import PATIENCE
 
 if TYPE_CHECKING:
@@ -194,9 +195,8 @@ class _Trial:
         if self._standby is None:
             return {}
         self._standby.catch_up()
-        loads = psycopg.conninfo.make_conninfo(self._dsn, port=self._standby.port)
-        name = f"{psycopg.conninfo.conninfo_to_dict(loads)['host']}:{self._standby.port}"
-        self._setting = self._setting._replace(loads=loads, standby=name)
+        loads = self._standby.dsn_for(str(psycopg.conninfo.conninfo_to_dict(self._dsn)["dbname"]))
+        self._setting = self._setting._replace(loads=loads, standby=standbys.name(loads))
         return {"postgres_standbys": loads, "standby_limit": "2"}
 
     def run(self, goal: int, seed: int, faults: int) -> Outcome:
@@ -268,6 +268,9 @@ class _Trial:
     def _judge(self, outcome: Outcome, reads: Reads) -> None:
         history = History(self._writes)
         plain: Iterable[Read] = (read for read in reads if read.reader < ASKING)
+        if self._mode.daemon and not any(read.watermark for read in plain):
+            raise Impossible("No watermark was ever read, so nothing could be stale.")
+        plain = (read for read in reads if read.reader < ASKING)
         if not self._mode.daemon:
             plain = history.without_watermark(plain, SLACK_SECONDS)
         elif self._mode.allowed:

@@ -6,9 +6,6 @@ from typing import Any, Final
 
 import redis
 import redis.asyncio
-import redis.asyncio.retry
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from cdc_invalidator.reader.memory import AsyncMemory, Memory
 
@@ -28,16 +25,16 @@ def client(given: Any) -> Any:
         return given
     if given == MEMORY:
         return Memory()
-    return redis.Redis.from_url(_single(given), retry=Retry(NoBackoff(), 1), **_OPTIONS)
+    return redis.Redis.from_url(_single(given), **_OPTIONS)
 
 
 def async_client(given: Any) -> Any:
-    """Return the same for a client that awaits; it belongs to the event loop that first uses it."""
+    """Return the same for a client that awaits."""
     if not isinstance(given, str):
         return given
     if given == MEMORY:
         return AsyncMemory()
-    return redis.asyncio.Redis.from_url(_single(given), retry=redis.asyncio.retry.Retry(NoBackoff(), 1), **_OPTIONS)
+    return redis.asyncio.Redis.from_url(_single(given), **_OPTIONS)
 
 
 _OPTIONS: Final[dict[str, Any]] = {"socket_timeout": TIMEOUT_SECONDS, "socket_connect_timeout": TIMEOUT_SECONDS}

@@ -14,12 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cdc_invalidator.reader import connect
 from cdc_invalidator.reader.aio import AsyncCaches
-from cdc_invalidator.reader.memory import AsyncMemory
 from cdc_invalidator.reader.own_writes import COOKIE, SECONDS, Visitors
 
 
 def lifespan(rules: str | Path, redis: Any, **options: Any) -> Callable[[Any], AbstractAsyncContextManager[None]]:
-    """Return a lifespan: the caches are made in the application's event loop, and closed with it.
+    """Return a lifespan: the caches are made with the application, and closed with it.
 
     In a lifespan of your own: ``async with lifespan(…)(app): yield``.
 
@@ -33,14 +32,12 @@ def lifespan(rules: str | Path, redis: Any, **options: Any) -> Callable[[Any], A
     @asynccontextmanager
     async def living(app: Any) -> AsyncIterator[None]:
         client = connect.async_client(redis() if callable(redis) else redis)
+        caches = app.state.cdc_invalidator = AsyncCaches.from_rules(rules, client, **options)
         try:
-            caches = app.state.cdc_invalidator = AsyncCaches.from_rules(rules, client, **options)
             yield
-            await caches.aclose()
         finally:
             app.state.cdc_invalidator = None
-            if client is not redis and not isinstance(client, AsyncMemory):
-                await client.aclose()
+            await caches.aclose()
 
     return living
 

@@ -365,7 +365,7 @@ class AsyncCache(Generic[T]):
         return self._cached(function, ignore, params)
 
     def _cached(self, function: Callable[..., Any], ignore: Collection[str], params: Mapping[str, str] | None) -> Any:
-        of_call = handle.Cached(function, self._contract.keys.names, ignore, params)
+        of_call = handle.Cached(function, self._contract.keys.names, ignore, params, awaits=True)
 
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
             given, connection = of_call(args, kwargs)

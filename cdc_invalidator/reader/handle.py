@@ -230,6 +230,21 @@ def _types(values: Iterable[Any]) -> str:
     return " or ".join(sorted({type(value).__name__ for value in values}))
 
 
+def at_hand(value: Any) -> Any:
+    """Return what a loader gave to a shell that waits.
+
+    Raises:
+        TypeError: it must be awaited.
+    """
+    if inspect.iscoroutine(value):
+        value.close()
+        raise TypeError(_TO_AWAIT)
+    return value
+
+
+_TO_AWAIT = "the loader is a coroutine function; read through AsyncCaches, which await it"
+
+
 class Cached:
     """Turns the arguments of a decorated function into parameters.
 
@@ -238,6 +253,7 @@ class Cached:
         names: the cache's parameters; ``None`` where they are not known: all arguments but those to ignore.
         ignore: arguments that are no part of the key.
         params: for a parameter, the argument that it is, where the names differ.
+        awaits: whether the shell awaits what the function returns.
 
     Raises:
         TypeError: they don't fit; the message is a sentence with the remedy.
@@ -249,20 +265,31 @@ class Cached:
         names: Sequence[str] | None,
         ignore: Collection[str],
         params: Mapping[str, str] | None,
+        *,
+        awaits: bool,
     ) -> None:
+        if not awaits and inspect.iscoroutinefunction(function):
+            raise TypeError(_TO_AWAIT)
+        if isinstance(function, classmethod):
+            raise TypeError(f"{function.__name__} is a class method; write @classmethod above `cached`, not below it")
         self._signature = inspect.signature(function)
         self._ignored = tuple(ignore)
         if names is None:
             names = [name for name in self._signature.parameters if name not in ignore]
         self._arguments = {name: (params or {}).get(name, name) for name in names}
         has = self._signature.parameters
-        missing = [argument for argument in self._arguments.values() if argument not in has]
+        # A partial has no name.
+        name = getattr(function, "__name__", type(function).__name__)
+        missing = [argument for argument in self._arguments.values() if argument not in has or _is_many(has[argument])]
         if missing:
-            raise TypeError(f"{function.__name__} has no argument {missing[0]}, which is a parameter of the cache")
+            raise TypeError(
+                f"{name} has no argument {missing[0]}, which is a parameter of the cache; name one so, or say by "
+                "`params=` which one it is"
+            )
         extra = [argument for argument in has if argument not in {*self._arguments.values(), *ignore}]
         if extra:
             raise TypeError(
-                f"the argument {extra[0]} of {function.__name__} is no parameter of the cache, so that one value would "
+                f"the argument {extra[0]} of {name} is no parameter of the cache, so that one value would "
                 f'be served for all of its values; make it one, or write ignore=["{extra[0]}"]'
             )
 
@@ -273,6 +300,10 @@ class Cached:
         given = bound.arguments
         connection = next((given[name] for name in self._ignored if is_connection(given.get(name))), None)
         return {name: given[argument] for name, argument in self._arguments.items()}, connection
+
+
+def _is_many(argument: inspect.Parameter) -> bool:
+    return argument.kind in {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:

@@ -290,7 +290,7 @@ class Cache(Generic[T]):
 
         def loader(entries: Sequence[Entry]) -> Sequence[Any]:
             missing = [entry.item for entry in entries]
-            return handle.in_order(missing, load(missing))
+            return handle.in_order(missing, handle.at_hand(load(missing)))
 
         for word, entries in found.beside.items():
             link.run(contract.beside(entries, word), loader)
@@ -346,7 +346,7 @@ class Cache(Generic[T]):
         return self._cached(function, ignore, params)
 
     def _cached(self, function: Callable[..., Any], ignore: Collection[str], params: Mapping[str, str] | None) -> Any:
-        of_call = handle.Cached(function, self._contract.keys.names, ignore, params)
+        of_call = handle.Cached(function, self._contract.keys.names, ignore, params, awaits=False)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             given, connection = of_call(args, kwargs)
@@ -457,7 +457,7 @@ def _each(load: Callable[..., Any]) -> Loader:
     """Load entries one by one."""
 
     def loader(entries: Sequence[Entry]) -> Sequence[Any]:
-        return [load(**entry.params) for entry in entries]
+        return [handle.at_hand(load(**entry.params)) for entry in entries]
 
     return loader
 

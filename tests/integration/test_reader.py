@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import decimal
+import functools
 import threading
 import time
 import uuid
@@ -773,6 +774,69 @@ def test_a_decorated_function_reads_through(caches: Any, reads: Reads) -> None:
         raise AssertionError(number)
 
     assert reads.wait(numbered(1)) == "Ada"
+
+
+def test_methods_and_partial_functions_are_decorated_like_functions(caches: Any, reads: Reads) -> None:
+    cached = caches._of.user.cached
+
+    class Users:
+        def of_self(self, id: int) -> str:  # noqa: A002
+            return f"self {id}"
+
+        def of_class(cls, id: int) -> str:  # noqa: A002, N805  it becomes a class method
+            return f"class {id}"
+
+        def of_none(id: int) -> str:  # type: ignore[misc]  # noqa: A002, N805  it becomes a static method
+            return f"none {id}"
+
+        plain = cached(ignore=["self"])(of_self)
+        classy: Any = classmethod(cached(ignore=["cls"])(of_class))
+        static = staticmethod(cached(of_none))
+
+    def greet(greeting: str, id: int) -> str:  # noqa: A002
+        return f"{greeting} {id}"
+
+    users = Users()
+    for _ in range(2):
+        assert reads.wait(users.plain(1)) == "self 1"
+        assert reads.wait(users.classy(id=2)) == reads.wait(Users.classy(2)) == "class 2"
+        assert reads.wait(users.static(3)) == reads.wait(Users.static(3)) == "none 3"
+    assert reads.wait(cached(ignore=["greeting"])(functools.partial(greet, "hello"))(4)) == "hello 4"
+
+
+def test_functions_that_can_not_be_decorated_are_told(caches: Any) -> None:
+    def of_class(cls: type, id: int) -> tuple[type, int]:  # noqa: A002
+        return cls, id
+
+    def more(id: int, *more: int) -> tuple[int, ...]:  # noqa: A002
+        return id, *more
+
+    cached = caches._of.user.cached
+    with pytest.raises(TypeError, match="of_class is a class method; write @classmethod above `cached`, not below it"):
+        cached(classmethod(of_class))
+    no_id = "has no argument id, which is a parameter of the cache; name one so, or say by `params=` which"
+    for function in (lambda *id: id, lambda **id: id, functools.partial(lambda number: number)):
+        with pytest.raises(TypeError, match=no_id):
+            cached(function)
+    with pytest.raises(TypeError, match="the argument more of more is no parameter of the cache"):
+        cached(more)
+
+
+def test_a_coroutine_function_is_no_loader_of_the_shell_that_waits(redis_url: str, tmp_path: Path) -> None:
+    async def load(id: int) -> str:  # noqa: A002
+        raise AssertionError(id)
+
+    with redis.Redis.from_url(redis_url) as client:
+        users = Caches.from_rules(rules_file(tmp_path), client).user
+        for read in (
+            lambda: users.get(id=1, load=load),
+            lambda: users.get_many([2], load=load),  # type: ignore[arg-type]
+            lambda: users.warm([3], load=load),
+            lambda: users.cached(load),
+        ):
+            with pytest.raises(TypeError, match="the loader is a coroutine function; read through AsyncCaches"):
+                read()
+        assert not left(client)
 
 
 @pytest.mark.parametrize("name", CACHES)

@@ -13,13 +13,23 @@ from cdc_invalidator.reader.aio import AsyncCache, AsyncCaches
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.metrics import Metrics
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.reader.serializers import BYTES, JSON, TEXT, Serializer, Unstorable, serializer_of, unsafe_pickle
+from cdc_invalidator.reader.serializers import (
+    BYTES,
+    JSON,
+    ROWS,
+    TEXT,
+    Serializer,
+    Unstorable,
+    serializer_of,
+    unsafe_pickle,
+)
 from cdc_invalidator.reader.spelling import Parameter
 from cdc_invalidator.reader.sync import Cache, Caches
 
 __all__ = [
     "BYTES",
     "JSON",
+    "ROWS",
     "TEXT",
     "AsyncCache",
     "AsyncCaches",

@@ -561,7 +561,8 @@ class Contract(Generic[T]):
             if strict:
                 raise Unstorable(
                     f"a value of cache {self.cache.name} can't be stored: {no}. Write "
-                    f'`caches["{self.cache.name}"].of(…)` with the type of its values, or choose another serializer'
+                    f'`caches["{self.cache.name}"].of(…)` with the type of its values, or `.using(serializer=ROWS)` '
+                    "for rows as drivers give them"
                 ) from no.__cause__
             if self._reports("unserializable"):
                 name = type(value).__name__

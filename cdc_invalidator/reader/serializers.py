@@ -7,6 +7,7 @@ pydantic and msgspec are imported only for a type that needs them.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import datetime as dt
 import decimal
@@ -65,6 +66,76 @@ JSON: Serializer[Any] = _Made("", orjson.dumps, orjson.loads)
 # The last byte, because an entry without a payload stands for a missing row.
 TEXT: Serializer[str] = _Made("text", lambda value: value.encode() + b"\n", lambda data: data[:-1].decode())
 BYTES: Serializer[bytes] = _Made("bytes", lambda value: b"%b\n" % value, lambda data: data[:-1])
+
+
+_SCALARS = frozenset({str, int, bool, type(None)})
+_TEXTS = frozenset({str})
+
+
+def _reader(kind: Callable[[Iterable[Any]], Any]) -> Callable[[Any], Any]:
+    return lambda parts: kind(map(_unmarked, parts))
+
+
+# What marks a value that JSON lacks: a dictionary with this one key.
+_MARK = "!"
+_MARKED: Mapping[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    bytes: ("bytes", lambda value: base64.b64encode(value).decode(), base64.b64decode),
+    decimal.Decimal: ("decimal", str, decimal.Decimal),
+    uuid.UUID: ("uuid", str, uuid.UUID),
+    dt.datetime: ("datetime", dt.datetime.isoformat, dt.datetime.fromisoformat),
+    dt.date: ("date", dt.date.isoformat, dt.date.fromisoformat),
+    dt.time: ("time", dt.time.isoformat, dt.time.fromisoformat),
+    dt.timedelta: (
+        "timedelta",
+        lambda value: [value.days, value.seconds, value.microseconds],
+        lambda parts: dt.timedelta(*parts),
+    ),
+    int: ("int", str, int),
+    float: ("float", str, float),
+    **{kind: (kind.__name__, lambda value: [*map(_marked, value)], _reader(kind)) for kind in (tuple, set, frozenset)},
+    dict: (
+        "dict",
+        lambda value: [[_marked(key), _marked(each)] for key, each in value.items()],
+        lambda pairs: {_unmarked(key): _unmarked(each) for key, each in pairs},
+    ),
+}
+_UNMARK = {name: read for name, _, read in _MARKED.values()}
+
+
+def _marked(value: Any) -> Any:
+    """Return what JSON has for a value."""
+    kind = type(value)
+    if (
+        kind in {str, bool, type(None)}
+        or (kind is int and -(2**63) <= value < 2**63)
+        or (kind is float and math.isfinite(value))
+    ):
+        return value
+    if kind is list:
+        return [_marked(each) for each in value]
+    if kind is dict and _TEXTS.issuperset(map(type, value)) and _MARK not in value:
+        return {key: _marked(each) for key, each in value.items()}
+    if kind not in _MARKED:
+        raise orjson.JSONEncodeError(f"{kind.__name__} is no type of rows")
+    name, write, _ = _MARKED[kind]
+    return {_MARK: [name, write(value)]}
+
+
+def _unmarked(value: Any) -> Any:
+    if type(value) is list:
+        return [_unmarked(each) for each in value]
+    if type(value) is not dict:
+        return value
+    if _MARK in value:
+        name, content = value[_MARK]
+        return _UNMARK[name](content)
+    return {key: _unmarked(each) for key, each in value.items()}
+
+
+ROWS: Serializer[Any] = _Made(
+    "rows", lambda value: orjson.dumps(_marked(value)), lambda data: _unmarked(orjson.loads(data))
+)
+"""JSON with marks: rows as drivers give them, with dates, times, `Decimal`, `UUID`, bytes, tuples, sets, any keys."""
 
 
 @functools.lru_cache(maxsize=1000)
@@ -183,10 +254,6 @@ def written(serializer: Serializer[T], value: T) -> bytes:
     if changed:
         raise Unstorable(changed)
     return payload
-
-
-_SCALARS = frozenset({str, int, bool, type(None)})
-_TEXTS = frozenset({str})
 
 
 def _is_json(value: Any) -> bool:

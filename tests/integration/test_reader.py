@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from readers import Loader, Reads, left, rules_file
 
 from cdc_invalidator.embedded.servers import Valkey
-from cdc_invalidator.reader import AsyncCaches, Caches, Unstorable
+from cdc_invalidator.reader import ROWS, AsyncCaches, Caches, Unstorable
 from cdc_invalidator.redis import server as cache
 from cdc_invalidator.redis import topology
 from cdc_invalidator.redis.source import EndpointSource
@@ -522,6 +522,14 @@ def test_values_of_a_type_come_back_as_what_was_stored(name: str, caches: Any) -
         assert users.get(id=1, load=load) == ADA
         assert users.get_many([1, 2], load=load.many) == [ADA, ADA]
     assert load.asked == [1, [2]]
+
+
+def test_rows_come_back_as_the_driver_gives_them(caches: Any) -> None:
+    row = {"id": uuid.UUID(int=7), "at": ADA.at, "price": decimal.Decimal("9.90"), "data": b"x", "tags": ("a",)}
+    load = Loader({1: row})
+    rows = caches.user.using(serializer=ROWS)
+    assert rows.get(id=1, load=load) == rows.get(id=1, load=load) == row
+    assert load.asked == [1]
 
 
 def test_an_entry_of_another_serializer_or_of_a_changed_type_is_a_miss(caches: Any, redis_client: redis.Redis) -> None:

@@ -21,7 +21,17 @@ import typing_extensions
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_invalidator.reader import BYTES, JSON, TEXT, Options, Serializer, Unstorable, serializer_of, unsafe_pickle
+from cdc_invalidator.reader import (
+    BYTES,
+    JSON,
+    ROWS,
+    TEXT,
+    Options,
+    Serializer,
+    Unstorable,
+    serializer_of,
+    unsafe_pickle,
+)
 from cdc_invalidator.reader.serializers import difference, digest, form_of, written
 
 
@@ -77,6 +87,11 @@ USER = User(id=uuid.UUID(int=7), at=AT, price=decimal.Decimal("9.90"), places=[R
     ("serializer", "value"),
     [
         *[(JSON, value) for value in (False, 0, "", [], [None], {}, 2**63 - 1, "a\0b", {"a": [1, 1.5, {"b": None}]})],
+        *[
+            (ROWS, value)
+            for value in ((1, AT.date()), {1: "a"}, {"!": 1}, {"!": ["int", "7"]}, 2**70, math.nan, {b"x"})
+        ],
+        (ROWS, {"at": AT, "price": decimal.Decimal("1.50"), "id": uuid.UUID(int=7), "took": dt.timedelta(days=-1)}),
         (TEXT, ""),
         (TEXT, "Ada Ü\n"),
         (BYTES, b""),
@@ -148,6 +163,9 @@ class Renaming(pydantic.BaseModel):
         (JSON, decimal.Decimal(1), "can't write a Decimal"),
         (JSON, USER, "can't write a User"),
         (JSON, b"x", "can't write a bytes"),
+        (ROWS, [ROME], "can't write a list .Place is no type of rows"),
+        (ROWS, Plan.PRO, "Plan is no type of rows"),
+        (ROWS, Point(1, 2.0), "Point is no type of rows"),
         (TEXT, Plan.PRO, "a Plan would come back as a str"),
         (TEXT, 1, "can't write a int"),
         (BYTES, bytearray(b"x"), "a bytearray would come back as a bytes"),
@@ -228,6 +246,21 @@ def test_whatever_is_stored_as_json_is_the_same_when_it_is_read(value: Any) -> N
     assert exactly(JSON.loads(payload)) == exactly(value)
 
 
+MORE = COMPARED | st.binary() | st.decimals(allow_nan=False) | st.timedeltas() | st.times() | st.integers()
+MORE = MORE | st.datetimes() | st.datetimes(timezones=st.just(dt.UTC))
+ROW_VALUES = st.recursive(
+    MORE | st.just(math.nan),
+    lambda inner: st.lists(inner) | st.dictionaries(MORE | st.just("!"), inner) | st.tuples(inner) | st.sets(MORE),
+    max_leaves=10,
+)
+
+
+@given(ROW_VALUES)
+def test_whatever_rows_hold_is_stored_and_is_the_same_when_it_is_read(value: Any) -> None:
+    # It is read back, and compared.
+    assert written(ROWS, value)
+
+
 @given(VALUES)
 def test_a_pickled_value_is_found_to_be_the_same(value: Any) -> None:
     assert difference(value, pickle.loads(pickle.dumps(value))) == ""
@@ -237,10 +270,10 @@ def test_a_pickled_value_is_found_to_be_the_same(value: Any) -> None:
 
 
 def test_each_serializer_has_a_form_and_that_of_json_is_as_it_was() -> None:
-    given = (JSON, TEXT, BYTES, unsafe_pickle(), unsafe_pickle(Place), serializer_of(Place), serializer_of(User))
+    given = (JSON, TEXT, BYTES, ROWS, unsafe_pickle(), unsafe_pickle(Place), serializer_of(Place), serializer_of(User))
     every: list[Serializer[Any]] = [*given, serializer_of(Order), OfNames(), typing.cast("Any", pickle)]
     forms = [form_of(each) for each in every]
-    assert forms[:4] == [b"", b"text", b"bytes", b"pickle"]
+    assert forms[:4] == [b"", b"text", b"bytes", b"rows"]
     assert len(set(forms)) == len(forms)
     assert form_of(OfNames()) == form_of(OfNames())
 

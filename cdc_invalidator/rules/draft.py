@@ -28,6 +28,12 @@ from cdc_invalidator.rules.wording import Place, nearest, shown
 
 # What stands beside the parameters in a bust's mapping.
 RESERVED = frozenset({"via", "where", "on_empty", "sweep"})
+# The daemon's own keys, under the usual name of the watermark and under any other.
+_OURS = tuple(
+    f"cdc:{name}:{what}".encode()
+    for name in ("cdc_invalidator", "\1")
+    for what in ("watermark", "watermark:{1}", "off", "check", "events")
+)
 
 
 class _CacheDraft(NamedTuple):
@@ -503,6 +509,10 @@ def _template(
         return None
     if of_key and template.glob() == b"*":
         document.complain(loc, "without literal text, a sweep of this would empty all of Redis; begin it with a prefix")
+        return None
+    if of_key and any(template.like().fullmatch(key) for key in _OURS):
+        sentence = "this can be a key of the daemon's own, such as `cdc:cdc_invalidator:watermark`, which a row, a read"
+        document.complain(loc, f"{sentence} or a sweep would then replace or delete; begin it with a prefix")
         return None
     return template
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rule_texts import A_DURATION, GOOD, busting, mistakes
+from rule_texts import A_DURATION, GOOD, busting, mistakes, parse
 
 from cdc_invalidator.rules.format import CacheEntry
 
@@ -22,6 +22,10 @@ A_TABLE = "write `schema.table`, names with capitals or signs in double quotes"
 CHECK_YAML = "check quotes (texts with braces or commas need them), brackets and indentation"
 UNCLOSED = "did not find expected ',' or ']'"
 TOO_LONG_AFTER = "`again_after` is at most 1m, since PostgreSQL keeps its WAL until then; shorten it"
+OURS = (
+    "this can be a key of the daemon's own, such as `cdc:cdc_invalidator:watermark`, which a row, a read or a sweep "
+    "would then replace or delete; begin it with a prefix"
+)
 A_STAR = "a `*` stands for the rest of a key, at its end only; write `**` for the sign itself, or a parameter"
 CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
 
@@ -138,6 +142,11 @@ CACHE_FIELDS = ", ".join(CacheEntry.model_fields)
             "key: '{a}{b}'",
             "13:10: without literal text, a sweep of this would empty all of Redis; begin it with a prefix",
         ),
+        ("key: shop:counts", "key: '{a}:{b}'", f"13:10: {OURS}"),
+        ("key: shop:counts", "key: 'cdc:{a}:watermark'", f"13:10: {OURS}"),
+        ("key: shop:counts", "key: 'cdc:cdc_invalidator:{a}'", f"13:10: {OURS}"),
+        ("key: shop:counts", "key: 'cdc:cdc_invalidator:off'", f"13:10: {OURS}"),
+        ("key: shop:counts", "key: 'c*'", f"13:10: {OURS}"),
         (
             "key: shop:counts",
             "key: shop:counts:v{version}",
@@ -442,3 +451,8 @@ def test_a_name_with_a_line_break_stays_on_one_line_of_the_report() -> None:
 def test_a_filter_in_a_query_is_refused_with_what_it_is_in_sql(written: str, remedy: str) -> None:
     (told,) = mistakes(busting(f'a: {{via: "SELECT {{{written}}} AS id"}}'))
     assert told == f"a.yaml:5:22: a query takes no filter `|{written.partition('|')[2]}`; {remedy}"
+
+
+@pytest.mark.parametrize("key", ["cdc:user:{id}", "{tenant}:user:{id}", "cdc-cache:{id}"])
+def test_a_key_that_is_not_one_of_the_daemons_may_begin_as_those_do(key: str) -> None:
+    assert parse(f"version: 1\ncaches: {{one: {{key: '{key}'}}}}").caches["one"].key.text == key

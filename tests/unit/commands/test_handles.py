@@ -1,19 +1,12 @@
-"""The module that `handles` writes, and what type checkers find with it in an application."""
+"""The module that `handles` writes."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from paths import ROOT
 
 from cdc_invalidator import cli
 from cdc_invalidator.commands.handles import module, noted_types
@@ -42,8 +35,6 @@ TYPES: Types = {
     "odd": {"class": "smallint"},
     "gone": {"id": "text"},
 }
-FILES = ("application.py", "shop_caches.py")
-APPLICATION = Path(__file__).parent / "typed" / "application.py"
 
 
 @pytest.fixture(scope="module")
@@ -51,39 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("typed")
     (folder / "rules.yaml").write_text(RULES)
     (folder / "shop_caches.py").write_text(module(load_rules(folder / "rules.yaml", {}), TYPES))
-    shutil.copy(APPLICATION, folder)
     return folder
-
-
-def wrong_lines() -> set[int]:
-    lines = enumerate(APPLICATION.read_text().splitlines(), 1)
-    return {number for number, line in lines if line.endswith("# wrong")}
-
-
-def found(folder: Path, *words: str | Path) -> set[int]:
-    """Run a type checker, and give the lines of the application that it complains of."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "MYPYPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=250, check=False)
-    errors = re.findall(r"(\w+\.py):(\d+):.*error: .*", done.stdout)
-    assert errors, done.stdout + done.stderr
-    assert {file for file, _ in errors} == {"application.py"}, done.stdout
-    lines = {int(line) for _, line in errors}
-    assert lines == wrong_lines(), done.stdout
-    return lines
-
-
-def test_mypy_finds_each_mistake_and_nothing_else(folder: Path) -> None:
-    found(
-        folder, sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "application.py", "shop_caches.py"
-    )
-
-
-def test_pyright_finds_each_mistake_and_nothing_else(folder: Path) -> None:
-    pyright = shutil.which("basedpyright", path=f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}")
-    if pyright is None:
-        pytest.skip("basedpyright is not installed here")
-    (folder / "pyrightconfig.json").write_text(json.dumps({"typeCheckingMode": "standard", "extraPaths": [str(ROOT)]}))
-    found(folder, pyright, "--level", "error", "--pythonpath", sys.executable, *FILES)
 
 
 def test_at_runtime_its_caches_are_those_of_the_reader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

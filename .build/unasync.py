@@ -50,7 +50,7 @@ CHANGES = (
     (r"\basync (?=def |with |for )", ""),
     (r"\bawait ", ""),
     (r"\basynccontextmanager\b", "contextmanager"),
-    (r"\bAsync(?=Iterator|Caches?\b|Write\b|Follower\b|Keeper\b|Memory\b)", ""),
+    (r"\bAsync(?=Iterator|Caches?\b|Write\b|Follower\b|Keeper\b|Memory\b|Crew\b)", ""),
     (r"(the shell that )awaits\.", r"\1waits.\n\nMade of aio.py by .build/unasync.py; change that.\n"),
     (r"\n    They may be coroutine functions\.", ""),
     (r"a coroutine function", "a function"),

@@ -115,7 +115,8 @@ class Face:
             if hasattr(outcome, "__aenter__") or hasattr(outcome, "__enter__"):
                 return self._entered(outcome)
             module = type(outcome).__module__
-            return Face(self._reads, outcome) if module.startswith("cdc_invalidator") else outcome
+            wrapped = module.startswith("cdc_invalidator") and not isinstance(outcome, tuple)
+            return Face(self._reads, outcome) if wrapped else outcome
 
         return call
 

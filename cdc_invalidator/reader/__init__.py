@@ -11,6 +11,7 @@ orjson, pydantic and PyYAML (``pip install 'cdc-invalidator[reader]'``), and not
 
 from cdc_invalidator.reader.aio import AsyncCache, AsyncCaches
 from cdc_invalidator.reader.breaker import Breaker
+from cdc_invalidator.reader.leftovers import Aged
 from cdc_invalidator.reader.metrics import Metrics
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.serializers import (
@@ -31,6 +32,7 @@ __all__ = [
     "JSON",
     "ROWS",
     "TEXT",
+    "Aged",
     "AsyncCache",
     "AsyncCaches",
     "Breaker",

@@ -99,6 +99,11 @@ class Agreement:
                 self.next_at = 0.0
         return terms
 
+    def again(self) -> None:
+        """Let the next read look."""
+        if not self._disabled:
+            self.next_at = 0.0
+
     def begin(self, now: float) -> list[tuple[Any, ...]]:
         """Return the commands of a look that begins now."""
         if not self._unknown:

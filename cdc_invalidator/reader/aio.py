@@ -17,11 +17,13 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from functools import partial
 from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.aio_servers import Master, Server, Way, way_to
+from cdc_invalidator.reader.background import AsyncCrew
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
@@ -29,13 +31,14 @@ from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import Flights, loading
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.leases import AsyncKeeper
+from cdc_invalidator.reader.leftovers import Aged
 from cdc_invalidator.reader.local import Local, Locals
 from cdc_invalidator.reader.memory import AsyncMemory
 from cdc_invalidator.reader.options import Changes, Options
 from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
-from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
+from cdc_invalidator.reader.steps import Command, Later, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.tracking import AsyncFollower
 from cdc_invalidator.reader.world import World
 
@@ -58,6 +61,10 @@ class Link:
         self.connection = transactions.usual(connection)
         self.locals = Locals()
         self.keeper = AsyncKeeper(self.send)
+        django = self.connection if isinstance(self.connection, transactions.DjangoConnections) else None
+        self.crew = AsyncCrew() if django is None else AsyncCrew(django.close)
+        # Whether loaders may run in the background: what is a request's own would be used by two at once.
+        self.apart = self.connection is None or django is not None
         self._target = target
         self._breaker = breaker
         self._world = world
@@ -145,8 +152,8 @@ class Link:
         """Drop what the process's own memory has of an entry that the process has changed in Redis just now."""
         self.locals.forget(entry.key)
 
-    async def run(self, steps: Steps[R], load: Loader) -> R:
-        """Do what the steps ask for, and return their result."""
+    async def run(self, steps: Steps[R], load: Loader, *, apart: bool = False) -> R:
+        """Do what the steps ask for, and return their result; ``apart``: some of it may be done in the background."""
         try:
             effect = next(steps)
             while True:
@@ -159,6 +166,11 @@ class Link:
                             outcome = await load(effect.entries)
                     elif isinstance(effect, Wait):
                         await _happened(effect.event, effect.seconds)
+                    elif isinstance(effect, Later):
+                        if apart:
+                            self.crew.start(partial(self.run, effect.steps, load))
+                        else:
+                            await self.run(effect.steps, load)
                     else:
                         await asyncio.sleep(effect.seconds)
                 except BaseException as error:  # noqa: BLE001  the steps raise it again, once they have given back leases
@@ -250,6 +262,7 @@ class AsyncCache(Generic[T]):
             entry = Entry(given, given, b"")
             await link.run(contract.beside([entry], no.reason), _each(load))
             return entry.value  # type: ignore[no-any-return]
+        apart = link.apart and connection is None
         if connection is None:
             connection = link.connection
         if connection is not None and await transactions.aown_view(connection):
@@ -275,8 +288,93 @@ class AsyncCache(Generic[T]):
             if value is not MISS:
                 return value  # type: ignore[no-any-return]
             looked = not isinstance(reply, Exception)
-        await link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked), _each(load))
+        steps = contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked)
+        await link.run(steps, _each(load), apart=apart)
         return entry.value  # type: ignore[no-any-return]
+
+    async def get_with_age(
+        self,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        load: Callable[..., Awaitable[T | None] | T | None],
+        max_staleness: float | None = None,
+        connection: Any = None,
+        **named: Any,
+    ) -> Aged[T]:
+        """Return the value as `get` does, always from Redis or from the loader, and how old it is.
+
+        Args:
+            params: as for `get`.
+            load: as for `get`.
+            max_staleness: as for `get`.
+            connection: as for `get`.
+            named: the parameters.
+
+        Raises:
+            TypeError: as for `get`.
+        """
+        given = named if params is None else params
+        contract = self._contract
+
+        def steps(entry: Entry) -> Steps[None]:
+            return contract.read([entry], handle.demanded(self._demand, max_staleness))
+
+        return contract.aged(await self._read(given, steps, load, connection))
+
+    async def refresh(
+        self,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        load: Callable[..., Awaitable[T | None] | T | None],
+        connection: Any = None,
+        **named: Any,
+    ) -> T | None:
+        """Load the value now, store it in place of what is there, and return it.
+
+        What other readers are loading is not stored. A bust that comes meanwhile wins, as always.
+
+        Args:
+            params: as for `get`.
+            load: as for `get`.
+            connection: as for `get`.
+            named: the parameters.
+
+        Raises:
+            TypeError: as for `get`.
+        """
+        given = named if params is None else params
+        entry = await self._read(given, self._contract.reload, load, connection)
+        self._link.forget(entry)
+        return entry.value  # type: ignore[no-any-return]
+
+    async def _read(
+        self,
+        given: Mapping[str, Any],
+        steps: Callable[[Entry], Steps[None]],
+        load: Callable[..., Any],
+        connection: Any,
+    ) -> Entry:
+        """Read an entry by steps, if it has a key and the connection's transaction allows it; else load it."""
+        contract, link = self._contract, self._link
+        apart = link.apart and connection is None
+        if connection is None:
+            connection = link.connection
+        reason = ""
+        if time.monotonic() >= self._agreement.next_at:
+            reason = await link.run(contract.agree(), _nothing)
+        try:
+            entry = contract.entry(given, given) if not reason else Entry(given, given, b"")
+        except NoKey as no:
+            entry, reason = Entry(given, given, b""), no.reason
+        if reason:
+            way = contract.beside([entry], reason)
+        else:
+            own = connection is not None and await transactions.aown_view(connection)
+            way = contract.beside([entry], "transaction") if own else steps(entry)
+        await link.run(way, _each(load), apart=apart)
+        return entry
 
     async def get_many(
         self,
@@ -313,6 +411,7 @@ class AsyncCache(Generic[T]):
 
         for word, entries in found.beside.items():
             await link.run(contract.beside(entries, word), loader)
+        apart = link.apart and connection is None
         if connection is None:
             connection = link.connection
         if found.entries and reason:
@@ -327,7 +426,8 @@ class AsyncCache(Generic[T]):
                 entries = kept.missing
             try:
                 if entries:
-                    await link.run(contract.read(entries, handle.demanded(self._demand, max_staleness)), loader)
+                    steps = contract.read(entries, handle.demanded(self._demand, max_staleness))
+                    await link.run(steps, loader, apart=apart)
             finally:
                 if kept is not None:
                     kept.keep()
@@ -615,8 +715,12 @@ class AsyncCaches:
         """
         return type(self)(self._book, self._link, lsn)
 
-    async def aclose(self) -> None:
-        """Close the connections of the running event loop; they are closed with it in any case."""
+    async def aclose(self, seconds: float = 5.0) -> None:
+        """Wait for what is refreshed in the background, at most so long.
+
+        Close the connections of the running event loop; they are closed with it in any case.
+        """
+        await self._link.crew.finish(seconds)
         await self._link.close()
 
     @asynccontextmanager

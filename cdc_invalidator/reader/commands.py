@@ -269,6 +269,10 @@ class Commands:
         told = (TOLD_MS,) if telling else ()
         return ("EVALSHA", self._scripts.release, 1, self._lock(entry), entry.lease or entry.token + b":", *told)
 
+    def with_old(self, name: bytes) -> list[bytes]:
+        """Return the name of a value or version, and that of the one before which a bust may have left."""
+        return [name, name + STALE_SUFFIX] if self._cache.stale_for is not None else [name]
+
     def bust(self, entry: Entry) -> list[Command]:
         """Return the commands that delete the entry as a bust does, the locks first."""
         names = (self._lock(entry), entry.key + OLD_LOCK_SUFFIX, entry.key, entry.key + STALE_SUFFIX)

@@ -8,6 +8,7 @@ that checks the lease stores a value. Clocks are passed in; no socket or thread 
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,11 +21,12 @@ from cdc_invalidator.reader.flights import Flight, copies, is_loading
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.keys import NUL, Keys, NoKeys
 from cdc_invalidator.reader.keyspace import KeySpace
+from cdc_invalidator.reader.leftovers import Aged, Leftovers
 from cdc_invalidator.reader.metrics import CacheMetrics
 from cdc_invalidator.reader.options import STRICT, Options
 from cdc_invalidator.reader.serializers import Unstorable, form_of, written
 from cdc_invalidator.reader.spelling import NoKey
-from cdc_invalidator.reader.steps import Command, Load, Renewal, Send, Sleep, Steps, Unavailable, Wait, word
+from cdc_invalidator.reader.steps import Command, Later, Load, Renewal, Send, Sleep, Steps, Unavailable, Wait, word
 from cdc_invalidator.reader.world import World
 from cdc_invalidator.rules.model import Cache
 from cdc_invalidator.rules.suffixes import STALE_SUFFIX
@@ -68,12 +70,20 @@ class Contract(Generic[T]):
         self.metrics = metrics
         self.terms = world.agreement.of(cache)
         self.space = space or (KeySpace(cache.max_keys_hint, cache.ttl / 1000) if cache.max_keys_hint else None)
-        self._envelope = Envelope(options.schema, form_of(options.serializer))
+        self._envelope = Envelope(
+            options.schema,
+            form_of(options.serializer),
+            clock=world.clocks.wall,
+            compress_from=options.compress_from,
+            compression=options.compression,
+            kept=options.fail_safe > 0,
+        )
         self._header = self._envelope.header
         self._loads = options.serializer.loads
         # Readers share a load only if they read values in the same way, and fail for the same ones.
         self._form = (self._header, options.strict)
         self._commands = Commands(cache, world, self._header, options.lease)
+        self._leftovers = Leftovers(self._commands, self._envelope, self._loads, options.fail_safe)
         self.look, self.looks_once = self._commands.look, self._commands.looks_once
         self._stored = self._commands.stored
         self._ttl, self._jitter = cache.ttl, cache.jitter
@@ -140,6 +150,7 @@ class Contract(Generic[T]):
             return MISS
         payload = self._envelope.payload(reply)
         if payload is None:
+            entry.refresh = True
             return MISS
         if not payload:
             self.metrics.negative_hits()
@@ -196,6 +207,9 @@ class Contract(Generic[T]):
             if demand.lsn or (demand.max_age is not None and demand.max_age < (self.cache.stale_for or 0)):
                 for entry in entries:
                     entry.stale = False
+            elif self.options.fail_safe and demand == (0, None):
+                for entry in entries:
+                    entry.saves = True
             if not looked:
                 refusal = yield from self._look(entries, demand)
                 if refusal:
@@ -271,7 +285,7 @@ class Contract(Generic[T]):
                 negative_hits += 1
             else:
                 hits += 1
-            entry.found(value)
+            entry.found(value, seen)
             if self.options.early and self._due(seen):
                 early.append(entry)
         if hits:
@@ -280,7 +294,14 @@ class Contract(Generic[T]):
             self.metrics.negative_hits(negative_hits)
         for reason, some in refused.items():
             yield from self.beside(some, reason)
-        if early:
+        if early and self.options.background:
+            # Others that look meanwhile would want the same.
+            begun, now = self.world.refreshing, self.world.clocks.steady()
+            early = [copy.copy(entry) for entry in early if begun.get(entry.key, now) <= now]
+            if early:
+                begun.update(dict.fromkeys([entry.key for entry in early], now + self.options.longest_load))
+                yield Later(self._refresh_later(early))
+        elif early:
             yield from self._refresh(early)
 
     def _value(self, entry: Entry, stored: Any, demand: Demand) -> Any:
@@ -352,7 +373,9 @@ class Contract(Generic[T]):
             while not flight.over and (remaining := flight.until - self.world.clocks.steady()) > 0:
                 yield Wait(flight.landed, remaining)
             if flight.error is not None:
-                raise flight.error
+                if not (yield from self._save([entry], flight.error)):
+                    raise flight.error
+                continue
             if not flight.over:
                 alone.setdefault("waited", []).append(entry)
                 continue
@@ -469,7 +492,8 @@ class Contract(Generic[T]):
             return False
         if stale:
             self.metrics.stale_hits()
-        entry.found(value)
+            entry.saved = True
+        entry.found(value, stored)
         return True
 
     # ── Loading ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -486,6 +510,8 @@ class Contract(Generic[T]):
         except BaseException as error:
             self._failed(mine, error)
             yield from self._release(mine, telling=isinstance(error, Exception))
+            if (yield from self._save(mine, error)):
+                return 0
             raise
         took = clocks.steady() - started
         self.metrics.load_seconds(took)
@@ -548,7 +574,8 @@ class Contract(Generic[T]):
             ttl += int(clocks.chance() * self._jitter)
         expires = int(clocks.wall() * 1000) + ttl
         stored = self._envelope.seal(payload, Times(int(began * 1000), expires, int(took * 1000)))
-        return self._commands.fill(entry, stored, ttl)
+        kept = ttl + int(self.options.fail_safe * 1000) if payload else ttl
+        return self._commands.fill(entry, stored, kept)
 
     def _payload(self, value: Any, *, strict: bool = False) -> bytes | None:
         """Return the bytes of a value; ``None`` for one that can't be stored, or `Unstorable` is raised."""
@@ -625,12 +652,37 @@ class Contract(Generic[T]):
             raise
         except BaseException as error:
             self._failed(undone, error)
+            if (yield from self._save(undone, error)):
+                return
             raise
         self.metrics.load_seconds(self.world.clocks.steady() - started)
         for entry, value in zip(undone, values, strict=True):
             entry.found(value)
             if entry.flight is not None and not entry.flight.over:
                 self._land(entry, self._payload(value))
+
+    def _save(self, entries: Sequence[Entry], error: BaseException) -> Steps[bool]:
+        """Give entries their old values instead of those whose load has failed, if that may be and all have one."""
+        if not isinstance(error, self.options.fail_safe_on) or not all(
+            entry.saves and not entry.done for entry in entries
+        ):
+            return False
+        found = yield from self._leftovers.of(entries)
+        if found is None:
+            return False
+        for entry, (value, stored) in zip(entries, found, strict=True):
+            entry.found(value, stored)
+            entry.saved = True
+        self.metrics.fail_safe_hits(len(entries))
+        if self._reports("fail_safe"):
+            name = type(error).__name__
+            _log.warning("a load of cache %s failed (%s); old values are served", self.cache.name, name)
+        return True
+
+    def aged(self, entry: Entry) -> Aged[T]:
+        """Return an entry's value with its age."""
+        began = self._envelope.began(entry.seen) if type(entry.seen) is bytes else self._now()
+        return Aged(entry.value, max(0, self._now() - began) / 1000, entry.saved)
 
     def _refused(self, error: Exception) -> str:
         """Return the reason for metrics, and log now and then what Redis refuses: an operator must fix it."""
@@ -674,6 +726,23 @@ class Contract(Generic[T]):
         except Exception:  # noqa: BLE001  a value is there, and in date; if loads still fail when it is not, that shows
             _log.warning("an early refresh of cache %s failed", self.cache.name, exc_info=True)
 
+    def _refresh_later(self, early: Sequence[Entry]) -> Steps[None]:
+        """Do the same after the read has returned."""
+        for entry in early:
+            entry.token = entry.lease = b""
+        try:
+            yield from self._refresh(early)
+        except Unavailable:
+            return
+        except GeneratorExit:
+            raise
+        except BaseException:
+            yield from self._release([entry for entry in early if entry.token])
+            raise
+        finally:
+            for entry in early:
+                self.world.refreshing.pop(entry.key, None)
+
     # ── Warming, writing ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def warm(self, entries: Iterable[Entry], *, rate: float, limit: int | None) -> Steps[int]:
@@ -692,6 +761,8 @@ class Contract(Generic[T]):
                 break
             try:
                 yield from self._take([entry])
+                if self._value(entry, entry.seen, Demand()) is MISS and entry.refresh:
+                    yield from self._take([entry])  # what is there has expired
                 reply = entry.seen
                 if isinstance(reply, Exception):
                     self.metrics.bypasses(self._refused(reply))
@@ -734,6 +805,14 @@ class Contract(Generic[T]):
             self.metrics.bypasses(self._refused(reply))
             return False
         return self._commands.granted(entry, reply)
+
+    def reload(self, entry: Entry) -> Steps[None]:
+        """Load an entry whatever is there, and store it, unless a bust comes meanwhile."""
+        if (yield from self.seize(entry)):
+            yield from self._load([entry])
+        else:
+            (value,) = yield Load([entry])
+            entry.found(value)
 
     def put(self, entry: Entry, value: Any, began: float) -> Steps[bool]:
         """Store what was written, if no bust came since `seize`."""

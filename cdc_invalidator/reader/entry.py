@@ -31,6 +31,8 @@ class Entry:
     done = False
     flight: Flight | None = None  # the load that others of this process may wait for, if it is ours
     flight_key: Any = None
+    saves = False  # whether an old value will do if the load fails
+    saved = False  # whether the value is an old one
     refresh = False  # load it whatever is there, which can't be read or is too old
 
     def __init__(
@@ -43,7 +45,8 @@ class Entry:
         # Whether an old value will do while another reader loads.
         self.stale = stale
 
-    def found(self, value: Any) -> None:
-        """Note its value."""
+    def found(self, value: Any, seen: Any = None) -> None:
+        """Note its value, and what that was seen in, if it was stored already."""
         self.value = value
+        self.seen = seen
         self.done = True

@@ -65,8 +65,9 @@ class Book:
             contract = self._contracts[name] = self._make(name)
         return contract
 
-    def forget_keys(self) -> None:
-        """Forget which keys were stored."""
+    def begin_anew(self) -> None:
+        """Forget which keys were stored, and what the daemon has said."""
+        self._world.agreement.again()
         for contract in self._contracts.values():
             if contract.space is not None:
                 contract.space.clear()

@@ -17,6 +17,7 @@ _COUNTERS = {
     "misses": "Reads that found nothing under their key.",
     "negative_hits": "Reads that the cache answered with: there is nothing.",
     "stale_hits": "Reads that were answered with the old value while somebody loaded the new one.",
+    "fail_safe_hits": "Reads that were answered with an old value because the load failed.",
     "waits": "Reads that waited for somebody else's load.",
     "fills": "Values stored after a load.",
     "dropped_fills": "Values not stored, because a bust overtook their load or the lease ran out.",
@@ -59,6 +60,7 @@ class CacheMetrics:
     misses: Callable[..., Any]
     negative_hits: Callable[..., Any]
     stale_hits: Callable[..., Any]
+    fail_safe_hits: Callable[..., Any]
     waits: Callable[..., Any]
     fills: Callable[..., Any]
     dropped_fills: Callable[..., Any]

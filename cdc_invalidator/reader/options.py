@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Generic, TypedDict, TypeVar
 
+from cdc_invalidator.reader.envelope import knows
 from cdc_invalidator.reader.serializers import JSON, Serializer
 
 T = TypeVar("T")
@@ -44,6 +45,11 @@ class Options(Generic[T]):
     the daemon's time is some seconds behind, so take 5 or more.
     ``strict``: raise `Unstorable` for a loaded value that can't be stored so that it comes back as it is; else the read
     gives it, and nothing is stored. By default as `is_strict` says.
+    ``background``: what is refreshed early is loaded in the background, while the read returns; not where a read names
+    its connection. ``fail_safe``: when a load fails with one of ``fail_safe_on``, serve the old value for so long after
+    it has expired, and of a cache with `stale_for` for so long after a bust; Redis keeps entries for longer then. Reads
+    that ask for a freshness get the failure. ``compress_from``: compress what takes so many bytes and more, by
+    ``compression``: zlib, or zstd where zstandard is installed. Readers without these options read such entries, too.
     """
 
     serializer: Serializer[T] = JSON
@@ -54,13 +60,20 @@ class Options(Generic[T]):
     early: float = 0.0
     max_staleness: float | None = None
     strict: bool = field(default_factory=is_strict)
+    background: bool = False
+    fail_safe: float = 0.0
+    fail_safe_on: tuple[type[Exception], ...] = (Exception,)
+    compress_from: int | None = None
+    compression: str = "zlib"
 
     def __post_init__(self) -> None:
         if self.schema < 0:
             raise ValueError(f"`schema` is {self.schema}; count from 0")
         if self.lease <= 0:
             raise ValueError(f"`lease` is {self.lease} s; a load needs some time")
-        for name in ("longest_load", "wait", "early", "max_staleness"):
+        if not knows(self.compression):
+            raise ValueError(f"`compression` is {self.compression!r}; write zlib, or zstd and install zstandard")
+        for name in ("longest_load", "wait", "early", "max_staleness", "fail_safe", "compress_from"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` is {value}; it can't be negative")
@@ -76,3 +89,8 @@ class Changes(TypedDict, total=False):
     early: float
     max_staleness: float | None
     strict: bool
+    background: bool
+    fail_safe: float
+    fail_safe_on: tuple[type[Exception], ...]
+    compress_from: int | None
+    compression: str

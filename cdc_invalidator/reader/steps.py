@@ -8,6 +8,7 @@ A generator of `contract` yields one of
   An exception of the program's loader is thrown in, and raised again once the leases are given back.
 - `Wait`: for what another reader of this process loads, some seconds at most.
 - `Sleep`: seconds to wait.
+- `Later`: steps that may be done in the background. Where they may not, they are done at once.
 """
 
 from __future__ import annotations
@@ -78,7 +79,13 @@ class Sleep(NamedTuple):
     seconds: float
 
 
-Effect: TypeAlias = Send | Load | Wait | Sleep
+class Later(NamedTuple):
+    """Steps that nobody waits for; the loader is the same."""
+
+    steps: Generator[Any, Any, None]
+
+
+Effect: TypeAlias = Send | Load | Wait | Sleep | Later
 Steps: TypeAlias = Generator[Effect, Any, T]
 
 

@@ -17,9 +17,11 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from cdc_invalidator.reader import handle, transactions
+from cdc_invalidator.reader.background import Crew
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
@@ -27,13 +29,14 @@ from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import Flights, loading
 from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.leases import Keeper
+from cdc_invalidator.reader.leftovers import Aged
 from cdc_invalidator.reader.local import Local, Locals
 from cdc_invalidator.reader.memory import Memory
 from cdc_invalidator.reader.options import Changes, Options
 from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
-from cdc_invalidator.reader.steps import Command, Load, Send, Steps, Unavailable, Wait
+from cdc_invalidator.reader.steps import Command, Later, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.sync_servers import Master, Server, Way, way_to
 from cdc_invalidator.reader.tracking import Follower
 from cdc_invalidator.reader.world import World
@@ -57,6 +60,10 @@ class Link:
         self.connection = transactions.usual(connection)
         self.locals = Locals()
         self.keeper = Keeper(self.send)
+        django = self.connection if isinstance(self.connection, transactions.DjangoConnections) else None
+        self.crew = Crew() if django is None else Crew(django.close)
+        # Whether loaders may run in the background: what is a request's own would be used by two at once.
+        self.apart = self.connection is None or django is not None
         self._target = target
         self._breaker = breaker
         self._world = world
@@ -127,8 +134,8 @@ class Link:
         """Drop what the process's own memory has of an entry that the process has changed in Redis just now."""
         self.locals.forget(entry.key)
 
-    def run(self, steps: Steps[R], load: Loader) -> R:
-        """Do what the steps ask for, and return their result."""
+    def run(self, steps: Steps[R], load: Loader, *, apart: bool = False) -> R:
+        """Do what the steps ask for, and return their result; ``apart``: some of it may be done in the background."""
         try:
             effect = next(steps)
             while True:
@@ -141,6 +148,11 @@ class Link:
                             outcome = load(effect.entries)
                     elif isinstance(effect, Wait):
                         effect.event.wait(effect.seconds)
+                    elif isinstance(effect, Later):
+                        if apart:
+                            self.crew.start(partial(self.run, effect.steps, load))
+                        else:
+                            self.run(effect.steps, load)
                     else:
                         time.sleep(effect.seconds)
                 except BaseException as error:  # noqa: BLE001  the steps raise it again, once they have given back leases
@@ -231,6 +243,7 @@ class Cache(Generic[T]):
             entry = Entry(given, given, b"")
             link.run(contract.beside([entry], no.reason), _each(load))
             return entry.value  # type: ignore[no-any-return]
+        apart = link.apart and connection is None
         if connection is None:
             connection = link.connection
         if connection is not None and transactions.own_view(connection):
@@ -256,8 +269,93 @@ class Cache(Generic[T]):
             if value is not MISS:
                 return value  # type: ignore[no-any-return]
             looked = not isinstance(reply, Exception)
-        link.run(contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked), _each(load))
+        steps = contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked)
+        link.run(steps, _each(load), apart=apart)
         return entry.value  # type: ignore[no-any-return]
+
+    def get_with_age(
+        self,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        load: Callable[..., T | None],
+        max_staleness: float | None = None,
+        connection: Any = None,
+        **named: Any,
+    ) -> Aged[T]:
+        """Return the value as `get` does, always from Redis or from the loader, and how old it is.
+
+        Args:
+            params: as for `get`.
+            load: as for `get`.
+            max_staleness: as for `get`.
+            connection: as for `get`.
+            named: the parameters.
+
+        Raises:
+            TypeError: as for `get`.
+        """
+        given = named if params is None else params
+        contract = self._contract
+
+        def steps(entry: Entry) -> Steps[None]:
+            return contract.read([entry], handle.demanded(self._demand, max_staleness))
+
+        return contract.aged(self._read(given, steps, load, connection))
+
+    def refresh(
+        self,
+        params: Mapping[str, Any] | None = None,
+        /,
+        *,
+        load: Callable[..., T | None],
+        connection: Any = None,
+        **named: Any,
+    ) -> T | None:
+        """Load the value now, store it in place of what is there, and return it.
+
+        What other readers are loading is not stored. A bust that comes meanwhile wins, as always.
+
+        Args:
+            params: as for `get`.
+            load: as for `get`.
+            connection: as for `get`.
+            named: the parameters.
+
+        Raises:
+            TypeError: as for `get`.
+        """
+        given = named if params is None else params
+        entry = self._read(given, self._contract.reload, load, connection)
+        self._link.forget(entry)
+        return entry.value  # type: ignore[no-any-return]
+
+    def _read(
+        self,
+        given: Mapping[str, Any],
+        steps: Callable[[Entry], Steps[None]],
+        load: Callable[..., Any],
+        connection: Any,
+    ) -> Entry:
+        """Read an entry by steps, if it has a key and the connection's transaction allows it; else load it."""
+        contract, link = self._contract, self._link
+        apart = link.apart and connection is None
+        if connection is None:
+            connection = link.connection
+        reason = ""
+        if time.monotonic() >= self._agreement.next_at:
+            reason = link.run(contract.agree(), _nothing)
+        try:
+            entry = contract.entry(given, given) if not reason else Entry(given, given, b"")
+        except NoKey as no:
+            entry, reason = Entry(given, given, b""), no.reason
+        if reason:
+            way = contract.beside([entry], reason)
+        else:
+            own = connection is not None and transactions.own_view(connection)
+            way = contract.beside([entry], "transaction") if own else steps(entry)
+        link.run(way, _each(load), apart=apart)
+        return entry
 
     def get_many(
         self,
@@ -294,6 +392,7 @@ class Cache(Generic[T]):
 
         for word, entries in found.beside.items():
             link.run(contract.beside(entries, word), loader)
+        apart = link.apart and connection is None
         if connection is None:
             connection = link.connection
         if found.entries and reason:
@@ -308,7 +407,8 @@ class Cache(Generic[T]):
                 entries = kept.missing
             try:
                 if entries:
-                    link.run(contract.read(entries, handle.demanded(self._demand, max_staleness)), loader)
+                    steps = contract.read(entries, handle.demanded(self._demand, max_staleness))
+                    link.run(steps, loader, apart=apart)
             finally:
                 if kept is not None:
                     kept.keep()
@@ -578,8 +678,12 @@ class Caches:
         """
         return type(self)(self._book, self._link, lsn)
 
-    def close(self) -> None:
-        """Close the connections; a later read opens others."""
+    def close(self, seconds: float = 5.0) -> None:
+        """Wait for what is refreshed in the background, at most so long.
+
+        Close the connections; a later read opens others.
+        """
+        self._link.crew.finish(seconds)
         self._link.close()
 
     @contextmanager

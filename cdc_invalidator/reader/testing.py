@@ -25,10 +25,13 @@ def in_memory(caches: C) -> Iterator[C]:
 
     They begin empty. Their client is not used.
     """
-    caches._book.forget_keys()
+    caches._book.begin_anew()
     memory: Any = AsyncMemory() if isinstance(caches, AsyncCaches) else Memory()
-    with caches._link.over(memory):
-        yield caches
+    try:
+        with caches._link.over(memory):
+            yield caches
+    finally:
+        caches._book.begin_anew()
 
 
 def bust(cache: Cache[Any] | AsyncCache[Any], params: Mapping[str, Any] | None = None, /, **named: Any) -> None:
@@ -68,7 +71,7 @@ def clear(caches: Caches | AsyncCaches) -> None:
         TypeError: the caches are not in memory.
     """
     _store(caches._link.memory).clear()
-    caches._book.forget_keys()
+    caches._book.begin_anew()
 
 
 def keys(caches: Caches | AsyncCaches) -> list[bytes]:

@@ -103,6 +103,10 @@ class DjangoConnections:
         connections = sys.modules["django.db"].connections
         return [each for each in connections.all(initialized_only=True) if each.vendor == "postgresql"]
 
+    def close(self) -> None:
+        """Close those of a thread that has served no request, which Django would close."""
+        sys.modules["django.db"].connections.close_all()
+
 
 def usual(connection: Any) -> Any:
     """Return the connection to ask where a read names none: Django's, in a program that has set up Django.

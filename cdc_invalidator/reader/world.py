@@ -52,3 +52,5 @@ class World:
     cluster: bool = False
     flights: Flights = field(default_factory=Flights)
     disabled: bool = False
+    # The keys that are being refreshed in the background, and until when others leave that alone.
+    refreshing: dict[bytes, float] = field(default_factory=dict)

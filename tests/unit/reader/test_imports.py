@@ -92,6 +92,7 @@ def test_the_pure_part_does_no_io() -> None:
     shells = {
         "aio.py",
         "aio_servers.py",
+        "background.py",
         "clients.py",
         "commit.py",
         "connect.py",

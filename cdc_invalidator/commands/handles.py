@@ -226,7 +226,7 @@ class _Writer:
             "    from contextlib import AbstractAsyncContextManager, AbstractContextManager",
             f"    from typing import {', '.join(sorted(self._typing))}",
             "",
-            "    from cdc_invalidator.reader import Parameter, Serializer, aio, sync",
+            "    from cdc_invalidator.reader import Aged, Parameter, Serializer, aio, sync",
             "    from cdc_invalidator.reader.options import Changes",
             "",
             '    T = TypeVar("T")',

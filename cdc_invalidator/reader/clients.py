@@ -191,7 +191,8 @@ def _cluster(driver: Driver, client: Any) -> Target:
     make, most = options.pop("connection_class", driver.connection), options.pop("max_connections", None)
     if not driver.awaits:
         # Its nodes have clients, who know what a connection is made of.
-        pools = [node.redis_connection.connection_pool for node in client.get_nodes() if node.redis_connection]
+        found = [getattr(node, f"{driver.package}_connection") for node in client.get_nodes()]
+        pools = [each.connection_pool for each in found if each is not None]
         make, options, most = pools[0].connection_class, pools[0].connection_kwargs, pools[0].max_connections
     # It asks to read from replicas, or sets a parser.
     options = {

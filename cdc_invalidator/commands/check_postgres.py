@@ -24,6 +24,7 @@ from cdc_invalidator.postgres import remedies
 from cdc_invalidator.postgres.connection import answered, connect, first_line, rows
 from cdc_invalidator.postgres.dsn import DsnSource
 from cdc_invalidator.postgres.mistakes import NAMED, mistakes, read_of_old, unknown_old
+from cdc_invalidator.postgres.parameters import parameter_types
 from cdc_invalidator.postgres.publication import Publication
 from cdc_invalidator.postgres.queries import ColumnInfo, above, columns, given_tables, read_rights
 from cdc_invalidator.postgres.replication import Replication
@@ -31,6 +32,8 @@ from cdc_invalidator.postgres.slot import READERS_UNKNOWN, ServerInfo, Slot
 from cdc_invalidator.postgres.snapshot import Snapshots
 from cdc_invalidator.postgres.spelling import Spelling
 from cdc_invalidator.postgres.survey import Leaf, Survey
+from cdc_invalidator.reader.keys import letters_folded
+from cdc_invalidator.reader.spelling import has_text
 from cdc_invalidator.redis.source import EndpointSource
 from cdc_invalidator.rules.condition import asked_columns, condition_of
 from cdc_invalidator.rules.model import Bust, Cache, Rule, RuleSet
@@ -126,6 +129,8 @@ class _Database:
         self._columns: dict[Table, dict[str, ColumnInfo]] = {}
         self._reads: list[Reads] = []
         self.columns = Columns()
+        # The settings that values are printed with, where they could be read.
+        self._printed_with: Mapping[str, str] | None = None
         # Of the server, where it could be asked; nobody streams from the slot then.
         self.system_id: str | None = None
 
@@ -152,6 +157,7 @@ class _Database:
                 await self._look_at_publication(connection, publication, survey, self._rules)
                 await self._look_at_tables(connection, survey, self._rules)
                 await self._look_at_queries(connection, self._rules)
+                await self._look_at_texts(connection, self._rules)
         return self._findings
 
     def _add(
@@ -185,13 +191,14 @@ class _Database:
         except errors.ServerRefuses as error:
             self._add(Severity.ERROR, "settings_hidden", str(error))
             return
+        self._printed_with = spelling.values
         if not spelling.values["DateStyle"].startswith("ISO"):
             self._add(
                 Severity.WARNING,
                 "dates_not_iso",
                 f"DateStyle of the database is {spelling.values['DateStyle']}, so that keys contain dates and times in "
-                "that form, while the reader library writes dates as ISO, and `when` compares no times; give readers "
-                "dates as text, as the database prints them, or keep them out of keys.",
+                "that form; the reader library has keys for dates, and none for times, and `when` compares no times; "
+                "keep times out of keys.",
             )
         if int(spelling.values["extra_float_digits"]) < 1:
             self._add(
@@ -411,6 +418,26 @@ class _Database:
                         named.add((bust.cache.name, parameter))
                         self._findings.append(_of_unbounded(bust.cache, parameter, rule.table, name, column))
 
+    async def _look_at_texts(self, connection: psycopg.AsyncConnection[Any], rules: RuleSet) -> None:
+        """Report the parameters for which the reader library has no key."""
+        if self._printed_with is None:
+            return  # reported already
+        failing = {finding.place for finding in self._findings if finding.code == "query_fails"}
+        reported = {
+            bust.cache.name
+            for rule in rules.rules
+            for bust in rule.busts
+            if rule.table not in self._columns or (bust.query and bust.query.place in failing)
+        }
+        for name, of_cache in (await parameter_types(connection, rules)).items():
+            cache = rules.caches[name]
+            folded = letters_folded(cache)
+            for parameter, told in of_cache.items():
+                if told is None and name in reported:
+                    continue
+                if not has_text(told, self._printed_with, folded=parameter in folded):
+                    self._findings.append(_of_no_text(cache, parameter, told))
+
     async def _look_at_queries(self, connection: psycopg.AsyncConnection[Any], rules: RuleSet) -> None:
         for rule in rules.rules:
             known = self._columns.get(rule.table, {})
@@ -612,6 +639,19 @@ def _of_unbounded(cache: Cache, parameter: str, table: Table, name: str, column:
         cache.place,
         f"parameter {parameter} of cache {cache.name} is {table}.{name}, of type {column.type} and so of any length, "
         f"and keys of megabytes would go to Redis; hash it: `{{{parameter}|sha256}}`.",
+    )
+
+
+def _of_no_text(cache: Cache, parameter: str, told: str | None) -> Finding:
+    why = f"is of type {told}, of which equal values may be printed differently"
+    if told is None:
+        why = "is taken from columns of several types"
+    return Finding(
+        Severity.NOTE,
+        "no_certain_text",
+        cache.place,
+        f"parameter {parameter} of cache {cache.name} {why}, so that the reader library has no key for it and loads at "
+        "each read; take it from columns of one type, such as bigint, uuid, text, or numeric with a scale.",
     )
 
 

@@ -14,14 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import psycopg
-import structlog
 
 from cdc_invalidator import errors
 from cdc_invalidator.postgres.connection import answered, rows
 from cdc_invalidator.postgres.queries import TOLD, columns
-from cdc_invalidator.rules.model import Bust, Query, RuleSet
-
-_log = structlog.get_logger()
+from cdc_invalidator.rules.model import Query, RuleSet
 
 Types = dict[str, dict[str, str | None]]
 """By cache and parameter, the type; ``None``: it is not known. A parameter that no bust names is left out."""
@@ -50,7 +47,7 @@ async def parameter_types(connection: psycopg.AsyncConnection[Any], rules: RuleS
             given = {name: of_table[column].told for name, column in bust.mapped.items() if column in of_table}
             if bust.query is not None:
                 written = {name: column.type for name, column in of_table.items()}
-                given |= await _answered(connection, bust, bust.query, written)
+                given |= await _answered(connection, bust.query, written)
             of_cache = types[bust.cache.name]
             for parameter in bust.cache.bust_template.params:
                 told = given.get(parameter)
@@ -59,7 +56,7 @@ async def parameter_types(connection: psycopg.AsyncConnection[Any], rules: RuleS
 
 
 async def _answered(
-    connection: psycopg.AsyncConnection[Any], bust: Bust, query: Query, written: Mapping[str, str]
+    connection: psycopg.AsyncConnection[Any], query: Query, written: Mapping[str, str]
 ) -> dict[str, str]:
     """Return the types of what a query answers; none where it can't be planned now."""
     sql = "".join(
@@ -73,11 +70,10 @@ async def _answered(
                 # What is pasted is the rule file's own SQL, which the daemon asks for busts too.
                 nothing = f"SELECT * FROM (\n{sql}\n) AS found LIMIT 0"  # noqa: S608
                 cursor = await connection.execute(nothing.encode())
-    except errors.InvalidatorError as error:
+    except errors.InvalidatorError:
         if connection.broken:
             raise
         # That is told where the query is asked for busts.
-        _log.debug("types_unknown", cache=bust.cache.name, error=str(error))
         return {}
     result = cursor.pgresult
     assert result is not None

@@ -66,7 +66,7 @@ class Keys:
         self._version: MakeKey | None = cache.version.compile(index) if cache.version is not None else None
         self._cache_name = cache.name
         types = types or {}
-        folded = _folded(cache)
+        folded = letters_folded(cache)
         self._makers: list[tuple[str, Make]] = [
             (
                 name,
@@ -130,7 +130,7 @@ class NoKeys:
         raise NoKey("disabled")
 
 
-def _folded(cache: Cache) -> set[str]:
+def letters_folded(cache: Cache) -> set[str]:
     """Return the parameters of which busts' keys don't show whether letters are large or small."""
     shown: set[str] = set()
     folded: set[str] = set()

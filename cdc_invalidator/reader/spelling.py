@@ -83,6 +83,11 @@ def maker(name: str, told: str | None, settings: Mapping[str, str], *, folded: b
     return make
 
 
+def has_text(told: str | None, settings: Mapping[str, str], *, folded: bool = False) -> bool:
+    """Return whether values of a type have a certain text at all; see `maker`."""
+    return _text_of(told or "", settings, folded=folded) is not None
+
+
 def encoded(text: str) -> bytes:
     """Return text in UTF-8.
 
@@ -141,7 +146,7 @@ def _no_text(value: Any, name: str, told: str | None) -> Exception:
         return _wrong_type(value, name)
     if told is None:
         why = "its type is not known: rules take it from columns of several types, or a query fails; see `check`"
-    elif _text_of(told, {}, folded=True) is None and not told.startswith(("timestamp", "date", "bytea")):
+    elif not has_text(told, {}, folded=True) and not told.startswith(("timestamp", "date", "bytea")):
         why = f"its type is {told}, where equal values may be printed differently; busts need a column of another type"
     else:
         why = f"its type is {told}, and a {type(value).__name__} like this may be written otherwise there"

@@ -221,6 +221,32 @@ def test_a_key_of_text_of_any_length_is_told_unless_it_is_hashed_or_unique(setti
     assert "hash it: `{t|sha256}`" in told[0]["sentence"]
 
 
+def test_parameters_for_which_the_reader_has_no_key_are_told(setting: Setting) -> None:
+    execute(setting.dsn, "CREATE TABLE odd (id numeric PRIMARY KEY, n int, code text, at timestamptz)")
+    names = ("id", "n", "two", "none", "at")
+    caches = "".join(f"  {name}: {{key: 'app:env:{name}:{{x}}', ttl: 1m}}\n" for name in names)
+    busts = "{id: {x: id}}, {n: {x: n}}, {two: {x: n}}, {at: {x: at}}"
+    rules = (
+        f"{{name: a, table: public.odd, old_row: sweep, bust: [{busts}]}}",
+        "{name: b, table: public.odd, old_row: sweep, bust: [{two: {x: code}}]}",
+        "{name: c, table: public.odd, bust: [{none: {via: 'SELECT x FROM nowhere'}}]}",
+    )
+
+    def told() -> list[str]:
+        checked = setting.check(*rules, caches=caches)
+        return [each["sentence"].partition(", ")[0] for each in checked.findings if each["code"] == "no_certain_text"]
+
+    name = setting.dsn.rpartition("/")[2]
+    execute(setting.dsn, f"ALTER DATABASE {name} SET TimeZone = 'Asia/Tokyo'")
+    everywhere = [
+        "parameter x of cache id is of type numeric",
+        "parameter x of cache two is taken from columns of several types",
+    ]
+    assert told() == [*everywhere, "parameter x of cache at is of type timestamp with time zone"]
+    execute(setting.dsn, f"ALTER DATABASE {name} SET TimeZone = 'UTC'")
+    assert told() == everywhere
+
+
 def test_with_the_types_of_columns_clashes_of_keys_are_decided(setting: Setting) -> None:
     execute(setting.dsn, THINGS)
     caches = (

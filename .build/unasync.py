@@ -36,7 +36,7 @@ CHANGES = (
     (r", in each event loop that reads\.", "."),
     (r"\bdisconnect\(nowait=True\)", "disconnect()"),
     (r"All of it belongs to one event loop\.", "All of it may be shared by threads."),
-    (r"await _awaited\((load\([^()]*\))\)", r"handle.at_hand(\1)"),
+    (r"await _awaited\((chosen\([^()]*\))\)", r"handle.at_hand(\1)"),
     (r"\n\n\nasync def _awaited\(.*?(?=\n\n\n)", ""),
     (r"await _happened\((effect\.event), (effect\.seconds)\)", r"\1.wait(\2)"),
     (r"\n\n\nasync def _happened\(.*?(?=\n\n\n)", ""),

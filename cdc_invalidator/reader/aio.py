@@ -22,14 +22,14 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from cdc_invalidator.reader import handle, transactions
-from cdc_invalidator.reader.aio_servers import Master, Server, Way, way_to
+from cdc_invalidator.reader.aio_servers import Cluster, Master, Server, Way, way_to
 from cdc_invalidator.reader.background import AsyncCrew
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import Flights, loading
-from cdc_invalidator.reader.freshness import Demand
+from cdc_invalidator.reader.freshness import ANY, Demand
 from cdc_invalidator.reader.leases import AsyncKeeper
 from cdc_invalidator.reader.leftovers import Aged
 from cdc_invalidator.reader.local import Local, Locals
@@ -50,7 +50,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 Many: TypeAlias = Mapping[Any, T | None] | Sequence[T | None]
-Loader = Callable[[Sequence[Entry]], Awaitable[Sequence[Any]]]
+Loader = Callable[[Load], Awaitable[Sequence[Any]]]
 
 
 class Link:
@@ -68,6 +68,7 @@ class Link:
         self._target = target
         self._breaker = breaker
         self._world = world
+        world.marks.node_of = self._node_of
         self._stand_in: AsyncMemory | None = None
         self._loops: dict[asyncio.AbstractEventLoop, tuple[Way | AsyncMemory, Any]] = {}
         self._here: tuple[Any, Any] = (None, None)
@@ -116,6 +117,11 @@ class Link:
             )
         return way
 
+    def _node_of(self, slot: int) -> Server | None:
+        """Return which node of a cluster has a hash slot, as far as is known by now."""
+        way = self.here()
+        return way.owner(slot) if isinstance(way, Cluster) else None
+
     async def close(self) -> None:
         """Close the connections of the running event loop; a later read opens others."""
         await self.here().close()
@@ -163,7 +169,7 @@ class Link:
                         outcome = await self.send(effect.commands)
                     elif isinstance(effect, Load):
                         with self.keeper.holding(effect.renewal), loading(effect.flights):
-                            outcome = await load(effect.entries)
+                            outcome = await load(effect)
                     elif isinstance(effect, Wait):
                         await _happened(effect.event, effect.seconds)
                     elif isinstance(effect, Later):
@@ -195,7 +201,8 @@ class AsyncCache(Generic[T]):
         self._link = link
         self._demand = demand
         self._agreement = contract.world.agreement
-        self._quick = contract.plain and contract.looks_once and demand == (0, None)
+        self._quick = contract.plain and contract.looks_once and demand == ANY
+        self._of_standby = bool(contract.world.standby)
         self._typed: dict[Any, AsyncCache[Any]] = {}
 
     @overload
@@ -233,6 +240,7 @@ class AsyncCache(Generic[T]):
         *,
         load: Callable[..., Awaitable[T | None] | T | None],
         max_staleness: float | None = None,
+        primary: Callable[..., Awaitable[T | None] | T | None] | None = None,
         connection: Any = None,
         **named: Any,
     ) -> T | None:
@@ -242,31 +250,36 @@ class AsyncCache(Generic[T]):
             params: the parameters, if not by name.
             load: returns the value for the parameters.
             max_staleness: bypass the cache unless all commits older than this many seconds have been busted.
+            primary: loads in place of ``load`` what the cache may not serve to a read that asks for a freshness. Needed
+                where ``load`` reads from a standby.
             connection: of the database, which the loader uses: inside a transaction that has written or keeps a
                 snapshot, the cache is neither read nor filled. By default that of `from_rules`.
             named: the parameters.
 
         Raises:
-            TypeError: the parameters are not those of the cache, or the connection can't be asked.
+            TypeError: the parameters are not those of the cache; the connection can't be asked; or values are loaded
+                from a standby, and a read that asks for a freshness has no ``primary``.
         """
         given = named if params is None else params
         contract, link = self._contract, self._link
+        if self._of_standby:
+            handle.require_primary(contract, self._demand, max_staleness, primary)
 
         if time.monotonic() >= self._agreement.next_at and (reason := await link.run(contract.agree(), _nothing)):
             entry = Entry(given, given, b"")
-            await link.run(contract.beside([entry], reason), _each(load))
+            await link.run(contract.beside([entry], reason), self._each(load, primary, max_staleness))
             return entry.value  # type: ignore[no-any-return]
         try:
             entry = contract.entry(given, given)
         except NoKey as no:
             entry = Entry(given, given, b"")
-            await link.run(contract.beside([entry], no.reason), _each(load))
+            await link.run(contract.beside([entry], no.reason), self._each(load, primary, max_staleness))
             return entry.value  # type: ignore[no-any-return]
         apart = link.apart and connection is None
         if connection is None:
             connection = link.connection
         if connection is not None and await transactions.aown_view(connection):
-            await link.run(contract.beside([entry], "transaction"), _each(load))
+            await link.run(contract.beside([entry], "transaction"), self._each(load, primary, max_staleness))
             return entry.value  # type: ignore[no-any-return]
         looked = False
         if self._quick and max_staleness is None and not required():
@@ -289,8 +302,14 @@ class AsyncCache(Generic[T]):
                 return value  # type: ignore[no-any-return]
             looked = not isinstance(reply, Exception)
         steps = contract.read([entry], handle.demanded(self._demand, max_staleness), looked=looked)
-        await link.run(steps, _each(load), apart=apart)
+        await link.run(steps, self._each(load, primary, max_staleness), apart=apart)
         return entry.value  # type: ignore[no-any-return]
+
+    def _each(
+        self, load: Callable[..., Any], primary: Callable[..., Any] | None, max_staleness: float | None
+    ) -> Loader:
+        asks = primary is not None and handle.demanded(self._demand, max_staleness) != ANY
+        return _each(load, primary if asks else None)
 
     async def get_with_age(
         self,
@@ -299,6 +318,7 @@ class AsyncCache(Generic[T]):
         *,
         load: Callable[..., Awaitable[T | None] | T | None],
         max_staleness: float | None = None,
+        primary: Callable[..., Awaitable[T | None] | T | None] | None = None,
         connection: Any = None,
         **named: Any,
     ) -> Aged[T]:
@@ -308,6 +328,7 @@ class AsyncCache(Generic[T]):
             params: as for `get`.
             load: as for `get`.
             max_staleness: as for `get`.
+            primary: as for `get`.
             connection: as for `get`.
             named: the parameters.
 
@@ -316,11 +337,13 @@ class AsyncCache(Generic[T]):
         """
         given = named if params is None else params
         contract = self._contract
+        if self._of_standby:
+            handle.require_primary(contract, self._demand, max_staleness, primary)
 
         def steps(entry: Entry) -> Steps[None]:
             return contract.read([entry], handle.demanded(self._demand, max_staleness))
 
-        return contract.aged(await self._read(given, steps, load, connection))
+        return contract.aged(await self._read(given, steps, self._each(load, primary, max_staleness), connection))
 
     async def refresh(
         self,
@@ -328,6 +351,7 @@ class AsyncCache(Generic[T]):
         /,
         *,
         load: Callable[..., Awaitable[T | None] | T | None],
+        primary: Callable[..., Awaitable[T | None] | T | None] | None = None,
         connection: Any = None,
         **named: Any,
     ) -> T | None:
@@ -338,6 +362,7 @@ class AsyncCache(Generic[T]):
         Args:
             params: as for `get`.
             load: as for `get`.
+            primary: as for `get`; it loads in any case, where a freshness is asked for.
             connection: as for `get`.
             named: the parameters.
 
@@ -345,7 +370,12 @@ class AsyncCache(Generic[T]):
             TypeError: as for `get`.
         """
         given = named if params is None else params
-        entry = await self._read(given, self._contract.reload, load, connection)
+        if self._of_standby:
+            handle.require_primary(self._contract, self._demand, None, primary)
+        # Without a look, nothing is proven of a standby.
+        asks = primary is not None and handle.demanded(self._demand, None) != ANY
+        loader = _each(primary if asks and primary is not None else load)
+        entry = await self._read(given, self._contract.reload, loader, connection)
         self._link.forget(entry)
         return entry.value  # type: ignore[no-any-return]
 
@@ -353,7 +383,7 @@ class AsyncCache(Generic[T]):
         self,
         given: Mapping[str, Any],
         steps: Callable[[Entry], Steps[None]],
-        load: Callable[..., Any],
+        loader: Loader,
         connection: Any,
     ) -> Entry:
         """Read an entry by steps, if it has a key and the connection's transaction allows it; else load it."""
@@ -373,7 +403,7 @@ class AsyncCache(Generic[T]):
         else:
             own = connection is not None and await transactions.aown_view(connection)
             way = contract.beside([entry], "transaction") if own else steps(entry)
-        await link.run(way, _each(load), apart=apart)
+        await link.run(way, loader, apart=apart)
         return entry
 
     async def get_many(
@@ -382,6 +412,7 @@ class AsyncCache(Generic[T]):
         *,
         load: Callable[[list[Any]], Awaitable[Many[T]] | Many[T]],
         max_staleness: float | None = None,
+        primary: Callable[[list[Any]], Awaitable[Many[T]] | Many[T]] | None = None,
         connection: Any = None,
     ) -> list[T | None]:
         """Return the values of many keys: one look at the cache, and one call of the loader for all that is missing.
@@ -393,21 +424,27 @@ class AsyncCache(Generic[T]):
             load: takes the missing items, each once; returns their values in order, or a mapping from items as they
                 were given: what is missing there does not exist.
             max_staleness: as for `get`.
+            primary: as for `get`, of many items as ``load``.
             connection: as for `get`.
 
         Raises:
-            TypeError: an item is not of this cache; or the loader's answer has another length, or a key that was not
-                asked for.
+            TypeError: an item is not of this cache; ``primary`` is missing, as for `get`; or the loader's answer has
+                another length, or a key that was not asked for.
         """
         contract, link = self._contract, self._link
+        if self._of_standby:
+            handle.require_primary(contract, self._demand, max_staleness, primary)
         reason = ""
         if time.monotonic() >= self._agreement.next_at:
             reason = await link.run(contract.agree(), _nothing)
         found = handle.group(contract, items)
+        demand = handle.demanded(self._demand, max_staleness)
+        beside = load if primary is None or demand == ANY else primary
 
-        async def loader(entries: Sequence[Entry]) -> Sequence[Any]:
-            missing = [entry.item for entry in entries]
-            return handle.in_order(missing, await _awaited(load(missing)))
+        async def loader(effect: Load) -> Sequence[Any]:
+            missing = [entry.item for entry in effect.entries]
+            chosen = beside if effect.beside else load
+            return handle.in_order(missing, await _awaited(chosen(missing)))
 
         for word, entries in found.beside.items():
             await link.run(contract.beside(entries, word), loader)
@@ -426,8 +463,7 @@ class AsyncCache(Generic[T]):
                 entries = kept.missing
             try:
                 if entries:
-                    steps = contract.read(entries, handle.demanded(self._demand, max_staleness))
-                    await link.run(steps, loader, apart=apart)
+                    await link.run(contract.read(entries, demand), loader, apart=apart)
             finally:
                 if kept is not None:
                     kept.keep()
@@ -438,7 +474,13 @@ class AsyncCache(Generic[T]):
 
     @overload
     def cached(
-        self, function: None = None, /, *, ignore: Collection[str] = (), params: Mapping[str, str] | None = None
+        self,
+        function: None = None,
+        /,
+        *,
+        ignore: Collection[str] = (),
+        params: Mapping[str, str] | None = None,
+        primary: Callable[..., Any] | None = None,
     ) -> Callable[[F], F]: ...
 
     def cached(
@@ -448,6 +490,7 @@ class AsyncCache(Generic[T]):
         *,
         ignore: Collection[str] = (),
         params: Mapping[str, str] | None = None,
+        primary: Callable[..., Any] | None = None,
     ) -> Any:
         """Decorate a coroutine function that loads: calls of it read through the cache.
 
@@ -456,20 +499,34 @@ class AsyncCache(Generic[T]):
             ignore: arguments that are no part of the key, such as a session; a connection among them is asked, as that
                 of `get` is.
             params: from a parameter to the argument, where their names differ.
+            primary: as for `get`; called with the same arguments as the function.
 
         Raises:
-            TypeError: arguments and parameters don't fit.
+            TypeError: arguments and parameters don't fit; or ``primary`` is missing, as for `get`.
         """
+        if self._of_standby:
+            handle.require_primary(self._contract, self._demand, None, primary)
         if function is None:
-            return lambda function: self._cached(function, ignore, params)
-        return self._cached(function, ignore, params)
+            return lambda function: self._cached(function, ignore, params, primary)
+        return self._cached(function, ignore, params, primary)
 
-    def _cached(self, function: Callable[..., Any], ignore: Collection[str], params: Mapping[str, str] | None) -> Any:
+    def _cached(
+        self,
+        function: Callable[..., Any],
+        ignore: Collection[str],
+        params: Mapping[str, str] | None,
+        primary: Callable[..., Any] | None,
+    ) -> Any:
         of_call = handle.Cached(function, self._contract.keys.names, ignore, params, awaits=True)
 
         async def wrapper(*args: Any, **kwargs: Any) -> Any:
             given, connection = of_call(args, kwargs)
-            return await self.get(given, load=lambda **_: function(*args, **kwargs), connection=connection)
+            return await self.get(
+                given,
+                load=lambda **_: function(*args, **kwargs),
+                primary=None if primary is None else lambda **_: primary(*args, **kwargs),
+                connection=connection,
+            )
 
         return handle.dressed(wrapper, function)
 
@@ -572,16 +629,17 @@ class AsyncWrite(Generic[T]):
             await self._link.run(self._contract.let_go(entry), _nothing)
 
 
-def _each(load: Callable[..., Any]) -> Loader:
-    """Load entries one by one."""
+def _each(load: Callable[..., Any], beside: Callable[..., Any] | None = None) -> Loader:
+    """Load entries one by one; ``beside``: by this where the cache may not be used."""
 
-    async def loader(entries: Sequence[Entry]) -> Sequence[Any]:
-        return [await _awaited(load(**entry.params)) for entry in entries]
+    async def loader(effect: Load) -> Sequence[Any]:
+        chosen = beside if effect.beside and beside is not None else load
+        return [await _awaited(chosen(**entry.params)) for entry in effect.entries]
 
     return loader
 
 
-async def _nothing(_entries: Sequence[Entry]) -> Sequence[Any]:
+async def _nothing(_effect: Load) -> Sequence[Any]:
     return ()
 
 
@@ -711,7 +769,8 @@ class AsyncCaches:
     def at_least(self, lsn: int) -> Self:
         """Return a view whose reads see all commits up to an LSN, from the database if need be.
 
-        Until the watermark has passed the LSN, loaders must read from the primary: a standby may lag.
+        Until the watermark has passed the LSN, loaders must read from the primary, since a standby may lag: where
+        ``load`` reads from a standby, reads also name ``primary``.
         """
         return type(self)(self._book, self._link, lsn)
 

@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 from cdc_invalidator.reader.entry import Entry
+from cdc_invalidator.reader.freshness import ANY, NotProven
 from cdc_invalidator.reader.keys import NUL
+from cdc_invalidator.reader.marks import hash_tag
 from cdc_invalidator.reader.steps import Command, Renewal
 from cdc_invalidator.reader.world import World
 from cdc_invalidator.rules.model import Cache
@@ -57,6 +59,10 @@ class Commands:
         self._cache = cache
         self._scripts = world.scripts
         self._tokens = world.tokens
+        self._marks = world.marks
+        self._now = world.clocks.wall
+        self._standby = world.standby.encode()
+        self._name = cache.name.encode()
         self._header = header
         self._lease = max(1, int(lease * 1000))
         self._versioned = cache.version is not None
@@ -99,21 +105,25 @@ class Commands:
         """Return the looks for many entries, in as few commands as can be.
 
         Args:
-            entries: no key twice.
+            entries: no key twice; all ask for the same freshness. If they ask for one, leases may be taken.
             taking: whether the leases of what is missing may be taken; only done with versions that are not guessed.
             guessing: whether remembered versions may be used.
         """
         looks = Looks()
         if not self._versioned:
             for some in self._together(entries):
-                if len(some) == 1:
-                    looks.add(("GET", some[0].key), partial(_note, some[0]))
+                keys = [entry.key for entry in some]
+                if some[0].demand != ANY:
+                    command = ("EVALSHA", self._scripts.look, len(keys), *keys) if len(keys) > 1 else self.take(some[0])
                 else:
-                    looks.add(("MGET", *[entry.key for entry in some]), partial(_spread, some))
+                    command = ("MGET", *keys) if len(keys) > 1 else ("GET", *keys)
+                read = partial(_spread, some) if len(keys) > 1 else partial(_note, some[0])
+                self._add(looks, some, keys[0], command, read)
             return looks
         guessed, unknown = [], []
         for entry in entries:
-            entry.guess = self._versions.get(entry.version_key, b"") if guessing else b""
+            guesses = guessing and entry.demand == ANY
+            entry.guess = self._versions.get(entry.version_key, b"") if guesses else b""
             if entry.guess:
                 entry.key = entry.rest.replace(NUL, entry.guess)
                 guessed.append(entry)
@@ -130,8 +140,41 @@ class Commands:
             if taking:
                 for entry in some:
                     entry.token = token
-            looks.add(self._versioned_look(some, token), partial(self._learn, some))
+            command = self._versioned_look(some, token)
+            self._add(looks, some, some[0].version_key, command, partial(self._learn, some))
         return looks
+
+    def takes(self, entries: Iterable[Entry]) -> Looks:
+        """Return what looks once more for each entry, whose version is known, and takes its lease."""
+        looks = Looks()
+        for entry in entries:
+            self._add(looks, [entry], entry.key, self.take(entry), partial(_note, entry))
+        return looks
+
+    def _add(
+        self, looks: Looks, some: Sequence[Entry], key: bytes, command: Command, read: Callable[[Any], None]
+    ) -> None:
+        """Add a command; behind the proof, if its entries ask for a freshness: then it is a script.
+
+        Args:
+            looks: what to add it to.
+            some: the entries.
+            key: one of the keys of the command; all lie in one hash slot.
+            command: the command.
+            read: takes its reply.
+        """
+        lsn, max_age = demand = some[0].demand
+        if demand == ANY:
+            looks.add(command, read)
+            return
+        mark = self._marks.of(key)
+        if mark is None:
+            _spread(some, NotProven("elsewhere"))
+            return
+        as_of = b"" if max_age is None else b"%d" % max(0, int(self._now() * 1000) - max_age)
+        asked = (mark.name, self._name, lsn, as_of, self._standby, mark.hash_slot)
+        _, script, *rest = command
+        looks.add(("EVALSHA", self._scripts.proven[script], *rest, *asked), partial(_if_proven, some, read))
 
     def _look_apart(self, looks: Looks, guessed: Sequence[Entry], unknown: Sequence[Entry]) -> None:
         """Look for versions and, where they can be guessed, for keys, which lie on other nodes.
@@ -143,7 +186,7 @@ class Commands:
         for entry in (*guessed, *unknown):
             sharing.setdefault(entry.version_key, []).append(entry)
         for some in sharing.values():
-            looks.add(self.make_version(some[0]), partial(self._name_all, some))
+            self._add(looks, some, some[0].version_key, self.make_version(some[0]), partial(self._name_all, some))
         for entry in guessed:
             looks.add(("GET", entry.key), partial(_see, entry, entry.key))
 
@@ -152,7 +195,7 @@ class Commands:
         if self._cluster:
             by_tag: dict[bytes, list[Entry]] = {}
             for entry in entries:
-                by_tag.setdefault(_hash_tag(entry.key), []).append(entry)
+                by_tag.setdefault(hash_tag(entry.key), []).append(entry)
             for some in by_tag.values():
                 yield from _chunks(some, MGET_KEYS)
         else:
@@ -162,7 +205,7 @@ class Commands:
         """Cut entries into those that one script may ask for."""
         groups: dict[tuple[Any, ...], list[Entry]] = {}
         for entry in entries:
-            tag = _hash_tag(entry.version_key) if self._cluster else b""
+            tag = hash_tag(entry.version_key) if self._cluster else b""
             groups.setdefault((entry.token, entry.refresh, entry.stale, tag), []).append(entry)
         for some in groups.values():
             yield from _chunks(some, SCRIPT_KEYS)
@@ -308,13 +351,14 @@ def _see(entry: Entry, key: bytes, reply: Any) -> None:
         entry.seen = reply
 
 
+def _if_proven(some: Sequence[Entry], read: Callable[[Any], None], reply: Any) -> None:
+    """Take the reply to a script behind the proof: a list with one word, where nothing is proven."""
+    if type(reply) is list and len(reply) == 1:
+        _spread(some, NotProven(reply[0].decode()))
+    else:
+        read(reply)
+
+
 def _chunks(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
     for start in range(0, len(entries), size):
         yield list(entries[start : start + size])
-
-
-def _hash_tag(key: bytes) -> bytes:
-    """Return what decides of a key's hash slot in a cluster; what has the same text lies in the same slot."""
-    start = key.find(b"{") + 1
-    end = key.find(b"}", start)
-    return key[start:end] if 0 < start < end else key

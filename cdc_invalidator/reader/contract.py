@@ -14,11 +14,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from cdc_invalidator.reader.commands import LATER, NOT_STORED, Commands
+from cdc_invalidator.reader.commands import LATER, NOT_STORED, Commands, Looks
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.envelope import Envelope, Times
 from cdc_invalidator.reader.flights import Flight, copies, is_loading
-from cdc_invalidator.reader.freshness import Demand
+from cdc_invalidator.reader.freshness import ANY, Demand, NotProven
 from cdc_invalidator.reader.keys import NUL, Keys, NoKeys
 from cdc_invalidator.reader.keyspace import KeySpace
 from cdc_invalidator.reader.leftovers import Aged, Leftovers
@@ -204,17 +204,21 @@ class Contract(Generic[T]):
             looked: each entry's look was a miss by `hit`; else they are looked for first.
         """
         try:
-            if demand.lsn or (demand.max_age is not None and demand.max_age < (self.cache.stale_for or 0)):
+            if demand == ANY:
                 for entry in entries:
-                    entry.stale = False
-            elif self.options.fail_safe and demand == (0, None):
-                for entry in entries:
-                    entry.saves = True
-            if not looked:
-                refusal = yield from self._look(entries, demand)
+                    entry.saves = self.options.fail_safe > 0
+            else:
+                refusal = self._unprovable(demand)
                 if refusal:
                     yield from self.beside(entries, refusal)
                     return
+                for entry in entries:
+                    # How old an old value is, nobody knows: its bust may have come late.
+                    entry.stale = False
+                    # For a cache that nothing busts, the age of its entries is looked at instead.
+                    entry.demand = ANY if self.cache.ttl_only else demand
+            if not looked:
+                yield from self._look(entries)
                 yield from self._judge(entries, demand)
             missing = [entry for entry in entries if not entry.done]
             if missing:
@@ -229,43 +233,24 @@ class Contract(Generic[T]):
             yield from self._release([entry for entry in entries if entry.token])
             raise
 
-    def _look(self, entries: Sequence[Entry], demand: Demand) -> Steps[str]:
-        """Look for all entries; return why none may be served from the cache, which is empty if they may."""
-        if demand.lsn and self.cache.ttl_only:
-            return "ttl_only"
-        checks = self._checks(demand)
-        if checks and self.world.cluster:
-            # Nodes answer in any order, so the watermark must arrive before the looks are sent.
-            refusal = self._refusal(demand, (yield Send([self.world.feed.command])))
-            if refusal:
-                return refusal
-            checks = False
-        looks = self._commands.looks(entries, taking=not checks)
-        replies = yield Send([*((self.world.feed.command,) if checks else ()), *looks.commands])
-        if checks:
-            refusal = self._refusal(demand, replies)
-            if refusal:
-                return refusal
-            replies = replies[1:]
-        looks.read(replies)
+    def _unprovable(self, demand: Demand) -> str:
+        """Return why nothing can be proven, whatever the watermark says; empty if it can."""
+        # Nothing busts such a cache. What was loaded from a standby is older than its entry by nobody knows how much.
+        return "ttl_only" if self.cache.ttl_only and (demand.lsn or self.world.standby) else ""
+
+    def _look(self, entries: Sequence[Entry]) -> Steps[None]:
+        """Look for all entries, and note in each what was seen."""
+        yield from self._do(self._commands.looks(entries))
         later = [entry for entry in entries if entry.seen is LATER]
-        if later:
+        if later and entries[0].demand != ANY:
+            yield from self._do(self._commands.takes(later))
+        elif later:
             for entry, reply in zip(later, (yield Send([("GET", entry.key) for entry in later])), strict=True):
                 entry.seen = reply
-        return ""
 
-    def _checks(self, demand: Demand) -> bool:
-        """Return whether the watermark must be read; for a cache that nothing busts, its entries' age is checked."""
-        if self.cache.ttl_only or demand == (0, None):
-            return False
-        return not self.world.feed.recent(demand, self.cache.name, self._now())
-
-    def _refusal(self, demand: Demand, replies: Sequence[Any]) -> str:
-        fields = replies[0]
-        if isinstance(fields, Exception):
-            return self._refused(fields)
-        watermark = self.world.feed.read(fields)
-        return self.world.feed.refusal(watermark, demand, self.cache.name, self._now())
+    def _do(self, looks: Looks) -> Steps[None]:
+        if looks.commands:
+            looks.read((yield Send(looks.commands)))
 
     def _judge(self, entries: Sequence[Entry], demand: Demand) -> Steps[None]:
         """Take the values that may be served, and refresh some of them early."""
@@ -361,11 +346,11 @@ class Contract(Generic[T]):
                 finally:
                     for entry in led:
                         self._land(entry)
-            missing += yield from self._join(joined)
+            missing += yield from self._join(joined, demand)
             for entry in missing:
                 entry.seen = None
 
-    def _join(self, joined: Sequence[tuple[Entry, Flight, int]]) -> Steps[list[Entry]]:
+    def _join(self, joined: Sequence[tuple[Entry, Flight, int]], demand: Demand) -> Steps[list[Entry]]:
         """Wait for what others of this process load, and return the entries that must be read again."""
         again: list[Entry] = []
         alone: dict[str, list[Entry]] = {}
@@ -379,8 +364,9 @@ class Contract(Generic[T]):
             if not flight.over:
                 alone.setdefault("waited", []).append(entry)
                 continue
-            # With a version that is not known, nobody knows whether the lease was for the current one.
-            known = NUL not in entry.key
+            # With a version that is not known, nobody knows whether the lease was for the current one. And whatever the
+            # lease says, a load that began long ago may lack what an age asks for.
+            known = NUL not in entry.key and demand.max_age is None
             word, value = flight.value(joined=looks, known=known)
             if word == "take":
                 entry.found(value)
@@ -473,13 +459,10 @@ class Contract(Generic[T]):
     def _take(self, entries: Sequence[Entry]) -> Steps[None]:
         """Look again and take leases, and note what was seen: a value, a number (mine), 0 or a list (not mine)."""
         if self._versioned:
-            looks = self._commands.looks(entries, guessing=False)
-            looks.read((yield Send(looks.commands)))
+            yield from self._do(self._commands.looks(entries, guessing=False))
             entries = [entry for entry in entries if entry.seen is LATER]
         if entries:
-            replies = yield Send([self._commands.take(entry) for entry in entries])
-            for entry, reply in zip(entries, replies, strict=True):
-                entry.seen = reply
+            yield from self._do(self._commands.takes(entries))
 
     def _served(self, entry: Entry, reply: Any, demand: Demand) -> bool:
         """Return whether what another reader stored, or a bust left, is this entry's value."""
@@ -647,7 +630,7 @@ class Contract(Generic[T]):
             self._close(undone)
         self._begin(undone)
         try:
-            values = yield Load(undone)
+            values = yield Load(undone, beside=True)
         except GeneratorExit:
             raise
         except BaseException as error:
@@ -686,7 +669,7 @@ class Contract(Generic[T]):
 
     def _refused(self, error: Exception) -> str:
         """Return the reason for metrics, and log now and then what Redis refuses: an operator must fix it."""
-        if isinstance(error, Unavailable):
+        if isinstance(error, (Unavailable, NotProven)):
             return error.reason
         what = word(error)
         if self._reports(what):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cdc_invalidator.reader.flights import Flight
+from cdc_invalidator.reader.freshness import ANY
 
 
 class Miss:
@@ -31,6 +32,7 @@ class Entry:
     done = False
     flight: Flight | None = None  # the load that others of this process may wait for, if it is ours
     flight_key: Any = None
+    demand = ANY  # what the watermark must prove, for the value to be served from the cache
     saves = False  # whether an old value will do if the load fails
     saved = False  # whether the value is an old one
     refresh = False  # load it whatever is there, which can't be read or is too old

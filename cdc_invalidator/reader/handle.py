@@ -15,12 +15,13 @@ from cdc_invalidator.reader.clients import Target
 from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import Entry
 from cdc_invalidator.reader.flights import Flights
-from cdc_invalidator.reader.freshness import Demand, Feed
+from cdc_invalidator.reader.freshness import Demand
 from cdc_invalidator.reader.local import Local
+from cdc_invalidator.reader.marks import Marks
 from cdc_invalidator.reader.memory import AsyncMemory, Memory
 from cdc_invalidator.reader.metrics import Metrics, no_metrics
 from cdc_invalidator.reader.options import Options
-from cdc_invalidator.reader.own_writes import required
+from cdc_invalidator.reader.own_writes import in_request, required
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import word
 from cdc_invalidator.reader.transactions import is_connection
@@ -122,6 +123,19 @@ def demanded(base: Demand, max_staleness: float | None) -> Demand:
     if lsn > base.lsn:
         base = base._replace(lsn=lsn)
     return base if max_staleness is None else base._replace(max_age=int(max_staleness * 1000))
+
+
+def require_primary(contract: Contract[Any], base: Demand, max_staleness: float | None, primary: Any) -> None:
+    """Check that a read that asks for a freshness has what to load it by, where values come from a standby.
+
+    Raises:
+        TypeError: it has not.
+    """
+    if primary is None and contract.world.standby and (in_request() or demanded(base, max_staleness) != (0, None)):
+        raise TypeError(
+            f"cache {contract.cache.name} is loaded from the standby {contract.world.standby}, which may lag "
+            "behind what is asked for; give this read primary=, a loader that reads from the primary"
+        )
 
 
 class Group(NamedTuple):
@@ -330,11 +344,12 @@ def world(
     watermark: str, standby: str, target: Target | Memory | AsyncMemory, flights: Flights, *, disabled: bool = False
 ) -> World:
     """Make what caches share; a stand-in for Redis brings its own clock."""
-    feed, agreement = Feed(watermark, standby), Agreement(watermark, disabled=disabled)
+    agreement = Agreement(watermark, disabled=disabled)
     if isinstance(target, (Memory, AsyncMemory)):
         clocks = Clocks(wall=target.store.clock)
-        return World(feed, agreement, clocks=clocks, flights=flights, disabled=disabled)
-    return World(feed, agreement, cluster=target.cluster, flights=flights)
+        return World(Marks(watermark), agreement, standby, clocks=clocks, flights=flights, disabled=disabled)
+    marks = Marks(watermark, cluster=target.cluster)
+    return World(marks, agreement, standby, cluster=target.cluster, flights=flights)
 
 
 def metrics_for(registry: Any) -> Metrics | None:

@@ -45,6 +45,7 @@ class Store:
             scripts.fill: self._fill,
             scripts.renew: self._renew,
             scripts.release: self._release,
+            **dict.fromkeys(scripts.proven.values(), self._unproven),
         }
 
     def ask(self, *command: Any) -> Reply:
@@ -190,6 +191,10 @@ class Store:
         else:
             self._unlink(keys[0])
         return 1
+
+    def _unproven(self, _keys: list[bytes], _args: list[bytes]) -> Reply:
+        # There is no daemon, so there never is a watermark.
+        return [b"no_watermark"]
 
 
 class Memory:

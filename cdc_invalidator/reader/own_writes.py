@@ -76,6 +76,11 @@ def required() -> int:
     return 0 if request is None else request.lsn
 
 
+def in_request() -> bool:
+    """Return whether reads here may ask for an LSN: an adapter has begun a request."""
+    return _current.get() is not None
+
+
 def wrote(lsn: int) -> None:
     """Note that this request has committed something, up to an LSN: its later reads, and its visitor's, see that.
 

@@ -120,13 +120,60 @@ return 1
 """
 
 
+# Put before TAKE, VERSIONED, VERSION or LOOK, for a read that asks for a freshness: what these find is served only if
+# the watermark beside it proves it. Look and proof are one script, so they come from one server, whichever it is: a
+# master that was replaced, one that lost what it had, and one that a client was sent on to, each have a watermark.
+# ARGV, behind those of the script: the watermark, which is not among KEYS since in a cluster it has another hash slot;
+# the cache; the LSN that is needed; until when all commits must be included (ms since 1970; empty: no matter); the
+# standby that values are loaded from (empty: the primary); in a cluster the hash slot of the key (else empty).
+# Numbers are compared as texts: Lua counts exactly below 2^53 only.
+# Returns a list with one word if there is no proof: elsewhere: the watermark was not written for the node and hash slot
+# where the key is now; the others are those of the read's bypasses.
+PROOF = """
+local last = #ARGV
+local cache, lsn, as_of, standby, slot = ARGV[last - 4], ARGV[last - 3], ARGV[last - 2], ARGV[last - 1], ARGV[last]
+local mark = redis.pcall('HMGET', ARGV[last - 5], 'lsn', 'as_of', 'rules', 'standbys', 'at', 'home')
+if mark.err then return string.find(mark.err, 'non local key', 1, true) and {'elsewhere'} or mark end
+local function below(number, least)
+  return not string.find(number, '^%d+$') or #number < #least or #number == #least and number < least
+end
+if not mark[3] or below(mark[1] or '', '0') then return {'no_watermark'} end
+if not string.find(mark[3], '"' .. cache .. '":', 1, true) then return {'not_covered'} end
+local _, standbys = pcall(cjson.decode, mark[4] or '{}')
+if standby ~= '' and (type(standbys) ~= 'table' or type(standbys[standby]) ~= 'string') then return {'standby'} end
+if below(mark[1], lsn) then return {'behind'} end
+if as_of ~= '' and below(mark[2] or '', as_of) then return {'old'} end
+if slot ~= '' then
+  local at, node, ranges = string.match(mark[6] or '', '^(%d+) (%w+) (.*)$')
+  local here = false
+  if at == mark[5] and node == redis.call('CLUSTER', 'MYID') then
+    for first, final in string.gmatch(ranges, '(%d+)-(%d+)') do
+      if tonumber(first) <= tonumber(slot) and tonumber(slot) <= tonumber(final) then here = true end
+    end
+  end
+  if not here then return {'elsewhere'} end
+end
+"""
+
+# KEYS: two or more. Returns their values. Only used behind PROOF; without it, the command will do.
+LOOK = """
+return redis.call('MGET', unpack(KEYS))
+"""
+
+
 def _digest(text: str) -> bytes:
     return sha1(text.encode(), usedforsecurity=False).hexdigest().encode()
 
 
+_PROVEN = (TAKE, VERSIONED, VERSION, LOOK)
+
+
 @dataclass(frozen=True, slots=True)
 class FillScripts:
-    """The digests of all scripts, and ``texts`` by digest for a server that does not know one yet."""
+    """The digests of all scripts, and ``texts`` by digest for a server that does not know one yet.
+
+    ``proven``: from a script's digest to that of the same behind PROOF.
+    """
 
     take: bytes = field(default_factory=lambda: _digest(TAKE))
     versioned: bytes = field(default_factory=lambda: _digest(VERSIONED))
@@ -135,8 +182,16 @@ class FillScripts:
     fill: bytes = field(default_factory=lambda: _digest(FILL))
     renew: bytes = field(default_factory=lambda: _digest(RENEW))
     release: bytes = field(default_factory=lambda: _digest(RELEASE))
+    look: bytes = field(default_factory=lambda: _digest(LOOK))
+    proven: dict[bytes, bytes] = field(
+        default_factory=lambda: {_digest(text): _digest(PROOF + text) for text in _PROVEN}
+    )
     texts: dict[bytes, str] = field(
         default_factory=lambda: {
-            _digest(text): text for text in (TAKE, VERSIONED, VERSION, SEIZE, FILL, RENEW, RELEASE)
+            _digest(text): text
+            for text in (
+                *(TAKE, VERSIONED, VERSION, SEIZE, FILL, RENEW, RELEASE),
+                *(PROOF + text for text in _PROVEN),
+            )
         }
     )

@@ -55,10 +55,14 @@ class Renewal(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Entries whose values are to be loaded, and how their leases are renewed meanwhile, if they are held."""
+    """Entries whose values are to be loaded, and how their leases are renewed meanwhile, if they are held.
+
+    ``beside``: nothing is stored, since the cache may not be used: then nothing is proven of a standby either.
+    """
 
     entries: Sequence[Entry]
     renewal: Renewal | None = None
+    beside: bool = False
 
     @property
     def flights(self) -> list[Any]:

@@ -340,6 +340,10 @@ class Cluster:
                 server.abandon(exchange)
         return replies
 
+    def owner(self, slot: int) -> Server | None:
+        """Return who has a slot, as far as is known by now."""
+        return self._slots[slot] if self._slots else None
+
     def _server_of(self, command: Command) -> Server:
         """Return who has the key of a command.
 

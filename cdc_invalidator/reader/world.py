@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from cdc_invalidator.reader.agreement import Agreement
 from cdc_invalidator.reader.flights import Flights
-from cdc_invalidator.reader.freshness import Feed
+from cdc_invalidator.reader.marks import Marks
 from cdc_invalidator.reader.scripts import FillScripts
 
 
@@ -42,10 +42,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What the caches of one program share; ``disabled``: they are neither read nor filled."""
+    """What the caches of one program share; ``disabled``: they are neither read nor filled.
 
-    feed: Feed
+    ``standby``: what values are loaded from, by its name in the watermark; empty for the primary.
+    """
+
+    marks: Marks
     agreement: Agreement = field(default_factory=lambda: Agreement("cdc_invalidator"))
+    standby: str = ""
     scripts: FillScripts = field(default_factory=FillScripts)
     tokens: Tokens = field(default_factory=Tokens)
     clocks: Clocks = field(default_factory=Clocks)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cdc_invalidator.reader.contract import Contract
 from cdc_invalidator.reader.entry import Entry
-from cdc_invalidator.reader.freshness import Demand, Feed
+from cdc_invalidator.reader.freshness import ANY
+from cdc_invalidator.reader.marks import Marks
 from cdc_invalidator.reader.metrics import no_metrics
 from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.steps import Load, Renewal, Send, Sleep, Unavailable, Wait
@@ -44,7 +45,6 @@ rules: []
     ],
     {},
 ).caches
-ANY = Demand()
 
 
 class Model:
@@ -160,7 +160,7 @@ class Times:
 
 
 def contract_of(name: str, times: Times, *, cluster: bool = False, **options: Any) -> tuple[Contract[Any], Model]:
-    world = World(Feed("slot"), clocks=times.clocks(), cluster=cluster)
+    world = World(Marks("slot"), clocks=times.clocks(), cluster=cluster)
     cache = CACHES[name] if name in CACHES else OF_MANY[name]
     return Contract(cache, Options(**options), world, no_metrics()), Model(world)
 
@@ -389,7 +389,7 @@ def test_who_waits_looks_again_ever_more_rarely_and_gives_up_in_time() -> None:
     assert pauses[:4] == [0.004, 0.008, 0.016, 0.032]
     assert max(pauses) == 0.1
     assert sum(pauses) == pytest.approx(1.0)
-    assert wanted[-1] == Load([entry])
+    assert wanted[-1] == Load([entry], beside=True)
     assert model.data == {b"t:user:1\0lock": b"somebody else"}
 
 
@@ -456,7 +456,7 @@ def test_a_load_that_is_cancelled_gives_the_lease_back_and_another_reader_takes_
 def test_who_waits_for_what_is_not_stored_loads_at_once_and_a_bust_ends_that(name: str) -> None:
     times = Times()
     contract, model = contract_of(name, times, strict=False)
-    waiting = Contract(contract.cache, contract.options, World(Feed("slot"), clocks=times.clocks()), no_metrics())
+    waiting = Contract(contract.cache, contract.options, World(Marks("slot"), clocks=times.clocks()), no_metrics())
     _, first = reading(contract, id=1)
     effect = next(first)
     while not isinstance(effect, Load):
@@ -473,7 +473,7 @@ def test_who_waits_for_what_is_not_stored_loads_at_once_and_a_bust_ends_that(nam
         wanted = second.send([model.ask(*command) for command in wanted.commands])
         if not isinstance(wanted, Send):
             break
-    assert wanted == Load([entry]), "and nothing is renewed"
+    assert wanted == Load([entry], beside=True), "and nothing is renewed"
     with pytest.raises(StopIteration):
         second.send(["Ada"])
     (lock,) = (key for key in model.data if key.endswith(b"\0lock"))
@@ -519,46 +519,6 @@ def test_early_refresh_is_the_likelier_the_nearer_the_end_and_the_longer_the_loa
     assert any(isinstance(effect, Load) for effect in wanted) is due
 
 
-@pytest.mark.parametrize(
-    ("mark", "demand", "served"),
-    [
-        ({"lsn": "10", "rules": '{"user": "x"}'}, Demand(10), True),
-        ({"lsn": "9", "rules": '{"user": "x"}'}, Demand(10), False),
-        ({"lsn": "10", "rules": '{"user": "x"}', "as_of": "999000"}, Demand(0, 1000), True),
-        ({"lsn": "10", "rules": '{"user": "x"}', "as_of": "998999"}, Demand(0, 1000), False),
-        ({"lsn": "10", "rules": '{"user": "x"}', "at": "1000000"}, Demand(0, 1000), False),
-        ({"lsn": "10", "rules": '{"page": "x"}'}, Demand(10), False),
-        ({"lsn": "ten", "rules": '{"user": "x"}'}, Demand(10), False),
-        ({"lsn": "10", "rules": '{"user": "x"}', "as_of": "now"}, Demand(10), False),
-        ({"lsn": "10", "rules": "["}, Demand(10), False),
-        ({"lsn": "10"}, Demand(10), False),
-        ({}, Demand(10), False),
-    ],
-)
-def test_the_watermark_is_read_before_the_value_and_decides(mark: dict[str, str], demand: Demand, served: bool) -> None:
-    times = Times()
-    contract, model = contract_of("user", times)
-    model.data[b"t:user:1"] = b'cdc1 1 0000000000000 0000009999999 0000000\n"cached"'
-    model.data[b"cdc:slot:watermark"] = json.dumps(mark).encode()
-    entry = contract.entry(None, {"id": 1})
-    look, *rest = drive(contract.read([entry], demand), model, lambda _: "loaded", times)
-    assert [command[0] for command in look.commands] == ["HMGET", "GET"]
-    assert entry.value == ("cached" if served else "loaded")
-    assert rest == ([] if served else [Load([entry])])
-
-
-def test_a_standby_that_is_not_waited_for_is_not_spoken_for() -> None:
-    for standbys, reason in (
-        ("{}", "standby"),
-        ('{"a:1": null}', "standby"),
-        ('{"a:1": "2026"}', ""),
-        ("[", "no_watermark"),
-    ):
-        feed = Feed("slot", "a:1")
-        mark = feed.read([b"10", None, b'{"user": "x"}', standbys.encode()])
-        assert feed.refusal(mark, Demand(10), "user", 0) == reason
-
-
 # ── The model, as far as it may be wrong itself, is what tests/integration/test_reader.py runs on a real server ──────
 
 
@@ -578,7 +538,7 @@ caches:
 rules: []
 """
     found = parse_rules([("rules.yaml", text)], {}).caches
-    world = World(Feed("slot"))
+    world = World(Marks("slot"))
     with pytest.raises(ValueError, match="cache endless has no `ttl`"):
         Contract(found["endless"], Options[Any](), world, no_metrics())
     with pytest.raises(ValueError, match="cache filtered has a filter on `version`; take it off"):

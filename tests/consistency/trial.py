@@ -110,7 +110,7 @@ class Outcome:
 
     ``stale``: plain reads that were older than their watermark; ``asking``: reads that asked for an LSN, and ``older``:
     those that were older than that; ``aged``: reads that asked for a `max_staleness`, and ``too_old``: those that were
-    older; ``left``: entries that were stale when all was quiet.
+    older; ``left``: entries that were stale when all was quiet. ``examples``: of what breaks a promise.
     """
 
     mode: Mode
@@ -277,7 +277,8 @@ class _Trial:
             plain = behind(plain, self._mode.allowed, ASKING)
         for stale in history.stale(plain):
             outcome.stale[CACHES[stale.read.cache].name] += 1
-            outcome.examples.append(stale)
+            if not self._mode.fails_over:
+                outcome.examples.append(stale)
         for read in reads:
             name = CACHES[read.cache].name
             outcome.reads[name] += 1

@@ -706,6 +706,8 @@ class Contract(Generic[T]):
         self.metrics.early_refreshes(len(mine))
         try:
             yield from self._load(mine)
+        except Unavailable as gone:
+            self.metrics.bypasses(gone.reason, len(mine))
         except Exception:  # noqa: BLE001  a value is there, and in date; if loads still fail when it is not, that shows
             _log.warning("an early refresh of cache %s failed", self.cache.name, exc_info=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
@@ -517,6 +518,27 @@ def test_early_refresh_is_the_likelier_the_nearer_the_end_and_the_longer_the_loa
     wanted = drive(steps, model, lambda _: "new", times)
     assert entry.value == ("new" if due else "old")
     assert any(isinstance(effect, Load) for effect in wanted) is due
+
+
+def test_an_early_refresh_whose_redis_goes_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    contract, model = contract_of("user", Times(), early=1.0)
+    model.data[b"t:user:1"] = b'cdc1 1 %013d %013d 0000100\n"old"' % (0, 1_000_060)
+    entry, steps = reading(contract, id=1)
+    fill = contract.world.scripts.fill
+    effect, went = next(steps), False
+    with contextlib.suppress(StopIteration):
+        while True:
+            if isinstance(effect, Load):
+                effect = steps.send(["new"])
+            elif isinstance(effect, Send) and any(fill in command for command in effect.commands):
+                went = True
+                effect = steps.throw(Unavailable("redis_down"))
+            else:
+                assert isinstance(effect, Send)
+                effect = steps.send([model.ask(*command) for command in effect.commands])
+    assert went
+    assert entry.value in {"old", "new"}
+    assert not caplog.records
 
 
 # ── The model, as far as it may be wrong itself, is what tests/integration/test_reader.py runs on a real server ──────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import decimal
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,35 @@ def test_whatever_is_written_shows(stage: ReadStage, reads: Reads) -> None:
     stage.write("TRUNCATE users")
     stage.settle()
     assert shown() == [None, None, None, None, None, [], []]
+
+
+def test_a_parameter_in_another_spelling_leaves_nothing_that_no_bust_finds(stage: ReadStage, reads: Reads) -> None:
+    user = stage.caches(reads).user
+    spelled: tuple[Any, ...] = (1, "1", "01", " 1", "+1", decimal.Decimal("1.0"))
+    assert [user.get(id=each, load=stage.name) for each in spelled] == ["Ada"] * len(spelled)
+    assert stage.client.keys("t:user:*") == [b"t:user:1"]
+    stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
+    stage.settle()
+    assert [user.get(id=each, load=stage.name) for each in spelled] == ["Grace"] * len(spelled)
+
+
+def test_a_program_with_other_rules_than_the_daemon_keeps_nothing(
+    stage: ReadStage, waiting: Reads, tmp_path: Path
+) -> None:
+    newer = tmp_path / "newer.yaml"
+    newer.write_text(RULES.replace("t:user:", "t:person:"))
+    caches = waiting.caches(newer, stage.redis_url, slot=stage.daemon.slot, registry=stage.registry)
+    for name in ("Ada", "Grace"):
+        lsn = stage.write(f"UPDATE users SET name = '{name}' WHERE id = 1")
+        stage.settle()
+        assert caches.user.get(id=1, load=stage.name) == name
+        assert caches.at_least(lsn).user.get(id=1, load=stage.name) == name
+        assert caches.user.get_many([1], load=lambda ids: [stage.name(each) for each in ids]) == [name]
+    assert stage.client.keys("t:person:*") == []
+    assert stage.bypasses("templates_differ") == 6
+    # Its other caches are the daemon's.
+    caches.page.get(id=1, load=stage.name)
+    assert stage.client.exists("t:page:1:ver")
 
 
 def test_a_load_that_a_commit_overtakes_is_not_kept(stage: ReadStage, waiting: Reads) -> None:

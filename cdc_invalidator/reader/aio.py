@@ -19,7 +19,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.aio_servers import Cluster, Master, Server, Way, way_to
@@ -27,6 +27,7 @@ from cdc_invalidator.reader.background import AsyncCrew
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
+from cdc_invalidator.reader.decorated import AsyncCachedFunction
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import Flights, loading
 from cdc_invalidator.reader.freshness import ANY, Demand
@@ -39,6 +40,7 @@ from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import Command, Later, Load, Send, Steps, Unavailable, Wait
+from cdc_invalidator.reader.tracing import Tracing
 from cdc_invalidator.reader.tracking import AsyncFollower
 from cdc_invalidator.reader.world import World
 
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 Many: TypeAlias = Mapping[Any, T | None] | Sequence[T | None]
 Loader = Callable[[Load], Awaitable[Sequence[Any]]]
 
@@ -200,6 +202,8 @@ class AsyncCache(Generic[T]):
         self._contract = contract
         self._link = link
         self._demand = demand
+        if contract.world.tracing is not None:
+            self._trace(contract.world.tracing)
         self._agreement = contract.world.agreement
         self._quick = contract.plain and contract.looks_once and demand == ANY
         self._of_standby = bool(contract.world.standby)
@@ -310,6 +314,19 @@ class AsyncCache(Generic[T]):
     ) -> Loader:
         asks = primary is not None and handle.demanded(self._demand, max_staleness) != ANY
         return _each(load, primary if asks else None)
+
+    def _trace(self, tracing: Tracing) -> None:
+        """Let each read make a span."""
+
+        def traced(call: str, read: Callable[..., Any]) -> Any:
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                with tracing.span(call, self._contract.cache.name):
+                    return await read(*args, **kwargs)
+
+            return wrapper
+
+        for call in ("get", "get_many", "get_with_age", "refresh"):
+            setattr(self, call, traced(call, getattr(self, call)))
 
     async def get_with_age(
         self,
@@ -470,7 +487,7 @@ class AsyncCache(Generic[T]):
         return [entry.value for entry in found.order]
 
     @overload
-    def cached(self, function: F, /) -> F: ...
+    def cached(self, function: Callable[P, Awaitable[R]], /) -> AsyncCachedFunction[P, R]: ...
 
     @overload
     def cached(
@@ -481,7 +498,7 @@ class AsyncCache(Generic[T]):
         ignore: Collection[str] = (),
         params: Mapping[str, str] | None = None,
         primary: Callable[..., Any] | None = None,
-    ) -> Callable[[F], F]: ...
+    ) -> Callable[[Callable[P, Awaitable[R]]], AsyncCachedFunction[P, R]]: ...
 
     def cached(
         self,
@@ -493,6 +510,9 @@ class AsyncCache(Generic[T]):
         primary: Callable[..., Any] | None = None,
     ) -> Any:
         """Decorate a coroutine function that loads: calls of it read through the cache.
+
+        It has ``invalidate`` and ``refresh``, with the same arguments; ``load`` is the function itself, and ``cache``
+        this cache. Of a method, they take the object first: ``Users.load.invalidate(users, 42)``.
 
         Args:
             function: its arguments are the parameters.
@@ -528,7 +548,19 @@ class AsyncCache(Generic[T]):
                 connection=connection,
             )
 
-        return handle.dressed(wrapper, function)
+        async def invalidate(*args: Any, **kwargs: Any) -> bool:
+            return await self.invalidate(of_call.params(args, kwargs))
+
+        async def refresh(*args: Any, **kwargs: Any) -> Any:
+            given, connection = of_call(args, kwargs)
+            return await self.refresh(
+                given,
+                load=lambda **_: function(*args, **kwargs),
+                primary=None if primary is None else lambda **_: primary(*args, **kwargs),
+                connection=connection,
+            )
+
+        return handle.dressed(wrapper, function, invalidate=invalidate, refresh=refresh, load=function, cache=self)
 
     async def warm(
         self,
@@ -687,6 +719,7 @@ class AsyncCaches:
         options: Options[Any] | None = None,
         breaker: Breaker | None = None,
         registry: Any = None,
+        tracer: Any = None,
     ) -> Self:
         """Read rule files, as the daemon does.
 
@@ -705,6 +738,7 @@ class AsyncCaches:
             options: how caches are read, unless `AsyncCache.using` says otherwise.
             breaker: detects that Redis is gone.
             registry: of prometheus-client, or a `Metrics` that several share; without one, nothing is counted.
+            tracer: of OpenTelemetry: each read makes a span; without one, nothing is traced.
 
         Raises:
             errors.WrongRules: all mistakes of all files.
@@ -712,7 +746,7 @@ class AsyncCaches:
         """
         target = redis if isinstance(redis, AsyncMemory) else recognise(redis, awaits=True)
         flights = Flights(asyncio.Event, asyncio.get_running_loop)
-        world = handle.world(watermark or slot, standby, target, flights)
+        world = handle.world(watermark or slot, standby, target, flights, tracer=tracer)
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
         return cls(book, Link(target, breaker or Breaker(), world, connection))

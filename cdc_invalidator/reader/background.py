@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 from typing import Any
 
 _log = logging.getLogger("cdc_invalidator.reader")
@@ -97,7 +98,8 @@ class AsyncCrew:
             self._tasks = {task for task in self._tasks if not task.get_loop().is_closed()}
             if len(self._tasks) >= WAITING:
                 return False
-        task = asyncio.ensure_future(self._run(work))
+        # As a thread does, it begins without what belongs to the request: its session, its span.
+        task = asyncio.get_running_loop().create_task(self._run(work), context=Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True

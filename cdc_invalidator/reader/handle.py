@@ -24,6 +24,7 @@ from cdc_invalidator.reader.options import Options
 from cdc_invalidator.reader.own_writes import in_request, required
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import word
+from cdc_invalidator.reader.tracing import Tracing
 from cdc_invalidator.reader.transactions import is_connection
 from cdc_invalidator.reader.world import Clocks, World
 from cdc_invalidator.rules.load import load_rules
@@ -88,6 +89,8 @@ class Book:
 
     def _contract(self, cache: Cache) -> Contract[Any]:
         metrics = self._metrics.of(cache.name) if self._metrics is not None else no_metrics()
+        if self._world.tracing is not None:
+            metrics = self._world.tracing.told(metrics)
         return Contract(cache, self._options, self._world, metrics)
 
 
@@ -316,14 +319,26 @@ class Cached:
         connection = next((given[name] for name in self._ignored if is_connection(given.get(name))), None)
         return {name: given[argument] for name, argument in self._arguments.items()}, connection
 
+    def params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the parameters of a call that may leave out other arguments."""
+        bound = self._signature.bind_partial(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        missing = [argument for argument in self._arguments.values() if argument not in given]
+        if missing:
+            raise TypeError(f"the argument {missing[0]} is missing; without it, nobody knows which entry is meant")
+        return {name: given[argument] for name, argument in self._arguments.items()}
+
 
 def _is_many(argument: inspect.Parameter) -> bool:
     return argument.kind in {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
-def dressed(wrapper: Callable[..., Any], function: Callable[..., Any]) -> Any:
-    """Return the wrapper with the function's name and documentation."""
-    return functools.update_wrapper(wrapper, function)
+def dressed(wrapper: Callable[..., Any], function: Callable[..., Any], **ways: Any) -> Any:
+    """Return the wrapper with the function's name and documentation, and with ``ways`` as attributes."""
+    functools.update_wrapper(wrapper, function)
+    vars(wrapper).update(ways)
+    return wrapper
 
 
 # ── Redis ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,15 +356,24 @@ def unknown_scripts(
 
 
 def world(
-    watermark: str, standby: str, target: Target | Memory | AsyncMemory, flights: Flights, *, disabled: bool = False
+    watermark: str,
+    standby: str,
+    target: Target | Memory | AsyncMemory,
+    flights: Flights,
+    *,
+    disabled: bool = False,
+    tracer: Any = None,
 ) -> World:
     """Make what caches share; a stand-in for Redis brings its own clock."""
     agreement = Agreement(watermark, disabled=disabled)
+    tracing = Tracing(tracer) if tracer is not None else None
     if isinstance(target, (Memory, AsyncMemory)):
         clocks = Clocks(wall=target.store.clock)
-        return World(Marks(watermark), agreement, standby, clocks=clocks, flights=flights, disabled=disabled)
+        return World(
+            *(Marks(watermark), agreement, standby), clocks=clocks, flights=flights, disabled=disabled, tracing=tracing
+        )
     marks = Marks(watermark, cluster=target.cluster)
-    return World(marks, agreement, standby, cluster=target.cluster, flights=flights)
+    return World(marks, agreement, standby, cluster=target.cluster, flights=flights, tracing=tracing)
 
 
 def metrics_for(registry: Any) -> Metrics | None:

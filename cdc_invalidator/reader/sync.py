@@ -18,13 +18,14 @@ from collections.abc import (
 )
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
 
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.background import Crew
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
+from cdc_invalidator.reader.decorated import CachedFunction
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import Flights, loading
 from cdc_invalidator.reader.freshness import ANY, Demand
@@ -38,6 +39,7 @@ from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
 from cdc_invalidator.reader.steps import Command, Later, Load, Send, Steps, Unavailable, Wait
 from cdc_invalidator.reader.sync_servers import Cluster, Master, Server, Way, way_to
+from cdc_invalidator.reader.tracing import Tracing
 from cdc_invalidator.reader.tracking import Follower
 from cdc_invalidator.reader.world import World
 
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
 Many: TypeAlias = Mapping[Any, T | None] | Sequence[T | None]
 Loader = Callable[[Load], Sequence[Any]]
 
@@ -181,6 +183,8 @@ class Cache(Generic[T]):
         self._contract = contract
         self._link = link
         self._demand = demand
+        if contract.world.tracing is not None:
+            self._trace(contract.world.tracing)
         self._agreement = contract.world.agreement
         self._quick = contract.plain and contract.looks_once and demand == ANY
         self._of_standby = bool(contract.world.standby)
@@ -291,6 +295,19 @@ class Cache(Generic[T]):
     ) -> Loader:
         asks = primary is not None and handle.demanded(self._demand, max_staleness) != ANY
         return _each(load, primary if asks else None)
+
+    def _trace(self, tracing: Tracing) -> None:
+        """Let each read make a span."""
+
+        def traced(call: str, read: Callable[..., Any]) -> Any:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                with tracing.span(call, self._contract.cache.name):
+                    return read(*args, **kwargs)
+
+            return wrapper
+
+        for call in ("get", "get_many", "get_with_age", "refresh"):
+            setattr(self, call, traced(call, getattr(self, call)))
 
     def get_with_age(
         self,
@@ -451,7 +468,7 @@ class Cache(Generic[T]):
         return [entry.value for entry in found.order]
 
     @overload
-    def cached(self, function: F, /) -> F: ...
+    def cached(self, function: Callable[P, R], /) -> CachedFunction[P, R]: ...
 
     @overload
     def cached(
@@ -462,7 +479,7 @@ class Cache(Generic[T]):
         ignore: Collection[str] = (),
         params: Mapping[str, str] | None = None,
         primary: Callable[..., Any] | None = None,
-    ) -> Callable[[F], F]: ...
+    ) -> Callable[[Callable[P, R]], CachedFunction[P, R]]: ...
 
     def cached(
         self,
@@ -474,6 +491,9 @@ class Cache(Generic[T]):
         primary: Callable[..., Any] | None = None,
     ) -> Any:
         """Decorate a function that loads: calls of it read through the cache.
+
+        It has ``invalidate`` and ``refresh``, with the same arguments; ``load`` is the function itself, and ``cache``
+        this cache. Of a method, they take the object first: ``Users.load.invalidate(users, 42)``.
 
         Args:
             function: its arguments are the parameters.
@@ -509,7 +529,19 @@ class Cache(Generic[T]):
                 connection=connection,
             )
 
-        return handle.dressed(wrapper, function)
+        def invalidate(*args: Any, **kwargs: Any) -> bool:
+            return self.invalidate(of_call.params(args, kwargs))
+
+        def refresh(*args: Any, **kwargs: Any) -> Any:
+            given, connection = of_call(args, kwargs)
+            return self.refresh(
+                given,
+                load=lambda **_: function(*args, **kwargs),
+                primary=None if primary is None else lambda **_: primary(*args, **kwargs),
+                connection=connection,
+            )
+
+        return handle.dressed(wrapper, function, invalidate=invalidate, refresh=refresh, load=function, cache=self)
 
     def warm(
         self,
@@ -650,6 +682,7 @@ class Caches:
         options: Options[Any] | None = None,
         breaker: Breaker | None = None,
         registry: Any = None,
+        tracer: Any = None,
     ) -> Self:
         """Read rule files, as the daemon does.
 
@@ -668,6 +701,7 @@ class Caches:
             options: how caches are read, unless `Cache.using` says otherwise.
             breaker: detects that Redis is gone.
             registry: of prometheus-client, or a `Metrics` that several share; without one, nothing is counted.
+            tracer: of OpenTelemetry: each read makes a span; without one, nothing is traced.
 
         Raises:
             errors.WrongRules: all mistakes of all files.
@@ -675,7 +709,7 @@ class Caches:
         """
         target = redis if isinstance(redis, Memory) else recognise(redis, awaits=False)
         flights = Flights(threading.Event)
-        world = handle.world(watermark or slot, standby, target, flights)
+        world = handle.world(watermark or slot, standby, target, flights, tracer=tracer)
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
         return cls(book, Link(target, breaker or Breaker(), world, connection))

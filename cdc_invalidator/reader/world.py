@@ -13,6 +13,7 @@ from cdc_invalidator.reader.agreement import Agreement
 from cdc_invalidator.reader.flights import Flights
 from cdc_invalidator.reader.marks import Marks
 from cdc_invalidator.reader.scripts import FillScripts
+from cdc_invalidator.reader.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +57,6 @@ class World:
     cluster: bool = False
     flights: Flights = field(default_factory=Flights)
     disabled: bool = False
+    tracing: Tracing | None = None
     # The keys that are being refreshed in the background, and until when others leave that alone.
     refreshing: dict[bytes, float] = field(default_factory=dict)

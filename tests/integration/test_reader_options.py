@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, assert_type
 
 import pytest
 import redis
 import redis.asyncio
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from readers import Face, Loader, Reads, rules_file
 
@@ -433,6 +437,97 @@ def test_refresh_loads_without_redis_and_without_a_key(reads: Reads, tmp_path: P
     assert place.caches.user.refresh(id=None, load=Loader({None: "Ada"})) == "Ada"
 
 
+# ── Decorated functions ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Users:
+    """A function and a method that are decorated, and their rows."""
+
+    def __init__(self, caches: Caches) -> None:
+        self.rows = {1: "Ada"}
+        self.loads: list[int] = []
+
+        class Table:
+            @caches.user.cached(ignore=["table"])
+            def load(table, id: int) -> str | None:  # noqa: A002, N805  self is the other one
+                self.loads.append(id)
+                return self.rows.get(id)
+
+        @caches.user.cached(ignore=["session"])
+        def load(session: str, id: int) -> str | None:  # noqa: A002  the parameter's name
+            self.loads.append(id)
+            return self.rows.get(id)
+
+        self.load, self.table = load, Table
+
+
+def test_a_decorated_function_invalidates_refreshes_and_loads(redis_url: str, tmp_path: Path) -> None:
+    caches = Caches.from_rules(rules_file(tmp_path, RULES), redis.Redis.from_url(redis_url))
+    users = Users(caches)
+    load = users.load
+    assert_type(load("session", 1), str | None)
+    assert (load.__name__, type(load).__name__) == ("load", "function")
+    assert load("session", id=1) == "Ada"
+    users.rows[1] = "Grace"
+    assert_type(load.invalidate("session", 1), bool)
+    assert load("session", 1) == "Grace"
+    assert users.loads == [1, 1]
+    users.rows[1] = "Joan"
+    assert_type(load.refresh("session", 1), str | None)
+    assert load("session", 1) == "Joan"
+    users.rows[1] = "Eve"
+    assert assert_type(load.load("session", 1), str | None) == "Eve"
+    assert load("session", 1) == "Joan"
+    assert load.cache is not None
+    caches.close()
+
+
+def test_to_invalidate_arguments_that_are_no_parameters_may_be_left_out(redis_url: str, tmp_path: Path) -> None:
+    caches = Caches.from_rules(rules_file(tmp_path, RULES), redis.Redis.from_url(redis_url))
+    users = Users(caches)
+    users.load("session", 1)
+    assert users.load.invalidate(id=1)  # type: ignore[call-arg]  # as in a shell
+    users.load("session", 1)
+    assert users.loads == [1, 1]
+    with pytest.raises(TypeError, match="the argument id is missing"):
+        users.load.invalidate("session")  # type: ignore[call-arg]
+    caches.close()
+
+
+def test_a_decorated_method_takes_its_object_first(redis_url: str, tmp_path: Path) -> None:
+    caches = Caches.from_rules(rules_file(tmp_path, RULES), redis.Redis.from_url(redis_url))
+    users = Users(caches)
+    table = users.table()
+    assert assert_type(table.load(1), str | None) == "Ada"
+    users.rows[1] = "Grace"
+    assert users.table.load.refresh(table, 1) == "Grace"
+    assert table.load(1) == "Grace"
+    assert users.table.load.invalidate(table, 1)
+    assert table.load(1) == "Grace"
+    assert users.loads == [1, 1, 1]
+    caches.close()
+
+
+async def test_so_does_a_decorated_coroutine_function(redis_url: str, tmp_path: Path) -> None:
+    caches = AsyncCaches.from_rules(rules_file(tmp_path, RULES), redis.asyncio.Redis.from_url(redis_url))
+    rows = {1: "Ada"}
+
+    @caches.user.cached
+    async def load(id: int) -> str | None:  # noqa: A002  the parameter's name
+        return rows.get(id)
+
+    assert inspect.iscoroutinefunction(load)
+    assert assert_type(await load(1), str | None) == "Ada"
+    rows[1] = "Grace"
+    assert assert_type(await load.load(1), str | None) == "Grace"
+    assert await load(1) == "Ada"
+    assert assert_type(await load.refresh(1), str | None) == "Grace"
+    rows[1] = "Joan"
+    assert assert_type(await load.invalidate(1), bool)
+    assert await load(1) == "Joan"
+    await caches.aclose()
+
+
 # ── Compression ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -475,3 +570,90 @@ def test_a_compressed_value_that_nobody_can_read_is_loaded_again(
         redis_client.set(b"t:user:{1}", broken_one, px=300_000)
         assert cache.get(id=1, load=load) == "a" * 1000
     assert load.asked == [1, 1, 1]
+
+
+# ── Spans ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def spans() -> tuple[Any, InMemorySpanExporter]:
+    """A tracer, and what it exports."""
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    return provider.get_tracer("shop"), exporter
+
+
+def _told(exporter: InMemorySpanExporter) -> list[tuple[str, dict[str, Any]]]:
+    found = [(span.name, dict(span.attributes or {})) for span in exporter.get_finished_spans()]
+    exporter.clear()
+    return found
+
+
+def test_each_read_is_a_span_that_says_what_became_of_it(
+    reads: Reads, redis_url: str, tmp_path: Path, spans: tuple[Any, InMemorySpanExporter]
+) -> None:
+    tracer, exporter = spans
+    caches = reads.caches(rules_file(tmp_path, RULES), redis_url, tracer=tracer)
+    load = Loader({1: "Ada", 2: "Eve"})
+    caches.user.get(id=1, load=load)
+    caches.user.get(id=1, load=load)
+    caches.user.get(id=None, load=load)
+    caches.user.get_many([1, 2], load=load.many)
+    cache = {"cdc.cache": "user"}
+    assert _told(exporter) == [
+        ("cache get", cache | {"cdc.outcome": "miss", "cdc.miss": 1}),
+        ("cache get", cache | {"cdc.outcome": "hit", "cdc.hit": 1}),
+        ("cache get", cache | {"cdc.outcome": "bypass", "cdc.bypass": 1, "cdc.reason": "null"}),
+        ("cache get_many", cache | {"cdc.outcome": "miss", "cdc.hit": 1, "cdc.miss": 1}),
+    ]
+
+
+def test_a_span_tells_no_key_and_no_value(
+    reads: Reads, redis_url: str, tmp_path: Path, spans: tuple[Any, InMemorySpanExporter]
+) -> None:
+    tracer, exporter = spans
+    caches = reads.caches(rules_file(tmp_path, RULES), redis_url, tracer=tracer)
+
+    def failing(**_: Any) -> Any:
+        raise Broken("secret-1 of Ada")
+
+    with pytest.raises(Broken):
+        caches.user.get(id="secret-1", load=failing)
+    (span,) = exporter.get_finished_spans()
+    assert (span.attributes or {})["error.type"] == "Broken"
+    assert not span.status.is_ok
+    assert "secret" not in span.to_json()
+    assert "Ada" not in span.to_json()
+
+
+def test_a_read_in_a_loader_has_a_span_of_its_own(redis_url: str, tmp_path: Path, spans: Any) -> None:
+    tracer, exporter = spans
+    client = redis.Redis.from_url(redis_url)
+    caches = Caches.from_rules(rules_file(tmp_path, RULES), client, tracer=tracer)
+    inner = Loader({7: "Ada"})
+    caches.user.get(id=1, load=lambda **_: caches.page.get(id=7, load=inner))
+    first, second = exporter.get_finished_spans()
+    assert (first.attributes["cdc.cache"], first.attributes["cdc.outcome"]) == ("page", "miss")
+    assert (second.attributes["cdc.cache"], second.attributes["cdc.outcome"]) == ("user", "miss")
+    assert first.parent.span_id == second.context.span_id
+    caches.close()
+
+
+def test_a_refresh_in_the_background_writes_into_no_span_that_is_over(
+    reads: Reads, redis_url: str, tmp_path: Path, spans: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracer, exporter = spans
+    caches = reads.caches(rules_file(tmp_path, RULES), redis_url, tracer=tracer)
+    cache = caches.user.using(early=1e9, background=True)
+    cache.get(id=1, load=_a_while({1: "Ada"}))
+    cache.get(id=1, load=_a_while({1: "Grace"}))
+    _finish(caches)
+    assert [told["cdc.outcome"] for _, told in _told(exporter)] == ["miss", "hit"]
+    assert "ended span" not in caplog.text
+
+
+def test_without_a_tracer_reads_run_the_code_of_ever(redis_url: str, tmp_path: Path, spans: Any) -> None:
+    client = redis.Redis.from_url(redis_url)
+    rules = rules_file(tmp_path, RULES)
+    assert "get" not in vars(Caches.from_rules(rules, client).user)
+    assert "get" in vars(Caches.from_rules(rules, client, tracer=spans[0]).user)

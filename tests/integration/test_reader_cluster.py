@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 import redis.sentinel
-from clusters import Cluster, slot_of
+from clusters import Cluster, Node, slot_of
 from prometheus_client import CollectorRegistry
 from readers import Loader, Reads, rules_file
 from running import eventually
@@ -18,6 +19,9 @@ from sentinels import SERVICE, Sentinels
 from cdc_invalidator.reader import Caches
 from cdc_invalidator.redis import topology
 from cdc_invalidator.redis.source import EndpointSource
+from cdc_invalidator.redis.watermark import Watermark
+from cdc_invalidator.rules.agreement import Agreement, templates_digest
+from cdc_invalidator.rules.load import parse_rules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,6 +164,169 @@ def test_slots_move_while_readers_read(cluster: Cluster, caches: Any) -> None:
         for number in range(30):
             assert caches[name].get(id=number, load=load) == f"user {number}"
         assert caches[name].get_many(range(30), load=load.many) == [f"user {number}" for number in range(30)]
+
+
+# ── Reads that ask for a freshness ───────────────────────────────────────────────────────────────────────────────────
+
+KEYS = range(30)
+BUSTED = ("user", "page", "far", "both")
+
+
+class Feed:
+    """What the daemon writes on each node: the watermarks of its own connections to the cluster."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def write(self, lsn: int) -> None:
+        async def writing() -> None:
+            server = topology.cache_server(EndpointSource.fixed(self._url), "cdc_invalidator")
+            await server.connect()
+            await server.read_watermarks()
+            mark = Watermark(lsn, int(time.time() * 1000), "7", 1, dict.fromkeys(BUSTED, "x"), agreement=SAID)
+            assert await server.write_watermark(mark)
+            await server.close()
+
+        asyncio.run(writing())
+
+
+SAID = Agreement({name: templates_digest(cache) for name, cache in parse_rules([("", RULES)], {}).caches.items()})
+
+
+@pytest.fixture
+def feed(cluster: Cluster, client: redis.RedisCluster) -> Feed:
+    feed = Feed(cluster.url)
+    feed.write(10)
+    return feed
+
+
+def served(caches: Any, name: str, lsn: int, *, many: bool = False) -> set[int]:
+    """Give the numbers that are served from the cache to reads that ask for an LSN."""
+    load = Loader({number: f"loaded {number}" for number in KEYS})
+    view = caches.at_least(lsn)[name]
+    values = view.get_many(KEYS, load=load.many) if many else [view.get(id=number, load=load) for number in KEYS]
+    return {number for number, value in zip(KEYS, values, strict=True) if value != f"loaded {number}"}
+
+
+def filled(caches: Any, name: str) -> None:
+    caches[name].get_many(KEYS, load=lambda ids: [f"stored {number}" for number in ids])
+
+
+@pytest.mark.parametrize("name", BUSTED)
+def test_what_the_nodes_watermarks_prove_is_served(
+    name: str, feed: Feed, caches: Any, client: redis.RedisCluster, registry: CollectorRegistry
+) -> None:
+    # The first read of a process is one that asks.
+    assert served(caches, name, 10) == set()
+    filled(caches, name)
+    assert bypasses(registry) == {}
+    client.flushall(target_nodes=redis.RedisCluster.PRIMARIES)
+    feed.write(10)
+    filled(caches, name)
+    assert served(caches, name, 10) == served(caches, name, 10, many=True) == set(KEYS)
+    assert served(caches, name, 11) == served(caches, name, 11, many=True) == set()
+    assert bypasses(registry) == {(name, "behind"): 2 * len(KEYS)}
+
+
+@pytest.mark.parametrize("name", BUSTED)
+def test_a_node_that_lags_proves_nothing_of_its_keys(
+    name: str, cluster: Cluster, client: redis.RedisCluster, feed: Feed, caches: Any
+) -> None:
+    filled(caches, name)
+    public = cluster.master_of("cdc:cdc_invalidator:watermark")
+    lagging = next(node for node in cluster.masters() if node is not public)
+    client.hset(_mark_of(lagging), "lsn", 9)
+    theirs = {number for number in KEYS if cluster.master_of(f"t:{name}:{{{number}}}") is lagging}
+    if name == "far":
+        theirs = {number for number in KEYS if lagging in _nodes_of_far(cluster, client, number)}
+    assert served(caches, name, 10) == served(caches, name, 10, many=True) == set(KEYS) - theirs
+    assert 0 < len(theirs) <= len(KEYS)
+
+
+def _nodes_of_far(cluster: Cluster, client: redis.RedisCluster, number: int) -> set[Any]:
+    version = client.get("t:far:ver")
+    assert isinstance(version, bytes)
+    return {cluster.master_of("t:far:ver"), cluster.master_of(b"t:far:%d:%b" % (number, version))}
+
+
+def test_a_key_that_has_moved_is_proven_when_the_daemon_has_seen_it(
+    cluster: Cluster, feed: Feed, caches: Any, registry: CollectorRegistry
+) -> None:
+    filled(caches, "user")
+    slot = slot_of("t:user:{7}")
+    source = cluster.master_of_slot(slot)
+    target = next(node for node in cluster.masters() if node is not source)
+    cluster.move_slots(slot, slot, target)
+    # The key may have been on a node that lost what it had, before it came here.
+    moved = {number for number in KEYS if slot_of(f"t:user:{{{number}}}") == slot}
+    for _ in range(2):  # also when the client has learned where the slot is now
+        assert served(caches, "user", 10) == set(KEYS) - moved
+    assert bypasses(registry)["user", "elsewhere"] == 2 * len(moved)
+    feed.write(11)
+    assert served(caches, "user", 11) == set(KEYS)
+
+
+def test_a_watermark_that_has_moved_proves_nothing_elsewhere(cluster: Cluster, feed: Feed, caches: Any) -> None:
+    filled(caches, "user")
+    public = cluster.master_of("cdc:cdc_invalidator:watermark")
+    others = [node for node in cluster.masters() if node is not public]
+    # On the target, the watermark that comes is the one with the first tag.
+    (source, mark), (target, _) = sorted(((node, _mark_of(node)) for node in others), key=lambda pair: pair[1])
+    slot = next(slot_of(f"t:user:{{{at}}}") for at in KEYS if cluster.master_of(f"t:user:{{{at}}}") is source)
+    for each in (slot_of(mark), slot):
+        cluster.move_slots(each, each, target)
+    assert target.ask("HGET", mark, "lsn") == b"10"
+    # Between the two, the source may have been lost to a replica that lagged.
+    moved = {at for at in KEYS if slot_of(f"t:user:{{{at}}}") == slot}
+    for _ in range(2):
+        assert not served(caches, "user", 10) & moved
+    feed.write(11)
+    assert served(caches, "user", 11) == set(KEYS)
+
+
+def _mark_of(node: Node) -> bytes:
+    (mark,) = (key for key in node.ask("KEYS", "cdc:*") if b"watermark:{" in key)
+    return bytes(mark)
+
+
+def test_a_watermark_of_a_daemon_that_says_no_home_proves_nothing(cluster: Cluster, feed: Feed, caches: Any) -> None:
+    filled(caches, "user")
+    # A daemon of an earlier release has written all but `home`, which still stands.
+    for node in cluster.masters():
+        for mark in node.ask("KEYS", "cdc:*:watermark*"):
+            node.ask("HINCRBY", mark, "at", 1000)
+    assert served(caches, "user", 10) == set()
+
+
+def test_a_replica_that_lagged_proves_nothing_of_what_it_has_not_had(tmp_path: Path) -> None:
+    with Cluster() as cluster, Reads("sync") as reads:
+        feed = Feed(cluster.url)
+        feed.write(10)
+        caches = reads.caches(rules_file(tmp_path, RULES), cluster.url)
+        filled(caches, "user")
+        public = cluster.master_of("cdc:cdc_invalidator:watermark")
+        lost = next(node for node in cluster.masters() if node is not public)
+        cluster.settle()
+        replica = cluster.replica_of(lost)
+        theirs = {number for number in KEYS if cluster.master_of(f"t:user:{{{number}}}") is lost}
+        replica.pause()
+        lost.ask("CLIENT", "KILL", "TYPE", "replica")
+        bust(cluster, [b"t:user:{%d}" % number for number in KEYS], [])
+        feed.write(11)
+        cluster.kill(lost)
+        replica.resume()
+        cluster.failed_over(lost)
+        # What was busted is there again, and no daemon is there to see it.
+        assert theirs
+        assert replica.ask("EXISTS", f"t:user:{{{min(theirs)}}}")
+
+        def back() -> bool:
+            load = Loader(dict.fromkeys(KEYS, "loaded"))
+            return all(caches.user.get(id=number, load=load) == f"stored {number}" for number in theirs)
+
+        eventually(back, "plain reads meet the old values")
+        assert served(caches, "user", 11) & theirs == set()
+        assert served(caches, "user", 11, many=True) & theirs == set()
 
 
 def test_a_cache_whose_locks_lie_elsewhere_is_refused(caches: Any) -> None:

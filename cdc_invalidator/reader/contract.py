@@ -129,11 +129,15 @@ class Contract(Generic[T]):
         if terms.refusal and not anyway:
             raise NoKey(terms.refusal)
         try:
-            return Entry(item, params, *terms.keys.of(params), stale=self._stale)
+            key, version_key = terms.keys.of(params)
         except NoKey as no:
             if no.sentence:
                 self._advise(no.sentence)
             raise
+        entry = Entry(item, params, key, version_key)
+        if self._stale:
+            entry.stale = True
+        return entry
 
     def _advise(self, sentence: str) -> None:
         """Log now and then what a developer should know."""

@@ -35,17 +35,14 @@ class Entry:
     demand = ANY  # what the watermark must prove, for the value to be served from the cache
     saves = False  # whether an old value will do if the load fails
     saved = False  # whether the value is an old one
+    stale = False  # whether an old value will do while another reader loads
     refresh = False  # load it whatever is there, which can't be read or is too old
 
-    def __init__(
-        self, item: Any, params: Mapping[str, Any], key: bytes, version_key: bytes = b"", *, stale: bool = False
-    ) -> None:
+    def __init__(self, item: Any, params: Mapping[str, Any], key: bytes, version_key: bytes = b"") -> None:
         self.item = item
         self.params = params
         self.key = self.rest = key
         self.version_key = version_key
-        # Whether an old value will do while another reader loads.
-        self.stale = stale
 
     def found(self, value: Any, seen: Any = None) -> None:
         """Note its value, and what that was seen in, if it was stored already."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,10 @@ class Group(NamedTuple):
     order: list[Entry]
 
 
+# Types whose values are no mappings, as most have; others are asked, which takes longer.
+_BARE = frozenset({int, str, uuid.UUID})
+
+
 def group(contract: Contract[Any], items: Iterable[Any]) -> Group:
     """Make entries of items: mappings, or bare values where the cache has one parameter.
 
@@ -161,8 +166,10 @@ def group(contract: Contract[Any], items: Iterable[Any]) -> Group:
     entries: dict[bytes, Entry] = {}
     beside: dict[str, list[Entry]] = {}
     order = []
+    names = contract.keys.names
+    single = names[0] if names is not None and len(names) == 1 else None
     for item in items:
-        params = as_params(contract, item)
+        params = {single: item} if single is not None and type(item) in _BARE else as_params(contract, item)
         try:
             entry = contract.entry(item, params)
             entry = entries.setdefault(entry.rest, entry)

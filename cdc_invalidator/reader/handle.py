@@ -196,7 +196,8 @@ class Kept:
     def keep(self) -> None:
         """Keep what was found in Redis, as far as it is still right."""
         for entry in self.missing:
-            seen = entry.seen if type(entry.seen) is bytes else None
+            # An old value that was served is none of the key's.
+            seen = entry.seen if type(entry.seen) is bytes and not entry.saved else None
             until = 0.0 if seen is None else self._contract.kept_until(seen)
             self._local.keep(entry.key, self._token, seen, until)
 

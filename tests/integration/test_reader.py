@@ -296,7 +296,12 @@ def test_a_load_that_takes_longer_than_lease_and_wait_is_one_load_and_is_stored(
 ) -> None:
     """Another process sees the lease all the time, too."""
     other = Caches.from_rules(rules_file(tmp_path), redis.Redis.from_url(redis_url, socket_timeout=20))
-    own, their = Loader({1: "Ada"}, before=lambda: (reader.start(), time.sleep(1.5))[1]), Loader({1: "Ada"})
+
+    def before() -> None:
+        reader.start()
+        time.sleep(1.5)
+
+    own, their = Loader({1: "Ada"}, before=before), Loader({1: "Ada"})
     reader = threading.Thread(target=lambda: other.user.using(wait=100.0).get(id=1, load=their))
     brief = caches.user.using(lease=0.4, wait=0.1)
     assert at_once(reads, brief, 40, own, id=1) == ["Ada"] * 40

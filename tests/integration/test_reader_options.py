@@ -100,7 +100,8 @@ def place(
         """Let entries be older by so much, instead."""
         for key in list(redis_client.scan_iter("t:*")):
             entry, left = redis_client.get(key), redis_client.pttl(key) - int(seconds * 1000)
-            assert isinstance(entry, bytes)
+            if not isinstance(entry, bytes):
+                continue  # its time has come meanwhile
             if entry.startswith(b"cdc1"):
                 word, schema, began, expires, rest = entry.split(b" ", 4)
                 times = [b"%013d" % (int(each) - int(seconds * 1000)) for each in (began, expires)]

@@ -13,9 +13,11 @@ class Redis {
     for (const end of ["error", "close"]) this.socket.on(end, () => this.fail?.(new Error("no Redis")));
   }
   reply() {
-    const found = /^([$:+-])([^\r]*)\r\n/.exec(this.rest);
+    const found = /^([$:+*-])([^\r]*)\r\n/.exec(this.rest);
     if (!found) return;
     const [line, kind, text] = found, length = Number(text), whole = line.length + length + 2;
+    if (kind === "*" && !/^[^]*\r\n[^]*\r\n[^]*\r\n$/.test(this.rest)) return;
+    if (kind === "*") return this.fail(new Error("nothing is proven"));
     if (kind === "-") return this.fail(new Error(text));
     if (kind !== "$" || length < 0) return this.done(kind === ":" ? length : null);
     if (this.rest.length >= whole) this.done(this.rest.slice(line.length, whole - 2));
@@ -28,15 +30,20 @@ class Redis {
     });
   }
   run(script, keys, ...given) { return this.ask("EVAL", scripts[script], keys.length, ...keys, ...given); }
+  prove(wanted, script, keys, ...given) {
+    if (!wanted.at_least) return this.run(script, keys, ...given);
+    const asked = [wanted.watermark, wanted.cache, wanted.at_least, "", "", ""];
+    return this.ask("EVAL", scripts.PROOF + scripts[script], keys.length, ...keys, ...given, ...asked);
+  }
 }
 
 async function read(redis, wanted) {
   const token = Math.random().toString(36).slice(2), deadline = Date.now() + 2000;
   let key = wanted.key;
-  if (wanted.version) key = key.replace("{version}", await redis.run("VERSION", [wanted.version], wanted.version_ttl));
-  let stored = await redis.ask("GET", key);
+  if (wanted.version) key = key.replace("{version}", await redis.prove(wanted, "VERSION", [wanted.version], wanted.version_ttl));
+  let stored = wanted.at_least ? null : await redis.ask("GET", key);
   while (stored === null) {
-    const taken = await redis.run("TAKE", [`${key}\0lock`, key], token, 10000, "");
+    const taken = await redis.prove(wanted, "TAKE", [`${key}\0lock`, key], token, 10000, "");
     if (typeof taken === "string") stored = taken;
     else if (taken) return fill(redis, key, `${token}:${taken}`, wanted);
     else if (Date.now() > deadline) return load();

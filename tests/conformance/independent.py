@@ -26,25 +26,39 @@ class Redis:
         texts = [str(word).encode() for word in words]
         self.stream.write(b"*%d\r\n" % len(texts) + b"".join(b"$%d\r\n%b\r\n" % (len(text), text) for text in texts))
         self.stream.flush()
+        return self.read()
+
+    def read(self) -> Any:
         line = self.stream.readline()
         if line[:1] in b"-":  # an error, or the end of the connection
             raise OSError(line)
         if line[:1] == b"$":
             return None if line[1:2] == b"-" else self.stream.read(int(line[1:]) + 2)[:-2]
+        if line[:1] == b"*":
+            return [self.read() for _ in range(int(line[1:]))]
         return int(line[1:])
 
     def run(self, script: str, keys: list[str], *arguments: Any) -> Any:
         return self.ask("EVAL", SCRIPTS[script], len(keys), *keys, *arguments)
 
+    def prove(self, wanted: Any, script: str, keys: list[str], *arguments: Any) -> Any:
+        if "at_least" not in wanted:
+            return self.run(script, keys, *arguments)
+        asked = (wanted["watermark"], wanted["cache"], wanted["at_least"], "", "", "")
+        found = self.ask("EVAL", SCRIPTS["PROOF"] + SCRIPTS[script], len(keys), *keys, *arguments, *asked)
+        if isinstance(found, list):
+            raise OSError(found)  # nothing is proven, so load
+        return found
+
 
 def read(redis: Redis, wanted: Any) -> Any:
     key, token, deadline = wanted["key"], secrets.token_hex(8), time.monotonic() + 2
     if wanted["version"]:
-        version = redis.run("VERSION", [wanted["version"]], wanted["version_ttl"])
+        version = redis.prove(wanted, "VERSION", [wanted["version"]], wanted["version_ttl"])
         key = key.replace("{version}", version.decode())
-    stored = redis.ask("GET", key)
+    stored = redis.ask("GET", key) if "at_least" not in wanted else None
     while stored is None:
-        taken = redis.run("TAKE", [f"{key}\0lock", key], token, 10_000, "")
+        taken = redis.prove(wanted, "TAKE", [f"{key}\0lock", key], token, 10_000, "")
         if isinstance(taken, bytes):
             stored = taken
         elif taken:

@@ -34,7 +34,8 @@ def main() -> None:
     while request := hear():
         wanted = request["get"]
         try:
-            value = caches[wanted["cache"]].get(wanted["params"], load=load)
+            asked = caches.at_least(int(wanted.get("at_least", 0)))
+            value = asked[wanted["cache"]].get(wanted["params"], load=load)
         except LookupError as failed:
             say(error=str(failed))
         else:

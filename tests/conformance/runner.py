@@ -35,6 +35,8 @@ MILLISECONDS: Final = {"s": 1000, "m": 60_000, "h": 3_600_000}
 _DRIVERS: Final = {b"HELLO", b"AUTH", b"SELECT", b"CLIENT", b"PING", b"INFO", b"COMMAND", b"SCRIPT", b"QUIT"}
 _LOOKS: Final = {b"GET", b"MGET", b"EXISTS", b"TIME", b"PTTL", b"TTL"}
 _SOMEBODY: Final = "somebody"
+_MARK: Final = "cdc:cdc_invalidator:watermark"
+_LSN: Final = 2**63 + 11  # more than doubles hold exactly
 
 
 def names() -> list[str]:
@@ -163,10 +165,10 @@ class Runner:
         events: list[str] = vector["interleave"]
         # The first play tells how many commands there are; each event comes before one of them, in order. A play may
         # have more commands than the first one had, because of what came in between.
-        yield lambda scene: scene.get({"value": "now", "loads": 1})
+        yield lambda scene: scene.interleave([], vector)
         places = range(len(way.sent) + 2)
         for chosen in itertools.combinations_with_replacement(places, len(events)):
-            yield lambda scene, chosen=chosen: scene.interleave(chosen, events, vector.get("value"))  # type: ignore[misc]
+            yield lambda scene, chosen=chosen: scene.interleave(chosen, vector)  # type: ignore[misc]
 
 
 class _Scene:
@@ -192,6 +194,7 @@ class _Scene:
         self._row: int | None = 1
         self._commits = 1
         self._kept: bytes | None = None
+        self._older: dict[Any, Any] = {}
         self._made = 0
         self._began = 0
         way.before = lambda _: NONE
@@ -212,7 +215,8 @@ class _Scene:
             left = [(self._began + wanted["after"], event) for event in wanted["then"]]
             self._way.before = partial(self._before, left)
         before = self._row
-        self._client.tell({"get": self._request})
+        asks = {"at_least": str(_LSN), "watermark": _MARK} if wanted.get("at_least") else {}
+        self._client.tell({"get": self._request | asks})
         loads = 0
         while "load" in (heard := self._client.hear()):
             loads += 1
@@ -242,20 +246,24 @@ class _Scene:
                 self._do(what)
         return {"loaded": self._row} if loaded is None else loaded
 
-    def interleave(self, places: Sequence[int], events: Sequence[str], value: str | None) -> None:
+    def interleave(self, places: Sequence[int], vector: Mapping[str, Any]) -> None:
         """Let the client read while each event comes before the command of its place; then it must read what is new."""
+        events, value = vector["interleave"][: len(places)], vector.get("value")
+        asks = {"at_least": True} if vector.get("at_least") else {}
+        for what in vector.get("begin", ()):
+            self._do(what)
         first = len(self._way.sent)
         left = [(first + place, event) for place, event in zip(places, events, strict=True)]
         self._way.before = partial(self._before, left)
         told = ", ".join(f"`{event}` before its command {place + 1 - first}" for place, event in left)
         try:
-            self.get({"value": value} if value else {})
+            self.get(({"value": value} if value else {}) | asks)
             self._way.before = lambda _: NONE
             for _, event in left:
                 self._do(event)
             # A lease that nobody gives back would run out by itself.
             self._let_go()
-            self.get({"value": "now"})
+            self.get({"value": "now"} | asks)
         except Broken as broken:
             commands = [b" ".join(word[:40] for word in each) for each in self._way.sent[first:]]
             raise Broken(f"{told}: {broken}; it sent {commands}") from broken
@@ -331,6 +339,34 @@ class _Scene:
     def _restore(self) -> None:
         assert self._kept is not None
         self._server.set(self._key, self._kept, px=self._ttl)
+
+    def _fill(self) -> None:
+        self.get({"value": "now"})
+
+    def _mark_there(self) -> None:
+        self._write_mark(_LSN)
+
+    def _mark_behind(self) -> None:
+        self._write_mark(_LSN - 1)
+
+    def _mark_without_cache(self) -> None:
+        self._write_mark(_LSN, "another")
+
+    def _write_mark(self, lsn: int, cache: str = "") -> None:
+        rules = {cache or self._request["cache"]: "digest"}
+        self._server.hset(_MARK, mapping={"lsn": str(lsn), "rules": json.dumps(rules, separators=(",", ":"))})
+
+    def _note(self) -> None:
+        """Note down all that a master that is replaced goes on answering with."""
+        with redis.Redis(port=self._port) as raw:
+            self._older = {key: raw.dump(key) for key in raw.keys("*")}
+
+    def _lag(self) -> None:
+        """Have again what was noted down, as a replica that lagged has when it is promoted."""
+        with redis.Redis(port=self._port) as raw:
+            raw.flushdb()
+            for key, dumped in self._older.items():
+                raw.restore(key, 0, dumped)
 
     def _seize(self) -> None:
         self._server.set(self._lock, _SOMEBODY, px=60_000)

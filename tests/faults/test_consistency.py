@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
 from consistency import trial
 from consistency.shelves import CACHES
 
@@ -31,6 +32,19 @@ def test_under_the_contract_no_read_is_older_than_its_watermark_whatever_befalls
     assert outcome.entries
     assert outcome.commits
     assert outcome.dropped
+
+
+@pytest.mark.parametrize("name", ["standby", "lost", "cluster"])
+def test_a_read_that_asks_for_a_freshness_has_it_where_a_standby_lags_and_masters_are_lost(
+    name: str, postgres: Postgres, tmp_path: Path
+) -> None:
+    outcome = trial.run(trial.MODES[name], READS // 2, postgres, tmp_path, faults=4)
+    print(outcome)
+    assert outcome.as_promised, outcome.examples
+    assert {"lag", "lost_master", "planned_failover"} & set(outcome.faults)
+    assert outcome.asking
+    assert outcome.aged
+    assert outcome.entries
 
 
 def test_without_the_lease_stale_reads_are_seen(postgres: Postgres, tmp_path: Path) -> None:

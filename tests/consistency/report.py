@@ -41,7 +41,21 @@ def markdown(done: Sequence[Outcome], servers: str) -> str:
     )
     rule = ["---"] + ["--:"] * (len(_HEAD) - 1)
     rows = [row for outcome in done for row in _rows(outcome)]
-    return "\n".join([where, "", *(f"| {' | '.join(line)} |" for line in (_HEAD, rule, *rows))]) + "\n"
+    table = (f"| {' | '.join(line)} |" for line in (_HEAD, rule, *rows))
+    return "\n".join([where, "", *table, "", _sums([each for each in done if each.mode.sound])]) + "\n"
+
+
+def _sums(sound: Sequence[Outcome]) -> str:
+    """Add up what is promised."""
+    still = [each for each in sound if not each.mode.fails_over]
+    return (
+        f"Together: where nothing fails over, {sum(each.stale.total() for each in still):,} of"
+        f" {sum(each.reads.total() for each in still):,} reads were stale, under"
+        f" {sum(len(each.faults) for each in still):,} faults. Failovers among them, under"
+        f" {sum(len(each.faults) for each in sound):,} faults, {sum(each.older for each in sound):,} of"
+        f" {sum(each.asking for each in sound):,} reads with an LSN and {sum(each.too_old for each in sound):,} of"
+        f" {sum(each.aged for each in sound):,} with an age were older."
+    )
 
 
 def _rows(outcome: Outcome) -> list[list[str]]:

@@ -19,7 +19,9 @@ def outcomes() -> list[trial.Outcome]:
 
 
 def test_each_mode_has_a_row_and_each_cache_of_the_contract() -> None:
-    _, _, head, rule, *rows = report.markdown(outcomes(), "servers").splitlines()
+    _, _, head, rule, *rows, _, sums = report.markdown(outcomes(), "servers").splitlines()
+    assert "0 of 1,234 reads were stale, under 1 faults" in sums
+    assert "0 of 50 reads with an LSN and 0 of 20 with an age" in sums
     assert {line.count("|") for line in (head, rule, *rows)} == {head.count("|")}
     assert [row.split("|")[1].strip() for row in rows] == [trial.CONTRACT.name, "… item", "… page", trial.NO_LEASE.name]
     assert [cell.strip() for cell in rows[0].split("|")[2:-1]] == [

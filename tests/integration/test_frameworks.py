@@ -38,6 +38,8 @@ COMMANDS = {
     "fastapi": ["uvicorn", "frameworks.fastapi_shop:app", "--port", "{port}", "--log-level", "warning"],
     "flask": ["flask", "--app", "frameworks.flask_shop", "run", "--port", "{port}", "--no-reload"],
 }
+UNDER_ASGI = {"django under ASGI": ["uvicorn", "--factory", "django.core.asgi:get_asgi_application"]}
+UNDER_ASGI["django under ASGI"] += ["--port", "{port}", "--log-level", "warning", "--lifespan", "off"]
 every_framework = pytest.mark.parametrize("framework", COMMANDS)
 
 
@@ -94,7 +96,13 @@ def served(framework: str, database: str, redis_url: str) -> Iterator[str]:
         "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
         "APP_ENV": "prod",
     }
-    words = [sys.executable, "-W", "error", "-m", *(word.format(port=port) for word in COMMANDS[framework])]
+    words = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        *(word.format(port=port) for word in (COMMANDS | UNDER_ASGI)[framework]),
+    ]
     with subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         lines: list[str] = []
         assert process.stderr is not None
@@ -138,7 +146,7 @@ def shop(framework: str, database: str, redis_url: str, slot: str) -> Iterator[S
         yield Shop(url, daemon, database, client)
 
 
-@every_framework
+@pytest.mark.parametrize("framework", COMMANDS | UNDER_ASGI)
 def test_who_has_written_sees_it_in_later_requests_while_the_daemon_stands_still(
     framework: str, database: str, redis_url: str, slot_name: str
 ) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psycopg
+from psycopg.conninfo import conninfo_to_dict
 
 BASE_DIR = Path(__file__).parents[1]
-_GIVEN = psycopg.conninfo.conninfo_to_dict(os.environ["DSN"])
+_GIVEN = conninfo_to_dict(os.environ["DSN"])
 
 DATABASES = {
     "default": {

@@ -70,7 +70,7 @@ class Link:
         self._target = target
         self._breaker = breaker
         self._world = world
-        world.marks.node_of = self._node_of
+        world.marks.node_of, world.marks.doubt = self._node_of, self._doubt
         self._stand_in: AsyncMemory | None = None
         self._loops: dict[asyncio.AbstractEventLoop, tuple[Way | AsyncMemory, Any]] = {}
         self._here: tuple[Any, Any] = (None, None)
@@ -123,6 +123,11 @@ class Link:
         """Return which node of a cluster has a hash slot, as far as is known by now."""
         way = self.here()
         return way.owner(slot) if isinstance(way, Cluster) else None
+
+    def _doubt(self) -> None:
+        way = self.here()
+        if isinstance(way, Cluster):
+            way.doubt()
 
     async def close(self) -> None:
         """Close the connections of the running event loop; a later read opens others."""

@@ -344,6 +344,10 @@ class Cluster:
         """Return who has a slot, as far as is known by now."""
         return self._slots[slot] if self._slots else None
 
+    def doubt(self) -> None:
+        """Note that slots may have moved."""
+        self._wrong = True
+
     def _server_of(self, command: Command) -> Server:
         """Return who has the key of a command.
 

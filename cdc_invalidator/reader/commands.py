@@ -174,7 +174,16 @@ class Commands:
         as_of = b"" if max_age is None else b"%d" % max(0, int(self._now() * 1000) - max_age)
         asked = (mark.name, self._name, lsn, as_of, self._standby, mark.hash_slot)
         _, script, *rest = command
-        looks.add(("EVALSHA", self._scripts.proven[script], *rest, *asked), partial(_if_proven, some, read))
+        looks.add(("EVALSHA", self._scripts.proven[script], *rest, *asked), partial(self._if_proven, some, read))
+
+    def _if_proven(self, some: Sequence[Entry], read: Callable[[Any], None], reply: Any) -> None:
+        """Take the reply to a script behind the proof: a list with one word, where nothing is proven."""
+        if type(reply) is not list or len(reply) != 1:
+            read(reply)
+            return
+        _spread(some, NotProven(reply[0].decode()))
+        # Since hash slots have moved, the node may have another watermark, and no more write this one.
+        self._marks.doubt()
 
     def _look_apart(self, looks: Looks, guessed: Sequence[Entry], unknown: Sequence[Entry]) -> None:
         """Look for versions and, where they can be guessed, for keys, which lie on other nodes.
@@ -349,14 +358,6 @@ def _see(entry: Entry, key: bytes, reply: Any) -> None:
     """Take what is under a key that was guessed, if that is the entry's key."""
     if entry.seen is LATER and entry.key == key:
         entry.seen = reply
-
-
-def _if_proven(some: Sequence[Entry], read: Callable[[Any], None], reply: Any) -> None:
-    """Take the reply to a script behind the proof: a list with one word, where nothing is proven."""
-    if type(reply) is list and len(reply) == 1:
-        _spread(some, NotProven(reply[0].decode()))
-    else:
-        read(reply)
 
 
 def _chunks(entries: Sequence[Entry], size: int) -> Iterator[list[Entry]]:

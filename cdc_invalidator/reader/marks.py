@@ -41,8 +41,8 @@ class Marks:
 
     ``public``: the name of the watermark that everybody knows.
 
-    ``node_of``: returns what stands for the node that has a hash slot, ``None`` where that is not known; set by who
-    knows.
+    ``node_of``: returns what stands for the node that has a hash slot, ``None`` where that is not known; ``doubt``: is
+    called when a watermark proves nothing, since hash slots may have moved. Both are set by who knows.
 
     Args:
         watermark: the daemon's name for it.
@@ -52,6 +52,7 @@ class Marks:
     def __init__(self, watermark: str, *, cluster: bool = False) -> None:
         self.public = f"cdc:{watermark}:watermark".encode()
         self.node_of: Callable[[int], Any] = _nobody
+        self.doubt: Callable[[], None] = _nothing
         self._cluster = cluster
         self._alone = Mark(self.public)
         self._public_slot = hash_slot(self.public)
@@ -73,6 +74,10 @@ class Marks:
 
 
 def _nobody(_slot: int) -> None:
+    return None
+
+
+def _nothing() -> None:
     return None
 
 

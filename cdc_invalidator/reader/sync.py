@@ -69,7 +69,7 @@ class Link:
         self._target = target
         self._breaker = breaker
         self._world = world
-        world.marks.node_of = self._node_of
+        world.marks.node_of, world.marks.doubt = self._node_of, self._doubt
         self._stand_in: Memory | None = None
         self._way = self._new_way()
 
@@ -105,6 +105,11 @@ class Link:
         """Return which node of a cluster has a hash slot, as far as is known by now."""
         way = self.here()
         return way.owner(slot) if isinstance(way, Cluster) else None
+
+    def _doubt(self) -> None:
+        way = self.here()
+        if isinstance(way, Cluster):
+            way.doubt()
 
     def close(self) -> None:
         """Close the connections; a later read opens others."""

@@ -168,7 +168,8 @@ def test_slots_move_while_readers_read(cluster: Cluster, caches: Any) -> None:
 
 # ── Reads that ask for a freshness ───────────────────────────────────────────────────────────────────────────────────
 
-KEYS = range(30)
+# Others than those whose hash slots have been moved.
+KEYS = range(100, 130)
 BUSTED = ("user", "page", "far", "both")
 
 
@@ -253,7 +254,7 @@ def test_a_key_that_has_moved_is_proven_when_the_daemon_has_seen_it(
     cluster: Cluster, feed: Feed, caches: Any, registry: CollectorRegistry
 ) -> None:
     filled(caches, "user")
-    slot = slot_of("t:user:{7}")
+    slot = slot_of(f"t:user:{{{KEYS[7]}}}")
     source = cluster.master_of_slot(slot)
     target = next(node for node in cluster.masters() if node is not source)
     cluster.move_slots(slot, slot, target)
@@ -281,7 +282,19 @@ def test_a_watermark_that_has_moved_proves_nothing_elsewhere(cluster: Cluster, f
     for _ in range(2):
         assert not served(caches, "user", 10) & moved
     feed.write(11)
-    assert served(caches, "user", 11) == set(KEYS)
+    eventually(lambda: served(caches, "user", 11) == set(KEYS), "the client has learned where all is")
+
+
+def test_a_client_learns_that_only_a_watermark_has_moved(cluster: Cluster, feed: Feed, caches: Any) -> None:
+    filled(caches, "user")
+    assert served(caches, "user", 10) == set(KEYS)
+    public = cluster.master_of("cdc:cdc_invalidator:watermark")
+    source, target = (node for node in cluster.masters() if node is not public)
+    slot = slot_of(_mark_of(source))
+    assert slot not in {slot_of(f"t:user:{{{at}}}") for at in KEYS}
+    cluster.move_slots(slot, slot, target)
+    feed.write(11)
+    eventually(lambda: served(caches, "user", 11) == set(KEYS), "no key tells of the move, and yet it is seen")
 
 
 def _mark_of(node: Node) -> bytes:

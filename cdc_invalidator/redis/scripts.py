@@ -95,9 +95,9 @@ return versions
 # tell: it stays open in all these cases. The time is looked at as well, since the LSN may stand for long. A missing one
 # may also have been evicted, but nothing proves that.
 # Returns 1; 0 when another watermark is there, or none; -1 when memory is full: then the one there stays, but it names
-# no cache if this one would have named others.
+# no cache if this one would have named others, and tells readers nothing if this one would have told something else.
 WRITE_WATERMARK = """
-local found = redis.call('HMGET', KEYS[1], 'lsn', 'at', 'rules')
+local found = redis.call('HMGET', KEYS[1], 'lsn', 'at', 'rules', 'agreed')
 if ARGV[1] ~= '' and (found[1] or '') .. ':' .. (found[2] or '') ~= ARGV[1] then return 0 end
 local first = 3 + ARGV[2]
 local stored = redis.pcall('HSET', KEYS[1], unpack(ARGV, first))
@@ -107,6 +107,11 @@ if type(stored) ~= 'table' or not stored.err then
 end
 if string.find(stored.err, 'OOM', 1, true) then
   if found[3] ~= ARGV[first + 1] then redis.call('HDEL', KEYS[1], 'rules') end
+  for at = first, #ARGV, 2 do
+    if ARGV[at] == 'agreed' and string.match(ARGV[at + 1], ' .*') ~= string.match(found[4] or '', ' .*') then
+      redis.call('HDEL', KEYS[1], 'agreed')
+    end
+  end
   return -1
 end
 return redis.error_reply(stored.err)

@@ -206,6 +206,24 @@ async def test_with_full_memory_deletes_work_bumps_delete_and_the_watermark_stal
         await server.close()
 
 
+async def test_with_full_memory_readers_are_told_no_more_what_is_not_so_any_more(own_valkey: Valkey) -> None:
+    with redis.Redis.from_url(own_valkey.url) as client:
+        server = cache_at(own_valkey.url)
+        await server.connect()
+        before, after = Agreement({"user": "a"}), Agreement({"user": "b"})
+        assert await server.write_watermark(replace(MARK, agreement=before))
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", 1)
+        assert not await server.write_watermark(replace(MARK, at=2, agreement=before))
+        assert client.hget(server.watermark_key, "agreed") == f"1 {before.digest}".encode()
+        assert not await server.write_watermark(replace(MARK, at=2, agreement=after))
+        assert not client.hexists(server.watermark_key, "agreed")
+        client.config_set("maxmemory", 0)
+        assert await server.write_watermark(replace(MARK, at=2, agreement=after))
+        assert client.hget(server.watermark_key, "agreed") == f"2 {after.digest}".encode()
+        await server.close()
+
+
 async def test_a_refused_command_in_a_pipeline_is_a_failure_not_a_bust(own_valkey: Valkey) -> None:
     with redis.Redis.from_url(own_valkey.url) as client:
         server = cache_at(own_valkey.url)

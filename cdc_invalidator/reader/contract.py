@@ -329,7 +329,7 @@ class Contract(Generic[T]):
                 if entry.stale and not granted:
                     led.append(entry)
                     continue
-                key = (entry.key, self._form, demand)
+                key = (entry.key, entry.version_key, self._form, demand)
                 if is_loading(key):
                     nested.append(entry)
                     continue

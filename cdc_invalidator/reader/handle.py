@@ -163,7 +163,7 @@ def group(contract: Contract[Any], items: Iterable[Any]) -> Group:
     Raises:
         TypeError: an item is not of this cache.
     """
-    entries: dict[bytes, Entry] = {}
+    entries: dict[tuple[bytes, bytes], Entry] = {}
     beside: dict[str, list[Entry]] = {}
     order = []
     names = contract.keys.names
@@ -172,7 +172,8 @@ def group(contract: Contract[Any], items: Iterable[Any]) -> Group:
         params = {single: item} if single is not None and type(item) in _BARE else as_params(contract, item)
         try:
             entry = contract.entry(item, params)
-            entry = entries.setdefault(entry.rest, entry)
+            # A version may have parameters that the key lacks.
+            entry = entries.setdefault((entry.rest, entry.version_key), entry)
         except NoKey as no:
             entry = Entry(item, params, b"")
             beside.setdefault(no.reason, []).append(entry)

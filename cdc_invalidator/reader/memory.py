@@ -141,7 +141,7 @@ class Store:
 
     def _versioned(self, keys: list[bytes], args: list[bytes]) -> Reply:
         token, lease, header, lasts, locks, stales, *rests = args
-        versions = [self._make_version([name], [lasts]) for name in keys]
+        versions = [self._make_version([name], [lasts], place) for place, name in enumerate(keys)]
         under = [rest.replace(b"\0", version) for rest, version in zip(rests, versions, strict=True)]
         found: list[Reply] = []
         for name, version, rest, key in zip(keys, versions, rests, under, strict=True):
@@ -158,10 +158,10 @@ class Store:
                 found.append(state)
         return found
 
-    def _make_version(self, keys: list[bytes], args: list[bytes]) -> bytes:
+    def _make_version(self, keys: list[bytes], args: list[bytes], place: int = 0) -> bytes:
         version = self._get(keys[0])
         if version is None:
-            version = b"%d" % self._number
+            version = b"%d" % (self._number + place)
             self._set(keys[0], version, args[0])
         return version
 

@@ -31,7 +31,8 @@ return number
 # that a version is kept, suffix of locks, suffix of old values and versions (empty: none), and for each version a key
 # with NUL in its place.
 # The versions first, then the keys with them, and the leases on those without a value. A missing version is made from
-# the clock, in microseconds, so that it never repeats. Without a token it only looks.
+# the clock, in microseconds, so that it never repeats; and from its place, since the clock stands while a script runs,
+# and a key may lack what its version tells apart. Without a token it only looks.
 # Returns for each key its version, and the same as TAKE; nothing instead of a lease where it only looked.
 VERSIONED = """
 local versions, made, keys = redis.call('MGET', unpack(KEYS)), {}, {}
@@ -39,7 +40,7 @@ for at, name in ipairs(KEYS) do
   local version = versions[at] or made[name]
   if not version then
     local time = redis.call('TIME')
-    version = string.format('%.0f', time[1] * 1000000 + time[2])
+    version = string.format('%.0f', time[1] * 1000000 + time[2] + at - 1)
     redis.call('SET', name, version, 'PX', ARGV[4])
     made[name] = version
   end

@@ -136,6 +136,21 @@ def test_the_key_of_a_cache_with_bump_over_goes_by_itself_too(
     assert load.asked == [1, 1]
 
 
+def test_a_version_may_have_parameters_that_the_key_lacks(
+    reads: Reads, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    cache = '{key: "t:page:{id}:{version}", version: "t:tenant:{tenant}:ver", ttl: 5m}'
+    page = reads.caches(rules_file(tmp_path, f"version: 1\ncaches:\n  page: {cache}\nrules: []\n"), redis_url).page
+    items = [{"id": 1, "tenant": tenant} for tenant in ("a", "b", "c")]
+
+    def load(asked: Any) -> list[str]:
+        return [item["tenant"] for item in asked]
+
+    for _ in range(2):
+        assert page.get_many(items, load=load) == ["a", "b", "c"]
+    assert len({redis_client.get(f"t:tenant:{each}:ver") for each in "abc"}) == 3
+
+
 def test_entries_expire_within_ttl_and_jitter_and_locks_are_given_back(caches: Any, redis_client: redis.Redis) -> None:
     load = Loader(dict.fromkeys(range(20), "Ada"))
     for number in range(20):

@@ -824,15 +824,19 @@ class Contract(Generic[T]):
                 # The next reader makes a new version, from the clock.
                 commands = [("UNLINK", entry.version_key), ("UNLINK", entry.version_key + STALE_SUFFIX)]
             else:
+                versions: Sequence[Any] = [b""]
                 if self._versioned:
-                    (version,) = yield Send([("GET", entry.version_key)])
-                    if version is None:
-                        return True
+                    # Under the version before, there may be a value that readers are shown while another one loads.
+                    versions = yield Send([("GET", name) for name in self._commands.with_old(entry.version_key)])
+                for version in versions:
                     if isinstance(version, Exception):
                         self.metrics.bypasses(self._refused(version))
                         return False
-                    self._commands.name(entry, version)
-                commands = self._commands.bust(entry)
+                    if version is not None:
+                        self._commands.name(entry, version)
+                        commands += self._commands.bust(entry)
+                if not commands:
+                    return True
             replies = yield Send(commands)
         except Unavailable as gone:
             self.metrics.bypasses(gone.reason)

@@ -136,6 +136,27 @@ def test_the_key_of_a_cache_with_bump_over_goes_by_itself_too(
     assert load.asked == [1, 1]
 
 
+def test_what_is_invalidated_is_not_shown_under_the_version_before_either(
+    reads: Reads, redis_url: str, redis_client: redis.Redis, tmp_path: Path
+) -> None:
+    key, version = "t:both:{{{id}}}:{version}", "t:both:{{{id}}}:ver"
+    cache = f'{{key: "{key}", version: "{version}", bump_over: 100, stale_for: 1m, ttl: 5m}}'
+    both = reads.caches(rules_file(tmp_path, f"version: 1\ncaches:\n  both: {cache}\nrules: []\n"), redis_url).both
+    load = Loader({1: "Ada"})
+    both.get(id=1, load=load)
+    # As a bump leaves it, after which the new value was stored, and others are loading that again.
+    before = redis_client.get("t:both:{1}:ver")
+    assert before is not None
+    redis_client.set("t:both:{1}:ver\0stale", before, ex=60)
+    redis_client.set("t:both:{1}:ver", b"%d" % (int(before) + 1))
+    load.rows[1] = "Grace"
+    assert both.get(id=1, load=load) == "Grace"
+    load.rows[1] = "Eve"
+    assert both.invalidate(id=1)
+    redis_client.set(b"t:both:{1}:%d\0lock" % (int(before) + 1), "another:1", px=200)
+    assert both.get(id=1, load=load) == "Eve"
+
+
 def test_a_version_may_have_parameters_that_the_key_lacks(
     reads: Reads, redis_url: str, redis_client: redis.Redis, tmp_path: Path
 ) -> None:

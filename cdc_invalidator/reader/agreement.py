@@ -6,6 +6,7 @@ The rules that hold here:
   its entries. Nor is one that somebody has switched off.
 - A look that fails keeps the last answer; without any, nothing is read or filled.
 - Without a watermark no daemon has run here, and the first one sweeps: so caches are read, and values written as given.
+  A watermark that was there and is gone keeps the last answer: the daemon goes on, and writes it again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Agreement:
     """What the daemon has said last, and the terms that follow for each cache.
 
     ``next_at``: when to look again, in seconds of a steady clock; 0.0 as long as nothing is known. ``whole``: the
-    command that asks for all that the daemon says.
+    command that asks for all that the daemon says. ``digest``: of what it has said last; empty if nothing.
 
     Args:
         watermark: the watermark's name.
@@ -76,7 +77,7 @@ class Agreement:
         self._unknown = "unknown"
         # What was said last, and its digest; whether that still holds for the watermark that is there.
         self._said = agreement.Agreement()
-        self._digest = b""
+        self._digest = self.digest = b""
         self._holds = False
         # Why no cache may be read that busts keep right.
         self._word = ""
@@ -131,6 +132,8 @@ class Agreement:
         for terms in list(self._terms.values()):
             self._judge(terms)
             self._tell(terms, now)
+        # Last: who has it before has the terms of it, or later ones.
+        self.digest = self._digest
 
     def failed(self, reason: str) -> bool:
         """Note that a look had no answer; return whether an earlier answer holds instead."""
@@ -142,10 +145,10 @@ class Agreement:
 
     def _read(self, fields: Sequence[bytes | None]) -> None:
         at, _, *texts = fields
-        digest = _digest(fields)
-        self._holds, self._word = False, ""
         if at is None:
             return
+        digest = _digest(fields)
+        self._holds, self._word = False, ""
         if digest is None:
             self._word = "old_daemon"
             return

@@ -629,6 +629,9 @@ class AsyncCache(Generic[T]):
     async def invalidate(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> bool:
         """Bust a key now rather than when the daemon does; False if Redis failed. Call it after the commit."""
         given = named if params is None else params
+        if time.monotonic() >= self._agreement.next_at:
+            # Types decide how the key is written.
+            await self._link.run(self._contract.agree(), _nothing)
         try:
             entry = self._contract.entry(given, given, anyway=True)
         except NoKey as no:

@@ -105,7 +105,8 @@ class Commands:
         """Return the looks for many entries, in as few commands as can be.
 
         Args:
-            entries: no key twice; all ask for the same freshness. If they ask for one, leases may be taken.
+            entries: no key twice; all ask for the same freshness, of the same agreement. If they ask for one, leases
+                may be taken.
             taking: whether the leases of what is missing may be taken; only done with versions that are not guessed.
             guessing: whether remembered versions may be used.
         """
@@ -172,7 +173,7 @@ class Commands:
             _spread(some, NotProven("elsewhere"))
             return
         as_of = b"" if max_age is None else b"%d" % max(0, int(self._now() * 1000) - max_age)
-        asked = (mark.name, self._name, lsn, as_of, self._standby, mark.hash_slot)
+        asked = (mark.name, some[0].agreed, self._name, lsn, as_of, self._standby, mark.hash_slot)
         _, script, *rest = command
         looks.add(("EVALSHA", self._scripts.proven[script], *rest, *asked), partial(self._if_proven, some, read))
 

@@ -212,7 +212,7 @@ class Contract(Generic[T]):
                 for entry in entries:
                     entry.saves = self.options.fail_safe > 0
             else:
-                refusal = self._unprovable(demand)
+                refusal = self._unprovable(demand) or self._agreed(entries)
                 if refusal:
                     yield from self.beside(entries, refusal)
                     return
@@ -241,6 +241,22 @@ class Contract(Generic[T]):
         """Return why nothing can be proven, whatever the watermark says; empty if it can."""
         # Nothing busts such a cache. What was loaded from a standby is older than its entry by nobody knows how much.
         return "ttl_only" if self.cache.ttl_only and (demand.lsn or self.world.standby) else ""
+
+    def _agreed(self, entries: Sequence[Entry]) -> str:
+        """Note by which agreement the keys of entries are made; return why they are not, if they were by another."""
+        # Before the terms, which change before it does: so at worst it is an older one, that no watermark has any more.
+        digest, terms = self.world.agreement.digest, self.terms
+        if terms.refusal:
+            return terms.refusal
+        keys = terms.keys
+        for entry in entries:
+            entry.agreed = digest
+            try:
+                if keys.of(entry.params) != (entry.rest, entry.version_key):
+                    return "templates_differ"
+            except NoKey as no:
+                return no.reason
+        return ""
 
     def _look(self, entries: Sequence[Entry]) -> Steps[None]:
         """Look for all entries, and note in each what was seen."""

@@ -32,6 +32,7 @@ class Entry:
     done = False
     flight: Flight | None = None  # the load that others of this process may wait for, if it is ours
     flight_key: Any = None
+    agreed = b""  # by which agreement the key was made; only noted where the entry asks for a freshness
     demand = ANY  # what the watermark must prove, for the value to be served from the cache
     saves = False  # whether an old value will do if the load fails
     saved = False  # whether the value is an old one

@@ -23,7 +23,8 @@ ANY = Demand()
 class NotProven(Exception):
     """No watermark proves that a read may be served from the cache.
 
-    ``reason``: a word for metrics. no_watermark; not_covered: the daemon does not know this cache, is sweeping it, or
+    ``reason``: a word for metrics. no_watermark; templates_differ: the daemon has said something else of keys since the
+    key was made; not_covered: the daemon does not know this cache, is sweeping it, or
     can't see its table; standby: busts do not wait for our standby; behind: the LSN is lower; old: the daemon is down,
     or not known to have come so far; elsewhere: in a cluster, the watermark of the key's node is not for the key's hash
     slot, or not for this node.

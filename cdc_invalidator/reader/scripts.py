@@ -125,20 +125,24 @@ return 1
 # the watermark beside it proves it. Look and proof are one script, so they come from one server, whichever it is: a
 # master that was replaced, one that lost what it had, and one that a client was sent on to, each have a watermark.
 # ARGV, behind those of the script: the watermark, which is not among KEYS since in a cluster it has another hash slot;
-# the cache; the LSN that is needed; until when all commits must be included (ms since 1970; empty: no matter); the
-# standby that values are loaded from (empty: the primary); in a cluster the hash slot of the key (else empty).
+# the digest of the agreement by which the key was made (empty: none was there), since what was busted under other names
+# proves nothing of this one; the cache; the LSN that is needed; until when all commits must be included (ms since 1970;
+# empty: no matter); the standby that values are loaded from (empty: the primary); in a cluster the hash slot of the key
+# (else empty).
 # Numbers are compared as texts: Lua counts exactly below 2^53 only.
 # Returns a list with one word if there is no proof: elsewhere: the watermark was not written for the node and hash slot
 # where the key is now; the others are those of the read's bypasses.
 PROOF = """
 local last = #ARGV
 local cache, lsn, as_of, standby, slot = ARGV[last - 4], ARGV[last - 3], ARGV[last - 2], ARGV[last - 1], ARGV[last]
-local mark = redis.pcall('HMGET', ARGV[last - 5], 'lsn', 'as_of', 'rules', 'standbys', 'at', 'home')
+local mark = redis.pcall('HMGET', ARGV[last - 6], 'lsn', 'as_of', 'rules', 'standbys', 'at', 'home', 'agreed')
 if mark.err then return string.find(mark.err, 'non local key', 1, true) and {'elsewhere'} or mark end
 local function below(number, least)
   return not string.find(number, '^%d+$') or #number < #least or #number == #least and number < least
 end
 if not mark[3] or below(mark[1] or '', '0') then return {'no_watermark'} end
+local said_at, said = string.match(mark[7] or '', '^(%d+) (%w+)$')
+if (said_at == mark[5] and said or '') ~= ARGV[last - 5] then return {'templates_differ'} end
 if not string.find(mark[3], '"' .. cache .. '":', 1, true) then return {'not_covered'} end
 local _, standbys = pcall(cjson.decode, mark[4] or '{}')
 if standby ~= '' and (type(standbys) ~= 'table' or type(standbys[standby]) ~= 'string') then return {'standby'} end

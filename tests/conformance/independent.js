@@ -32,7 +32,7 @@ class Redis {
   run(script, keys, ...given) { return this.ask("EVAL", scripts[script], keys.length, ...keys, ...given); }
   prove(wanted, script, keys, ...given) {
     if (!wanted.at_least) return this.run(script, keys, ...given);
-    const asked = [wanted.watermark, wanted.cache, wanted.at_least, "", "", ""];
+    const asked = [wanted.watermark, "", wanted.cache, wanted.at_least, "", "", ""];
     return this.ask("EVAL", scripts.PROOF + scripts[script], keys.length, ...keys, ...given, ...asked);
   }
 }

@@ -44,7 +44,7 @@ class Redis:
     def prove(self, wanted: Any, script: str, keys: list[str], *arguments: Any) -> Any:
         if "at_least" not in wanted:
             return self.run(script, keys, *arguments)
-        asked = (wanted["watermark"], wanted["cache"], wanted["at_least"], "", "", "")
+        asked = (wanted["watermark"], "", wanted["cache"], wanted["at_least"], "", "", "")
         found = self.ask("EVAL", SCRIPTS["PROOF"] + SCRIPTS[script], len(keys), *keys, *arguments, *asked)
         if isinstance(found, list):
             raise OSError(found)  # nothing is proven, so load

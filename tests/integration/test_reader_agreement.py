@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from readers import Loader, Reads, rules_file
 
 from cdc_invalidator.embedded.servers import Valkey
+from cdc_invalidator.reader import Caches
 from cdc_invalidator.reader.agreement import LOOK_SECONDS
 from cdc_invalidator.rules.agreement import Agreement, templates_digest
 from cdc_invalidator.rules.load import load_rules
@@ -195,6 +197,84 @@ def test_types_that_are_known_hold_also_where_the_watermark_is_gone(
     redis_client.flushall()
     caches.user.get(id=7, load=Loader({7: "Ada"}))
     assert redis_client.keys("t:*") == [b"t:user:{7.00}"]
+
+
+def test_a_watermark_that_was_there_and_is_gone_keeps_the_last_answer(
+    caches: Any, redis_client: redis.Redis, say: Callable[..., None], bypasses: Callable[..., float]
+) -> None:
+    say(user="another digest")
+    load, other = Loader({7: "Ada"}), Loader({7: "Grace"})
+    for _ in range(2):
+        redis_client.set("t:user:{7}", "whatever no bust has found")
+        assert caches.user.get(id=7, load=load) == "Ada"
+        assert caches.known.get(id=7, load=other) == "Grace"
+        redis_client.delete(WATERMARK)
+    assert other.asked == [7], "other caches go on"
+    assert bypasses("templates_differ") == 2
+
+
+def test_a_key_that_is_deleted_is_written_by_the_type_of_its_column_though_nothing_was_read_before(
+    caches: Any, redis_client: redis.Redis, say: Callable[..., None]
+) -> None:
+    say(types={"user": {"id": "numeric(10,2)"}})
+    redis_client.set("t:user:{7.00}", "Ada")
+    assert caches.user.invalidate(id=7)
+    assert not redis_client.exists("t:user:{7.00}")
+
+
+@pytest.mark.parametrize("name", ["user", "page", "far"])
+@pytest.mark.parametrize("others", [{"templates": "another digest"}, {"types": "numeric(10,2)"}], ids=str)
+def test_a_watermark_of_another_agreement_proves_nothing_of_keys_made_before(
+    name: str,
+    others: dict[str, str],
+    reads: Reads,
+    redis_url: str,
+    redis_client: redis.Redis,
+    rules: Path,
+    say: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cdc_invalidator.reader.agreement.LOOK_SECONDS", 60.0)
+    claim = json.dumps({"user": "x", "page": "x", "far": "x"})
+    say()
+    redis_client.hset(WATERMARK, mapping={"lsn": 10, "rules": claim})
+    caches = reads.caches(rules, redis_url)
+    load = Loader({7: "Ada", 8: "Eve"})
+    for _ in range(2):
+        assert caches.at_least(10)[name].get(id=7, load=load) == "Ada"
+        assert caches.at_least(10)[name].get_many([7, 8], load=load.many) == ["Ada", "Eve"]
+    assert load.asked == [7, [8]], "it proves what it can"
+    # Another daemon has taken over; a commit has been busted since, under the names that it makes.
+    theirs = {name: others["templates"]} if "templates" in others else {}
+    say(2, types={name: {"id": others["types"]}} if "types" in others else {}, **theirs)
+    redis_client.hset(WATERMARK, mapping={"lsn": 11, "rules": claim})
+    load.rows[7] = "Grace"
+    assert caches.at_least(11)[name].get(id=7, load=load) == "Grace"
+    assert caches.at_least(11)[name].get_many([7, 8], load=load.many) == ["Grace", "Eve"]
+
+
+def test_a_key_that_was_made_before_the_look_of_another_read_is_not_proven_by_what_that_has_learnt(
+    redis_url: str, redis_client: redis.Redis, rules: Path, say: Callable[..., None], at_each_read: None
+) -> None:
+    del at_each_read
+    claim = json.dumps({"user": "x"})
+    say()
+    redis_client.hset(WATERMARK, mapping={"lsn": 10, "rules": claim})
+
+    with redis.Redis.from_url(redis_url) as client:
+        all_caches = Caches.from_rules(rules, client)
+
+        def connection() -> None:
+            """Asked once the key is made: meanwhile another thread reads."""
+            say(2, types={"user": {"id": "numeric(10,2)"}})
+            redis_client.hset(WATERMARK, mapping={"lsn": 11, "rules": claim})
+            all_caches.known.get(id=7, load=Loader({7: "whoever"}), connection=lambda: None)
+
+        all_caches.user.get(id=7, load=Loader({7: "Ada"}))
+        assert redis_client.exists("t:user:{7}")
+        load = Loader({7: "Grace"})
+        assert all_caches.at_least(11).user.get(id=7, load=load, connection=connection) == "Grace"
+        all_caches.close()
 
 
 # ── The switch ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -93,7 +93,7 @@ class Link:
 
     def _enter(self) -> Way | AsyncMemory:
         loop = asyncio.get_running_loop()
-        for other in [other for other in self._loops if other.is_closed()]:
+        for other in [other for other in list(self._loops) if other.is_closed()]:
             self._loops.pop(other, None)
             self._world.flights.forget(other)
         if loop not in self._loops:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -57,9 +57,9 @@ class Server:
         self._begin()
 
     def _begin(self) -> None:
-        self._process = os.getpid()
         self._idle: list[Any] = []
         self._turns = asyncio.Semaphore(self.recipe.most)
+        self._process = os.getpid()  # last: another thread that sees it uses the rest
 
     async def send(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one go and return their replies.
@@ -317,7 +317,8 @@ class Cluster:
                 replies[at] = gone
         under_way: dict[Server, Exchange] = {}
         try:
-            for server, each in places.items():
+            # In the same order as other reads: each of two might have the last connection to what the other one needs.
+            for server, each in sorted(places.items(), key=_name):
                 try:
                     under_way[server] = await server.begin([commands[at] for at in each])
                 except Unavailable as gone:
@@ -402,7 +403,15 @@ class Cluster:
                 named = self._named((host or b"").decode(), port, server.recipe)
                 slots[first : last + 1] = [named] * (last + 1 - first)
             self._slots, self._wrong = slots, False
+            await self._leave(set(slots))
             return
+
+    async def _leave(self, masters: Collection[Server | None]) -> None:
+        """Close the connections to all others: where servers come and go, there would be more and more."""
+        for address, server in list(self._servers.items()):
+            if server not in masters:
+                self._servers.pop(address, None)
+                await server.close()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -420,6 +429,10 @@ def way_to(target: Target, breaker: Breaker, moved: Callable[[], None]) -> Way:
     if target.sentinels:
         return Master(target, breaker, moved)
     return Server(target.recipe, breaker)
+
+
+def _name(place: tuple[Server, Any]) -> str:
+    return str(place[0].recipe)
 
 
 def _key(command: Command) -> bytes:

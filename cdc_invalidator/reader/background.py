@@ -33,10 +33,10 @@ class Crew:
         self._begin()
 
     def _begin(self) -> None:
-        self._process = os.getpid()
         self._changed = threading.Condition()
         self._waiting: deque[Callable[[], Any]] = deque()
         self._threads = self._idle = 0
+        self._process = os.getpid()  # last: another thread that sees it uses the rest
 
     def start(self, work: Callable[[], Any]) -> bool:
         """Let something be done; False if too much waits already."""
@@ -55,8 +55,10 @@ class Crew:
     def _run(self) -> None:
         while (work := self._next()) is not None:
             try:
-                work()
-                self._after()
+                try:
+                    work()
+                finally:
+                    self._after()
             except Exception as error:  # noqa: BLE001  nobody waits for it; what is loaded next shows whether it lasts
                 _log.warning("a refresh in the background failed (%s)", type(error).__name__)
 
@@ -95,7 +97,7 @@ class AsyncCrew:
         """Let something be done; False if too much is being done already."""
         if len(self._tasks) >= WAITING:
             # Tasks of an event loop that was closed never end.
-            self._tasks = {task for task in self._tasks if not task.get_loop().is_closed()}
+            self._tasks -= {task for task in list(self._tasks) if task.get_loop().is_closed()}
             if len(self._tasks) >= WAITING:
                 return False
         # As a thread does, it begins without what belongs to the request: its session, its span.
@@ -106,8 +108,10 @@ class AsyncCrew:
 
     async def _run(self, work: Callable[[], Awaitable[Any]]) -> None:
         try:
-            await work()
-            self._after()
+            try:
+                await work()
+            finally:
+                self._after()
         except Exception as error:  # noqa: BLE001  nobody waits for it; what is loaded next shows whether it lasts
             _log.warning("a refresh in the background failed (%s)", type(error).__name__)
 
@@ -115,7 +119,7 @@ class AsyncCrew:
         """Wait until all of this event loop is done, but not for longer; what is not done then is cancelled."""
         deadline = time.monotonic() + seconds
         loop = asyncio.get_running_loop()
-        mine = [task for task in self._tasks if task.get_loop() is loop]
+        mine = [task for task in list(self._tasks) if task.get_loop() is loop]
         if not mine:
             return
         _, late = await asyncio.wait(mine, timeout=seconds)

@@ -89,7 +89,8 @@ class Flights:
 
     Args:
         event: makes an event of the shell.
-        loop: returns the event loop, where there are any: only who is in the same one may wait for an event.
+        loop: returns the event loop, or the process where there are none: only who is in the same one may wait for an
+            event. What another thread was loading when a process was forked is loaded in the parent alone.
     """
 
     event: Callable[[], Any] = threading.Event

@@ -39,12 +39,12 @@ class Keeper:
         self._begin()
 
     def _begin(self) -> None:
-        self._process = os.getpid()
         self._lock = threading.Lock()
         self._sooner = threading.Event()
         self._beat = _BEAT
         self._held: set[_Held] = set()
         self._running = False
+        self._process = os.getpid()  # last: another thread that sees it uses the rest
 
     @contextmanager
     def holding(self, renewal: Renewal | None) -> Iterator[None]:
@@ -72,8 +72,9 @@ class Keeper:
     def _run(self) -> None:
         try:
             self._renew()
-        finally:
-            self._running = False
+        except BaseException:
+            self._running = False  # else another thread may run by now
+            raise
 
     def _renew(self) -> None:
         used = time.monotonic()

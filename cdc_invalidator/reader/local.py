@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 from cdc_invalidator.rules.model import Cache
 
@@ -78,6 +79,9 @@ class Local:
         token = object()
         with self._lock:
             self._asked.update(dict.fromkeys(keys, token))
+            # Who was cancelled, or had no answer, keeps nothing.
+            for old in list(islice(self._asked, max(0, len(self._asked) - max(self._size, len(keys))))):
+                del self._asked[old]
         return token
 
     def keep(self, key: bytes, token: object, entry: bytes | None, until: float) -> None:
@@ -112,6 +116,11 @@ class Local:
         """Forget all: the connection of the messages is gone."""
         self._proven_at = float("-inf")
         self.invalidate(None)
+
+    def forked(self) -> None:
+        """Forget all in a forked process: nobody follows there, and a thread of the parent may have had the lock."""
+        self._lock = threading.Lock()
+        self.lost()
 
     @property
     def command(self) -> tuple[bytes | str, ...]:

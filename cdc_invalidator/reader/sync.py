@@ -716,7 +716,7 @@ class Caches:
             TypeError: the client can't be read through, or the connection can't be asked.
         """
         target = redis if isinstance(redis, Memory) else recognise(redis, awaits=False)
-        flights = Flights(threading.Event)
+        flights = Flights(threading.Event, os.getpid)
         world = handle.world(watermark or slot, standby, target, flights, tracer=tracer)
         caches = handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
@@ -736,7 +736,7 @@ class Caches:
         Raises:
             errors.WrongRules: all mistakes of all files.
         """
-        flights = Flights(threading.Event)
+        flights = Flights(threading.Event, os.getpid)
         world = handle.world("", "", Memory(), flights, disabled=True)
         caches = None if path is None else handle.read_caches(path, os.environ if env is None else env)
         book = handle.Book(caches, world, handle.metrics_for(registry), Options())

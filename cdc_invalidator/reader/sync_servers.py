@@ -2,6 +2,8 @@
 
 Each of `Server`, `Master` and `Cluster` sends commands and returns their replies; an error reply is an exception in its
 place. Each server has connections and a breaker of its own. All of it may be shared by threads.
+
+Made of aio_servers.py by .build/unasync.py; change that.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -57,9 +59,9 @@ class Server:
         self._begin()
 
     def _begin(self) -> None:
-        self._process = os.getpid()
         self._idle: list[Any] = []
         self._turns = threading.Semaphore(self.recipe.most)
+        self._process = os.getpid()  # last: another thread that sees it uses the rest
 
     def send(self, commands: Sequence[Command]) -> list[Any]:
         """Send commands in one go and return their replies.
@@ -317,7 +319,8 @@ class Cluster:
                 replies[at] = gone
         under_way: dict[Server, Exchange] = {}
         try:
-            for server, each in places.items():
+            # In the same order as other reads: each of two might have the last connection to what the other one needs.
+            for server, each in sorted(places.items(), key=_name):
                 try:
                     under_way[server] = server.begin([commands[at] for at in each])
                 except Unavailable as gone:
@@ -402,7 +405,15 @@ class Cluster:
                 named = self._named((host or b"").decode(), port, server.recipe)
                 slots[first : last + 1] = [named] * (last + 1 - first)
             self._slots, self._wrong = slots, False
+            self._leave(set(slots))
             return
+
+    def _leave(self, masters: Collection[Server | None]) -> None:
+        """Close the connections to all others: where servers come and go, there would be more and more."""
+        for address, server in list(self._servers.items()):
+            if server not in masters:
+                self._servers.pop(address, None)
+                server.close()
 
     def close(self) -> None:
         """Close all connections."""
@@ -420,6 +431,10 @@ def way_to(target: Target, breaker: Breaker, moved: Callable[[], None]) -> Way:
     if target.sentinels:
         return Master(target, breaker, moved)
     return Server(target.recipe, breaker)
+
+
+def _name(place: tuple[Server, Any]) -> str:
+    return str(place[0].recipe)
 
 
 def _key(command: Command) -> bytes:

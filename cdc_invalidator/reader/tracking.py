@@ -7,16 +7,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from cdc_invalidator.reader.clients import Recipe
 from cdc_invalidator.reader.local import PATIENCE, Local, Pulse
 
 _log = logging.getLogger("cdc_invalidator.reader")
 _AGAIN_SECONDS = 0.5
+REPORT_SECONDS = 60.0
+_FOLLOWED: WeakSet[Local] = WeakSet()
+
+
+def _forked() -> None:
+    for local in _FOLLOWED:
+        local.forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
 
 
 class MovedError(Exception):
@@ -41,17 +54,32 @@ class _Done:
         return iter(())
 
 
+class _Lost:
+    """Logs that the connection is gone, now and then; it is tried again twice a second."""
+
+    def __init__(self) -> None:
+        self._report_at = float("-inf")
+
+    def tell(self, error: Exception) -> None:
+        now = time.monotonic()
+        if now >= self._report_at:
+            self._report_at = now + REPORT_SECONDS
+            _log.warning("invalidation messages are lost (%s); local entries are dropped", type(error).__name__)
+
+
 class Follower:
     """A thread that follows; for the shell that waits."""
 
     def __init__(self, way: Any, local: Local) -> None:
         self._way = way
         self._local = local
+        self._lost = _Lost()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cdc-invalidator-tracking", daemon=True)
 
     def start(self) -> None:
         """Begin; entries are kept as soon as Redis has answered."""
+        _FOLLOWED.add(self._local)
         self._thread.start()
 
     def stop(self) -> None:
@@ -67,7 +95,7 @@ class Follower:
                 connection = recipe.connection(**_options(recipe))
                 self._follow(connection, recipe)
             except Exception as error:  # noqa: BLE001  whatever the driver raises, it is tried again
-                _log.warning("invalidation messages are lost (%s); local entries are dropped", type(error).__name__)
+                self._lost.tell(error)
             finally:
                 self._local.lost()
                 if connection is not None:
@@ -96,11 +124,13 @@ class AsyncFollower:
     def __init__(self, way: Any, local: Local) -> None:
         self._way = way
         self._local = local
+        self._lost = _Lost()
         self._task: asyncio.Task[None] | None = None
         self._stopping = False
 
     def start(self) -> None:
         """Begin; entries are kept as soon as Redis has answered."""
+        _FOLLOWED.add(self._local)
         self._task = asyncio.create_task(self._run(), name="cdc-invalidator-tracking")
 
     async def stop(self) -> None:
@@ -119,7 +149,7 @@ class AsyncFollower:
                 connection = recipe.connection(**_options(recipe))
                 await self._follow(connection, recipe)
             except Exception as error:  # noqa: BLE001  whatever the driver raises, it is tried again
-                _log.warning("invalidation messages are lost (%s); local entries are dropped", type(error).__name__)
+                self._lost.tell(error)
             finally:
                 self._local.lost()
                 if connection is not None:
@@ -132,7 +162,7 @@ class AsyncFollower:
         await connection.send_command(*self._local.command)
         await connection.read_response()
         pulse = Pulse(self._local)
-        while True:
+        while not self._stopping:
             if await self._way.where() is not recipe:
                 raise MovedError
             if pulse.due(time.monotonic()):

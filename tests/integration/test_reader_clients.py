@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import gc
 import os
+import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -342,3 +344,27 @@ def test_a_forked_process_has_connections_of_its_own(program: Program, redis_url
     for _ in range(20):
         assert [caches.user.get(id=number, load=load) for number in range(50)] == [str(number) for number in range(50)]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+
+
+def test_a_forked_process_waits_for_no_load_of_its_parent(redis_url: str, tmp_path: Path) -> None:
+    """It would have waited for a minute, as the thread that loads is not there."""
+    caches = Caches.from_rules(rules_file(tmp_path), redis.Redis.from_url(redis_url, **PATIENT))
+    begun, go_on = threading.Event(), threading.Event()
+
+    def load(id: int) -> str:  # noqa: A002
+        begun.set()
+        assert go_on.wait(60)
+        return f"user {id}"
+
+    with ThreadPoolExecutor(1) as threads:
+        loading = threads.submit(caches.user.get, id=1, load=load)
+        assert begun.wait(60)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            found = caches.user.using(wait=0.0).get(id=1, load=lambda id: f"child {id}")  # noqa: A006
+            os._exit(0 if found == "child 1" else 1)
+        ended = os.waitpid(child, 0)[1]
+        go_on.set()
+        assert ended == 0
+        assert loading.result() == "user 1"

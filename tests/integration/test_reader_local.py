@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -241,3 +244,27 @@ def test_what_can_not_be_kept_is_told(reads: Reads, redis_url: str, tmp_path: Pa
     caches = reads.caches(rules_file(tmp_path), redis_url)
     with pytest.raises(ValueError, match="cache page has a version"), caches.local("page"):
         pass
+
+
+def test_a_process_that_is_forked_while_a_message_is_taken_reads_from_redis(
+    redis_url: str, tmp_path: Path, registry: CollectorRegistry
+) -> None:
+    """A thread of the parent had the lock, and gives it back in the parent alone."""
+    with Reads("sync") as reads:
+        caches = reads.caches(rules_file(tmp_path), redis_url, registry=registry)
+        hits, load = Hits(caches, registry), Loader({1: "Ada"})
+        with caches.local("user"):
+            eventually(lambda: hits.read(load) == ("Ada", True), "it is kept")
+            memory = caches._of._link.locals.of["user"]
+            foreign = [b"foreign"] * 5_000_000
+            taking = threading.Thread(target=memory.invalidate, args=[foreign])
+            taking.start()
+            while not memory._lock.locked():
+                pass
+            child = os.fork()
+            if not child:
+                signal.alarm(20)
+                os._exit(0 if hits.read(load) == ("Ada", False) else 1)
+            taking.join()
+            assert os.waitpid(child, 0)[1] == 0
+            eventually(lambda: hits.read(load) == ("Ada", True), "the parent has its memory still")

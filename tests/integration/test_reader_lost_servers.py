@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import time
@@ -16,7 +17,7 @@ import valkey
 import valkey.asyncio.cluster
 import valkey.asyncio.sentinel
 import valkey.sentinel
-from clusters import Cluster
+from clusters import Cluster, slot_of
 from prometheus_client import CollectorRegistry
 from readers import Face, Loader, Reads, rules_file
 from running import eventually
@@ -124,6 +125,64 @@ def test_a_shard_that_is_lost_costs_the_others_nothing(fault: str, shells: dict[
                     return caches[name].get(id=number, load=load) == f"user {number}" and not load.asked
 
                 eventually(hits, "it is read from again")
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Cluster]:
+    with Cluster() as cluster:
+        yield cluster
+
+
+def test_two_reads_of_the_same_shards_do_not_wait_for_each_others_connection(whole: Cluster, tmp_path: Path) -> None:
+    """Each had the only connection to what the other one needed next, for five seconds."""
+    rules = rules_file(tmp_path, RULES)
+    shards = whole.masters()[:2]
+    pair = [next(n for n in NUMBERS if whole.master_of(f"t:user:{{{n}}}") is each) for each in shards]
+    load = Loader({number: f"user {number}" for number in NUMBERS})
+
+    async def reads() -> list[Any]:
+        make = redis.asyncio.cluster.RedisCluster
+        client = make(host=HOST, port=shards[0].port, max_connections=1, **TIMEOUTS)
+        caches = AsyncCaches.from_rules(rules, client)
+        assert await caches.user.get_many(pair, load=load.many)
+        await caches.aclose()  # so each read connects first
+        began = time.monotonic()
+        found = await asyncio.gather(*(caches.user.get_many(each, load=load.many) for each in (pair, pair[::-1])))
+        assert time.monotonic() - began < 4.0
+        await client.aclose()
+        return found
+
+    assert asyncio.run(reads()) == [[f"user {n}" for n in pair], [f"user {n}" for n in pair[::-1]]]
+    assert load.asked == [pair]
+
+
+def test_connections_to_a_server_that_has_no_slots_any_more_are_closed(
+    whole: Cluster, shells: dict[str, Reads], tmp_path: Path
+) -> None:
+    """Where servers come and go with new addresses, they would be as many as ever were."""
+    rules = rules_file(tmp_path, RULES)
+    old = whole.masters()[1]
+    heir = whole.replica_of(old)
+    number = next(n for n in NUMBERS if whole.master_of(f"t:user:{{{n}}}") is old)
+    start = whole.masters()[0].port
+    load = Loader({number: f"user {number}"})
+    programs = []
+    for kind, make in (("sync", redis.RedisCluster), ("async", redis.asyncio.cluster.RedisCluster)):
+        client = _client(shells[kind], make, start)
+        programs.append((kind, over(shells[kind], rules, client), client))
+        assert programs[-1][1].user.get(id=number, load=load) == f"user {number}"
+    heir.ask("CLUSTER", "FAILOVER")
+    eventually(lambda: whole.master_of_slot(slot_of(f"t:user:{{{number}}}")) is heir, "the other one has the slots")
+    for kind, caches, client in programs:
+        way = caches._of._link._way if kind == "sync" else next(iter(caches._of._link._loops.values()))[0]
+        assert way._at((HOST, old.port))._idle
+
+        def left(caches: Any = caches, way: Any = way) -> bool:
+            assert caches.user.get(id=number, load=load) == f"user {number}"
+            return (HOST, old.port) not in way._servers
+
+        eventually(left, "nothing is kept of the old one")
+        _close(shells[kind], client)
 
 
 def test_sentinel_names_another_master(shells: dict[str, Reads], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import logging
@@ -21,7 +22,7 @@ from prometheus_client import CollectorRegistry
 from readers import Face, Loader, Reads, rules_file
 
 from cdc_invalidator.reader import AsyncCaches, Caches, testing
-from cdc_invalidator.reader.background import WAITING, Crew
+from cdc_invalidator.reader.background import WAITING, AsyncCrew, Crew
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
 if TYPE_CHECKING:
@@ -365,6 +366,25 @@ def test_no_more_is_begun_than_fits_and_what_waits_too_long_is_dropped() -> None
     go_on.set()
     crew.finish(30)
     assert len(done) <= 4
+
+
+def test_work_of_an_event_loop_that_is_gone_leaves_room_for_that_of_the_next_ones() -> None:
+    crew = AsyncCrew()
+
+    async def begun(number: int) -> None:
+        go_on = asyncio.Event()
+        assert [crew.start(go_on.wait) for _ in range(number)] == [True] * number
+        go_on.set()
+        await crew.finish(30)
+
+    async def left_alone() -> None:
+        for _ in range(WAITING // 2):
+            crew.start(asyncio.Event().wait)
+
+    for _ in range(4):
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            loop.run_until_complete(left_alone())
+        asyncio.run(begun(WAITING))
 
 
 async def test_a_refresh_that_takes_too_long_is_cancelled_at_the_end_and_leaves_no_lease(

@@ -250,6 +250,21 @@ def test_the_least_used_entries_go_first() -> None:
     assert [memory.get(b"%d" % number, 101.0) for number in (1, 2, 3, 4)] == [b"x", None, b"x", b"x"]
 
 
+def test_who_never_hears_of_what_was_asked_for_leaves_no_trace() -> None:
+    one = local("a:{id}", size=2)
+    one.proven(0.0)
+    first = one.ask(b"1")
+    for number in range(2, 100):
+        one.ask(b"%d" % number)
+    assert len(one._asked) == 2
+    one.keep(b"1", first, b"Ada", 100.0)
+    assert one.get(b"1", 1.0) is None
+    token = one.ask(b"1", b"2", b"3")
+    for key in (b"1", b"2", b"3"):
+        one.keep(key, token, key, 100.0)
+    assert one.get_many([b"1", b"2", b"3"], 1.0) == [None, b"2", b"3"]
+
+
 def test_prefixes_that_overlap_are_asked_for_once() -> None:
     assert local("a:{id}", "a:b:{id}", "c:{id}").command[3:] == ("BCAST", "PREFIX", b"a:", "PREFIX", b"c:")
     assert local("{id}:a", "c:{id}").command[3:] == ("BCAST",)

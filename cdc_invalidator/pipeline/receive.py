@@ -190,6 +190,9 @@ class Receive:
         if leaf is None or leaf.definition.streamed == streamed(columns):
             return []
         _log.info("table_altered", table=f"{message.schema}.{message.name}")
+        # Readers write keys by the types that they are told. So others have to be told before the watermark passes this
+        # transaction, whose values are printed by them.
+        await self._look()
         return list(self._assembly.sweep(self._invalidation.targets(tables), message.xid))
 
     async def _homeless(self, oid: int) -> list[Table]:

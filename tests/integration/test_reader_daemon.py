@@ -138,6 +138,29 @@ def test_a_parameter_in_another_spelling_leaves_nothing_that_no_bust_finds(stage
     assert [user.get(id=each, load=stage.name) for each in spelled] == ["Grace"] * len(spelled)
 
 
+def test_a_read_that_asks_for_an_lsn_is_not_served_under_the_name_of_a_column_s_former_type(
+    stage: ReadStage, reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The reader does not look again.
+    monkeypatch.setattr("cdc_invalidator.reader.agreement.LOOK_SECONDS", 60.0)
+    stage.write("ALTER TABLE users ALTER COLUMN id TYPE numeric(10,2)")
+    stage.write("UPDATE users SET name = 'Eve' WHERE id = 1")
+    stage.settle()
+    caches = stage.caches(reads)
+    assert caches.user.get(id=1, load=stage.name) == "Eve"
+    assert stage.client.keys("t:user:*") == [b"t:user:1.00"]
+    stage.write("ALTER TABLE users ALTER COLUMN id TYPE numeric(10,3)")
+    lsn = stage.write("UPDATE users SET name = 'Ada' WHERE id = 1")
+    stage.settle()
+    # What was there has been swept; it stores again what no bust will name.
+    assert caches.at_least(lsn).user.get(id=1, load=stage.name) == "Ada"
+    assert caches.user.get(id=1, load=stage.name) == "Ada"
+    lsn = stage.write("UPDATE users SET name = 'Grace' WHERE id = 1")
+    stage.settle()
+    assert caches.at_least(lsn).user.get(id=1, load=stage.name) == "Grace"
+    assert stage.bypasses("templates_differ") == 2
+
+
 def test_a_program_with_other_rules_than_the_daemon_keeps_nothing(
     stage: ReadStage, waiting: Reads, tmp_path: Path
 ) -> None:

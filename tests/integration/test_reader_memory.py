@@ -240,7 +240,7 @@ COMMANDS = {
     ),
     # Where no daemon is, nothing is proven, whatever the script behind the proof.
     **{
-        script: st.just(_script(script, list(KEYS[:2]), b"t:mark", b"user", 1, b"", b"", b""))
+        script: st.just(_script(script, list(KEYS[:2]), b"t:mark", b"", b"user", 1, b"", b"", b""))
         for script in SCRIPTS.proven.values()
     },
 }

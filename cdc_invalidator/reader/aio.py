@@ -35,7 +35,7 @@ from cdc_invalidator.reader.leases import AsyncKeeper
 from cdc_invalidator.reader.leftovers import Aged
 from cdc_invalidator.reader.local import Local, Locals
 from cdc_invalidator.reader.memory import AsyncMemory
-from cdc_invalidator.reader.options import Changes, Options
+from cdc_invalidator.reader.options import Changes, Options, as_options
 from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
@@ -78,7 +78,9 @@ class Link:
     @property
     def memory(self) -> AsyncMemory | None:
         """The stand-in for Redis, if there is one."""
-        return self._target if isinstance(self._target, AsyncMemory) else self._stand_in
+        if self._stand_in is not None:
+            return self._stand_in
+        return self._target if isinstance(self._target, AsyncMemory) else None
 
     def here(self) -> Way | AsyncMemory:
         """Return what sends commands, of the running event loop."""
@@ -724,7 +726,7 @@ class AsyncCaches:
         standby: str = "",
         connection: Any = None,
         env: Mapping[str, str] | None = None,
-        options: Options[Any] | None = None,
+        options: Options[Any] | Mapping[str, Any] | None = None,
         breaker: Breaker | None = None,
         registry: Any = None,
         tracer: Any = None,
@@ -743,20 +745,21 @@ class AsyncCaches:
             connection: that loaders use, or a function that returns it, where reads name none; Django's connections are
                 asked without being named. See `transactions`.
             env: the environment of key templates; the process's by default.
-            options: how caches are read, unless `AsyncCache.using` says otherwise.
+            options: how caches are read, unless `AsyncCache.using` says otherwise; `Options`, or a dictionary of some.
             breaker: detects that Redis is gone.
             registry: of prometheus-client, or a `Metrics` that several share; without one, nothing is counted.
             tracer: of OpenTelemetry: each read makes a span; without one, nothing is traced.
 
         Raises:
             errors.WrongRules: all mistakes of all files.
-            TypeError: the client can't be read through, or the connection can't be asked.
+            TypeError: the client can't be read through, the connection can't be asked, or there is no such option.
         """
+        chosen = as_options(options)
         target = redis if isinstance(redis, AsyncMemory) else recognise(redis, awaits=True)
         flights = Flights(asyncio.Event, asyncio.get_running_loop)
         world = handle.world(watermark or slot, standby, target, flights, tracer=tracer)
         caches = handle.read_caches(path, os.environ if env is None else env)
-        book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
+        book = handle.Book(caches, world, handle.metrics_for(registry), chosen)
         return cls(book, Link(target, breaker or Breaker(), world, connection))
 
     @classmethod

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
-from typing import Generic, TypedDict, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, TypedDict, TypeVar
 
 from cdc_invalidator.reader.envelope import knows
 from cdc_invalidator.reader.serializers import JSON, Serializer
+from cdc_invalidator.rules.wording import nearest
 
 T = TypeVar("T")
 
@@ -77,6 +79,24 @@ class Options(Generic[T]):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"`{name}` is {value}; it can't be negative")
+
+
+def as_options(given: Options[Any] | Mapping[str, Any] | None) -> Options[Any]:
+    """Return options that are given as such or as a dictionary; what it lacks is as by default.
+
+    Raises:
+        TypeError: it is something else, or there is no such option; the message is a sentence.
+        ValueError: a value can't be.
+    """
+    if given is None or isinstance(given, Options):
+        return given or Options()
+    if not isinstance(given, Mapping):
+        raise TypeError(f"options are given as Options(…) or as a dictionary of them, not as {type(given).__name__}")
+    known = [each.name for each in fields(Options)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"there is no option {name}; {nearest(str(name), known)}")
+    return Options(**given)
 
 
 class Changes(TypedDict, total=False):

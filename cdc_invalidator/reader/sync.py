@@ -33,7 +33,7 @@ from cdc_invalidator.reader.leases import Keeper
 from cdc_invalidator.reader.leftovers import Aged
 from cdc_invalidator.reader.local import Local, Locals
 from cdc_invalidator.reader.memory import Memory
-from cdc_invalidator.reader.options import Changes, Options
+from cdc_invalidator.reader.options import Changes, Options, as_options
 from cdc_invalidator.reader.own_writes import required
 from cdc_invalidator.reader.serializers import Serializer, serializer_of
 from cdc_invalidator.reader.spelling import NoKey
@@ -76,7 +76,9 @@ class Link:
     @property
     def memory(self) -> Memory | None:
         """The stand-in for Redis, if there is one."""
-        return self._target if isinstance(self._target, Memory) else self._stand_in
+        if self._stand_in is not None:
+            return self._stand_in
+        return self._target if isinstance(self._target, Memory) else None
 
     def here(self) -> Way | Memory:
         """Return what sends commands."""
@@ -687,7 +689,7 @@ class Caches:
         standby: str = "",
         connection: Any = None,
         env: Mapping[str, str] | None = None,
-        options: Options[Any] | None = None,
+        options: Options[Any] | Mapping[str, Any] | None = None,
         breaker: Breaker | None = None,
         registry: Any = None,
         tracer: Any = None,
@@ -706,20 +708,21 @@ class Caches:
             connection: that loaders use, or a function that returns it, where reads name none; Django's connections are
                 asked without being named. See `transactions`.
             env: the environment of key templates; the process's by default.
-            options: how caches are read, unless `Cache.using` says otherwise.
+            options: how caches are read, unless `Cache.using` says otherwise; `Options`, or a dictionary of some.
             breaker: detects that Redis is gone.
             registry: of prometheus-client, or a `Metrics` that several share; without one, nothing is counted.
             tracer: of OpenTelemetry: each read makes a span; without one, nothing is traced.
 
         Raises:
             errors.WrongRules: all mistakes of all files.
-            TypeError: the client can't be read through, or the connection can't be asked.
+            TypeError: the client can't be read through, the connection can't be asked, or there is no such option.
         """
+        chosen = as_options(options)
         target = redis if isinstance(redis, Memory) else recognise(redis, awaits=False)
         flights = Flights(threading.Event, os.getpid)
         world = handle.world(watermark or slot, standby, target, flights, tracer=tracer)
         caches = handle.read_caches(path, os.environ if env is None else env)
-        book = handle.Book(caches, world, handle.metrics_for(registry), options or Options())
+        book = handle.Book(caches, world, handle.metrics_for(registry), chosen)
         return cls(book, Link(target, breaker or Breaker(), world, connection))
 
     @classmethod

@@ -5,6 +5,7 @@ All of it serves `Caches` and `AsyncCaches` alike, and nothing here is awaited.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,10 +24,12 @@ C = TypeVar("C", bound=Caches | AsyncCaches)
 def in_memory(caches: C) -> Iterator[C]:
     """Let caches that exist already, with the functions that they decorate, work in memory as long as this is entered.
 
-    They begin empty. Their client is not used.
+    They begin empty. Their client is not used; a memory that they have already is set aside, and its clock stays.
     """
     caches._book.begin_anew()
-    memory: Any = AsyncMemory() if isinstance(caches, AsyncCaches) else Memory()
+    there = caches._link.memory
+    clock = time.time if there is None else there.store.clock
+    memory: Any = (AsyncMemory if isinstance(caches, AsyncCaches) else Memory)(clock)
     try:
         with caches._link.over(memory):
             yield caches

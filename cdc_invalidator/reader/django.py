@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 from django.conf import settings
 from django.core import checks
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import CommandError
 from django.db import connections
 from django.utils.functional import SimpleLazyObject
 
@@ -30,35 +31,61 @@ _OURS: Final = {"RULES": "", "REDIS": "", "DATABASE": "default", "SECONDS": SECO
 _OTHERS: Final = tuple(name.upper() for name in list(inspect.signature(Caches.from_rules).parameters)[2:])
 
 
+class WrongSetting(ImproperlyConfigured, CommandError):  # type: ignore[misc]  # Django has no types
+    """The setting has a mistake; the message is a sentence.
+
+    It is an error of commands, too, so that ``manage.py check`` shows the sentence without a traceback where a module
+    uses `caches` when it is imported.
+    """
+
+
 def _setting() -> dict[str, Any]:
     """Return the setting, with defaults.
 
     Raises:
-        ImproperlyConfigured: it has a mistake; the message is a sentence.
+        WrongSetting: it has a mistake.
     """
     given = getattr(settings, SETTING, None)
+    for name in given if isinstance(given, Mapping) else ():
+        if name not in _OURS and name not in _OTHERS:
+            raise WrongSetting(f"{SETTING} has no entry {name}; {nearest(name, (*_OURS, *_OTHERS))}")
     if not isinstance(given, Mapping) or not given.get("RULES") or not given.get("REDIS"):
-        raise ImproperlyConfigured(
+        raise WrongSetting(
             f'{SETTING} lacks RULES or REDIS; write {SETTING} = {{"RULES": BASE_DIR / "rules.yaml", "REDIS": '
             '"redis://cache:6379/0"}} into the settings, with the rule files and the Redis of the daemon'
         )
-    for name in given:
-        if name not in _OURS and name not in _OTHERS:
-            raise ImproperlyConfigured(f"{SETTING} has no entry {name}; {nearest(name, (*_OURS, *_OTHERS))}")
     found = _OURS | dict(given)
+    seconds = found["SECONDS"]
+    if not isinstance(seconds, int) or seconds < 1:
+        raise WrongSetting(f"{SETTING} has SECONDS {seconds!r}; write a whole number of seconds, from 1 on")
     alias = found["DATABASE"]
     if alias not in connections.settings or connections[alias].vendor != "postgresql":
-        raise ImproperlyConfigured(
+        raise WrongSetting(
             f"{SETTING} names the database {alias}, which is no PostgreSQL in DATABASES; name in DATABASE "
             "the one that the daemon reads"
         )
     return found
 
 
-def _made() -> Caches:
-    found = _setting()
+def _made_by(found: Mapping[str, Any]) -> Caches:
+    """Make the caches of the setting.
+
+    Raises:
+        errors.WrongRules: all mistakes of all rule files.
+        WrongSetting: it has another mistake.
+    """
     others = {name.lower(): found[name] for name in found if name not in _OURS}
-    return Caches.from_rules(found["RULES"], connect.client(found["REDIS"]), **others)
+    try:
+        return Caches.from_rules(found["RULES"], connect.client(found["REDIS"]), **others)
+    except (TypeError, ValueError) as error:
+        raise WrongSetting(f"{SETTING} can't be used: {error}") from error
+
+
+def _made() -> Caches:
+    try:
+        return _made_by(_setting())
+    except errors.WrongRules as wrong:
+        raise WrongSetting(str(wrong)) from wrong
 
 
 # Made at the first use. Its reads ask all open connections of Django whether their transactions have written.
@@ -68,7 +95,7 @@ caches: Caches = cast("Caches", SimpleLazyObject(_made))
 class OwnWrites:
     """A middleware: a visitor's reads show what the visitor has written, in later requests too.
 
-    Its place among other middlewares does not matter, except that none outside of it may open a transaction.
+    It stands first, or at least outside of whatever opens a transaction or reads through the caches.
     """
 
     def __init__(self, get_response: Callable[[Any], Any]) -> None:
@@ -97,13 +124,25 @@ class OwnWrites:
 def check(**_: Any) -> list[Any]:
     """Look for mistakes in the setting and in the rule files; no server is asked."""
     try:
-        found = _setting()
+        # A registry takes each metric once.
+        found = _setting() | {"REGISTRY": None}
         read = handle.read_caches(found["RULES"], found.get("ENV", os.environ))
-    except ImproperlyConfigured as wrong:
+        _made_by(found)
+    except WrongSetting as wrong:
         return [checks.Error(str(wrong), id="cdc_invalidator.E001")]
     except errors.WrongRules as wrong:
         return [checks.Error(str(problem), id="cdc_invalidator.E002") for problem in wrong.problems]
-    return [checks.Warning(text, id="cdc_invalidator.W001") for cache in read.values() for text in _doubtful(cache)]
+    doubts = [checks.Warning(text, id="cdc_invalidator.W001") for cache in read.values() for text in _doubtful(cache)]
+    if _MIDDLEWARE not in settings.MIDDLEWARE:
+        doubts.append(checks.Warning(_WITHOUT, id="cdc_invalidator.W002"))
+    return doubts
+
+
+_MIDDLEWARE: Final = "cdc_invalidator.reader.django.OwnWrites"
+_WITHOUT: Final = (
+    f"MIDDLEWARE lacks {_MIDDLEWARE}, so visitors may not see what they have just written; add it in front, or silence "
+    "this by SILENCED_SYSTEM_CHECKS."
+)
 
 
 def _doubtful(cache: Cache) -> Iterator[str]:

@@ -266,13 +266,15 @@ settings.configure(
     },
     CACHES={"default": {"BACKEND": "django.core.cache.backends.redis.RedisCache", "KEY_PREFIX": "blog"}},
     INSTALLED_APPS=["cdc_invalidator.reader.django"],
+    MIDDLEWARE=["cdc_invalidator.reader.django.OwnWrites"],
 )
 django.setup()
 from django.core.checks import run_checks
 from django.test import override_settings
 
 for given in GIVEN:
-    with override_settings(CDC_INVALIDATOR=given):
+    changes = {name: given.pop(name) for name in list(given or ()) if name == "MIDDLEWARE"}
+    with override_settings(CDC_INVALIDATOR=given, **changes):
         print(*(f"{found.id.partition('.')[2]} {found.msg}" for found in run_checks(tags=["caches"])), sep="; ")
 """
 
@@ -296,12 +298,28 @@ def test_manage_py_check_finds_mistakes(tmp_path: Path) -> None:
         found | {"DATABASE": "none"},
         found | {"RULES": str(bad)},
         found | {"RULES": str(same)},
+        found | {"RULES": str(tmp_path / "gone.yaml")},
+        found | {"REDIS": "cache:6379"},
+        found | {"REDIS": 6379},
+        found | {"OPTIONS": {"fail_save": 600}},
+        found | {"SECONDS": "x"},
+        found | {"SECONDS": 0},
+        found | {"MIDDLEWARE": []},
     ]
     program = CHECK.replace("GIVEN", repr(given))
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    *well, missing, half, unknown, sqlite, none, wrong, shared = done.stdout.splitlines()
+    *well, missing, half, unknown, sqlite, none, wrong, shared, gone, url, number, option, text, zero, without = (
+        done.stdout.splitlines()
+    )
     assert well == [""] * 3
+    assert gone.startswith(f"E002 {tmp_path / 'gone.yaml'}")
+    assert url.startswith("E001 CDC_INVALIDATOR can't be used: give the URL of one Redis server")
+    assert number.startswith("E001 CDC_INVALIDATOR can't be used: ")
+    assert option == "E001 CDC_INVALIDATOR can't be used: there is no option fail_save; did you mean `fail_safe`?"
+    for line in (text, zero):
+        assert line.startswith("E001 CDC_INVALIDATOR has SECONDS ")
+    assert without.startswith("W002 MIDDLEWARE lacks cdc_invalidator.reader.django.OwnWrites")
     for line in (missing, half):
         assert line.startswith("E001 CDC_INVALIDATOR lacks RULES or REDIS; write CDC_INVALIDATOR = {")
     assert unknown == "E001 CDC_INVALIDATOR has no entry SLOTS; did you mean `SLOT`?"
@@ -310,3 +328,50 @@ def test_manage_py_check_finds_mistakes(tmp_path: Path) -> None:
     assert wrong.startswith(f"E002 {bad}:")
     assert "usr" in wrong
     assert shared.startswith("W001 The keys of cache user are those of CACHES['default']")
+
+
+PROJECT = """
+SECRET_KEY = "a secret of the tests"
+DATABASES = {"default": {"ENGINE": "django.db.backends.postgresql"}}
+INSTALLED_APPS = ["cdc_invalidator.reader.django"]
+MIDDLEWARE = ["cdc_invalidator.reader.django.OwnWrites"]
+ROOT_URLCONF = "views"
+"""
+VIEWS = """
+from cdc_invalidator.reader.django import caches
+
+@caches.user.cached
+def load_user(id):
+    return id
+
+urlpatterns = []
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"RULE": "rules.yaml", "REDIS": "redis://cache"}, "has no entry RULE; did you mean `RULES`?"),
+        ({"RULES": "rules.yaml"}, "CDC_INVALIDATOR lacks RULES or REDIS"),
+        ({"RULES": "gone.yaml", "REDIS": "redis://cache"}, "gone.yaml"),
+        ({"RULES": "rules.yaml", "REDIS": "cache:6379"}, "give the URL of one Redis server"),
+    ],
+)
+def test_manage_py_check_is_no_traceback_where_a_view_is_decorated(
+    given: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rules.yaml").write_text((FOLDER / "rules.yaml").read_text())
+    (tmp_path / "settings.py").write_text(f"{PROJECT}CDC_INVALIDATOR = {given!r}\n")
+    (tmp_path / "views.py").write_text(VIEWS)
+    done = subprocess.run(
+        [sys.executable, "-m", "django", "check", "--settings=settings"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]), "APP_ENV": "prod"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stderr
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr

@@ -832,6 +832,13 @@ class Contract(Generic[T]):
         """Give back what `seize` took."""
         yield from self._release([entry])
 
+    def not_committed(self, what: str) -> None:
+        """Count and tell that ``what`` came before the commit."""
+        self.metrics.bypasses("transaction")
+        self._advise(
+            f"{what} inside a transaction that has written; do it after the commit (in Django by transaction.on_commit)"
+        )
+
     def invalidate(self, entry: Entry) -> Steps[bool]:
         """Do what a bust does; False if Redis did not."""
         commands: list[Command] = []

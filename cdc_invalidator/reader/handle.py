@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import reprlib
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -203,6 +204,20 @@ class Kept:
             self._local.keep(entry.key, self._token, seen, until)
 
 
+def by_name(contract: Contract[Any], params: Any) -> Mapping[str, Any]:
+    """Return the parameters that were given as a mapping.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if type(params) is dict or isinstance(params, Mapping):
+        return params
+    names = contract.keys.names or ("id",)
+    given = reprlib.repr(params) if len(names) == 1 else "…"
+    remedy = ", ".join(f"{name}={given}" for name in names)
+    raise TypeError(f"parameters of cache {contract.cache.name} are passed by name; write {remedy}")
+
+
 def as_params(contract: Contract[Any], item: Any) -> Mapping[str, Any]:
     """Return an item's parameters."""
     if isinstance(item, Mapping):
@@ -324,19 +339,21 @@ class Cached:
         """Return the parameters of a call, and the connection among its other arguments, if there is one."""
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        given = bound.arguments
+        return self._told(bound.arguments)
+
+    def _told(self, given: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         connection = next((given[name] for name in self._ignored if is_connection(given.get(name))), None)
         return {name: given[argument] for name, argument in self._arguments.items()}, connection
 
-    def params(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the parameters of a call that may leave out other arguments."""
+    def partly(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Return the same of a call that may leave out arguments that are no parameters."""
         bound = self._signature.bind_partial(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
         missing = [argument for argument in self._arguments.values() if argument not in given]
         if missing:
             raise TypeError(f"the argument {missing[0]} is missing; without it, nobody knows which entry is meant")
-        return {name: given[argument] for name, argument in self._arguments.items()}
+        return self._told(given)
 
 
 def _is_many(argument: inspect.Parameter) -> bool:

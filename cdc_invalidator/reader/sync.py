@@ -252,8 +252,8 @@ class Cache(Generic[T]):
             TypeError: the parameters are not those of the cache; the connection can't be asked; or values are loaded
                 from a standby, and a read that asks for a freshness has no ``primary``.
         """
-        given = named if params is None else params
         contract, link = self._contract, self._link
+        given = named if params is None else handle.by_name(contract, params)
         if self._of_standby:
             handle.require_primary(contract, self._demand, max_staleness, primary)
 
@@ -340,8 +340,8 @@ class Cache(Generic[T]):
         Raises:
             TypeError: as for `get`.
         """
-        given = named if params is None else params
         contract = self._contract
+        given = named if params is None else handle.by_name(contract, params)
         if self._of_standby:
             handle.require_primary(contract, self._demand, max_staleness, primary)
 
@@ -374,7 +374,7 @@ class Cache(Generic[T]):
         Raises:
             TypeError: as for `get`.
         """
-        given = named if params is None else params
+        given = named if params is None else handle.by_name(self._contract, params)
         if self._of_standby:
             handle.require_primary(self._contract, self._demand, None, primary)
         # Without a look, nothing is proven of a standby.
@@ -537,7 +537,8 @@ class Cache(Generic[T]):
             )
 
         def invalidate(*args: Any, **kwargs: Any) -> bool:
-            return self.invalidate(of_call.params(args, kwargs))
+            given, connection = of_call.partly(args, kwargs)
+            return self.invalidate(given, connection=connection)
 
         def refresh(*args: Any, **kwargs: Any) -> Any:
             given, connection = of_call(args, kwargs)
@@ -582,14 +583,26 @@ class Cache(Generic[T]):
         )
 
     @contextmanager
-    def writing(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> Iterator[Write[T]]:
+    def writing(
+        self, params: Mapping[str, Any] | None = None, /, *, connection: Any = None, **named: Any
+    ) -> Iterator[Write[T]]:
         """Write through: enter it before the transaction begins, and `Write.set` the new value after its commit.
 
         From here on, values that other readers are loading are not stored. The new value is stored unless a bust of
         this or a later transaction came first; a later bust deletes it. Never fails because of Redis.
+
+        Inside a transaction that has written, nothing is stored: it may still be rolled back.
+
+        Args:
+            params: as for `get`.
+            connection: of the database, which writes. By default that of `from_rules`.
+            named: the parameters.
+
+        Raises:
+            TypeError: the parameters are not those of the cache; or the connection can't be asked.
         """
-        given = named if params is None else params
         contract, link = self._contract, self._link
+        given = named if params is None else handle.by_name(contract, params)
         if time.monotonic() >= self._agreement.next_at:
             link.run(contract.agree(), _nothing)
         try:
@@ -598,8 +611,14 @@ class Cache(Generic[T]):
             contract.metrics.bypasses(no.reason)
             yield Write(contract, link, None)
             return
+        if connection is None:
+            connection = link.connection
+        if connection is not None and transactions.own_view(connection, objects=False):
+            contract.not_committed("`writing` was entered")
+            yield Write(contract, link, None)
+            return
         held = link.run(contract.seize(entry), _nothing)
-        write = Write(contract, link, entry if held else None)
+        write = Write(contract, link, entry if held else None, connection)
         try:
             with link.keeper.holding(contract.renewal([entry])) if held else nullcontext():
                 yield write
@@ -609,9 +628,21 @@ class Cache(Generic[T]):
             finally:
                 link.forget(entry)
 
-    def invalidate(self, params: Mapping[str, Any] | None = None, /, **named: Any) -> bool:
-        """Bust a key now rather than when the daemon does; False if Redis failed. Call it after the commit."""
-        given = named if params is None else params
+    def invalidate(self, params: Mapping[str, Any] | None = None, /, *, connection: Any = None, **named: Any) -> bool:
+        """Bust a key now rather than when the daemon does; False if Redis failed. Call it after the commit.
+
+        Inside a transaction that has written, it returns False as well: a reader may store the old row again before
+        the commit.
+
+        Args:
+            params: as for `get`.
+            connection: of the database, which writes. By default that of `from_rules`.
+            named: the parameters.
+
+        Raises:
+            TypeError: the parameters are not those of the cache; or the connection can't be asked.
+        """
+        given = named if params is None else handle.by_name(self._contract, params)
         if time.monotonic() >= self._agreement.next_at:
             # Types decide how the key is written.
             self._link.run(self._contract.agree(), _nothing)
@@ -620,8 +651,13 @@ class Cache(Generic[T]):
         except NoKey as no:
             self._contract.metrics.bypasses(no.reason)
             return False
+        if connection is None:
+            connection = self._link.connection
+        early = connection is not None and transactions.own_view(connection, objects=False)
+        if early:
+            self._contract.not_committed("`invalidate` was called")
         try:
-            return self._link.run(self._contract.invalidate(entry), _nothing)
+            return self._link.run(self._contract.invalidate(entry), _nothing) and not early
         finally:
             self._link.forget(entry)
 
@@ -629,14 +665,20 @@ class Cache(Generic[T]):
 class Write(Generic[T]):
     """A value that is about to be written; see `Cache.writing`."""
 
-    def __init__(self, contract: Contract[T], link: Link, entry: Entry | None) -> None:
+    def __init__(self, contract: Contract[T], link: Link, entry: Entry | None, connection: Any = None) -> None:
         self._contract = contract
         self._link = link
         self._entry = entry
+        self._connection = connection
         self._began = contract.world.clocks.wall()
 
     def set(self, value: T | None) -> bool:
         """Store the value that was committed; False if it was not stored."""
+        asked = self._connection if self._entry is not None else None
+        if asked is not None and transactions.own_view(asked, objects=False):
+            self._contract.not_committed("`write.set` was called")
+            self.close()
+            return False
         entry, self._entry = self._entry, None
         if entry is None:
             return False

@@ -25,17 +25,18 @@ SQL = (
 _IDLE, _IN_TRANSACTION = 0, 2  # PQtransactionStatus
 
 
-def own_view(connection: Any) -> bool:
+def own_view(connection: Any, *, objects: bool = True) -> bool:
     """Return whether reads by a connection must go beside the cache now.
 
     Args:
         connection: of psycopg 3 or psycopg2; SQLAlchemy's Connection or Session; Django's ``connection``; or a function
             that returns one of them, or None where there is none.
+        objects: whether those count that a session has loaded; they do for what reads by it.
 
     Raises:
         TypeError: it is none of these.
     """
-    connection, known = _unasked(connection)
+    connection, known = _unasked(connection, objects=objects)
     if known is not None:
         return known
     try:
@@ -50,16 +51,17 @@ def own_view(connection: Any) -> bool:
         return True
 
 
-async def aown_view(connection: Any) -> bool:
+async def aown_view(connection: Any, *, objects: bool = True) -> bool:
     """Return the same for an async connection, or one that waits.
 
     Args:
         connection: as for `own_view`; or psycopg's AsyncConnection; SQLAlchemy's AsyncConnection or AsyncSession.
+        objects: as for `own_view`.
 
     Raises:
         TypeError: it is none of these.
     """
-    connection, known = _unasked(connection)
+    connection, known = _unasked(connection, objects=objects)
     if known is not None:
         return known
     try:
@@ -77,7 +79,7 @@ async def aown_view(connection: Any) -> bool:
         return True
 
 
-def _unasked(connection: Any) -> tuple[Any, bool | None]:
+def _unasked(connection: Any, *, objects: bool) -> tuple[Any, bool | None]:
     """Return the connection itself, and what is known of it without a query that waits; ``None`` if it must be asked.
 
     Raises:
@@ -87,7 +89,7 @@ def _unasked(connection: Any) -> tuple[Any, bool | None]:
         connection = connection()
     if isinstance(connection, DjangoConnections):
         return connection, any(own_view(each) for each in connection.open())
-    return connection, _known(connection)
+    return connection, _known(connection, objects=objects)
 
 
 def is_connection(value: Any) -> bool:
@@ -134,7 +136,7 @@ def _is_source(connection: Any) -> bool:
     return callable(connection)
 
 
-def _known(connection: Any) -> bool | None:
+def _known(connection: Any, *, objects: bool = True) -> bool | None:
     """Return what is known without a query; ``None`` if the server must be asked.
 
     Raises:
@@ -150,11 +152,11 @@ def _known(connection: Any) -> bool | None:
         connection = connection.connection
     if hasattr(connection, "identity_map"):
         # A session answers with objects that it has from earlier, and writes what it has changed before it loads.
-        held = any(not state.expired for state in connection.identity_map.all_states())
+        held = objects and any(not state.expired for state in connection.identity_map.all_states())
         if held or connection.new or connection.dirty or connection.deleted:
             return True
     if hasattr(connection, "in_transaction"):
-        return None if connection.in_transaction() else False
+        return False if _unbegun(connection) else None
     status = _status(connection)
     if status is None:
         raise TypeError(
@@ -162,6 +164,33 @@ def _known(connection: Any) -> bool | None:
             "psycopg, a Connection or Session of SQLAlchemy, or Django's connection"
         )
     return {_IDLE: False, _IN_TRANSACTION: None}.get(status, True)
+
+
+def _unbegun(connection: Any) -> bool:
+    """Return whether SQLAlchemy's session or connection has no transaction on the server, or none yet.
+
+    One that was begun is there only from its first statement on. Nothing is sent, and nothing is taken out of a pool.
+    """
+    session = getattr(connection, "sync_session", connection)
+    if hasattr(session, "get_bind"):
+        transaction = session.get_transaction()
+        if not session.is_active:
+            return False
+        # The outermost has the connections of all savepoints, too.
+        used = vars(transaction).get("_connections") if transaction is not None else {}
+        if not isinstance(used, dict):
+            return False
+        bound = [session.bind] if hasattr(session.bind, "exec_driver_sql") else []
+        return all(_unbegun(each) for each in [*bound, *(each for each, *_ in used.values())])
+    connection = getattr(connection, "sync_connection", connection)
+    if connection is None or not connection.in_transaction():
+        return True
+    if connection.closed or connection.invalidated:
+        return False
+    driver: Any = getattr(connection.connection, "driver_connection", None)
+    if hasattr(driver, "is_in_transaction"):
+        return not driver.is_in_transaction()
+    return _status(driver) == _IDLE
 
 
 def _status(connection: Any) -> int | None:

@@ -171,6 +171,21 @@ def test_writing_through_and_warming(name: str, place: Place) -> None:
     assert load.asked == [2]
 
 
+def test_a_parameter_without_its_name_is_refused_with_the_remedy(place: Place) -> None:
+    load = Loader({7: "Ada"})
+    sentence = "parameters of cache user are passed by name; write id=7"
+    for call in (place.caches.user.get, place.caches.user.get_with_age, place.caches.user.refresh):
+        with pytest.raises(TypeError, match=sentence):
+            call(7, load=load)
+    with pytest.raises(TypeError, match=sentence):
+        place.caches.user.invalidate(7)
+    with pytest.raises(TypeError, match=sentence), place.caches.user.writing(7):
+        pass
+    with pytest.raises(TypeError, match="passed by name; write id='a'"):
+        place.caches.user.get("a", load=load)
+    assert load.asked == []
+
+
 def _fails(**_: Any) -> Any:
     raise KeyError("nothing")
 

@@ -204,6 +204,107 @@ def test_outside_a_transaction_nothing_is_asked(scene: Scene, monkeypatch: pytes
     assert scene.beside == 0
 
 
+@pytest.mark.parametrize("kind", ["sqlalchemy-session", "sqlalchemy-connection", "sqlalchemy-async-session"])
+def test_what_has_begun_but_run_nothing_is_not_asked(
+    kind: str, database: str, redis_url: str, redis_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)", "INSERT INTO users VALUES (1, 'Ada')")
+    reads_kind = "async" if kind in AWAITING else "sync"
+    with Reads(reads_kind) as reads, opened(kind, database, reads) as session:
+        caches = reads.caches(rules_file(tmp_path, RULES), redis_url)
+        assert caches.user.get(id=1, load=session.load, connection=session.of) == "Ada"
+        session.rollback()
+        reads.wait(_begun(session.of))
+        monkeypatch.setattr("cdc_invalidator.reader.transactions.SQL", "this is no SQL")
+        assert caches.user.get(id=1, load=_never, connection=session.of) == "Ada"
+        if "session" in kind:
+            engine = session.of.get_bind()
+            assert engine.pool.checkedout() == 0
+        monkeypatch.undo()
+        session.run(WRITE)
+        assert caches.user.get(id=1, load=session.load, connection=session.of) == "written"
+
+
+def _begun(of: Any) -> Any:
+    begun = of.begin()
+    return begun.start() if hasattr(begun, "start") else None
+
+
+def _never(**_: Any) -> Any:
+    pytest.fail("loaded")
+
+
+@pytest.mark.parametrize("begun", ["in the program", "by the session"])
+def test_a_session_within_a_transaction_of_its_connection_has_its_view(begun: str, database: str) -> None:
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)")
+    engine = sqlalchemy.create_engine(database.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.connect() as connection, sqlalchemy.orm.Session(connection) as session:
+        assert not own_view(session)
+        connection.exec_driver_sql("INSERT INTO users VALUES (1, 'Ada')")
+        if begun == "by the session":
+            session.begin()
+        assert own_view(session)
+    engine.dispose()
+
+
+def test_what_is_not_committed_is_not_written_through(scene: Scene, redis_client: Any) -> None:
+    session, user = scene.session, scene.caches.user
+    with user.writing(id=1, connection=session.of) as write:
+        session.run(WRITE)
+        assert write.set("written") is False
+        assert not redis_client.keys("*"), "the lease was given back"
+        assert write.set("written") is False
+    assert scene.beside == 1
+    with user.writing(id=1, connection=session.of) as write:
+        assert not redis_client.keys("*"), "it was entered in a transaction that has written"
+        assert write.set("written") is False
+    assert scene.beside == 2
+    session.rollback()
+    with user.writing(id=1, connection=session.of) as write:
+        assert redis_client.keys("*")
+        session.run(WRITE)
+        session.run("COMMIT")
+        session.rollback()
+        assert write.set("written") is True
+    assert user.get(id=1, load=_never) == "written"
+
+
+def test_what_is_invalidated_before_the_commit_is_told(
+    scene: Scene, redis_client: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    session, user = scene.session, scene.caches.user
+    assert scene.read() == "Ada"
+    session.rollback()
+    session.run(WRITE)
+    assert user.invalidate(id=1, connection=session.of) is False
+    assert not redis_client.keys("*")
+    assert scene.beside == 1
+    assert "`invalidate` was called inside a transaction that has written; do it after the commit" in caplog.text
+    session.rollback()
+    assert user.invalidate(id=1, connection=session.of) is True
+
+
+def test_objects_that_a_session_keeps_after_its_commit_hinder_no_write_through(
+    database: str, redis_url: str, tmp_path: Path
+) -> None:
+    execute(database, "CREATE TABLE users (id int PRIMARY KEY, name text)", "INSERT INTO users VALUES (1, 'Ada')")
+    engine = sqlalchemy.create_engine(database.replace("postgresql://", "postgresql+psycopg://"))
+    with Reads("sync") as reads, sqlalchemy.orm.Session(engine, expire_on_commit=False) as session:
+        user = reads.caches(rules_file(tmp_path, RULES), redis_url, connection=lambda: session).user
+        with user.writing(id=1) as write:
+            found = session.get(User, 1)
+            assert found is not None
+            found.name = "Grace"
+            assert write.set("not flushed") is False
+        with user.writing(id=1) as write:
+            assert write.set("not flushed") is False
+        session.commit()
+        with user.writing(id=1) as write:
+            assert write.set("Grace") is True
+        assert user.invalidate(id=1) is True
+    engine.dispose()
+
+
 def test_a_failed_transaction_says_so_itself(scene: Scene, redis_client: Any) -> None:
     with pytest.raises(Exception, match="does not exist"):
         scene.session.run("SELECT * FROM nothing")
@@ -228,6 +329,8 @@ def test_the_connection_of_a_decorated_function_is_asked(
         session.run(WRITE)
         assert reads.wait(name(None, session.of, 1)) == "written"
         assert not redis_client.keys("*")
+        assert reads.wait(name.invalidate(None, session.of, 1)) is False
+        assert reads.wait(name.invalidate(id=1)) is True, "nobody knows of a connection"
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])

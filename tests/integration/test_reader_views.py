@@ -58,19 +58,36 @@ settings.configure(
 )
 import django
 django.setup()
-from django.http import HttpResponse
+from django.db import connection, transaction
+from django.http import HttpResponse, JsonResponse
 from django.test import Client
 import view
+from cdc_invalidator.reader.commit import commit_lsn
 from shop.models import User
 
 def renamed(request, id):
     User.objects.filter(pk=id).update(name="rolled back")
     raise RuntimeError(view.user(request, id).content.decode())
 
+def written(request, id):
+    with view.caches.user.writing(id=id) as write:
+        User.objects.filter(pk=id).update(name="rolled back")
+        stored = write.set({"id": id, "name": "rolled back"})
+    raise RuntimeError(str([stored, view.load_user.invalidate(id)]).lower())
+
 def handler500(request):
     return HttpResponse('{"failed": %s}' % sys.exc_info()[1])
 
-urlpatterns = [path("users/<int:id>", view.user), path("users/renamed/<int:id>", renamed)]
+told = []
+
+def committed(request, id):
+    User.objects.filter(pk=id).update(name="Ada")
+    transaction.on_commit(lambda: told.append(view.load_user.invalidate(id)))
+    transaction.on_commit(lambda: told.append(commit_lsn(connection) > 0))
+    return JsonResponse(told, safe=False)
+
+urlpatterns = [path("users/<int:id>", view.user)]
+urlpatterns += [path(f"users/{each.__name__}/<int:id>", each) for each in (renamed, written, committed)]
 client = Client(raise_request_exception=False)
 for line in sys.stdin:
     print(client.get(f"/users/{line.strip()}").content.decode(), flush=True)
@@ -158,6 +175,9 @@ def test_a_django_request_that_fails_leaves_nothing_of_what_it_wrote(
         assert view.shows(42) == {"id": 42, "name": "Ada"}
         assert redis_client.exists("shop:prod:user:42")
         assert view.shows("renamed/42") == {"failed": {"id": 42, "name": "rolled back"}}, "whatever the cache has"
+        assert view.shows("written/42") == {"failed": [False, False]}, "neither stored, nor invalidated for good"
+        assert view.shows("committed/42") == []
+        assert view.shows("committed/42") == [True, True], "by `on_commit`"
         assert view.shows(42) == {"id": 42, "name": "Ada"}
 
 

@@ -17,22 +17,33 @@ from cdc_invalidator.reader.aio import AsyncCaches
 from cdc_invalidator.reader.own_writes import COOKIE, SECONDS, Visitors
 
 
-def lifespan(rules: str | Path, redis: Any, **options: Any) -> Callable[[Any], AbstractAsyncContextManager[None]]:
+def lifespan(
+    rules: str | Path | AsyncCaches, redis: Any = None, **options: Any
+) -> Callable[[Any], AbstractAsyncContextManager[None]]:
     """Return a lifespan: the caches are made with the application, and closed with it.
 
     In a lifespan of your own: ``async with lifespan(…)(app): yield``.
 
     Args:
-        rules: a rule file, or a directory of them.
+        rules: a rule file, or a directory of them; or, alone, caches that a module has made.
         redis: a URL, ``memory:`` in tests; or, for Sentinel or a cluster, a function that returns a client of
             redis.asyncio.
         options: of `AsyncCaches.from_rules`.
+
+    Raises:
+        TypeError: there are rules without Redis, or caches with it or with options.
     """
+    if isinstance(rules, AsyncCaches) != (redis is None) or (redis is None and options):
+        raise TypeError("a lifespan is of rule files and a Redis, or of caches that are made already and nothing else")
 
     @asynccontextmanager
     async def living(app: Any) -> AsyncIterator[None]:
-        client = connect.async_client(redis() if callable(redis) else redis)
-        caches = app.state.cdc_invalidator = AsyncCaches.from_rules(rules, client, **options)
+        if isinstance(rules, AsyncCaches):
+            caches = rules
+        else:
+            client = connect.async_client(redis() if callable(redis) else redis)
+            caches = AsyncCaches.from_rules(rules, client, **options)
+        app.state.cdc_invalidator = caches
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ import redis
 from fastapi import FastAPI
 from flask import Flask
 
-from cdc_invalidator.reader import connect
+from cdc_invalidator.reader import AsyncCaches, connect, testing
 from cdc_invalidator.reader.fastapi import AppCaches, OwnWrites, lifespan
 from cdc_invalidator.reader.flask import FlaskCaches
 from cdc_invalidator.reader.own_writes import COOKIE, Visitors
@@ -105,6 +105,36 @@ async def test_fastapi_reads_through_the_caches_of_its_life(rules: Path) -> None
             await client.post("/")
             assert Visitors("secret").lsn(client.cookies[COOKIE]) == 5
             assert (await client.get("/")).json() == loads + 1, "no watermark has come so far"
+
+
+async def test_fastapi_lives_with_the_caches_of_a_module(rules: Path) -> None:
+    made, rows = AsyncCaches.in_memory(rules), Rows()
+
+    @made.user.cached
+    async def load(id: int) -> int:  # noqa: A002
+        return rows(id=id)
+
+    app = with_fastapi(rows, lifespan=lifespan(made))
+    for loads in (1, 3):
+        with testing.in_memory(made):
+            async with lived(app) as client:
+                assert app.state.cdc_invalidator is made
+                assert (await client.get("/")).json() == await load(1) == loads
+                testing.bust(made.user, id=1)
+                assert (await client.get("/")).json() == await load(1) == loads + 1
+    for wrong in ([rules], [made, connect.MEMORY]):
+        with pytest.raises(TypeError, match="a lifespan is of rule files and a Redis, or of caches"):
+            lifespan(*wrong)
+    with pytest.raises(TypeError, match="and nothing else"):
+        lifespan(made, slot="shop")
+
+
+async def test_what_memory_made_is_busted_by_the_application(rules: Path) -> None:
+    app = with_fastapi(Rows(), lifespan=lifespan(rules, connect.MEMORY))
+    async with lived(app) as client:
+        assert [(await client.get("/")).json() for _ in range(2)] == [1, 1]
+        testing.bust(app.state.cdc_invalidator.user, id=1)
+        assert (await client.get("/")).json() == 2
 
 
 async def test_fastapi_s_own_lifespan_goes_round_it(rules: Path) -> None:

@@ -204,7 +204,7 @@ def test_outside_a_transaction_nothing_is_asked(scene: Scene, monkeypatch: pytes
     assert scene.beside == 0
 
 
-@pytest.mark.parametrize("kind", ["sqlalchemy-session", "sqlalchemy-connection", "sqlalchemy-async-session"])
+@pytest.mark.parametrize("kind", [kind for kind in (*WAITING, *AWAITING) if "sqlalchemy" in kind])
 def test_what_has_begun_but_run_nothing_is_not_asked(
     kind: str, database: str, redis_url: str, redis_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,7 @@ CHANGES = (
     (r"\bvalkey\.asyncio\b", "valkey"),
     (r", in each event loop that reads\.", "."),
     (r"\bdisconnect\(nowait=True\)", "disconnect()"),
+    (r" {8}if connection\.is_connected:\n[^\n]*abort\(\)[^\n]*\n", ""),
     (
         r"All of it belongs to one event loop\.",
         "All of it may be shared by threads.\n\nMade of aio_servers.py by .build/unasync.py; change that.",

@@ -450,6 +450,8 @@ async def _close(connection: Any) -> None:
     if connection is None:
         return
     with suppress(Exception):  # it is thrown away; nothing depends on how
+        if connection.is_connected:
+            connection._writer.transport.abort()  # noqa: SLF001  TLS would say goodbye, in a loop that may end now
         await connection.disconnect(nowait=True)
 
 

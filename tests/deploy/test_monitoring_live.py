@@ -120,7 +120,8 @@ class Load:
 
     def _read(self, client: redis.Redis, caches: Caches, connection: psycopg.Connection[Any]) -> None:
         def load(**given: Any) -> Any:
-            return connection.execute("SELECT name FROM users WHERE id = %s", [given["id"]]).fetchone()
+            row = connection.execute("SELECT name FROM users WHERE id = %s", [given["id"]]).fetchone()
+            return row and row[0]
 
         number = 0
         while not self._stop.wait(0.01):

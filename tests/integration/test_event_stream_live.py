@@ -231,11 +231,14 @@ def test_a_key_that_is_taken_is_refused_at_start(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_new_rules_whose_keys_include_the_stream_are_not_taken(stage: StreamStage) -> None:
-    stage.rules.write_text(RULES.replace("t:{{{id}}}:user", "cdc:{id}"))
-    stage.daemon.send(signal.SIGHUP)
-    failure = stage.daemon.seen("reload_failed")
-    assert f"the event stream `{stage.stream}` is among the keys of cache user" in failure["error"]
+def test_new_rules_whose_keys_include_the_stream_are_not_taken(
+    database: str, redis_client: redis.Redis, tmp_path: Path, slot_name: str, redis_url: str
+) -> None:
+    with staged(database, redis_client, tmp_path, slot_name, redis_url, event_stream="busts:user") as stage:
+        stage.rules.write_text(RULES.replace("t:{{{id}}}:user", "busts:{id}"))
+        stage.daemon.send(signal.SIGHUP)
+        failure = stage.daemon.seen("reload_failed")
+        assert "the event stream `busts:user` is among the keys of cache user" in failure["error"]
 
 
 def test_check_tells_of_a_stream_that_can_not_be_written_or_read_and_changes_nothing(stage: StreamStage) -> None:

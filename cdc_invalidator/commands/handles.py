@@ -16,7 +16,7 @@ import json
 import keyword
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +69,7 @@ def module(rules: RuleSet, types: Mapping[str, Mapping[str, str | None]]) -> str
     written = _Writer()
     body = [line for each in caches for line in written.parameters(each)]
     for shell, prefix in _SHELLS:
+        body += [line for each in caches if each.by_name for line in _decorator(each, prefix)]
         body += [line for each in caches for line in written.handle(each, shell, prefix)]
         body += written.caches(caches, shell, prefix)
     classes = [f"{prefix}{each.title}Cache" for each in caches for _, prefix in _SHELLS]
@@ -79,6 +80,7 @@ def module(rules: RuleSet, types: Mapping[str, Mapping[str, str | None]]) -> str
             "# fmt: off",
             "# ruff: noqa",
             '# mypy: disable-error-code="assignment, misc, no-overload-impl, override"',
+            "# pyright: basic",
             "# pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false",
             "# pyright: reportNoOverloadImplementation=false",
             "",
@@ -89,7 +91,7 @@ def module(rules: RuleSet, types: Mapping[str, Mapping[str, str | None]]) -> str
             "from cdc_invalidator import reader as _reader",
             "",
             "if TYPE_CHECKING:",
-            *written.imports(),
+            *written.imports(body),
             "",
             *(f"    {line}".rstrip() for line in body),
             "else:",
@@ -208,31 +210,55 @@ _TAKEN = {
 }
 
 
+def _decorator(of: _Handle, prefix: str) -> list[str]:
+    """Return the class of what decorates functions that take a cache's parameters.
+
+    With options, arguments may have other names, so that there it is that of `reader`.
+    """
+    own = f"{prefix}{of.title}Decorator"
+    options = "params: Mapping[str, str] | None = ..., primary: Callable[..., Any] | None = ..."
+    lines = [f"class {own}(Protocol[V_contra]):"]
+    for ignore, back in (("", "Decorator"), ("ignore: Collection[str], ", "DecoratorIgnoring")):
+        given = f"function: None = ..., /, *, {ignore}{options}"
+        lines += ["    @overload", f"    def __call__(self, {given}) -> decorated.{prefix}{back}[V_contra]: ..."]
+    for this, value in ((f"self: {own}[decorated.Untyped]", "R"), ("self", "V_contra"), ("self", "V_contra | None")):
+        loaded = f"Awaitable[{value}]" if prefix else value
+        given, back = f"function: {of.title}Function[P, {loaded}]", f"decorated.{prefix}CachedFunction[P, {value}]"
+        lines += ["    @overload", f"    def __call__({this}, {given}, /) -> {back}: ..."]
+    return [*lines, ""]
+
+
 class _Writer:
     """Writes the classes, and notes what has to be imported."""
 
     def __init__(self) -> None:
         self._abstract: set[str] = set()
-        self._typing = {"Any", "Protocol", "TypeAlias", "TypeVar", "TypedDict", "overload", "Literal", "Unpack"}
-        self._ours: set[str] = set()
+        self._typing = {"Any", "Literal", "ParamSpec", "Protocol", "TypeVar", "TypedDict", "Unpack", "overload"}
 
-    def imports(self) -> list[str]:
-        """Return the import statements, and the type variables."""
-        return [
-            "    import datetime",
-            "    import decimal",
-            "    import uuid",
-            f"    from collections.abc import {', '.join(sorted(self._abstract))}",
-            "    from contextlib import AbstractAsyncContextManager, AbstractContextManager",
-            f"    from typing import {', '.join(sorted(self._typing))}",
-            "",
-            "    from cdc_invalidator.reader import Aged, Parameter, Serializer, aio, sync",
-            "    from cdc_invalidator.reader.options import Changes",
-            "",
-            '    T = TypeVar("T")',
-            '    R = TypeVar("R")',
-            '    V_co = TypeVar("V_co", covariant=True)',
+    def imports(self, body: Sequence[str]) -> list[str]:
+        """Return the import statements that the body needs, and the type variables."""
+        variables = [
+            'P = ParamSpec("P")',
+            'R = TypeVar("R")',
+            'T = TypeVar("T")',
+            'V_co = TypeVar("V_co", covariant=True)',
+            'V_contra = TypeVar("V_contra", contravariant=True)',
         ]
+        # A parameter may be called as a module; what stands in quotes is no name.
+        text = re.sub(r"\"[^\"]*\"", "", "\n".join([*variables, *body]))
+        used = {*re.findall(r"\b\w+\b(?!:)", text)}
+        places: Mapping[str, Iterable[str]] = {
+            "collections.abc": {*self._abstract, "Awaitable", "Callable", "Collection", "Mapping"},
+            "contextlib": ("AbstractAsyncContextManager", "AbstractContextManager"),
+            "typing": self._typing,
+            "cdc_invalidator.reader": ("Aged", "Parameter", "Serializer", "aio", "decorated", "sync"),
+            "cdc_invalidator.reader.options": ("Changes",),
+        }
+        lines = [f"import {name}" for name in ("datetime", "decimal", "uuid") if f"{name}." in text]
+        for place, names in places.items():
+            needed = sorted(used.intersection(names))
+            lines += [f"from {place} import {', '.join(needed)}"] if needed else []
+        return [f"    {line}" for line in (*lines, *variables)]
 
     def parameters(self, of: _Handle) -> list[str]:
         """Return the types of a cache's parameters and its loaders."""
@@ -245,6 +271,10 @@ class _Writer:
             star = ", *" if keywords else ""
             lines += ["", f"class {of.title}Load(Protocol[V_co]):"]
             lines += [f"    def __call__(self{star}{keywords}) -> V_co: ..."]
+            # What is decorated can be called like this, and in its own way.
+            lines += ["", f"class {of.title}Function(Protocol[P, V_co]):"]
+            lines += ["    @overload", f"    def __call__(self{star}{keywords}) -> V_co: ..."]
+            lines += ["    @overload", "    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> V_co: ..."]
         return [*lines, ""]
 
     def handle(self, of: _Handle, shell: ModuleType, prefix: str) -> list[str]:
@@ -254,6 +284,8 @@ class _Writer:
         for name, signature in _own(vars(shell)[f"{prefix}Cache"]):
             if any(argument in signature.parameters for argument in ("named", "items")):
                 lines.append(self._method(name, signature, of, vars(shell)[f"{prefix}Cache"], shell))
+        if of.by_name:
+            lines += ["    @property", f"    def cached(self) -> {prefix}{of.title}Decorator[T]: ..."]
         return [
             *lines,
             "    @overload",

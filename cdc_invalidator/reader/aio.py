@@ -19,7 +19,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from functools import partial
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.aio_servers import Cluster, Master, Server, Way, way_to
@@ -27,7 +27,7 @@ from cdc_invalidator.reader.background import AsyncCrew
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
-from cdc_invalidator.reader.decorated import AsyncCachedFunction
+from cdc_invalidator.reader.decorated import AsyncDecorator
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import Flights, loading
 from cdc_invalidator.reader.freshness import ANY, Demand
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-P = ParamSpec("P")
 Many: TypeAlias = Mapping[Any, T | None] | Sequence[T | None]
 Loader = Callable[[Load], Awaitable[Sequence[Any]]]
 
@@ -493,29 +492,8 @@ class AsyncCache(Generic[T]):
                     kept.keep()
         return [entry.value for entry in found.order]
 
-    @overload
-    def cached(self, function: Callable[P, Awaitable[R]], /) -> AsyncCachedFunction[P, R]: ...
-
-    @overload
-    def cached(
-        self,
-        function: None = None,
-        /,
-        *,
-        ignore: Collection[str] = (),
-        params: Mapping[str, str] | None = None,
-        primary: Callable[..., Any] | None = None,
-    ) -> Callable[[Callable[P, Awaitable[R]]], AsyncCachedFunction[P, R]]: ...
-
-    def cached(
-        self,
-        function: Callable[..., Any] | None = None,
-        /,
-        *,
-        ignore: Collection[str] = (),
-        params: Mapping[str, str] | None = None,
-        primary: Callable[..., Any] | None = None,
-    ) -> Any:
+    @property
+    def cached(self) -> AsyncDecorator[T]:
         """Decorate a coroutine function that loads: calls of it read through the cache.
 
         It has ``invalidate`` and ``refresh``, with the same arguments; ``load`` is the function itself, and ``cache``
@@ -531,6 +509,17 @@ class AsyncCache(Generic[T]):
         Raises:
             TypeError: arguments and parameters don't fit; or ``primary`` is missing, as for `get`.
         """
+        return self._decorate
+
+    def _decorate(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        ignore: Collection[str] = (),
+        params: Mapping[str, str] | None = None,
+        primary: Callable[..., Any] | None = None,
+    ) -> Any:
         if self._of_standby:
             handle.require_primary(self._contract, self._demand, None, primary)
         if function is None:

@@ -18,14 +18,14 @@ from collections.abc import (
 )
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, overload
 
 from cdc_invalidator.reader import handle, transactions
 from cdc_invalidator.reader.background import Crew
 from cdc_invalidator.reader.breaker import Breaker
 from cdc_invalidator.reader.clients import Target, recognise
 from cdc_invalidator.reader.contract import Contract
-from cdc_invalidator.reader.decorated import CachedFunction
+from cdc_invalidator.reader.decorated import Decorator
 from cdc_invalidator.reader.entry import MISS, Entry
 from cdc_invalidator.reader.flights import Flights, loading
 from cdc_invalidator.reader.freshness import ANY, Demand
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-P = ParamSpec("P")
 Many: TypeAlias = Mapping[Any, T | None] | Sequence[T | None]
 Loader = Callable[[Load], Sequence[Any]]
 
@@ -474,29 +473,8 @@ class Cache(Generic[T]):
                     kept.keep()
         return [entry.value for entry in found.order]
 
-    @overload
-    def cached(self, function: Callable[P, R], /) -> CachedFunction[P, R]: ...
-
-    @overload
-    def cached(
-        self,
-        function: None = None,
-        /,
-        *,
-        ignore: Collection[str] = (),
-        params: Mapping[str, str] | None = None,
-        primary: Callable[..., Any] | None = None,
-    ) -> Callable[[Callable[P, R]], CachedFunction[P, R]]: ...
-
-    def cached(
-        self,
-        function: Callable[..., Any] | None = None,
-        /,
-        *,
-        ignore: Collection[str] = (),
-        params: Mapping[str, str] | None = None,
-        primary: Callable[..., Any] | None = None,
-    ) -> Any:
+    @property
+    def cached(self) -> Decorator[T]:
         """Decorate a function that loads: calls of it read through the cache.
 
         It has ``invalidate`` and ``refresh``, with the same arguments; ``load`` is the function itself, and ``cache``
@@ -512,6 +490,17 @@ class Cache(Generic[T]):
         Raises:
             TypeError: arguments and parameters don't fit; or ``primary`` is missing, as for `get`.
         """
+        return self._decorate
+
+    def _decorate(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        ignore: Collection[str] = (),
+        params: Mapping[str, str] | None = None,
+        primary: Callable[..., Any] | None = None,
+    ) -> Any:
         if self._of_standby:
             handle.require_primary(self._contract, self._demand, None, primary)
         if function is None:

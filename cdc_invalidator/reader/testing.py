@@ -8,16 +8,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
-from cdc_invalidator.reader.aio import AsyncCache, AsyncCaches
+from cdc_invalidator.reader.aio import AsyncCaches
 from cdc_invalidator.reader.keys import NUL
 from cdc_invalidator.reader.memory import AsyncMemory, Memory, Store
 from cdc_invalidator.reader.spelling import NoKey
-from cdc_invalidator.reader.sync import Cache, Caches
+from cdc_invalidator.reader.sync import Caches
 from cdc_invalidator.rules.suffixes import LOCK_SUFFIX, STALE_SUFFIX
 
 C = TypeVar("C", bound=Caches | AsyncCaches)
+P = ParamSpec("P")
+
+
+class Entries(Protocol[P]):
+    """A cache: `Cache`, `AsyncCache`, or one of the module that `handles` writes, whose parameters are known."""
+
+    def invalidate(self, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Delete an entry."""
+        ...
 
 
 @contextmanager
@@ -37,7 +46,7 @@ def in_memory(caches: C) -> Iterator[C]:
         caches._book.begin_anew()
 
 
-def bust(cache: Cache[Any] | AsyncCache[Any], params: Mapping[str, Any] | None = None, /, **named: Any) -> None:
+def bust(cache: Entries[P], /, *params: P.args, **named: P.kwargs) -> None:
     """Do to one entry what the daemon does after a commit that made it stale.
 
     Args:
@@ -48,8 +57,10 @@ def bust(cache: Cache[Any] | AsyncCache[Any], params: Mapping[str, Any] | None =
     Raises:
         TypeError: the caches are not in memory, or the parameters are not those of the cache.
     """
-    contract, store = cache._contract, _store(cache._link.memory)
-    given = named if params is None else params
+    of: Any = cache
+    positional: tuple[Any, ...] = params
+    contract, store = of._contract, _store(of._link.memory)
+    given = _given(*positional, **named)
     try:
         entry = contract.entry(given, given)
     except NoKey:
@@ -65,6 +76,10 @@ def bust(cache: Cache[Any] | AsyncCache[Any], params: Mapping[str, Any] | None =
             return
         key = entry.rest.replace(NUL, version)
     store.bust(key + LOCK_SUFFIX, key, key + STALE_SUFFIX, rules.stale_for)
+
+
+def _given(params: Mapping[str, Any] | None = None, /, **named: Any) -> Mapping[str, Any]:
+    return named if params is None else params
 
 
 def clear(caches: Caches | AsyncCaches) -> None:

@@ -93,6 +93,16 @@ def test_pyright_finds_each_mistake_and_nothing_else(folder: Path) -> None:
     found(folder, pyright, "--level", "error", "--pythonpath", sys.executable, *FILES)
 
 
+def test_in_the_written_module_pyright_finds_nothing_at_all(folder: Path) -> None:
+    pyright = find("basedpyright")
+    if pyright is None:
+        pytest.skip("basedpyright is not installed here")
+    (folder / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(ROOT)]}))
+    words = (pyright, "--pythonpath", sys.executable, "shop_caches.py")
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=250, check=False)
+    assert (done.stdout.splitlines()[-1], done.returncode) == ("0 errors, 0 warnings, 0 notes", 0), done.stdout
+
+
 def test_types_of_parameters_are_those_of_the_columns(database: str, rules: Path, tmp_path: Path) -> None:
     execute(
         database,

@@ -508,11 +508,11 @@ def test_to_invalidate_arguments_that_are_no_parameters_may_be_left_out(redis_ur
     caches = Caches.from_rules(rules_file(tmp_path, RULES), redis.Redis.from_url(redis_url))
     users = Users(caches)
     users.load("session", 1)
-    assert users.load.invalidate(id=1)  # type: ignore[call-arg]  # as in a shell
+    assert users.load.invalidate(id=1)
     users.load("session", 1)
     assert users.loads == [1, 1]
     with pytest.raises(TypeError, match="the argument id is missing"):
-        users.load.invalidate("session")  # type: ignore[call-arg]
+        users.load.invalidate("session")
     caches.close()
 
 

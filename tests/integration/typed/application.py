@@ -55,6 +55,18 @@ async def aload_user(id: int) -> User | None:
     return User(id, "Ada")
 
 
+async def aload_text(id: int) -> str:
+    return str(id)
+
+
+async def aload_by_text(id: str) -> User | None:
+    return User(int(id), "Ada")
+
+
+def load_of_session(session: object, id: int) -> User | None:
+    return User(id, str(session))
+
+
 def load_session(token: uuid.UUID, day: dt.date) -> User | None:
     return User(token.int, str(day))
 
@@ -101,6 +113,18 @@ def user_of_session(session: object, id: int = 7) -> User:
 
 assert_type(cached_user(42), User | None)
 assert_type(user_of_session(object()), User)
+assert_type(users.cached(load_user).invalidate(42), bool)
+assert_type(users.cached(load_user).refresh(id=42), User | None)
+assert_type(users.cached(ignore=["session"])(load_of_session).invalidate(id=42), bool)
+assert_type(users.cached(params={"id": "number"})(load_otherwise_named).invalidate(number=42), bool)
+assert_type(user_of_session.invalidate(id=42), bool)
+assert_type(user_of_session.refresh(object(), 42), User)
+assert_type(caches.user.cached(load_text)(42), str)
+assert_type(caches.user.cached(ignore=["session"])(load_of_session)(object(), id=42), User | None)
+assert_type(caches.session.of(User).cached(load_session)(uuid.uuid4(), dt.date(2026, 1, 1)), User | None)
+caches.unknown.cached(lambda thing: thing)
+caches.odd.cached(load_user)
+caches.all.cached(lambda: 7)
 
 
 async def awaiting() -> None:
@@ -115,6 +139,12 @@ async def awaiting() -> None:
         return User(id, "Ada")
 
     assert_type(await acached_user(42), User | None)
+    assert_type(await acached_user.invalidate(id=42), bool)
+    assert_type(await acaches.user.cached(aload_text)(42), str)
+    acaches.user.of(User).cached(aload_text)  # wrong
+    acaches.user.cached(aload_by_text)  # wrong
+    acaches.user.cached(load_user)  # wrong
+    acaches.user.of(User).cached(ignore=["session"])(aload_text)  # wrong
     await acached_user("42")  # wrong
     await acaches.user.get(id="42", load=aload_user)  # wrong
     await acaches.user.of(str).get(id=42, load=aload_user)  # wrong
@@ -124,12 +154,18 @@ async def awaiting() -> None:
 # What takes the library's own classes takes these.
 def of_the_library(some: reader.Caches, one: reader.Cache[Any]) -> None:
     testing.bust(one, id=42)
+    testing.bust(one, {"id": 42})
     testing.clear(some)
 
 
 of_the_library(caches, caches.user)
 with testing.in_memory(caches) as in_memory:
     assert_type(in_memory.user, UserCache[Any])
+    testing.bust(in_memory.user, id=42)
+    testing.bust(acaches.user, id=42)
+    testing.bust(in_memory.odd, {"class": 7})
+    testing.bust(in_memory.user, idd=42)  # wrong
+    testing.bust(acaches.user, id="42")  # wrong
 
 # ── Wrong ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -159,6 +195,19 @@ caches.odd.invalidate({"clas": 7})  # wrong
 cached_user("42")  # wrong
 cached_user(ids=42)  # wrong
 user_of_session()  # wrong
+users.cached(load_text)  # wrong
+users.cached(load_otherwise_named)  # wrong
+users.cached(load_by_text)  # wrong
+users.cached(aload_user)  # wrong
+caches.user.cached(load_otherwise_named)  # wrong
+caches.user.cached(load_by_text)  # wrong
+users.cached(load_of_session)  # wrong
+caches.unknown.cached(load_user)  # wrong
+caches.all.cached(load_user)  # wrong
+users.cached(ignore=["session"])(load_text)  # wrong
+users.cached(params={"id": "number"})(load_text)  # wrong
+cached_user.invalidate()  # wrong
+user_of_session.refresh(id=42)  # wrong
 with users.writing(id=42) as wrong_write:
     wrong_write.set("Ada")  # wrong
 
@@ -179,6 +228,8 @@ def plainly(id: int) -> User | None:
 
 
 assert_type(plainly(42), User | None)
+assert_type(plain.user.cached(load_text)(42), str)
+plain.user.of(User).cached(load_text)  # wrong
 plainly("42")  # wrong
 plain.user.of(User).get(id=42, load=load_text)  # wrong
 plain.user.using(leas=5.0)  # wrong

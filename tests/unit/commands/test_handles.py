@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,27 @@ def test_at_runtime_its_caches_are_those_of_the_reader(folder: Path, monkeypatch
     assert shop_caches.AsyncCaches is reader.AsyncCaches
     assert shop_caches.UserCache[int] == reader.Cache[int]
     assert all(hasattr(shop_caches, name) for name in shop_caches.__all__)
+
+
+@pytest.mark.parametrize("cache", ["user: {key: 't:user:{id}'}", "day: {key: 't:day:{datetime}:{day}'}", None])
+def test_it_imports_what_it_uses(folder: Path, tmp_path: Path, cache: str | None) -> None:
+    file, rules = tmp_path / "caches.py", folder / "rules.yaml"
+    if cache is not None:
+        rules = tmp_path / "rules.yaml"
+        rules.write_text(f"version: 1\ncaches:\n  {cache}\nrules: []\n")
+    file.write_text(module(load_rules(rules, {}), {"day": {"datetime": "text", "day": "date"}}))
+    words = (
+        "check",
+        "--isolated",
+        "--ignore-noqa",
+        "--select",
+        "F401,F821",
+        "--no-cache",
+        "--output-format",
+        "concise",
+    )
+    ruff = subprocess.run([sys.executable, "-m", "ruff", *words, file], capture_output=True, text=True, check=False)
+    assert (ruff.stdout, ruff.returncode) == ("All checks passed!\n", 0)
 
 
 def test_a_cache_that_the_reader_can_not_read_is_left_out(folder: Path) -> None:

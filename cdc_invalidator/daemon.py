@@ -19,11 +19,11 @@ import structlog
 
 from cdc_invalidator import errors, lsn
 from cdc_invalidator.backoff import Backoff, Refusals
-from cdc_invalidator.impasse import Impasse
 from cdc_invalidator.metrics import Metrics
 from cdc_invalidator.pipeline.events import Events
 from cdc_invalidator.pipeline.inspection import Inspection
 from cdc_invalidator.pipeline.recent import Recent
+from cdc_invalidator.postgres.impasse import Impasse
 from cdc_invalidator.postgres.standbys import Standbys
 from cdc_invalidator.redis.fitness import Fitness
 from cdc_invalidator.redis.server import CacheServer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cdc_invalidator.impasse import ATTEMPTS, SECONDS, Impasse
+from cdc_invalidator.postgres.impasse import ATTEMPTS, SECONDS, Impasse
 
 
 def test_it_takes_some_attempts_and_some_time() -> None:

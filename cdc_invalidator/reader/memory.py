@@ -156,6 +156,8 @@ class Store:
                 if state == [None] and (before := self._get(name + stales)) is not None:
                     state = [self._get(rest.replace(b"\0", before))]
                 found.append(state)
+        # None of these versions is made again, by a bump either.
+        self._number += len(keys)
         return found
 
     def _make_version(self, keys: list[bytes], args: list[bytes], place: int = 0) -> bytes:

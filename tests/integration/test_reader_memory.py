@@ -312,6 +312,11 @@ def _look(who: bytes, head: bytes = b"cdc1 1 ") -> tuple[Any, ...]:
     return _script(SCRIPTS.versioned, [VERSION], who, 9999, head, 9999, LOCK_SUFFIX, STALE_SUFFIX, UNDER)
 
 
+def _two(who: bytes) -> tuple[Any, ...]:
+    words = (who, 9999, b"cdc1 1 ", 9999, LOCK_SUFFIX, STALE_SUFFIX, UNDER, b"t:{k}:w\0")
+    return _script(SCRIPTS.versioned, [VERSION, VERSIONS[1]], *words)
+
+
 def _fill(number: int, what: bytes, key: bytes = UNDER) -> tuple[Any, ...]:
     return _script(SCRIPTS.fill, [LOCKS[2], key], (b"r", number), what, 9999)
 
@@ -319,6 +324,7 @@ def _fill(number: int, what: bytes, key: bytes = UNDER) -> tuple[Any, ...]:
 # A value of this and one of another schema under a version; then a bump, and what was there before it.
 @example(commands=[_look(b"r"), _fill(0, b"cdc1 1 x"), _look(b"s"), _look(b"s", b"\0"), BUMP, _look(b"r"), _look(b"s")])
 @example(commands=[_look(b"r"), _fill(0, b"cdc1 2 y"), _look(b"s"), _look(b"r"), BUMP, _look(b""), _look(b"s")])
+@example(commands=[_two(b"r"), BUMP])
 @example(
     commands=[
         *(_look(b"r"), _fill(0, b"cdc1 1 x"), BUMP, _look(b"r"), _fill(2, b"cdc1 1 y", STALES[2])),

@@ -49,7 +49,7 @@ def streams_again(daemon: RunningDaemon, times: int) -> None:
 class Impatient(RunningDaemon):
     """It skips after a second what can't be sent, not after five."""
 
-    deadlines: ClassVar[Mapping[str, float]] = {"impasse.SECONDS": 1.0}
+    deadlines: ClassVar[Mapping[str, float]] = {"postgres.impasse.SECONDS": 1.0}
 
 
 @pytest.mark.timeout(240)

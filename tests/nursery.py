@@ -287,8 +287,13 @@ def _import_everything() -> None:
     import cdc_invalidator
 
     for module in pkgutil.walk_packages(cdc_invalidator.__path__, "cdc_invalidator."):
-        # The demo imports rich, and the package's main runs.
-        if module.name not in {"cdc_invalidator.__main__", "cdc_invalidator.embedded.demo"}:
+        # The demo imports rich, and the package's main runs; adapters import frameworks, which no command needs.
+        if module.name not in {
+            "cdc_invalidator.__main__",
+            "cdc_invalidator.embedded.demo",
+            "cdc_invalidator.pytest_plugin",
+            *(f"cdc_invalidator.reader.{framework}" for framework in ("django", "fastapi", "flask")),
+        }:
             importlib.import_module(module.name)
     assert encodings.idna
 

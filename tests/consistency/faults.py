@@ -54,6 +54,12 @@ class Faults:
         if self._failure is not None:
             raise self._failure
 
+    def enough(self, wanted: int) -> bool:
+        """Whether so many have befallen; raises what has ended them."""
+        if self._failure is not None:
+            raise self._failure
+        return len(self.befell) >= wanted
+
     def _run(self) -> None:
         kinds: list[Callable[[], None]] = [
             self._kill_daemon,

@@ -38,7 +38,7 @@ from cdc_invalidator.postgres import standbys
 from cdc_invalidator.reader.local import PATIENCE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
     from multiprocessing.context import ForkServerProcess
     from pathlib import Path
 
@@ -220,12 +220,8 @@ class _Trial:
         ]
         writer = _started(application.write, self._setting, application.FIRST_WRITER, stop_writing)
         with _watched(*readers, writer) as wait:
-            with self._befallen(outcome, seed) as befell:
-                wait(
-                    lambda: (
-                        all(reached.is_set() for reached in goals) and (not self._mode.faults or len(befell) >= faults)
-                    )
-                )
+            with self._befallen(outcome, seed) as enough:
+                wait(lambda: enough(faults) and all(reached.is_set() for reached in goals))
             stop_writing.set()
             wait(lambda: not writer.is_alive())
             self._settle()
@@ -234,13 +230,13 @@ class _Trial:
             wait(lambda: not any(process.is_alive() for process in readers))
 
     @contextlib.contextmanager
-    def _befallen(self, outcome: Outcome, seed: int) -> Iterator[Sequence[str]]:
+    def _befallen(self, outcome: Outcome, seed: int) -> Iterator[Callable[[int], bool]]:
         if not self._mode.faults:
-            yield ()
+            yield lambda _: True
             return
         assert self._daemon is not None
         with Faults(self._daemon, self._store, self._ways, self._standby, seed) as faults:
-            yield faults.befell
+            yield faults.enough
         outcome.faults = faults.befell
 
     def _settle(self) -> None:

@@ -238,7 +238,7 @@ def written(serializer: Serializer[T], value: T) -> bytes:
     name = type(value).__name__
     try:
         payload = serializer.dumps(value)
-    except Exception as error:
+    except Exception as error:  # whatever a program's serializer raises; it is raised again, as what the reader knows
         # That of JSON names a type; those of others may show values.
         why = str(error) if isinstance(error, orjson.JSONEncodeError) else type(error).__name__
         raise Unstorable(f"its serializer can't write a {name} ({why})") from error
@@ -248,7 +248,7 @@ def written(serializer: Serializer[T], value: T) -> bytes:
         return payload
     try:
         back = serializer.loads(payload)
-    except Exception as error:
+    except Exception as error:  # as above
         raise Unstorable(f"its serializer can't read what it writes of a {name} ({type(error).__name__})") from error
     changed = difference(value, back)
     if changed:

@@ -36,6 +36,26 @@ rules:
 PATIENT: dict[str, Any] = {"socket_timeout": 20, "socket_connect_timeout": 20}
 
 
+USER_RULES = """
+version: 1
+caches:
+  user: {key: "t:user:{id}", ttl: 5m}
+rules:
+  - {name: user-changed, table: public.users, bust: [user]}
+"""
+
+
+class Rows:
+    """What loads, and how often."""
+
+    def __init__(self) -> None:
+        self.loads = 0
+
+    def __call__(self, **_: int) -> int:
+        self.loads += 1
+        return self.loads
+
+
 def rules_file(folder: Path, rules: str = RULES) -> Path:
     path = folder / "rules.yaml"
     path.write_text(rules)

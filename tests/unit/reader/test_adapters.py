@@ -10,6 +10,7 @@ import pytest
 import redis
 from fastapi import FastAPI
 from flask import Flask
+from readers import USER_RULES, Rows, rules_file
 
 from cdc_invalidator.reader import AsyncCaches, connect, testing
 from cdc_invalidator.reader.fastapi import AppCaches, OwnWrites, lifespan
@@ -20,31 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-RULES = """
-version: 1
-caches:
-  user: {key: "t:user:{id}", ttl: 5m}
-rules:
-  - {name: user-changed, table: public.users, bust: [user]}
-"""
-
 
 @pytest.fixture
 def rules(tmp_path: Path) -> Path:
-    path = tmp_path / "rules.yaml"
-    path.write_text(RULES)
-    return path
-
-
-class Rows:
-    """What loads, and how often."""
-
-    def __init__(self) -> None:
-        self.loads = 0
-
-    def __call__(self, **_: int) -> int:
-        self.loads += 1
-        return self.loads
+    return rules_file(tmp_path, USER_RULES)
 
 
 async def lsn() -> int:

@@ -7,34 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from readers import USER_RULES, Rows, rules_file
 
 from cdc_invalidator.reader import AsyncCaches, Caches, Options, connect, testing
-
-RULES = """
-version: 1
-caches:
-  user: {key: "t:user:{id}", ttl: 5m}
-rules:
-  - {name: user-changed, table: public.users, bust: [user]}
-"""
 
 
 @pytest.fixture
 def rules(tmp_path: Path) -> Path:
-    path = tmp_path / "rules.yaml"
-    path.write_text(RULES)
-    return path
-
-
-class Rows:
-    """What loads, and how often."""
-
-    def __init__(self) -> None:
-        self.loads = 0
-
-    def __call__(self, **_: int) -> int:
-        self.loads += 1
-        return self.loads
+    return rules_file(tmp_path, USER_RULES)
 
 
 @pytest.mark.parametrize("made", ["in memory", "of the URL"])
